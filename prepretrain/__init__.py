@@ -1,0 +1,1 @@
+"""Makes visual foundation models in two stages: masked autoencoding, then weak supervision."""

@@ -1,0 +1,98 @@
+"""One process group, always: the same code for one process, for eight and for a cluster."""
+
+import datetime
+import os
+import socket
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+TIMEOUT = datetime.timedelta(minutes=30)
+
+
+def init() -> torch.device:
+    """Joins the process group that the environment describes (torchrun's variables), or makes one of one.
+
+    Returns this process's device. With CUDA the group is `cuda:nccl,cpu:gloo`, so that checkpoint
+    planning and flags go over gloo; without it, gloo.
+    """
+    if not dist.is_initialized():
+        if "RANK" not in os.environ:
+            _alone()
+        if torch.cuda.is_available():
+            torch.cuda.set_device(local_rank())
+        backend = "cuda:nccl,cpu:gloo" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(backend, timeout=TIMEOUT)
+    return device()
+
+
+def _alone() -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", LOCAL_WORLD_SIZE="1",
+                      MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+
+
+def shutdown() -> None:
+    """Leaves the process group, if there is one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def local_rank() -> int:
+    """This process's number on its machine; where each process sees one GPU only, always 0."""
+    rank_here = int(os.environ.get("LOCAL_RANK", 0))
+    return rank_here % torch.cuda.device_count() if torch.cuda.is_available() else rank_here
+
+
+def device() -> torch.device:
+    """The GPU of this process, or the CPU."""
+    return torch.device("cuda", local_rank()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def rank() -> int:
+    """This process's number; 0 without a group."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world() -> int:
+    """The number of processes; 1 without a group."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def is_main() -> bool:
+    """Whether this process is the one that writes what is written once."""
+    return rank() == 0
+
+
+def barrier() -> None:
+    """Waits for all processes, over gloo."""
+    all_sum(torch.zeros(1))
+
+
+def all_sum(tensor: torch.Tensor) -> torch.Tensor:
+    """The sum of a tensor over all processes; the argument is left as it was."""
+    total = tensor.clone()
+    if world() > 1:
+        dist.all_reduce(total)
+    return total
+
+
+def all_gather_object(value: Any) -> list:
+    """Every process's value, in order of rank. Values come from our own processes, never from data."""
+    if world() == 1:
+        return [value]
+    gathered: list = [None] * world()
+    dist.all_gather_object(gathered, value)
+    return gathered
+
+
+def from_main(value: Any) -> Any:
+    """Rank 0's value, on every process."""
+    if world() == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
+    return box[0]

@@ -1,0 +1,109 @@
+"""What a run tells a person and a program: log lines, metrics.jsonl, TensorBoard, a progress bar."""
+
+import json
+import logging
+import os
+import sys
+from pathlib import Path
+
+from tqdm import tqdm
+
+from prepretrain import distributed
+
+logger = logging.getLogger("prepretrain")
+
+
+def setup(folder: Path | None = None) -> None:
+    """Log lines to the terminal (rank 0; others only warnings) and, with a folder, to `<folder>/log.txt`."""
+    logger.setLevel(logging.INFO if distributed.is_main() else logging.WARNING)
+    logger.propagate = False
+    for old in list(logger.handlers):
+        logger.removeHandler(old)
+        old.close()
+    rank = "" if distributed.world() == 1 else f"[{distributed.rank()}] "
+    shape = logging.Formatter(f"%(asctime)s {rank}%(levelname).1s %(message)s", "%H:%M:%S")
+    handlers: list[logging.Handler] = [_Terminal()]
+    if folder is not None and distributed.is_main():
+        handlers.append(logging.FileHandler(folder / "log.txt"))
+    for handler in handlers:
+        handler.setFormatter(shape)
+        logger.addHandler(handler)
+
+
+class _Terminal(logging.StreamHandler):
+    """Writes through tqdm, so that a line does not tear the progress bar."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        tqdm.write(self.format(record), file=sys.stderr)
+
+
+class Metrics:
+    """metrics.jsonl, one line a logged step, each step once, with TensorBoard beside it. Rank 0 writes."""
+
+    def __init__(self, folder: Path, step: int):
+        """Opens the log for a run that continues after `step`; later lines, from a run cut off, are removed."""
+        self.file = self.board = None
+        if not distributed.is_main():
+            return
+        self.path = folder / "metrics.jsonl"
+        self.seconds = self._rewind(step)
+        self.file = self.path.open("a")
+        from torch.utils.tensorboard import SummaryWriter  # slow to import; only the writing rank pays
+        self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+
+    def _rewind(self, step: int) -> float:
+        kept = []
+        if self.path.exists():
+            for line in self.path.read_text().splitlines():
+                try:
+                    row = json.loads(line)
+                except json.JSONDecodeError:  # the last line of a process that was killed while writing it
+                    continue
+                if row["step"] <= step:
+                    kept.append(row)
+        new = self.path.with_suffix(".tmp")
+        new.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        os.replace(new, self.path)
+        return kept[-1]["seconds"] if kept else 0.0
+
+    def write(self, row: dict) -> None:
+        """Appends one row, which holds at least "step"."""
+        if self.file is None:
+            return
+        self.file.write(json.dumps(row) + "\n")
+        self.file.flush()
+        for key, value in row.items():
+            if key != "step" and isinstance(value, (int, float)):
+                self.board.add_scalar(key, value, row["step"])
+
+    def close(self) -> None:
+        """Closes both files."""
+        if self.file is not None:
+            self.file.close()
+            self.board.close()
+
+
+class Progress:
+    """A bar on a terminal (images/s, loss, time left); elsewhere plain lines at the rate of the log."""
+
+    def __init__(self, steps: int, start: int):
+        self.bar = None
+        if distributed.is_main() and sys.stderr.isatty():
+            self.bar = tqdm(total=steps, initial=start, unit="step", dynamic_ncols=True, smoothing=0.1)
+
+    def advance(self) -> None:
+        """One step is done."""
+        if self.bar is not None:
+            self.bar.update()
+
+    def show(self, text: str, plain: str) -> None:
+        """Shows figures behind the bar, or a plain log line where there is no bar."""
+        if self.bar is not None:
+            self.bar.set_postfix_str(text)
+        else:
+            logger.info(plain)
+
+    def close(self) -> None:
+        """Leaves the bar as it stands."""
+        if self.bar is not None:
+            self.bar.close()
