@@ -1,0 +1,216 @@
+"""Bytes to pixels, and the crops of training and evaluation; random only by keyed generators."""
+
+import functools
+import hashlib
+import io
+import math
+import warnings
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+MAX_PIXELS = 100_000_000  # not from the paper: 2.5 times the largest photo of a usual camera
+
+_ORIENTATION = 0x0112
+_END = b"\xff\xd9"
+_WORD = (1 << 64) - 1
+
+
+class BadImage(ValueError):
+    """A sample that cannot be used: `cause` is a word to count by, `detail` is for people."""
+
+    def __init__(self, cause: str, detail: str = "", key: str = ""):
+        super().__init__(cause, detail, key)
+        self.cause, self.detail, self.key = cause, detail, key
+
+    def __str__(self) -> str:
+        return ": ".join(part for part in (self.key, self.cause, self.detail) if part)
+
+
+class Random:
+    """Generators that are a pure function of (seed, epoch, index, purpose), whoever asks."""
+
+    def __init__(self, seed: int, epoch: int, index: int):
+        self.seed, self.epoch, self.index = int(seed), int(epoch), int(index)
+
+    def __call__(self, purpose: str) -> np.random.Generator:
+        # Philox counts up from the low word; index and epoch sit in the two high words, so that
+        # the streams of two images cannot overlap.
+        counter = (self.epoch & _WORD) << 192 | (self.index & _WORD) << 128
+        key = _digest(purpose) << 64 | self.seed & _WORD
+        return np.random.Generator(np.random.Philox(key=key, counter=counter))
+
+
+@functools.lru_cache(maxsize=1024)
+def _digest(purpose: str) -> int:
+    return int.from_bytes(hashlib.blake2b(purpose.encode(), digest_size=8).digest(), "little")
+
+
+def decode(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Tensor:
+    """Decode an image file to RGB uint8 [3, H, W], the same pixels with every decoder.
+
+    The EXIF orientation is not applied: the stored pixels are returned as they are, as PIL and
+    the papers' loaders do. Transparency is dropped, not composited. The size is read from the
+    header and checked before any pixel is decoded. Raises BadImage.
+    """
+    header = _header(data, max_pixels)
+    fast = _fast_decoder()
+    if fast and _is_plain_jpeg(header):
+        try:
+            return fast(data)
+        except (RuntimeError, ValueError):
+            pass  # PIL reads more, and its message says more
+    try:
+        return _pixels(header)
+    except BadImage:
+        if header.format != "JPEG" or _END in data[-2:] or "progressive" in header.info:
+            raise
+        return _decode_unterminated(data)
+
+
+def _header(data: bytes, max_pixels: int) -> Image.Image:
+    """Open lazily, which reads the header only, and refuse what would not fit."""
+    try:
+        with warnings.catch_warnings():
+            # PIL warns from 89 megapixels on; the limit that counts is ours.
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            image = Image.open(io.BytesIO(data))
+    except Image.DecompressionBombError as error:
+        raise BadImage("too large", str(error)) from error
+    except Exception as error:  # PIL's parsers raise anything on garbage, struct.error included
+        raise BadImage("unreadable", f"{len(data)} bytes: {error}") from error
+    width, height = image.size
+    if width * height > max_pixels:
+        raise BadImage("too large", f"{width} x {height} pixels, the limit is {max_pixels}")
+    return image
+
+
+def _is_plain_jpeg(header: Image.Image) -> bool:
+    """Whether the fast decoders agree with PIL: torchcodec rotates by EXIF, CMYK differs."""
+    if header.format != "JPEG" or header.mode not in ("RGB", "L"):
+        return False
+    if "exif" not in header.info:
+        return True
+    try:
+        return header.getexif().get(_ORIENTATION, 1) == 1
+    except Exception:  # a broken EXIF block must not lose the image
+        return False
+
+
+@functools.cache
+def _fast_decoder():
+    """The first decoder that is installed and works; None leaves PIL."""
+    probe = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(probe, "JPEG")
+    for make in (_torchcodec, _torchvision):
+        try:
+            fast = make()
+            fast(probe.getvalue())
+            return fast
+        except (ImportError, OSError, RuntimeError, AttributeError):
+            continue
+    return None
+
+
+def _torchcodec():
+    from torchcodec.decoders import decode_jpeg
+
+    return decode_jpeg
+
+
+def _torchvision():
+    from torchvision.io import ImageReadMode, decode_jpeg
+
+    def fast(data: bytes) -> Tensor:
+        with warnings.catch_warnings():
+            # Deprecated from 0.29 on in favour of torchcodec, which is tried first.
+            warnings.simplefilter("ignore")
+            return decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8),
+                               mode=ImageReadMode.RGB)
+
+    return fast
+
+
+def _pixels(image: Image.Image) -> Tensor:
+    try:
+        return torch.from_numpy(np.array(_rgb(image))).permute(2, 0, 1)
+    except BadImage:
+        raise
+    except Exception as error:
+        raise BadImage("unreadable", str(error)) from error
+
+
+def _decode_unterminated(data: bytes) -> Tensor:
+    """Decode a JPEG that lacks nothing but its end marker.
+
+    A decoder fills what is missing with whatever follows; only where no pixel is missing do two
+    different continuations give one picture.
+    """
+    zeros, ones = (_pixels(Image.open(io.BytesIO(data + filler * 64 + _END)))
+                   for filler in (b"\x00", b"\xff\x00"))
+    if not torch.equal(zeros, ones):
+        raise BadImage("unreadable", f"a JPEG of {len(data)} bytes, truncated")
+    return zeros
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I;16"):
+        # PIL would clip 16 bits at 255; the high byte is the picture.
+        high = (np.asarray(image).astype(np.uint16) >> 8).astype(np.uint8)
+        return Image.fromarray(high).convert("RGB")
+    if image.mode in ("I", "F"):
+        raise BadImage("unreadable", f"pixels of mode {image.mode} have no range to map to 8 bits")
+    if image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")
+    return image.convert("RGB")
+
+
+def random_resized_crop(image: Tensor, size: int, rng: np.random.Generator, *,
+                        scale: tuple[float, float],
+                        ratio: tuple[float, float] = (3 / 4, 4 / 3)) -> Tensor:
+    """A random box, `scale` of the area and `ratio` of the sides, as uint8 [3, size, size]."""
+    top, left, height, width = crop_box(image.shape[-2], image.shape[-1], rng, scale, ratio)
+    return _resize(image[:, top:top + height, left:left + width], size, size)
+
+
+def crop_box(height: int, width: int, rng: np.random.Generator, scale: tuple[float, float],
+             ratio: tuple[float, float]) -> tuple[int, int, int, int]:
+    """(top, left, height, width): ten tries, then the largest centred box within `ratio`."""
+    low, high = math.log(ratio[0]), math.log(ratio[1])
+    for _ in range(10):
+        area = height * width * rng.uniform(*scale)
+        aspect = math.exp(rng.uniform(low, high))
+        w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if 0 < w <= width and 0 < h <= height:
+            return int(rng.integers(height - h + 1)), int(rng.integers(width - w + 1)), h, w
+    w = min(width, max(1, round(height * ratio[1])))
+    h = min(height, max(1, round(width / ratio[0])))
+    return (height - h) // 2, (width - w) // 2, h, w
+
+
+def flip(image: Tensor, rng: np.random.Generator) -> Tensor:
+    """Mirror left and right in half of the cases."""
+    return image.flip(-1) if rng.random() < 0.5 else image
+
+
+def resize_center_crop(image: Tensor, size: int, *, share: float = 0.875) -> Tensor:
+    """Short side to size / share, then the centre: uint8 [3, size, size]."""
+    height, width = image.shape[-2:]
+    short = max(size, round(size / share))
+    if height <= width:
+        height, width = short, int(short * width / height)
+    else:
+        height, width = int(short * height / width), short
+    top, left = round((height - size) / 2), round((width - size) / 2)
+    return _resize(image, height, width)[:, top:top + size, left:left + size]
+
+
+def _resize(image: Tensor, height: int, width: int) -> Tensor:
+    if image.shape[-2:] == (height, width):
+        return image
+    # Only channels-last uint8 takes torch's vectorised kernel; planar input is half as fast.
+    image = image[None].contiguous(memory_format=torch.channels_last)
+    return F.interpolate(image, (height, width), mode="bicubic", antialias=True)[0]
