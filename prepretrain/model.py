@@ -1,0 +1,143 @@
+"""`Model`, the noun that travels: an image encoder that knows the options that made it; and how one is loaded."""
+
+import hashlib
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from prepretrain import checkpoint, weights
+from prepretrain.encoders import base as encoders
+from prepretrain.weights import Weights
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+class Model(nn.Module):
+    """An image encoder, its preprocessing and its options. B images, N patches, D channels."""
+
+    def __init__(self, *, encoder: str, mean: tuple[float, float, float] = IMAGENET_MEAN,
+                 std: tuple[float, float, float] = IMAGENET_STD, **options: Any):
+        """encoder: a size's name, as in `vit_l16`; options: those of its family (image_size, drop_path, …)."""
+        super().__init__()
+        self.options = {"encoder": encoder, "mean": list(mean), "std": list(std), **options}
+        self.mean, self.std = tuple(mean), tuple(std)
+        self.encoder = encoders.build(encoder, **options)
+
+    def normalise(self, image: Tensor) -> Tensor:
+        """uint8 [B, 3, H, W] to float32, by mean and std, on the image's device."""
+        mean = torch.tensor(self.mean, device=image.device).view(3, 1, 1) * 255
+        std = torch.tensor(self.std, device=image.device).view(3, 1, 1) * 255
+        return (image.float() - mean) / std
+
+    def denormalise(self, image: Tensor) -> Tensor:
+        """float [B, 3, H, W] back to uint8, clipped to what a picture can show."""
+        mean = torch.tensor(self.mean, device=image.device).view(3, 1, 1) * 255
+        std = torch.tensor(self.std, device=image.device).view(3, 1, 1) * 255
+        return (image.float() * std + mean).round().clamp(0, 255).to(torch.uint8)
+
+    def forward(self, image: Tensor) -> Tensor:
+        """uint8 [B, 3, H, W] to tokens [B, prefix + N, D]."""
+        return self.encoder(self.normalise(image))
+
+    def features(self, image: Tensor, pool: str = "class") -> Tensor:
+        """uint8 [B, 3, H, W] to one float32 feature [B, D] an image."""
+        return encoders.pool(self(image), self.encoder.prefix, pool).float()
+
+    def save(self, folder: Path, source: str) -> Path:
+        """Writes `model.safetensors`, `model.json` and, for timm, `config.json`; returns the weights' path."""
+        return write(self, {k: v.detach().cpu() for k, v in self.state_dict().items()}, folder, source)
+
+
+def write(model: Model, state: dict[str, Tensor], folder: Path, source: str) -> Path:
+    """Writes a whole state dict of a Model under timm's key names, with the options that make it again.
+
+    `timm.create_model("local-dir:<folder>")` loads the result with strict keys. Files appear complete or not at all.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    state = {k.removeprefix("encoder."): v.contiguous() for k, v in state.items()}
+    path = folder / "model.safetensors"
+    save_file(state, f"{path}.tmp", metadata={"format": "pt"})
+    sha256 = hashlib.sha256(Path(f"{path}.tmp").read_bytes()).hexdigest()
+    os.replace(f"{path}.tmp", path)
+    _write_json(folder / "model.json", {"options": model.options, "source": source, "sha256": sha256})
+    _write_json(folder / "config.json", _timm_config(model))
+    return path
+
+
+def _timm_config(model: Model) -> dict[str, Any]:
+    size = model.encoder.image_size
+    built = model.encoder.timm()
+    data = {"input_size": [3, size, size], "mean": list(model.mean), "std": list(model.std),
+            "interpolation": "bicubic", "crop_pct": 0.875, "num_classes": 0, "fixed_input_size": True}
+    return {"architecture": built["architecture"], "num_classes": 0, "num_features": model.encoder.width,
+            "model_args": {**built["model_args"], "num_classes": 0}, "pretrained_cfg": data}
+
+
+def _write_json(path: Path, value: dict) -> None:
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(value, indent=1) + "\n")
+    os.replace(temporary, path)
+
+
+def open_weights(source: str) -> Weights:
+    """The weights of a run's folder, of an exported folder or of a file, as keys of a Model (`encoder.…`).
+
+    `source:encoder` takes a part. Raises ValueError naming the source and what is wrong with it.
+    """
+    place, _, part = source.partition(":")
+    found = _locate(place)
+    if not any(k.startswith("encoder.") for k in found.shapes):  # timm's, MAE's and MAWS's files hold an encoder
+        found = found.under("encoder")
+    if part:
+        found = replace(found.part(part).under(part), whole=False)
+    return replace(found, source=source)
+
+
+def _locate(place: str) -> Weights:
+    path = Path(place)
+    if path.is_file():
+        return weights.open_file(path)
+    if path.is_dir():
+        saved = checkpoint.newest(path)
+        if saved is not None:
+            shapes, read, state = checkpoint.open_tensors(saved)
+            return Weights(place, shapes, read, state["options"]).part("model")
+        for file in (path / "model.safetensors", path / "export" / "model.safetensors"):
+            if file.exists():
+                return weights.open_file(file)
+        raise ValueError(f"{place}: holds no complete checkpoint and no export. Was the run cut off before its first?")
+    raise ValueError(f"{place}: no such run or file. Give a run's folder (runs/…), a .safetensors or a .pt file.")
+
+
+def load(source: str, **changes: Any) -> Model:
+    """The model of a run, an export or a file, with its weights, on the CPU.
+
+    changes: options to make it with instead, as in `load("runs/mae", image_size=448)`. A file that does not
+    say what it is needs `encoder=`.
+    """
+    found = open_weights(source)
+    options = {**(found.options or {}), **changes}
+    if "encoder" not in options:
+        raise ValueError(f"{source}: does not say which encoder it is. Add encoder='vit_b16', or the like.")
+    with torch.device("meta"):
+        model = Model(**options)
+    model.to_empty(device="cpu")
+    fill(model, found)
+    return model.eval()
+
+
+def fill(model: Model, found: Weights) -> None:
+    """Puts weights into a model, sharded or not; a part that was asked for by name may leave keys over."""
+    if not found.whole:
+        targets = model.state_dict()
+        known = {k: s for k, s in found.shapes.items() if k in targets}
+        extra = sorted(set(found.shapes) - set(known))
+        weights.fill(model, found, unused=extra)
+    else:
+        weights.fill(model, found)

@@ -1,0 +1,48 @@
+"""What every objective offers: it turns batches into a loss, and owns the transform that makes them."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from prepretrain.model import Model
+
+
+class Objective(nn.Module):
+    """A model and what it is trained for. The training loop knows `objective(batch)["loss"]` and nothing else.
+
+    One file of this folder holds one subclass; its constructor's keywords are its options. Parameters hang on
+    its children, never on itself (`shard` refuses them).
+    """
+
+    fields: tuple[str, ...] = ("image",)  # what it needs from a sample
+
+    def __init__(self, model: Model):
+        super().__init__()
+        self.model = model
+
+    def transform(self, train: bool) -> Callable[[dict[str, Any]], dict[str, Any]]:
+        """What makes a batch's row of a sample, in a worker; all randomness from `sample["random"]`."""
+        raise NotImplementedError
+
+    def forward(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        """A batch to {"loss": scalar, …}; all but the loss is only logged."""
+        raise NotImplementedError
+
+    def check(self, card: Any, source: Any) -> None:
+        """Raises ValueError if the data cannot serve this objective, before any time is spent."""
+        lacking = [f for f in self.fields if f not in source.fields]
+        if lacking:
+            raise ValueError(f"data.train={card.name}: has no {', '.join(lacking)}, which objective "
+                             f"'{type(self).__module__.rpartition('.')[2]}' needs. It has: {', '.join(source.fields)}.")
+
+    def reconstruct(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        """{"original", "masked", "reconstructed"} uint8 [B, 3, H, W], where the objective predicts pixels."""
+        raise ValueError(f"objective '{type(self).__name__}' predicts no pixels: there is nothing to draw.")
+
+
+def data_path(path: str) -> Path:
+    """A file that belongs to the data: absolute, or under the data folder as the cards' paths are."""
+    from prepretrain.card import data_folder
+    return data_folder() / path

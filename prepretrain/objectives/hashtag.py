@@ -1,0 +1,108 @@
+"""Weakly supervised pretraining by hashtags: stage two (MAWS, arXiv 2303.13496, section 3; SWAG's recipe)."""
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from prepretrain.encoders.base import pool as pool_tokens
+from prepretrain.hashtags import Vocabulary
+from prepretrain.heads import HEADS
+from prepretrain.model import Model
+from prepretrain.objectives.base import Objective, data_path
+from prepretrain.transforms import BadImage, decode, flip, random_resized_crop, resize_center_crop
+
+
+class Hashtag(Objective):
+    """Softmax cross-entropy against the image's tags, each with weight 1 / number of tags (SWAG issue 15).
+
+    Tags travel as ids padded with -1, never as a [B, vocabulary] target.
+    """
+
+    fields = ("image", "hashtags")
+
+    def __init__(self, model: Model, *, vocabulary: str, tags: int | None = None,
+                 head: Literal["linear", "mlp"] = "mlp", pool: Literal["class", "mean"] = "class",
+                 crop_scale: tuple[float, float] = (0.08, 1.0)):
+        """vocabulary: the file that datasets/hashtags.py wrote, under the data folder.
+        tags: how many it must hold, which is then known before it is opened; None takes what it holds."""
+        super().__init__(model)
+        self.path, self.pool, self.crop_scale = data_path(vocabulary), pool, crop_scale
+        self._vocabulary: Vocabulary | None = None
+        self.tags = len(self.vocabulary.tags) if tags is None else tags
+        self.head = HEADS[head](model.encoder.width, self.tags)
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        """The tags, read when first needed. Raises ValueError if the file is missing or not of the stated size."""
+        if self._vocabulary is None:
+            found = Vocabulary.load(self.path)
+            if getattr(self, "tags", len(found.tags)) != len(found.tags):
+                raise ValueError(f"objective.tags: {self.tags}, and {self.path} holds {len(found.tags)}.")
+            self._vocabulary = found
+        return self._vocabulary
+
+    def check(self, card: Any, source: Any) -> None:
+        """Also refuses a vocabulary that was built from other data."""
+        super().check(card, source)
+        self.vocabulary.check(source)
+
+    def transform(self, train: bool) -> Callable[[dict[str, Any]], dict[str, Any]]:
+        """A random resized crop and flip (a centre crop for validation), and the ids of the known tags."""
+        return Transform(self.model.encoder.image_size, self.vocabulary, self.crop_scale if train else None)
+
+    def forward(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        """{"image": uint8 [B, 3, H, W], "tags": int64 [B, T] padded with -1} to the loss and top-1 accuracy."""
+        tokens = self.model(batch["image"])
+        logits = self.head(pool_tokens(tokens, self.model.encoder.prefix, self.pool))
+        tags = batch["tags"]
+        best = logits.detach().argmax(1, keepdim=True)
+        return {"loss": sparse_cross_entropy(logits, tags).mean(),
+                "accuracy": (best == tags).any(1).float().mean()}
+
+
+def sparse_cross_entropy(logits: Tensor, tags: Tensor) -> Tensor:
+    """[B] losses of [B, C] logits against int64 [B, T] tags padded with -1, each of weight 1 / number of tags.
+
+    Equal to the cross-entropy with a multi-hot target divided by its sum, without building it.
+    """
+    known = tags >= 0
+    weight = known / known.sum(1, keepdim=True)
+    return _SparseCrossEntropy.apply(logits, tags.clamp(min=0), weight)
+
+
+class _SparseCrossEntropy(torch.autograd.Function):
+    """logsumexp(logits) - sum(weight x logit), whose gradient needs one [B, C] buffer: the softmax."""
+
+    @staticmethod
+    def forward(context: Any, logits: Tensor, tags: Tensor, weight: Tensor) -> Tensor:
+        wide = logits.float()
+        total = wide.logsumexp(1)
+        context.save_for_backward(logits, total, tags, weight)
+        return total - (wide.gather(1, tags) * weight).sum(1)
+
+    @staticmethod
+    def backward(context: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        logits, total, tags, weight = context.saved_tensors
+        buffer = (logits.float() - total[:, None]).exp_()
+        buffer.scatter_add_(1, tags, -weight.to(buffer.dtype))
+        return buffer.mul_(gradient[:, None]).to(logits.dtype), None, None
+
+
+class Transform:
+    """A sample to {"image": uint8 [3, S, S], "tags": ids}. A sample without a known tag is a bad one."""
+
+    def __init__(self, size: int, vocabulary: Vocabulary, crop_scale: tuple[float, float] | None):
+        self.size, self.vocabulary, self.crop_scale = size, vocabulary, crop_scale
+
+    def __call__(self, sample: dict[str, Any]) -> dict[str, Any]:
+        """Raises BadImage("no known tag"), which the loader substitutes and counts."""
+        ids = self.vocabulary.ids(sample["hashtags"])
+        if not ids:
+            raise BadImage("no known tag")
+        random, image = sample["random"], decode(sample["image"])
+        if self.crop_scale is None:
+            return {"image": resize_center_crop(image, self.size), "tags": ids}
+        image = random_resized_crop(image, self.size, random("crop"), scale=self.crop_scale)
+        return {"image": flip(image, random("flip")), "tags": ids}

@@ -1,0 +1,132 @@
+"""Reads weights one tensor at a time and puts them into a module, accounting for every key."""
+
+import fnmatch
+import json
+import logging
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Named tensors, read when asked for, so that a sharded 6.5B model never lies whole in memory."""
+
+    source: str
+    shapes: dict[str, tuple[int, ...]]
+    read: Callable[[str], Tensor]
+    options: dict[str, Any] | None = None  # what made the model they belong to
+    whole: bool = True                     # False: a part was asked for, so the rest may go unused
+
+    def part(self, prefix: str) -> "Weights":
+        """The keys under `prefix.`, without it. Raises ValueError if there are none."""
+        dot = prefix + "."
+        shapes = {k.removeprefix(dot): s for k, s in self.shapes.items() if k.startswith(dot)}
+        if not shapes:
+            parts = sorted({k.split(".")[0] for k in self.shapes})
+            raise ValueError(f"{self.source}: has no part '{prefix}'. There are: {', '.join(parts)}.")
+        return replace(self, shapes=shapes, read=lambda name: self.read(dot + name))
+
+    def under(self, prefix: str) -> "Weights":
+        """The same tensors, named as a part of something larger."""
+        dot = prefix + "."
+        return replace(self, shapes={dot + k: s for k, s in self.shapes.items()},
+                       read=lambda name: self.read(name.removeprefix(dot)))
+
+
+def open_file(path: Path) -> Weights:
+    """A .safetensors file, or a .pt / .pth file of plain tensors (read with weights_only, never unpickled).
+
+    Options come from the `model.json` beside a file of ours. Raises ValueError for anything else.
+    """
+    if path.suffix == ".safetensors":
+        shapes, read = _open_safetensors(path)
+    elif path.suffix in (".pt", ".pth", ".bin"):
+        shapes, read = _open_torch(path)
+    else:
+        raise ValueError(f"{path}: is neither .safetensors nor .pt / .pth.")
+    beside = path.with_name("model.json")
+    options = json.loads(beside.read_text())["options"] if beside.exists() else None
+    return Weights(str(path), shapes, read, options)
+
+
+def _open_safetensors(path: Path) -> tuple[dict, Callable[[str], Tensor]]:
+    try:
+        file = safe_open(path, "pt")
+    except Exception as error:  # the library's own exception type is not public
+        raise ValueError(f"{path}: cannot be read as safetensors ({error}). Is it complete?") from error
+    return {k: tuple(file.get_slice(k).get_shape()) for k in file.keys()}, file.get_tensor
+
+
+def _open_torch(path: Path) -> tuple[dict, Callable[[str], Tensor]]:
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:
+        raise ValueError(f"{path}: cannot be read with weights_only ({error}). A file that holds more than "
+                         f"tensors is refused: save its state_dict alone.") from error
+    for wrapper in ("model", "state_dict"):
+        if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
+            content = content[wrapper]
+    odd = [str(k) for k, v in content.items() if not isinstance(v, Tensor)] if isinstance(content, dict) else ["?"]
+    if odd:
+        raise ValueError(f"{path}: holds things that are no tensors: {', '.join(odd[:5])}.")
+    return {k: tuple(v.shape) for k, v in content.items()}, content.__getitem__
+
+
+@torch.no_grad()
+def fill(module: nn.Module, weights: Weights, *, missing: Iterable[str] = (), unused: Iterable[str] = ()) -> None:
+    """Copies weights into every parameter and buffer of a module, sharded or not.
+
+    missing, unused: patterns of keys that may stay unfilled, or be left over. Everything else that does
+    not fit raises one ValueError that lists all of it.
+    """
+    targets = module.state_dict(keep_vars=True)
+    problems = [f"missing {k}" for k in targets if k not in weights.shapes and not _covered(k, missing)]
+    problems += [f"unused {k} {tuple(s)}" for k, s in weights.shapes.items()
+                 if k not in targets and not _covered(k, unused)]
+    for name in [k for k in targets if k in weights.shapes]:
+        owner, leaf = _owner(module, name)
+        tensor = weights.read(name)
+        tensor = owner.adapt(leaf, tensor) if owner is not None else tensor
+        if tensor.shape != targets[name].shape:
+            problems.append(f"{name} is {tuple(tensor.shape)} and must be {tuple(targets[name].shape)}")
+        elif not problems:
+            put(targets[name], tensor)
+    if problems:
+        shown = "\n  ".join(problems[:40]) + (f"\n  … and {len(problems) - 40} more" if len(problems) > 40 else "")
+        raise ValueError(f"{weights.source}: does not fit ({len(problems)} keys):\n  {shown}\n"
+                         f"Is it the right model.encoder and model.image_size? To take the encoder of a larger "
+                         f"file alone, write {weights.source.split(':')[0]}:encoder.")
+    left = [k for k in weights.shapes if k not in targets]
+    if left:
+        logger.info("%s: %d keys not used, as allowed: %s", weights.source, len(left), ", ".join(left[:8]))
+
+
+def put(target: Tensor, full: Tensor) -> None:
+    """Copies a whole tensor into a parameter; each process keeps its own shard."""
+    full = full.to(target.device, target.dtype)
+    if isinstance(target, DTensor):
+        full = distribute_tensor(full, target.device_mesh, target.placements)
+    target.detach().copy_(full)
+
+
+def _covered(key: str, patterns: Iterable[str]) -> bool:
+    return any(fnmatch.fnmatchcase(key, p) for p in patterns)
+
+
+def _owner(module: nn.Module, name: str) -> tuple[nn.Module | None, str]:
+    """The outermost submodule that adapts its own tensors, and the name within it."""
+    parts = name.split(".")
+    for i in range(len(parts)):
+        inner = module.get_submodule(".".join(parts[:i]))
+        if hasattr(inner, "adapt"):
+            return inner, ".".join(parts[i:])
+    return None, name
