@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 TIMEOUT = datetime.timedelta(minutes=30)
 
@@ -72,7 +74,7 @@ def barrier() -> None:
     all_sum(torch.zeros(1))
 
 
-def all_sum(tensor: torch.Tensor) -> torch.Tensor:
+def all_sum(tensor: Tensor) -> Tensor:
     """The sum of a tensor over all processes; the argument is left as it was."""
     total = tensor.clone()
     if world() > 1:
@@ -96,3 +98,12 @@ def from_main(value: Any) -> Any:
     box = [value]
     dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
     return box[0]
+
+
+def put(target: Tensor, full: Tensor) -> None:
+    """Copies a whole tensor into a parameter; of a sharded one, each process keeps its own shard."""
+    full = full.to(target.device, target.dtype)
+    if isinstance(target, DTensor):
+        # every process holds the same tensor, so nothing needs to be sent
+        full = distribute_tensor(full, target.device_mesh, target.placements, src_data_rank=None)
+    target.detach().copy_(full)

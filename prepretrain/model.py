@@ -21,6 +21,8 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 class Model(nn.Module):
     """An image encoder, its preprocessing and its options. B images, N patches, D channels."""
 
+    container = True  # its children are sharded, not it (see shard.find_roots)
+
     def __init__(self, *, encoder: str, mean: tuple[float, float, float] = IMAGENET_MEAN,
                  std: tuple[float, float, float] = IMAGENET_STD, **options: Any):
         """encoder: a size's name, as in `vit_l16`; options: those of its family (image_size, drop_path, …)."""

@@ -10,7 +10,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from prepretrain import distributed
-from prepretrain.weights import put
+from prepretrain.distributed import put
 
 PRECISIONS = {"bf16": MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32),
               "fp32": MixedPrecisionPolicy()}
@@ -58,14 +58,13 @@ def find_roots(module: nn.Module) -> list[nn.Module]:
     The objective itself is never one: as FSDP's root it would have to run before its encoder may. Raises
     ValueError naming a parameter that hangs on a container and so would belong to nobody.
     """
-    from prepretrain.model import Model  # the one container below an objective
     roots = []
-    for name, child in module.named_children():
-        if isinstance(child, Model):
+    for child in module.children():
+        if getattr(child, "container", False):
             roots += find_roots(child)
         elif any(True for _ in child.parameters()):
             roots.append(child)
-    for name, parameter in module.named_parameters(recurse=False):
+    for name, _ in module.named_parameters(recurse=False):
         raise ValueError(f"{type(module).__name__}.{name}: a parameter must belong to a child module, "
                          f"so that it can be sharded.")
     return roots

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
+
+from prepretrain.distributed import put
 
 logger = logging.getLogger(__name__)
 
@@ -108,14 +109,6 @@ def fill(module: nn.Module, weights: Weights, *, missing: Iterable[str] = (), un
     left = [k for k in weights.shapes if k not in targets]
     if left:
         logger.info("%s: %d keys not used, as allowed: %s", weights.source, len(left), ", ".join(left[:8]))
-
-
-def put(target: Tensor, full: Tensor) -> None:
-    """Copies a whole tensor into a parameter; each process keeps its own shard."""
-    full = full.to(target.device, target.dtype)
-    if isinstance(target, DTensor):
-        full = distribute_tensor(full, target.device_mesh, target.placements)
-    target.detach().copy_(full)
 
 
 def _covered(key: str, patterns: Iterable[str]) -> bool:

@@ -1,0 +1,258 @@
+"""`fit()`, the one training loop: it knows steps, files and `objective(batch)["loss"]`, and nothing of any task."""
+
+import gc
+import logging
+import math
+import random
+import signal
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from prepretrain import checkpoint, clock, distributed
+from prepretrain.loader import Stream
+from prepretrain.log import Metrics, Progress
+from prepretrain.optim import Schedule
+
+logger = logging.getLogger(__name__)
+
+STOPPED = 75  # a process's exit status when it stopped on a signal and can be started again (sysexits: EX_TEMPFAIL)
+
+
+class Stopped(Exception):
+    """The run was asked to stop by a signal, and saved; the same command continues it."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Something to measure during a run: `run()` returns named numbers, on every process."""
+
+    name: str
+    every: int
+    run: Callable[[], dict[str, float]]
+
+
+def fit(objective: nn.Module, data: Stream, optimizer: torch.optim.Optimizer, schedule: Schedule, *, folder: Path,
+        seed: int, options: dict[str, Any], clip: float | None = None, log_every: int = 10, save_every: int = 0,
+        keep: int = 2, max_bad: float = 0.01, evals: Sequence[Evaluation] = ()) -> None:
+    """Trains to `schedule.steps` optimizer steps, from the run's own newest checkpoint if it has one.
+
+    options: what made the model, kept in checkpoints so that they describe themselves. clip: largest gradient
+    norm. save_every: steps between checkpoints, one is always saved at the end. max_bad: share of substituted
+    images past which the run stops.
+    Raises FloatingPointError, on every process and before the weights change, for a loss or gradient that is not
+    finite; ValueError for too many bad images or data that are not the run's; Stopped after a signal.
+    """
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    step, bad = _resume(folder, objective, optimizer, data)
+    if step >= schedule.steps:
+        logger.info("%s: has all of its %d steps", folder, step)
+        return
+    metrics, progress, asked = Metrics(folder, step), Progress(schedule.steps, step), _Signals()
+    stream = data.batches(step * data.batch_size)
+    meter, before = _Meter(data.batch_size), metrics.seconds if distributed.is_main() else 0.0
+    objective.train()
+    gc.disable()  # a collection at a random time on one of many processes stops them all
+    try:
+        while step < schedule.steps:
+            _seed(seed, step)
+            rate = schedule.apply(optimizer, step)
+            figures, replaced = _gradients(objective, stream, data.accumulate, meter)
+            norm = _norm(parameters, clip)
+            vote = _vote(figures, norm, replaced, asked.received)
+            if not vote.finite:
+                raise FloatingPointError(_not_finite(folder, step, figures, norm))
+            optimizer.step()
+            optimizer.zero_grad()
+            step += 1
+            meter.step()
+            bad.update(vote.bad)
+            _check_bad(bad, step * data.batch_size, max_bad)
+            progress.advance()
+            if clock.due(step, log_every, schedule.steps):
+                row = {"step": step, "images": step * data.batch_size, "seconds": round(before + meter.total(), 3),
+                       **vote.figures, "lr": rate, "grad_norm": vote.norm, **meter.rates(),
+                       **({"bad_images": sum(bad.values())} if bad else {})}
+                metrics.write(row)
+                progress.show(*_texts(row, schedule.steps))
+            for one in evals:
+                if clock.due(step, one.every, schedule.steps):
+                    metrics.write({"step": step, **{f"{one.name}/{k}": v for k, v in one.run().items()}})
+                    objective.train()
+            if vote.stop or clock.due(step, save_every, schedule.steps):
+                gc.collect()
+                checkpoint.save(folder, step, objective, optimizer, keep=keep, state={
+                    "step": step, "images": step * data.batch_size, "data": data.fingerprint, "bad": dict(bad),
+                    "options": options})
+            if vote.stop and step < schedule.steps:
+                raise Stopped(f"{folder}: stopped by a signal after step {step} and saved. "
+                              f"The same command continues it.")
+    finally:
+        gc.enable()
+        asked.restore()
+        metrics.close()
+        progress.close()
+
+
+def _resume(folder: Path, objective: nn.Module, optimizer: torch.optim.Optimizer, data: Stream) -> tuple[int, Counter]:
+    saved = checkpoint.newest(folder)
+    if saved is None:
+        return 0, Counter()
+    state = checkpoint.state(saved)
+    if state["data"] != data.fingerprint:
+        raise ValueError(f"data.train: is not what {saved} was trained on (fingerprint {data.fingerprint}, and "
+                         f"{state['data']} then). Restore the data, or start another run with --out.")
+    checkpoint.restore(saved, objective, optimizer)
+    logger.info("continues from %s", saved)
+    return state["step"], Counter(state["bad"])
+
+
+def _seed(seed: int, step: int) -> None:
+    """Seeds what draws from global generators (drop path, mixup), so that a resumed step draws the same."""
+    value = int(np.random.SeedSequence([seed, step, distributed.rank()]).generate_state(1)[0])
+    torch.manual_seed(value)
+    np.random.seed(value)
+    random.seed(value)
+
+
+def _gradients(objective: nn.Module, stream: Any, accumulate: int, meter: "_Meter") -> tuple[dict[str, Tensor], Counter]:
+    """Adds up the gradients of one step's micro batches; their mean figures, and the causes of bad images."""
+    total: dict[str, Tensor] = {}
+    bad: Counter = Counter()
+    roots = [m for m in objective.modules() if hasattr(m, "set_requires_gradient_sync")]
+    for part in range(accumulate):
+        with meter.waiting():
+            batch = next(stream)
+        for one in batch.pop("bad"):
+            bad[one["cause"]] += 1
+            _quarantine(one)
+        for root in roots:  # only the last part's backward sends gradients
+            root.set_requires_gradient_sync(part == accumulate - 1, recurse=False)
+        figures = objective(to_device(batch))
+        (figures["loss"] / accumulate).backward()
+        for name, value in figures.items():
+            total[name] = total.get(name, 0) + value.detach().float() / accumulate
+    return total, bad
+
+
+def to_device(batch: dict[str, Any]) -> dict[str, Any]:
+    """A batch with its tensors on this process's device."""
+    device = distributed.device()
+    return {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in batch.items()}
+
+
+def _quarantine(one: dict[str, Any]) -> None:
+    logger.warning("image %s replaced: %s", one["key"], one["cause"])
+
+
+def _norm(parameters: list[nn.Parameter], clip: float | None) -> Tensor:
+    """The gradients' norm over all processes; clips them if asked to."""
+    limit = math.inf if clip is None else clip
+    norm = torch.nn.utils.clip_grad_norm_(parameters, limit) if clip is not None else torch.nn.utils.get_total_norm(
+        [p.grad for p in parameters if p.grad is not None])
+    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+
+
+@dataclass(frozen=True)
+class _Vote:
+    finite: bool
+    stop: bool
+    bad: Counter
+    figures: dict[str, float]
+    norm: float
+
+
+def _vote(figures: dict[str, Tensor], norm: Tensor, bad: Counter, stop: bool) -> _Vote:
+    """One small exchange a step, in which all processes agree to go on, and share their figures' means."""
+    values = [float(v) for v in figures.values()] + [float(norm)]
+    finite = all(math.isfinite(v) for v in values)
+    sums = distributed.all_sum(torch.tensor([0.0 if finite else 1.0, float(stop), float(bool(bad)), *values],
+                                            dtype=torch.float64)).tolist()
+    causes: Counter = Counter()
+    if sums[2]:
+        for part in distributed.all_gather_object(bad):
+            causes.update(part)
+    means = [v / distributed.world() for v in sums[3:]]
+    return _Vote(sums[0] == 0, sums[1] > 0, causes, dict(zip(figures, means)), means[-1])
+
+
+def _not_finite(folder: Path, step: int, figures: dict[str, Tensor], norm: Tensor) -> str:
+    shown = ", ".join(f"{k} {float(v):g}" for k, v in figures.items())
+    return (f"{folder}: step {step + 1} is not finite ({shown}, gradient norm {float(norm):g} on process "
+            f"{distributed.rank()}). The weights are those of step {step}. Lower optim.lr, set optim.clip, or "
+            f"use shard.precision=fp32; the newest checkpoint is intact.")
+
+
+def _check_bad(bad: Counter, images: int, limit: float) -> None:
+    count = sum(bad.values())
+    if count > max(limit * images, 10):  # ten may happen in the first steps of any run
+        causes = ", ".join(f"{n} {cause}" for cause, n in bad.most_common())
+        raise ValueError(f"data.max_bad: {count} of {images} images were replaced ({causes}), more than the share "
+                         f"{limit}. Look at them in the log; clean the data, or raise data.max_bad.")
+
+
+class _Signals:
+    """SIGTERM and SIGUSR2 only set a flag; the loop saves at a step's end. The old handlers come back after it."""
+
+    def __init__(self) -> None:
+        self.received = False
+        self.old = {s: signal.signal(s, self._set) for s in (signal.SIGTERM, signal.SIGUSR2)}
+
+    def _set(self, number: int, frame: Any) -> None:
+        self.received = True
+
+    def restore(self) -> None:
+        for number, handler in self.old.items():
+            signal.signal(number, handler)
+
+
+class _Meter:
+    """Images a second, and the share of time spent waiting for data, since they were last read."""
+
+    def __init__(self, batch_size: int):
+        self.batch_size = batch_size
+        self.begin = self.since = time.perf_counter()
+        self.waited, self.steps = 0.0, 0
+
+    def waiting(self) -> "_Waiting":
+        return _Waiting(self)
+
+    def step(self) -> None:
+        self.steps += 1
+
+    def total(self) -> float:
+        return time.perf_counter() - self.begin
+
+    def rates(self) -> dict[str, float]:
+        now = time.perf_counter()
+        spent = max(now - self.since, 1e-9)
+        rates = {"images_per_second": round(self.steps * self.batch_size / spent, 2),
+                 "data_wait": round(self.waited / spent, 4)}
+        self.since, self.waited, self.steps = now, 0.0, 0
+        return rates
+
+
+class _Waiting:
+    def __init__(self, meter: _Meter):
+        self.meter = meter
+
+    def __enter__(self) -> None:
+        self.start = time.perf_counter()
+
+    def __exit__(self, *error: Any) -> None:
+        self.meter.waited += time.perf_counter() - self.start
+
+
+def _texts(row: dict[str, Any], steps: int) -> tuple[str, str]:
+    """The figures behind a bar, and as a plain line with the time left."""
+    speed = row["images_per_second"]
+    left = (steps / row["step"] - 1) * row["images"] / speed if speed else math.inf
+    bar = f"{speed:.0f} images/s, loss {row['loss']:.4f}, waits for data {row['data_wait']:.0%}"
+    return bar, f"step {row['step']}/{steps}  {bar}  lr {row['lr']:.2e}  left {time.strftime('%H:%M:%S', time.gmtime(left))}"
