@@ -16,6 +16,7 @@ class Source:
     """
 
     fields: tuple[str, ...] = ("image",)
+    classes: list[str] | None = None
     groups: list[int]
     fingerprint: str
 

@@ -1,0 +1,151 @@
+"""What a dataset is: a YAML card with its splits, licence and class names, and how to open one."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+from prepretrain import plugin
+from prepretrain.sources.base import Source
+
+_HERE = Path(__file__).resolve().parents[1] / "datasets"
+_TEXTS = ("description", "licence")
+_PATTERN = "*?[{"
+
+
+@dataclass(frozen=True)
+class Card:
+    """A dataset by name; nothing is read from its data until `open`."""
+
+    name: str
+    path: Path
+    description: str
+    licence: str
+    classes: list[str] | None
+    vocabulary: Path | None
+    splits: dict[str, dict]
+
+    @property
+    def images(self) -> dict[str, int | None]:
+        """The declared number of images of each split; None where it is left to the data."""
+        return {split: options.get("images") for split, options in self.splits.items()}
+
+    def open(self, split: str) -> Source:
+        """The source of one split, checked against what the card declares."""
+        where = f"{self.path}: {split}"
+        if split not in self.splits:
+            raise ValueError(plugin.unknown(f"{self.path}: no split", split, list(self.splits),
+                                            quote=True))
+        options = dict(self.splits[split])
+        declared, name = options.pop("images", None), options.pop("source")
+        if "path" in options:
+            options["path"] = str(self._located(options["path"], split))
+        try:
+            source = plugin.build("sources", name, **options)
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from error
+        if declared is not None and declared != len(source):
+            raise ValueError(f"{where}: the card declares images: {declared}, and the data holds "
+                             f"{len(source)}. Correct the card, or complete the data.")
+        if self.classes and source.classes and len(self.classes) != len(source.classes):
+            raise ValueError(f"{where}: the card names {len(self.classes)} classes, and the data "
+                             f"has {len(source.classes)}: labels would not mean the same.")
+        return source
+
+    def _located(self, path: str, split: str) -> Path:
+        located = data_folder() / path
+        solid = located
+        while any(sign in solid.name for sign in _PATTERN):
+            solid = solid.parent
+        if "://" not in path and not solid.exists():
+            raise ValueError(
+                f"{self.path}: {split}: there is nothing at {located}. Put the data of card "
+                f"'{self.name}' there, or set PREPRETRAIN_DATA, the folder that relative paths "
+                f"start from (now '{data_folder()}').")
+        return Path(path) if "://" in path else located
+
+
+def data_folder() -> Path:
+    """Where relative data paths of cards start: $PREPRETRAIN_DATA, or ./data."""
+    return Path(os.environ.get("PREPRETRAIN_DATA") or "data")
+
+
+def card_names() -> list[str]:
+    """The cards that can be asked for by name."""
+    return sorted({file.stem for folder in _folders() for file in folder.glob("*.yaml")})
+
+
+def load_card(name: str | Path) -> Card:
+    """The card of this name, or in this .yaml file."""
+    path = _find(str(name))
+    try:
+        content = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path}: not readable as YAML: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: a card is a mapping with at least one split, such as "
+                         "train: {source: folder, path: photos}. This file holds "
+                         f"{'nothing' if content is None else type(content).__name__}.")
+    return _card(path, content)
+
+
+def open_source(address: str) -> Source:
+    """The source at "card:split"; without a split, the card's train."""
+    if address.endswith(".yaml") or ":" not in address:
+        return load_card(address).open("train")
+    name, split = address.rsplit(":", 1)
+    return load_card(name).open(split)
+
+
+def _folders() -> list[Path]:
+    return [Path("datasets"), _HERE]
+
+
+def _find(name: str) -> Path:
+    if name.endswith((".yaml", ".yml")):
+        if not Path(name).is_file():
+            raise ValueError(f"no card at {name}. Cards by name: {', '.join(card_names())}.")
+        return Path(name)
+    for folder in _folders():
+        if (folder / f"{name}.yaml").is_file():
+            return folder / f"{name}.yaml"
+    raise ValueError(plugin.unknown("no card", name, card_names(), quote=True)
+                     + f" A new one is a file datasets/{name}.yaml (datasets/README.md).")
+
+
+def _card(path: Path, content: dict) -> Card:
+    content = dict(content)
+    texts = {key: str(content.pop(key, "")) for key in _TEXTS}
+    classes = _classes(path, content.pop("classes", None))
+    vocabulary = content.pop("vocabulary", None)
+    for split, options in content.items():
+        _check_split(f"{path}: {split}", options)
+    if not content:
+        raise ValueError(f"{path}: no split. A card has at least one, such as "
+                         "train: {source: folder, path: photos}.")
+    return Card(path.stem, path, texts["description"], texts["licence"], classes,
+                data_folder() / vocabulary if vocabulary else None, content)
+
+
+def _classes(path: Path, classes: object) -> list[str] | None:
+    if classes is None:
+        return None
+    if not isinstance(classes, list) or len(set(map(str, classes))) != len(classes) or not classes:
+        raise ValueError(f"{path}: classes: must be a list of different names, in label order.")
+    if not all(isinstance(name, str) for name in classes):
+        odd = next(name for name in classes if not isinstance(name, str))
+        raise ValueError(f"{path}: classes: {odd!r} is not a text. Put it in quotes.")
+    return classes
+
+
+def _check_split(where: str, options: object) -> None:
+    if not isinstance(options, dict) or "source" not in options:
+        raise ValueError(f"{where}: a split is a mapping with a source, such as {{source: shards, "
+                         f"path: …}}, not {options!r}. Other keys of a card: "
+                         "description, licence, classes, vocabulary.")
+    images = options.get("images")
+    if images is not None and (not isinstance(images, int) or isinstance(images, bool)
+                               or images < 1):
+        raise ValueError(f"{where}.images: {images!r} is not a number of images. Leave the key out "
+                         "to count the data.")

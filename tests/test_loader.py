@@ -1,0 +1,257 @@
+import itertools
+import subprocess
+import sys
+import textwrap
+
+import numpy as np
+import pytest
+import torch
+
+from prepretrain.loader import Order, Stream, collate, evaluation_batches, permute
+from prepretrain.sources.base import Source
+from prepretrain.transforms import BadImage, Random
+
+
+class Numbers(Source):
+    """Images that are their own number, some of them bad."""
+
+    def __init__(self, n, groups=None, bad=()):
+        self.groups = groups or [n]
+        self.bad = set(bad)
+        self.fingerprint = f"numbers-{n}"
+
+    def __getitem__(self, index):
+        if index in self.bad:
+            raise BadImage("unreadable", key=f"k{index}")
+        return {"key": f"k{index}", "image": bytes([index % 256]), "label": index}
+
+
+def transform(sample):
+    rng = sample["random"]
+    return {"image": torch.full((3, 4, 4), sample["image"][0], dtype=torch.uint8),
+            "noise": torch.from_numpy(rng("mask").random(5)),
+            "label": sample["label"],
+            "tags": list(range(sample["label"] % 3)),
+            "text": sample["key"] + ("!" if rng("caption").random() < 0.5 else "?")}
+
+
+def taken(stream, count, consumed=0):
+    return list(itertools.islice(stream.batches(consumed), count))
+
+
+def merged(batches):
+    """The parts of one global batch, as one."""
+    out = {}
+    for name in batches[0]:
+        values = [batch[name] for batch in batches]
+        if isinstance(values[0], torch.Tensor):
+            # Lists are padded to the longest of their own part.
+            width = max(v.shape[-1] for v in values)
+            pad = lambda v: torch.nn.functional.pad(v, (0, width - v.shape[-1]), value=-1)
+            out[name] = torch.cat([pad(v) if v.ndim == 2 else v for v in values])
+        else:
+            out[name] = sum(values, [])
+    return out
+
+
+def global_batches(source, count, *, world=1, accumulate=1, workers=0, consumed=0, seed=3, size=8,
+                   window=0):
+    ranks = [taken(Stream(source, transform, batch_size=size, seed=seed, accumulate=accumulate,
+                          workers=workers, window=window, rank=rank, world=world),
+                   count * accumulate, consumed) for rank in range(world)]
+    return [merged([ranks[r][step * accumulate + part] for r in range(world)
+                    for part in range(accumulate)]) for step in range(count)]
+
+
+def assert_equal(left, right):
+    assert len(left) == len(right)
+    for a, b in zip(left, right):
+        assert a.keys() == b.keys()
+        for name in a:
+            same = torch.equal if isinstance(a[name], torch.Tensor) else lambda x, y: x == y
+            assert same(a[name], b[name]), name
+
+
+@pytest.mark.parametrize("world, accumulate, workers", [
+    (1, 1, 1), (1, 1, 2), (1, 1, 3), (2, 1, 0), (2, 1, 2), (4, 1, 0), (4, 1, 1), (2, 2, 3),
+    (1, 4, 0), (4, 2, 0)])
+def test_global_batches_are_the_same_for_any_number_of_ranks_and_workers(world, accumulate,
+                                                                         workers):
+    source = Numbers(21, bad=(4, 17))
+    plain = global_batches(source, 6)
+    split = global_batches(source, 6, world=world, accumulate=accumulate, workers=workers)
+    assert_equal(plain, split)
+    assert any(batch["bad"] for batch in plain)
+
+
+@pytest.mark.parametrize("consumed", [0, 8, 16, 13, 21, 24, 1_000_003])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_stream_goes_on_at_exactly_the_next_image(consumed, workers):
+    source = Numbers(21, bad=(4,))
+    stream = lambda: Stream(source, transform, batch_size=8, seed=0, workers=workers)
+    whole = taken(stream(), 6, consumed)
+    rest = taken(stream(), 4, consumed + 16)
+    assert_equal(whole[2:], rest)
+    assert whole[0]["position"] == list(range(consumed, consumed + 8))
+
+
+@pytest.mark.parametrize("window", [0, 1, 2, 5])
+@pytest.mark.parametrize("groups", [[23], [5, 0, 9, 1, 8], [1] * 23])
+def test_an_epoch_holds_every_image_once_also_across_its_end(groups, window):
+    order = Order(groups, seed=1, window=window)
+    epochs, indexes = order(np.arange(23 * 3))
+    assert (epochs == np.arange(69) // 23).all()
+    for epoch in range(3):
+        assert sorted(indexes[epochs == epoch]) == list(range(23))
+    assert not (indexes[:23] == indexes[23:46]).all()
+    one_by_one = [int(order(np.array([p]))[1][0]) for p in range(69)]
+    assert one_by_one == indexes.tolist()
+
+
+def test_a_window_reads_from_few_shards_at_a_time():
+    groups = [10] * 40
+    _, indexes = Order(groups, seed=0, window=4)(np.arange(400))
+    shards = indexes // 10
+    for start in range(0, 400, 40):
+        assert len(set(shards[start:start + 40])) == 4
+    assert len(set(shards[:10])) > 1
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 7, 10, 100, 1000, 1023, 1024, 1025, 99_991])
+def test_the_permutation_is_exact_for_any_length(n):
+    out = permute(np.arange(n), n, Random(0, 0, 0)("order"))
+    assert sorted(out) == list(range(n))
+
+
+def test_the_permutation_looks_random():
+    orders = np.array([permute(np.arange(20), 20, Random(s, 0, 0)("order")) for s in range(4000)])
+    counts = np.stack([np.bincount(column, minlength=20) for column in orders.T])
+    assert counts.min() > 120 and counts.max() < 290
+    long = permute(np.arange(100_000), 100_000, Random(0, 0, 0)("order"))
+    assert abs(np.corrcoef(long[1:], long[:-1])[0, 1]) < 0.02
+    assert (np.diff(long) == 1).sum() < 10
+
+
+def test_billions_of_images_need_no_memory():
+    order = Order([10_000_000_000], seed=0)
+    _, indexes = order(np.arange(5_000_000_000, 5_000_001_000))
+    assert len(set(indexes.tolist())) == 1000
+    assert 4e9 < indexes.mean() < 6e9
+
+
+def test_bad_images_are_replaced_counted_and_named():
+    batches = taken(Stream(Numbers(10, bad=(3,)), transform, batch_size=5, seed=0), 2)
+    bad = batches[0]["bad"] + batches[1]["bad"]
+    assert [(b["key"], b["cause"]) for b in bad] == [("k3", "unreadable")]
+    at = (batches[0]["position"] + batches[1]["position"]).index(bad[0]["position"])
+    keys = batches[0]["key"] + batches[1]["key"]
+    assert len(keys) == 10 and "k3" not in keys and keys[at] in [f"k{i}" for i in range(10)]
+
+
+def test_data_that_is_all_bad_stops_the_stream():
+    stream = Stream(Numbers(4, bad=range(4)), transform, batch_size=4, seed=0)
+    with pytest.raises(RuntimeError, match="100 bad images in a row"):
+        next(stream.batches())
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_error_in_the_transform_is_not_a_bad_image_and_names_the_image(workers):
+    def broken(sample):
+        raise KeyError("colour")
+
+    with pytest.raises(RuntimeError, match="k[0-9]+: KeyError: 'colour'"):
+        next(Stream(Numbers(4), broken, batch_size=4, seed=0, workers=workers).batches())
+
+
+def test_a_batch_that_cannot_be_shared_out_is_refused_with_a_size_that_can():
+    with pytest.raises(ValueError, match="batch_size: 10 .* 4 processes x 2 parts.* multiple of 8"):
+        Stream(Numbers(9), transform, batch_size=10, seed=0, accumulate=2, rank=0, world=4)
+
+
+def test_a_source_without_images_is_refused():
+    with pytest.raises(ValueError, match="no image"):
+        Stream(Numbers(0, groups=[0]), transform, batch_size=4, seed=0)
+    with pytest.raises(ValueError, match="no image"):
+        evaluation_batches(Numbers(0, groups=[0]), transform, batch_size=4)
+
+
+def test_the_stream_says_which_order_it_is():
+    make = lambda n=9, seed=0, **k: Stream(Numbers(n), transform, batch_size=3, seed=seed, **k)
+    assert make().fingerprint == make(workers=2, accumulate=3).fingerprint
+    assert len({make().fingerprint, make(n=8).fingerprint, make(seed=1).fingerprint,
+                make(window=1).fingerprint}) == 4
+    assert make().length == 9
+    assert [make().epoch_of(p) for p in (0, 8, 9, 27)] == [0, 0, 1, 3]
+
+
+@pytest.mark.parametrize("n, world, size, workers", [
+    (10, 1, 4, 0), (10, 3, 4, 0), (11, 4, 2, 1), (3, 4, 8, 0), (1, 2, 5, 0), (9, 2, 256, 2)])
+def test_an_evaluation_counts_each_image_once_with_as_many_batches_on_each_rank(n, world, size,
+                                                                                workers):
+    ranks = [list(evaluation_batches(Numbers(n), transform, batch_size=size, workers=workers,
+                                     rank=rank, world=world)) for rank in range(world)]
+    assert len({len(batches) for batches in ranks}) == 1
+    seen = []
+    for batch in itertools.chain(*ranks):
+        rows = len(batch["mask"])
+        assert all(len(batch[name]) == rows for name in ("image", "label", "key", "position"))
+        assert batch["mask"].dtype == torch.bool
+        seen += batch["label"][batch["mask"]].tolist()
+        assert [p >= 0 for p in batch["position"]] == batch["mask"].tolist()
+    assert seen == list(range(n))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_evaluation_never_replaces_a_bad_image(workers):
+    with pytest.raises(ValueError, match="k3: unreadable.* counts every image"):
+        list(evaluation_batches(Numbers(6, bad=(3,)), transform, batch_size=4, workers=workers))
+
+
+def test_collate_stacks_pads_and_lists():
+    batch = collate([{"x": torch.zeros(2), "n": 1, "tags": [], "s": "a"},
+                     {"x": torch.ones(2), "n": 2, "tags": [5, 6], "s": "b"}])
+    assert batch["x"].tolist() == [[0, 0], [1, 1]]
+    assert batch["n"].dtype == torch.int64 and batch["n"].tolist() == [1, 2]
+    assert batch["tags"].tolist() == [[-1, -1], [5, 6]] and batch["s"] == ["a", "b"]
+    assert collate([{"tags": []}, {"tags": []}])["tags"].tolist() == [[-1], [-1]]
+    images = torch.arange(2 * 3 * 4 * 5, dtype=torch.uint8).reshape(2, 3, 4, 5)
+    assert torch.equal(collate([{"image": image} for image in images])["image"], images)
+
+
+@pytest.mark.parametrize("rows, message", [
+    ([{"a": 1}, {"b": 1}], "fields"), ([{"a": 0.5}], "float"), ([{"a": ["x"]}], "list"),
+    ([{"a": torch.zeros(2)}, {"a": torch.zeros(3)}], r"\(2,\).*\(3,\)")])
+def test_collate_refuses_what_is_no_batch(rows, message):
+    with pytest.raises(ValueError, match=message):
+        collate(rows)
+
+
+def test_the_loader_leaves_the_global_generators_alone():
+    torch.manual_seed(0)
+    np.random.seed(0)
+    before = torch.get_rng_state()
+    taken(Stream(Numbers(8), transform, batch_size=4, seed=0, workers=1), 2)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_a_signal_to_the_group_asks_the_main_process_and_leaves_the_workers_alive():
+    script = textwrap.dedent("""
+        import os, signal, sys
+        sys.path[:0] = ["tests", "."]
+        from test_loader import Numbers, transform
+        from prepretrain.loader import Stream
+        asked = []
+        signal.signal(signal.SIGUSR2, lambda *_: asked.append(1))
+        signal.signal(signal.SIGTERM, lambda *_: asked.append(2))
+        os.setpgrp()
+        batches = Stream(Numbers(8), transform, batch_size=4, seed=0, workers=2).batches()
+        next(batches)
+        os.killpg(0, signal.SIGUSR2)
+        for _ in range(20):
+            next(batches)
+        assert asked == [1], asked
+        print("served")
+    """)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True,
+                          timeout=60)
+    assert done.returncode == 0 and done.stdout.strip() == "served", done.stderr
