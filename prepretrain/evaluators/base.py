@@ -1,0 +1,66 @@
+"""What an evaluator is, and the few pieces that several protocols share."""
+
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from prepretrain.card import load_card
+from prepretrain.features import extract
+
+
+class Evaluator:
+    """A protocol: its constructor takes the options, `run` measures a model.
+
+    `headline` is the metric that tables quote. A subclass's constructor is keyword-only, typed and
+    checked; its signature is the option list, and its docstring documents each option.
+    """
+
+    headline: str
+
+    def __init__(self, *, data: str):
+        self.data = data
+        self.card = load_card(data)
+
+    def run(self, model: nn.Module, folder: Path) -> dict[str, float]:
+        """Named numbers, the same on every rank; called on every rank. `folder` is the run's."""
+        raise NotImplementedError
+
+    @classmethod
+    def quoted(cls, results: dict[str, float]) -> str:
+        """The key of these results that a table quotes: the headline, unless an option moved it."""
+        return cls.headline
+
+
+def require(fits: bool, option: str, value: Any, rule: str) -> None:
+    """Raises ValueError naming the option, the value and the rule, unless it fits."""
+    if not fits:
+        raise ValueError(f"{option}: {value!r} does not fit; it {rule}.")
+
+
+def labelled_features(card: Any, split: str, model: nn.Module, *, pool: str, feature_batch: int,
+                      workers: int) -> tuple[Tensor, Tensor]:
+    """Features and labels of a card's split, with errors that name both."""
+    return extract(model, card.open(split), pool=pool, batch_size=feature_batch, workers=workers,
+                   name=f"{card.name}:{split}")
+
+
+def class_count(card: Any, *labels: Tensor) -> int:
+    """The number of classes: the card's, else one more than the largest label; labels must be in it."""
+    low = min(int(part.min()) for part in labels)
+    high = max(int(part.max()) for part in labels)
+    count = len(card.classes) if card.classes else high + 1
+    if low < 0 or high >= count:
+        raise ValueError(f"{card.name}: labels run from {low} to {high}, and there are {count} classes "
+                         f"(0 to {count - 1}). Mend the labels, or the card's list of classes.")
+    if count < 2:
+        raise ValueError(f"{card.name}: has a single class, so there is nothing to tell apart.")
+    return count
+
+
+def accuracy(scores: Tensor, labels: Tensor) -> dict[str, float]:
+    """Top-1 in percent, and top-5 where there are more than five classes. `scores` is [n, classes]."""
+    ranks = (1, 5) if scores.shape[1] > 5 else (1,)
+    best = scores.topk(ranks[-1], dim=1).indices
+    hit = best == labels[:, None]
+    return {f"top{k}": 100.0 * hit[:, :k].any(dim=1).sum().item() / len(labels) for k in ranks}

@@ -1,0 +1,93 @@
+"""Pooled features of a split: frozen encoder, no augmentation, each image exactly once."""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from prepretrain import distributed
+from prepretrain.loader import evaluation_batches
+from prepretrain.transforms import BadImage, decode, resize_center_crop
+
+
+def extract(model: nn.Module, source: Any, *, pool: str = "class", batch_size: int = 256,
+            workers: int = 0, image_size: int | None = None,
+            name: str = "the source") -> tuple[Tensor, Tensor]:
+    """Features float32 [n, D] and labels int64 [n] in the source's order, the same on every rank.
+
+    `batch_size` is per rank; `image_size` defaults to the encoder's own; `name` is what errors call
+    the source.
+    """
+    if "label" not in source.fields:
+        raise ValueError(f"{name}: has no labels (its fields: {', '.join(source.fields)}). "
+                         "This evaluation needs a card whose source gives them.")
+    centre = _Centre(image_size or model.encoder.image_size)
+    device = next(model.parameters()).device
+    rows = _Rows(len(source), name)
+    with frozen(model):
+        for batch in evaluation_batches(source, centre, batch_size=batch_size, workers=workers):
+            features = model.features(batch["image"].to(device), pool=pool).float().cpu()
+            real = batch["mask"]
+            mine = torch.tensor(batch["position"])[real], features[real], batch["label"][real]
+            for part in distributed.all_gather_object(mine):
+                rows.put(*part)
+    return rows.finish()
+
+
+@contextlib.contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients; afterwards each module trains again that did before."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        # Not inference_mode: what FSDP gathers in it are inference tensors, and the training step
+        # after an evaluation then fails with "Inplace update to inference tensor".
+        with torch.no_grad():
+            yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+class _Centre:
+    """The transform of an evaluation: decode and take the centre; a class, so that workers can pickle it."""
+
+    def __init__(self, size: int):
+        self.size = size
+
+    def __call__(self, sample: dict) -> dict:
+        if sample.get("label") is None:
+            raise BadImage("no label")
+        image = resize_center_crop(decode(sample["image"]), self.size)
+        return {"image": image, "label": int(sample["label"])}
+
+
+class _Rows:
+    """Features put at their images' positions, with a count of how often each came."""
+
+    def __init__(self, count: int, name: str):
+        self.name, self.seen = name, torch.zeros(count, dtype=torch.int64)
+        self.features: Tensor | None = None
+        self.labels = torch.zeros(count, dtype=torch.int64)
+
+    def put(self, position: Tensor, features: Tensor, labels: Tensor) -> None:
+        """Stores the rows of one rank's batch."""
+        if self.features is None:
+            self.features = features.new_zeros(len(self.seen), features.shape[1])
+        self.features[position] = features
+        self.labels[position] = labels
+        self.seen.index_add_(0, position, torch.ones_like(position))
+
+    def finish(self) -> tuple[Tensor, Tensor]:
+        """All rows, after checking that each image was seen once and that every feature is finite."""
+        wrong = (self.seen != 1).sum().item()
+        if wrong or self.features is None:
+            raise RuntimeError(f"{self.name}: of {len(self.seen)} images {wrong} were not evaluated "
+                               "exactly once; a result would be wrong.")
+        bad = (~self.features.isfinite().all(dim=1)).sum().item()
+        if bad:
+            raise RuntimeError(f"{self.name}: the features of {bad} of {len(self.seen)} images are not "
+                               "finite. Were the model's weights loaded, and did its training stay finite?")
+        return self.features, self.labels
