@@ -1,0 +1,171 @@
+"""Pictures and tables of runs, read from the runs' folders and from nothing else."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter
+from torch import Tensor
+from torch.utils.data import Subset
+
+from prepretrain import plugin
+from prepretrain.card import open_source
+from prepretrain.loader import evaluation_batches
+from prepretrain.run import load_objective
+
+# Okabe and Ito's colours, told apart with any kind of colour vision; past eight the dashes differ.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
+DASHES = ("-", "--", "-.", ":")
+INK, GRID = "#333333", "#e4e4e4"
+
+
+def metrics(run: str | Path) -> list[dict]:
+    """The rows of a run's metrics.jsonl."""
+    path = Path(run) / "metrics.jsonl"
+    if not path.exists():
+        raise ValueError(f"{run}: there is no metrics.jsonl. Is it a run's folder, and has the run logged a step?")
+    rows = []
+    for number, line in enumerate(path.read_text().splitlines(), 1):
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}:{number}: not a line of JSON ({error}).") from error
+    return rows
+
+
+def results(run: str | Path) -> dict:
+    """A run's results.json."""
+    path = Path(run) / "results.json"
+    if not path.exists():
+        raise ValueError(f"{run}: there is no results.json. Has the run been evaluated?")
+    return json.loads(path.read_text())
+
+
+def curves(runs: Sequence[str | Path], path: str | Path, keys: Sequence[str] = ("loss",)) -> None:
+    """Draws one panel a key, one line a run, over images seen; the smooth line over its own values."""
+    if not runs:
+        raise ValueError("report: no runs to draw. Name at least one run's folder.")
+    figure = _figure(6.4 * len(keys), 4.2)
+    read = [(Path(run).resolve().name, metrics(run)) for run in runs]
+    for axes, key in zip(_row(figure, len(keys)), keys):
+        for number, (name, rows) in enumerate(read):
+            _curve(axes, number, name, [(r["images"], r[key]) for r in rows if key in r], key)
+        axes.set(xlabel="images seen", ylabel=key)
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+        axes.legend(frameon=False, labelcolor=INK)
+    _save(figure, path)
+
+
+def _curve(axes: Axes, number: int, name: str, points: list[tuple[float, float]], key: str) -> None:
+    if not points:
+        raise ValueError(f"{name}: no line of metrics.jsonl holds '{key}'. Choose a key that the run logged.")
+    images, values = np.array(points, dtype=float).T
+    colour, dash = COLOURS[number % len(COLOURS)], DASHES[number // len(COLOURS) % len(DASHES)]
+    axes.plot(images, values, color=colour, alpha=0.25, linewidth=0.8)
+    axes.plot(images, smooth(values), dash, color=colour, linewidth=1.8, label=name)
+
+
+def smooth(values: np.ndarray, share: float = 0.03) -> np.ndarray:
+    """A moving average over `share` of the points; of their logarithms, where all are positive.
+
+    In logarithms, because a plain average bends a loss upwards where it falls fast.
+    """
+    half = max(1, round(len(values) * share / 2)) if len(values) > 2 else 0
+    safe = bool((values > 0).all())
+    sums = np.concatenate([[0.0], np.cumsum(np.log(values) if safe else values)])
+    middle = np.arange(len(values))
+    left = np.minimum(half, middle)
+    right = np.minimum(left, len(values) - 1 - middle)  # symmetric at the start, where a loss is steep
+    means = (sums[middle + right + 1] - sums[middle - left]) / (left + right + 1)
+    return np.exp(means) if safe else means
+
+
+def rows(runs: Sequence[str | Path]) -> list[dict[str, str]]:
+    """One row a run: the headline metric of each evaluation, then images seen, parameters and FLOPs."""
+    found = []
+    for run in runs:
+        row = {"run": Path(run).resolve().name}
+        for name, value in results(run).items():
+            if isinstance(value, dict):
+                key = plugin.find("evaluators", name.split("/")[0]).quoted(value)
+                row[f"{name} {key}"] = f"{value[key]:.2f}"
+            else:
+                row[name] = f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
+        found.append(row)
+    return found
+
+
+def table(rows: Sequence[dict[str, str]]) -> str:
+    """A Markdown table; its columns in the order in which the rows name them, a dash where one has none."""
+    if not rows:
+        raise ValueError("report: no rows for a table. Name at least one run's folder.")
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    cells = [columns] + [[str(row.get(key, "–")) for key in columns] for row in rows]
+    width = [max(len(line[i]) for line in cells) for i in range(len(columns))]
+    # names to the left, numbers to the right
+    lines = ["| " + " | ".join(c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(zip(line, width))) + " |"
+             for line in cells]
+    rule = "|" + "|".join("-" * (w + 1) + (":" if i else "-") for i, w in enumerate(width)) + "|"
+    return "\n".join([lines[0], rule, *lines[1:]])
+
+
+def reconstruct(run: str | Path, data: str, images: int, path: str | Path) -> None:
+    """Draws `images` images of a card, spread evenly over it, as a run's objective sees and rebuilds them."""
+    objective = load_objective(run)
+    source = open_source(data)
+    if not 1 <= images <= len(source):
+        raise ValueError(f"--images: {images} does not fit; '{data}' has {len(source)} images.")
+    some = Subset(source, [i * len(source) // images for i in range(images)])
+    batch = next(iter(evaluation_batches(some, objective.transform(False), batch_size=images)))
+    versions = objective.reconstruct(batch)
+    reconstructions(versions["original"], versions["masked"], versions["reconstructed"], path)
+
+
+def reconstructions(images: Tensor, masked: Tensor, reconstructed: Tensor, path: str | Path) -> None:
+    """Draws a grid: a row an image, its three versions side by side. All uint8 [N, 3, H, W]."""
+    versions = {"original": images, "masked": masked, "reconstructed": reconstructed}
+    for name, version in versions.items():
+        if version.dtype.is_floating_point or version.shape != images.shape or images.shape[1] != 3:
+            raise ValueError(f"report: '{name}' must be uint8 of shape [N, 3, H, W] like the originals, "
+                             f"and is {version.dtype} of shape {list(version.shape)}.")
+    sets = 1 if len(images) < 4 else 2  # triples beside each other, so that many images stay on a page
+    deep = -(-len(images) // sets)
+    figure = _figure(1.6 * (3 * sets + 0.15 * (sets - 1)), 1.6 * deep + 0.3)
+    outer = figure.add_gridspec(1, sets, wspace=0.06, left=0.01, right=0.99, bottom=0.01,
+                                top=1 - 0.3 / (1.6 * deep + 0.3))
+    for i in range(len(images)):
+        inner = outer[i // deep].subgridspec(deep, 3, wspace=0.03, hspace=0.03)
+        for column, (name, version) in enumerate(versions.items()):
+            axes = figure.add_subplot(inner[i % deep, column])
+            axes.imshow(version[i].permute(1, 2, 0).numpy(), interpolation="nearest")
+            axes.set_axis_off()
+            if i % deep == 0:
+                axes.set_title(name, fontsize=10, color=INK, pad=4)
+    _save(figure, path)
+
+
+def _figure(width: float, height: float) -> Figure:
+    figure = Figure(figsize=(width, height), dpi=150, facecolor="white")
+    FigureCanvasAgg(figure)  # no display and no global state
+    return figure
+
+
+def _row(figure: Figure, count: int) -> list[Axes]:
+    figure.set_layout_engine("constrained")
+    panels = list(figure.subplots(1, count, squeeze=False)[0])
+    for axes in panels:
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.spines[["left", "bottom"]].set_color(INK)
+        axes.tick_params(colors=INK)
+        axes.grid(color=GRID, linewidth=0.8)
+        axes.set_axisbelow(True)
+    return panels
+
+
+def _save(figure: Figure, path: str | Path) -> None:
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)

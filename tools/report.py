@@ -1,0 +1,33 @@
+"""Curves, tables and reconstructions of runs, as files to look at."""
+
+import argparse
+
+from prepretrain import report
+
+
+def main() -> None:
+    """Reads the command line and calls the report it names."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    curves = commands.add_parser("curves", help="loss over images seen, one line a run, as a PNG")
+    curves.add_argument("runs", nargs="+", metavar="RUN")
+    curves.add_argument("--keys", nargs="+", default=["loss"], help="what to draw of metrics.jsonl")
+    curves.add_argument("--out", required=True, metavar="PNG")
+    table = commands.add_parser("table", help="the headline metric of each evaluation, in Markdown")
+    table.add_argument("runs", nargs="+", metavar="RUN")
+    pictures = commands.add_parser("reconstructions", help="original, masked, reconstructed, as a PNG")
+    pictures.add_argument("run", metavar="RUN")
+    pictures.add_argument("--data", required=True, metavar="CARD", help='a card, or a split: "demo:val"')
+    pictures.add_argument("--images", type=int, default=8)
+    pictures.add_argument("--out", required=True, metavar="PNG")
+    asked = parser.parse_args()
+    if asked.command == "curves":
+        report.curves(asked.runs, asked.out, asked.keys)
+    elif asked.command == "table":
+        print(report.table(report.rows(asked.runs)))
+    else:
+        report.reconstruct(asked.run, asked.data, asked.images, asked.out)
+
+
+if __name__ == "__main__":
+    main()
