@@ -14,6 +14,10 @@ _TEXTS = ("description", "licence")
 _PATTERN = "*?[{"
 
 
+class MissingData(ValueError):
+    """The data that a card describes are not on this machine."""
+
+
 @dataclass(frozen=True)
 class Card:
     """A dataset by name; nothing is read from its data until `open`."""
@@ -59,7 +63,7 @@ class Card:
         while any(sign in solid.name for sign in _PATTERN):
             solid = solid.parent
         if "://" not in path and not solid.exists():
-            raise ValueError(
+            raise MissingData(
                 f"{self.path}: {split}: there is nothing at {located}. Put the data of card "
                 f"'{self.name}' there, or set PREPRETRAIN_DATA, the folder that relative paths "
                 f"start from (now '{data_folder()}').")

@@ -45,26 +45,13 @@ class Metrics:
         self.file = self.board = None
         if not distributed.is_main():
             return
-        self.path = folder / "metrics.jsonl"
-        self.seconds = self._rewind(step)
-        self.file = self.path.open("a")
+        rows = _rewind(folder / "metrics.jsonl", step)
+        self.seconds = rows[-1].get("seconds", 0.0) if rows else 0.0
+        self.file = (folder / "metrics.jsonl").open("a")
+        self.replaced = folder / "quarantine.jsonl"
+        _rewind(self.replaced, step)
         from torch.utils.tensorboard import SummaryWriter  # slow to import; only the writing rank pays
         self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
-
-    def _rewind(self, step: int) -> float:
-        kept = []
-        if self.path.exists():
-            for line in self.path.read_text().splitlines():
-                try:
-                    row = json.loads(line)
-                except json.JSONDecodeError:  # the last line of a process that was killed while writing it
-                    continue
-                if row["step"] <= step:
-                    kept.append(row)
-        new = self.path.with_suffix(".tmp")
-        new.write_text("".join(json.dumps(row) + "\n" for row in kept))
-        os.replace(new, self.path)
-        return kept[-1]["seconds"] if kept else 0.0
 
     def write(self, row: dict) -> None:
         """Appends one row, which holds at least "step"."""
@@ -76,11 +63,38 @@ class Metrics:
             if key != "step" and isinstance(value, (int, float)):
                 self.board.add_scalar(key, value, row["step"])
 
+    def quarantine(self, step: int, replaced: list[dict]) -> None:
+        """Appends the images that were replaced in a step to quarantine.jsonl, with cause and key."""
+        if self.file is None or not replaced:
+            return
+        with self.replaced.open("a") as file:
+            for one in replaced:
+                file.write(json.dumps({"step": step, **one}) + "\n")
+                logger.warning("image %s was replaced: %s", one["key"], one["cause"])
+
     def close(self) -> None:
         """Closes both files."""
         if self.file is not None:
             self.file.close()
             self.board.close()
+
+
+def _rewind(path: Path, step: int) -> list[dict]:
+    """Removes the rows after a step, and the torn last line of a killed process; returns the rows that stay."""
+    if not path.exists():
+        return []
+    kept = []
+    for line in path.read_text().splitlines():
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if row["step"] <= step:
+            kept.append(row)
+    new = path.with_suffix(".tmp")
+    new.write_text("".join(json.dumps(row) + "\n" for row in kept))
+    os.replace(new, path)
+    return kept
 
 
 class Progress:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from prepretrain import checkpoint, weights
+from prepretrain import checkpoint, plugin, weights
 from prepretrain.encoders import base as encoders
 from prepretrain.weights import Weights
 
@@ -23,12 +24,12 @@ class Model(nn.Module):
 
     container = True  # its children are sharded, not it (see shard.find_roots)
 
-    def __init__(self, *, encoder: str, mean: tuple[float, float, float] = IMAGENET_MEAN,
-                 std: tuple[float, float, float] = IMAGENET_STD, **options: Any):
+    def __init__(self, *, encoder: str, mean: Sequence[float] = IMAGENET_MEAN,
+                 std: Sequence[float] = IMAGENET_STD, **options: Any):
         """encoder: a size's name, as in `vit_l16`; options: those of its family (image_size, drop_path, …)."""
         super().__init__()
+        self.mean, self.std = _colour(mean, "mean"), _colour(std, "std")
         self.options = {"encoder": encoder, "mean": list(mean), "std": list(std), **options}
-        self.mean, self.std = tuple(mean), tuple(std)
         self.encoder = encoders.build(encoder, **options)
 
     def normalise(self, image: Tensor) -> Tensor:
@@ -54,6 +55,10 @@ class Model(nn.Module):
     def save(self, folder: Path, source: str) -> Path:
         """Writes `model.safetensors`, `model.json` and, for timm, `config.json`; returns the weights' path."""
         return write(self, {k: v.detach().cpu() for k, v in self.state_dict().items()}, folder, source)
+
+
+def _colour(values: Any, name: str) -> tuple[float, float, float]:
+    return plugin.coerce(values, tuple[float, float, float], f"model.{name}")
 
 
 def write(model: Model, state: dict[str, Tensor], folder: Path, source: str) -> Path:
@@ -130,16 +135,5 @@ def load(source: str, **changes: Any) -> Model:
     with torch.device("meta"):
         model = Model(**options)
     model.to_empty(device="cpu")
-    fill(model, found)
+    weights.fill(model, found)
     return model.eval()
-
-
-def fill(model: Model, found: Weights) -> None:
-    """Puts weights into a model, sharded or not; a part that was asked for by name may leave keys over."""
-    if not found.whole:
-        targets = model.state_dict()
-        known = {k: s for k, s in found.shapes.items() if k in targets}
-        extra = sorted(set(found.shapes) - set(known))
-        weights.fill(model, found, unused=extra)
-    else:
-        weights.fill(model, found)

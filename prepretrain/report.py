@@ -53,11 +53,17 @@ def curves(runs: Sequence[str | Path], path: str | Path, keys: Sequence[str] = (
     read = [(Path(run).resolve().name, metrics(run)) for run in runs]
     for axes, key in zip(_row(figure, len(keys)), keys):
         for number, (name, rows) in enumerate(read):
-            _curve(axes, number, name, [(r["images"], r[key]) for r in rows if key in r], key)
+            _curve(axes, number, name, _points(rows, key), key)
         axes.set(xlabel="images seen", ylabel=key)
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
         axes.legend(frameon=False, labelcolor=INK)
     _save(figure, path)
+
+
+def _points(rows: list[dict], key: str) -> list[tuple[float, float]]:
+    """(images, value) of the rows that hold a key; an evaluation's rows name their step only."""
+    batch = next((r["images"] / r["step"] for r in rows if "images" in r), 0.0)
+    return [(r["step"] * batch, r[key]) for r in rows if key in r]
 
 
 def _curve(axes: Axes, number: int, name: str, points: list[tuple[float, float]], key: str) -> None:

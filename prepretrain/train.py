@@ -41,12 +41,11 @@ class Evaluation:
 
 def fit(objective: nn.Module, data: Stream, optimizer: torch.optim.Optimizer, schedule: Schedule, *, folder: Path,
         seed: int, options: dict[str, Any], clip: float | None = None, log_every: int = 10, save_every: int = 0,
-        keep: int = 2, max_bad: float = 0.01, evals: Sequence[Evaluation] = ()) -> None:
+        keep: int = 2, evals: Sequence[Evaluation] = ()) -> None:
     """Trains to `schedule.steps` optimizer steps, from the run's own newest checkpoint if it has one.
 
     options: what made the model, kept in checkpoints so that they describe themselves. clip: largest gradient
-    norm. save_every: steps between checkpoints, one is always saved at the end. max_bad: share of substituted
-    images past which the run stops.
+    norm. save_every: steps between checkpoints, one is always saved at the end.
     Raises FloatingPointError, on every process and before the weights change, for a loss or gradient that is not
     finite; ValueError for too many bad images or data that are not the run's; Stopped after a signal.
     """
@@ -73,8 +72,9 @@ def fit(objective: nn.Module, data: Stream, optimizer: torch.optim.Optimizer, sc
             optimizer.zero_grad()
             step += 1
             meter.step()
-            bad.update(vote.bad)
-            _check_bad(bad, step * data.batch_size, max_bad)
+            bad.update(one["cause"] for one in vote.bad)
+            metrics.quarantine(step, vote.bad)
+            _check_bad(bad, step * data.batch_size, data.max_bad)
             progress.advance()
             if clock.due(step, log_every, schedule.steps):
                 row = {"step": step, "images": step * data.batch_size, "seconds": round(before + meter.total(), 3),
@@ -122,17 +122,15 @@ def _seed(seed: int, step: int) -> None:
     random.seed(value)
 
 
-def _gradients(objective: nn.Module, stream: Any, accumulate: int, meter: "_Meter") -> tuple[dict[str, Tensor], Counter]:
-    """Adds up the gradients of one step's micro batches; their mean figures, and the causes of bad images."""
+def _gradients(objective: nn.Module, stream: Any, accumulate: int, meter: "_Meter") -> tuple[dict[str, Tensor], list]:
+    """Adds up the gradients of one step's micro batches; their mean figures, and the images replaced in them."""
     total: dict[str, Tensor] = {}
-    bad: Counter = Counter()
+    bad: list[dict] = []
     roots = [m for m in objective.modules() if hasattr(m, "set_requires_gradient_sync")]
     for part in range(accumulate):
         with meter.waiting():
             batch = next(stream)
-        for one in batch.pop("bad"):
-            bad[one["cause"]] += 1
-            _quarantine(one)
+        bad += batch.pop("bad")
         for root in roots:  # only the last part's backward sends gradients
             root.set_requires_gradient_sync(part == accumulate - 1, recurse=False)
         figures = objective(to_device(batch))
@@ -148,10 +146,6 @@ def to_device(batch: dict[str, Any]) -> dict[str, Any]:
     return {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in batch.items()}
 
 
-def _quarantine(one: dict[str, Any]) -> None:
-    logger.warning("image %s replaced: %s", one["key"], one["cause"])
-
-
 def _norm(parameters: list[nn.Parameter], clip: float | None) -> Tensor:
     """The gradients' norm over all processes; clips them if asked to."""
     limit = math.inf if clip is None else clip
@@ -164,23 +158,20 @@ def _norm(parameters: list[nn.Parameter], clip: float | None) -> Tensor:
 class _Vote:
     finite: bool
     stop: bool
-    bad: Counter
+    bad: list[dict]
     figures: dict[str, float]
     norm: float
 
 
-def _vote(figures: dict[str, Tensor], norm: Tensor, bad: Counter, stop: bool) -> _Vote:
+def _vote(figures: dict[str, Tensor], norm: Tensor, bad: list, stop: bool) -> _Vote:
     """One small exchange a step, in which all processes agree to go on, and share their figures' means."""
     values = [float(v) for v in figures.values()] + [float(norm)]
     finite = all(math.isfinite(v) for v in values)
     sums = distributed.all_sum(torch.tensor([0.0 if finite else 1.0, float(stop), float(bool(bad)), *values],
                                             dtype=torch.float64)).tolist()
-    causes: Counter = Counter()
-    if sums[2]:
-        for part in distributed.all_gather_object(bad):
-            causes.update(part)
+    replaced = [one for part in distributed.all_gather_object(bad) for one in part] if sums[2] else []
     means = [v / distributed.world() for v in sums[3:]]
-    return _Vote(sums[0] == 0, sums[1] > 0, causes, dict(zip(figures, means)), means[-1])
+    return _Vote(sums[0] == 0, sums[1] > 0, replaced, dict(zip(figures, means)), means[-1])
 
 
 def _not_finite(folder: Path, step: int, figures: dict[str, Tensor], norm: Tensor) -> str:

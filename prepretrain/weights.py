@@ -1,9 +1,8 @@
 """Reads weights one tensor at a time and puts them into a module, accounting for every key."""
 
-import fnmatch
 import json
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -83,43 +82,43 @@ def _open_torch(path: Path) -> tuple[dict, Callable[[str], Tensor]]:
 
 
 @torch.no_grad()
-def fill(module: nn.Module, weights: Weights, *, missing: Iterable[str] = (), unused: Iterable[str] = ()) -> None:
-    """Copies weights into every parameter and buffer of a module, sharded or not.
-
-    missing, unused: patterns of keys that may stay unfilled, or be left over. Everything else that does
-    not fit raises one ValueError that lists all of it.
-    """
+def fill(module: nn.Module, weights: Weights) -> None:
+    """Copies weights into every parameter and buffer of a module, sharded or not; raises as `check` does."""
+    check(module, weights)
     targets = module.state_dict(keep_vars=True)
-    problems = [f"missing {k}" for k in targets if k not in weights.shapes and not _covered(k, missing)]
-    problems += [f"unused {k} {tuple(s)}" for k, s in weights.shapes.items()
-                 if k not in targets and not _covered(k, unused)]
-    for name in [k for k in targets if k in weights.shapes]:
-        owner, leaf = _owner(module, name)
-        tensor = weights.read(name)
-        tensor = owner.adapt(leaf, tensor) if owner is not None else tensor
-        if tensor.shape != targets[name].shape:
-            problems.append(f"{name} is {tuple(tensor.shape)} and must be {tuple(targets[name].shape)}")
-        elif not problems:
-            put(targets[name], tensor)
-    if problems:
-        shown = "\n  ".join(problems[:40]) + (f"\n  … and {len(problems) - 40} more" if len(problems) > 40 else "")
-        raise ValueError(f"{weights.source}: does not fit ({len(problems)} keys):\n  {shown}\n"
-                         f"Is it the right model.encoder and model.image_size? To take the encoder of a larger "
-                         f"file alone, write {weights.source.split(':')[0]}:encoder.")
+    for name, target in targets.items():
+        put(target, _adapted(module, name, weights.read(name)))
     left = [k for k in weights.shapes if k not in targets]
     if left:
-        logger.info("%s: %d keys not used, as allowed: %s", weights.source, len(left), ", ".join(left[:8]))
+        logger.info("%s: %d keys not used, as asked: %s", weights.source, len(left), ", ".join(left[:8]))
 
 
-def _covered(key: str, patterns: Iterable[str]) -> bool:
-    return any(fnmatch.fnmatchcase(key, p) for p in patterns)
+def check(module: nn.Module, weights: Weights) -> None:
+    """Raises one ValueError that lists every key that is missing, left over or of another shape.
+
+    Nothing is read but names and shapes. Keys may be left over only where a part was asked for.
+    """
+    targets = module.state_dict(keep_vars=True)
+    problems = [f"missing {k}" for k in targets if k not in weights.shapes]
+    if weights.whole:
+        problems += [f"left over {k} {tuple(s)}" for k, s in weights.shapes.items() if k not in targets]
+    for name in [k for k in targets if k in weights.shapes]:
+        shape = tuple(_adapted(module, name, torch.empty(weights.shapes[name], device="meta")).shape)
+        if shape != tuple(targets[name].shape):
+            problems.append(f"{name} is {shape} and must be {tuple(targets[name].shape)}")
+    if problems:
+        more = f"\n  … and {len(problems) - 20} more" if len(problems) > 20 else ""
+        raise ValueError(
+            f"{weights.source}: does not fit, {len(problems)} keys:\n  " + "\n  ".join(problems[:20]) + more
+            + "\nIs it the right model.encoder? To take the encoder of a larger file alone, write "
+            f"{weights.source.split(':')[0]}:encoder.")
 
 
-def _owner(module: nn.Module, name: str) -> tuple[nn.Module | None, str]:
-    """The outermost submodule that adapts its own tensors, and the name within it."""
+def _adapted(module: nn.Module, name: str, tensor: Tensor) -> Tensor:
+    """The tensor as the outermost submodule with an `adapt` wants it (positions for another image size)."""
     parts = name.split(".")
     for i in range(len(parts)):
         inner = module.get_submodule(".".join(parts[:i]))
         if hasattr(inner, "adapt"):
-            return inner, ".".join(parts[i:])
-    return None, name
+            return inner.adapt(".".join(parts[i:]), tensor)
+    return tensor

@@ -1,9 +1,9 @@
 """What every objective offers: it turns batches into a loss, and owns the transform that makes them."""
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from prepretrain.model import Model
@@ -30,6 +30,10 @@ class Objective(nn.Module):
         """A batch to {"loss": scalar, …}; all but the loss is only logged."""
         raise NotImplementedError
 
+    def example(self, images: int) -> dict[str, Tensor]:
+        """A batch of the shapes that `forward` takes, on the meta device, to count its FLOPs without data."""
+        raise NotImplementedError
+
     def check(self, card: Any, source: Any) -> None:
         """Raises ValueError if the data cannot serve this objective, before any time is spent."""
         lacking = [f for f in self.fields if f not in source.fields]
@@ -42,7 +46,6 @@ class Objective(nn.Module):
         raise ValueError(f"objective '{type(self).__name__}' predicts no pixels: there is nothing to draw.")
 
 
-def data_path(path: str) -> Path:
-    """A file that belongs to the data: absolute, or under the data folder as the cards' paths are."""
-    from prepretrain.card import data_folder
-    return data_folder() / path
+def blank_images(count: int, size: int) -> Tensor:
+    """uint8 [count, 3, size, size] without storage."""
+    return torch.empty(count, 3, size, size, dtype=torch.uint8, device="meta")

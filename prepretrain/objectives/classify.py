@@ -12,7 +12,7 @@ from torch import Tensor
 from prepretrain.encoders.base import pool as pool_tokens
 from prepretrain.heads import HEADS
 from prepretrain.model import Model
-from prepretrain.objectives.base import Objective
+from prepretrain.objectives.base import Objective, blank_images
 from prepretrain.transforms import decode, flip, random_resized_crop, resize_center_crop
 
 
@@ -46,6 +46,11 @@ class Classify(Objective):
     def transform(self, train: bool) -> Callable[[dict[str, Any]], dict[str, Any]]:
         """A random resized crop and flip, or the centre crop of validation, and the label."""
         return Transform(self.model.encoder.image_size, self.classes, self.crop_scale if train else None)
+
+    def example(self, images: int) -> dict[str, Tensor]:
+        """See Objective.example."""
+        return {"image": blank_images(images, self.model.encoder.image_size),
+                "label": torch.empty(images, dtype=torch.int64, device="meta")}
 
     def forward(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         """{"image": uint8 [B, 3, H, W], "label": int64 [B]} to the loss, and in evaluation the accuracy."""

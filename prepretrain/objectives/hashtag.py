@@ -6,11 +6,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from prepretrain.card import data_folder
 from prepretrain.encoders.base import pool as pool_tokens
 from prepretrain.hashtags import Vocabulary
 from prepretrain.heads import HEADS
 from prepretrain.model import Model
-from prepretrain.objectives.base import Objective, data_path
+from prepretrain.objectives.base import Objective, blank_images
 from prepretrain.transforms import BadImage, decode, flip, random_resized_crop, resize_center_crop
 
 
@@ -28,7 +29,7 @@ class Hashtag(Objective):
         """vocabulary: the file that datasets/hashtags.py wrote, under the data folder.
         tags: how many it must hold, which is then known before it is opened; None takes what it holds."""
         super().__init__(model)
-        self.path, self.pool, self.crop_scale = data_path(vocabulary), pool, crop_scale
+        self.path, self.pool, self.crop_scale = data_folder() / vocabulary, pool, crop_scale
         self._vocabulary: Vocabulary | None = None
         self.tags = len(self.vocabulary.tags) if tags is None else tags
         self.head = HEADS[head](model.encoder.width, self.tags)
@@ -51,6 +52,11 @@ class Hashtag(Objective):
     def transform(self, train: bool) -> Callable[[dict[str, Any]], dict[str, Any]]:
         """A random resized crop and flip (a centre crop for validation), and the ids of the known tags."""
         return Transform(self.model.encoder.image_size, self.vocabulary, self.crop_scale if train else None)
+
+    def example(self, images: int) -> dict[str, Tensor]:
+        """See Objective.example."""
+        return {"image": blank_images(images, self.model.encoder.image_size),
+                "tags": torch.empty(images, 3, dtype=torch.int64, device="meta")}
 
     def forward(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         """{"image": uint8 [B, 3, H, W], "tags": int64 [B, T] padded with -1} to the loss and top-1 accuracy."""

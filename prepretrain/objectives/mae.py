@@ -4,6 +4,7 @@ B images, N patches, K kept and M masked ones, D channels of the encoder, E of t
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from prepretrain.encoders.vit import Block, patchify, sincos, take, unpatchify
 from prepretrain.model import Model
-from prepretrain.objectives.base import Objective
+from prepretrain.objectives.base import Objective, blank_images
 from prepretrain.transforms import decode, flip, random_resized_crop, resize_center_crop
 
 
@@ -41,6 +42,11 @@ class MAE(Objective):
     def transform(self, train: bool) -> Callable[[dict[str, Any]], dict[str, Any]]:
         """A random resized crop and flip (a centre crop for validation), and the noise that orders the patches."""
         return Transform(self.model.encoder.image_size, self.patches, self.crop_scale if train else None)
+
+    def example(self, images: int) -> dict[str, Tensor]:
+        """See Objective.example."""
+        return {"image": blank_images(images, self.model.encoder.image_size),
+                "noise": torch.empty(images, self.patches, device="meta")}
 
     def forward(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         """{"image": uint8 [B, 3, H, W], "noise": float [B, N]} to the mean squared error over masked patches."""
@@ -108,24 +114,27 @@ class Decoder(nn.Module):
             raise ValueError(f"objective.decoder_width: {width} must be a multiple of objective.decoder_heads "
                              f"({heads}) and of 4.")
         self.width, self.grid = width, grid
+        norm = partial(nn.LayerNorm, eps=1e-6)
         self.embed = nn.Linear(width_in, width)
         self.mask_token = nn.Parameter(torch.empty(1, 1, width))
         self.pos_embed = nn.Parameter(torch.empty(1, 1 + grid**2, width), requires_grad=False)
         self.blocks = nn.ModuleList(
-            Block(width, heads, mlp_ratio=4, qkv_bias=True, norm_layer=lambda d: nn.LayerNorm(d, eps=1e-6))
-            for _ in range(depth))
-        self.norm = nn.LayerNorm(width, eps=1e-6)
+            Block(width, heads, mlp_ratio=4, qkv_bias=True, norm_layer=norm) for _ in range(depth))
+        self.norm = norm(width)
         self.pred = nn.Linear(width, patch_size**2 * 3)
 
-    def forward(self, latent: Tensor, keep: Tensor, predict: Tensor) -> Tensor:
-        """[B, 1 + K, D] latent of the patches `keep`, to the pixels [B, M, P P 3] of the patches `predict`."""
+    def forward(self, latent: Tensor, keep: Tensor, masked: Tensor, *, everything: bool = False) -> Tensor:
+        """[B, 1 + K, D] latent of the kept patches to the pixels [B, M, P P 3] of the masked ones.
+
+        everything: to [B, 1 + N, P P 3], of the class token, the kept and the masked patches in that order.
+        """
         first, places = self.pos_embed[:, :1], self.pos_embed[0, 1:]
         seen = self.embed(latent)
         tokens = torch.cat([seen[:, :1] + first, seen[:, 1:] + places[keep],
-                            self.mask_token + places[predict]], 1)
+                            self.mask_token + places[masked]], 1)
         for block in self.blocks:
             tokens = block(tokens)
-        return self.pred(self.norm(tokens[:, -predict.shape[1]:]))
+        return self.pred(self.norm(tokens if everything else tokens[:, -masked.shape[1]:]))
 
     def initialise(self, name: str, tensor: Tensor, generator: torch.Generator) -> bool:
         """The mask token N(0, 0.02), positions fixed sines and cosines (MAE's code)."""

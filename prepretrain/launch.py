@@ -1,0 +1,108 @@
+"""Starts a stage: in this process, in local processes or on SLURM through submitit, or under torchrun's."""
+
+import json
+import logging
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import submitit
+
+from prepretrain import config as configs
+from prepretrain import log, run
+from prepretrain.config import Config, Evaluating
+
+logger = logging.getLogger(__name__)
+
+
+def launch(stage: str, overrides: list[str], *, init: str | None = None, out: str | None = None, nodes: int = 1,
+           procs: int = 1, slurm: str | None = None, hours: float = 72.0, dry_run: bool = False) -> Path:
+    """Checks a stage's config here, then runs it; returns the run's folder.
+
+    slurm: a partition. hours: time limit of a SLURM job. Raises ValueError for what the user can mend, before
+    anything is started.
+    """
+    config = configs.load(stage, overrides, init)
+    folder = _folder(config, stage, out)
+    inherited = "RANK" in os.environ and "WORLD_SIZE" in os.environ
+    world = int(os.environ["WORLD_SIZE"]) if inherited else nodes * procs
+    if nodes < 1 or procs < 1:
+        raise ValueError(f"--nodes {nodes} --procs {procs}: both must be at least 1.")
+    if nodes > 1 and slurm is None and not inherited:
+        raise ValueError(f"--nodes {nodes}: more than one machine needs --slurm PARTITION, or torchrun on each.")
+    if isinstance(config, Evaluating) and config.init is None:
+        raise ValueError("--init: an evaluation needs the model to evaluate: a run's folder or a file.")
+    if dry_run:
+        _show(config, run.dry_run(config, folder, stage, world))
+    elif inherited or (world == 1 and slurm is None):
+        run.start(config, folder)
+    else:
+        log.setup()
+        run.check(config, folder, world)
+        _submit(Task(config, folder), folder, nodes, procs, slurm, hours)
+    return folder
+
+
+def _folder(config: Config, stage: str, out: str | None) -> Path:
+    """--out; or the run that is evaluated; or runs/<stage>."""
+    if out is not None:
+        return Path(out)
+    if isinstance(config, Evaluating) and config.init and Path(config.init.partition(":")[0]).is_dir():
+        return Path(config.init.partition(":")[0])
+    return Path("runs") / stage.removesuffix(".yaml").removeprefix("configs/").lstrip("./")
+
+
+def _show(config: Config, facts: dict[str, Any]) -> None:
+    """The merged config and, as the last line, the facts as one JSON object."""
+    print(configs.text(config))
+    print(json.dumps(facts))
+
+
+class Task:
+    """What submitit runs in each process; SLURM starts the same again after a requeue, and the run resumes."""
+
+    def __init__(self, config: Config, folder: Path):
+        self.config, self.folder = config, folder
+
+    def __call__(self) -> None:
+        """Joins the others by submitit's description of the job."""
+        submitit.helpers.TorchDistributedEnvironment().export(set_cuda_visible_devices=False)
+        run.start(self.config, self.folder)
+
+    def checkpoint(self) -> submitit.helpers.DelayedSubmission:
+        """The same task again: all state is in the run's folder."""
+        return submitit.helpers.DelayedSubmission(self)
+
+
+def _submit(task: Task, folder: Path, nodes: int, procs: int, slurm: str | None, hours: float) -> None:
+    executor = submitit.AutoExecutor(folder=folder / "submitit", cluster="slurm" if slurm else "local")
+    executor.update_parameters(name=str(folder), nodes=nodes, tasks_per_node=procs, timeout_min=round(hours * 60))
+    if slurm:
+        executor.update_parameters(slurm_partition=slurm)
+    job = executor.submit(task)
+    logger.info("%s: job %s of %d x %d processes; its output: %s", folder, job.job_id, nodes, procs, job.paths.stderr)
+    if slurm is None:
+        _follow(job, folder / "log.txt")
+
+
+def _follow(job: submitit.Job, path: Path) -> None:
+    """Shows the run's log as it grows, until its processes end; raises if they failed."""
+    shown = path.stat().st_size if path.exists() else 0
+    try:
+        while True:
+            done = job.done()
+            if path.exists():
+                with path.open() as file:
+                    file.seek(shown)
+                    print(file.read(), end="", flush=True)
+                    shown = file.tell()
+            if done:
+                break
+            time.sleep(0.5)
+    except KeyboardInterrupt:
+        job.cancel()
+        raise
+    for result in job.exceptions():
+        if result is not None:
+            raise RuntimeError(f"a process failed. Its output: {job.paths.stderr}\n{result}")

@@ -1,0 +1,307 @@
+"""What one process does for a stage: turns a config into parts, and runs them. Reads the config; all below do not."""
+
+import json
+import logging
+import math
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.utils.flop_counter import FlopCounterMode
+
+from prepretrain import (card, checkpoint, clock, config as configs, distributed, log, model as models, optim, plugin,
+                         shard, weights)
+from prepretrain.config import Config, Evaluating, Training
+from prepretrain.evaluators.base import Evaluator
+from prepretrain.loader import Stream
+from prepretrain.model import Model
+from prepretrain.objectives.base import Objective
+from prepretrain.optim import Schedule
+from prepretrain.train import Evaluation, fit
+
+logger = logging.getLogger(__name__)
+
+
+def start(config: Config, folder: Path) -> None:
+    """Runs a stage to its end in this process, as one of those that the environment describes."""
+    distributed.init()
+    folder.mkdir(parents=True, exist_ok=True)
+    log.setup(folder)
+    try:
+        if isinstance(config, Evaluating):
+            evaluate(config, folder)
+        else:
+            train(config, folder)
+    finally:
+        distributed.shutdown()
+
+
+def train(config: Training, folder: Path) -> None:
+    """Stage one, stage two or fine-tuning: whatever the objective says."""
+    config = with_model_options(config, folder)
+    plan = Plan(config, distributed.world())
+    source = plan.open_data()
+    _record(config, folder)
+    objective = plan.objective
+    shard.shard(objective, group=config.shard.group, precision=config.shard.precision,
+                recompute=config.shard.recompute, compile=config.shard.compile)
+    if checkpoint.newest(folder) is None:
+        shard.initialise(objective, config.seed)
+        if config.init is not None:
+            weights.fill(objective.model, models.open_weights(config.init))
+    optimizer = optim.build(objective, lr=plan.schedule.peak, weight_decay=config.optim.weight_decay,
+                            betas=config.optim.betas, eps=config.optim.eps, layer_decay=config.optim.layer_decay)
+    data = Stream(source, objective.transform(train=True), batch_size=config.batch_size, seed=config.seed,
+                  accumulate=plan.accumulate, workers=config.data.workers, max_bad=config.data.max_bad,
+                  window=config.data.window)
+    logger.info("%s", plan.summary())
+    evaluators = plan.evaluators()
+    evals = [Evaluation(name, every, lambda e=e: e.run(objective.model, folder)) for name, every, e in evaluators]
+    fit(objective, data, optimizer, plan.schedule, folder=folder, seed=config.seed, options=objective.model.options,
+        clip=config.optim.clip, log_every=plan.steps_of("log_every"), save_every=plan.steps_of("checkpoint.every"),
+        keep=config.checkpoint.keep, evals=evals)
+    _finish(plan, folder)
+
+
+def _finish(plan: "Plan", folder: Path) -> None:
+    state = get_model_state_dict(plan.objective.model,
+                                 options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    if distributed.is_main():
+        models.write(plan.objective.model, state, folder / "export", str(folder))
+    add_results(folder, {"images": plan.schedule.steps * plan.config.batch_size, **plan.size()})
+    logger.info("%s: done. Its weights: %s", folder, folder / "export" / "model.safetensors")
+
+
+def evaluate(config: Evaluating, folder: Path) -> dict[str, float]:
+    """Measures a model and adds the numbers to the folder's results.json under "<evaluator>/<card>"."""
+    name, evaluator = build_evaluator(config.evaluator, config.data)
+    model = models.load(config.init, **config.model).to(distributed.device())
+    results = evaluator.run(model, folder)
+    logger.info("%s of %s: %s", name, config.init, ", ".join(f"{k} {v:g}" for k, v in results.items()))
+    add_results(folder, {name: results})
+    return results
+
+
+def add_results(folder: Path, results: dict[str, Any]) -> None:
+    """Adds to a run's results.json, whole or not at all."""
+    if distributed.is_main():
+        path = folder / "results.json"
+        known = json.loads(path.read_text()) if path.exists() else {}
+        path.with_suffix(".tmp").write_text(json.dumps({**known, **results}, indent=1) + "\n")
+        os.replace(path.with_suffix(".tmp"), path)
+    distributed.barrier()
+
+
+def build_evaluator(given: dict[str, Any], data: str) -> tuple[str, Evaluator]:
+    """("linear/cifar10", the evaluator) of an `evaluator:` section."""
+    options = dict(given)
+    if "name" not in options:
+        raise ValueError(f"evaluator.name: is missing. There are: {', '.join(plugin.names('evaluators'))}.")
+    name = options.pop("name")
+    return f"{name}/{data}", plugin.build("evaluators", name, data=data, **options)
+
+
+def with_model_options(config: Training, folder: Path | None = None) -> Training:
+    """The config with every option of its model: those of `--init` or, once started, of the run, under its own.
+
+    A run's folder describes itself, so a continued run does not need what it was started from. Raises ValueError
+    where the init's encoder is not the one that the config names.
+    """
+    recorded = folder / "config.yaml" if folder is not None else None
+    known: dict[str, Any] = {}
+    if recorded is not None and recorded.exists():
+        known = configs.read(recorded).get("model", {})
+    elif config.init is not None:
+        known = models.open_weights(config.init).options or {}
+    asked = config.model.get("encoder", known.get("encoder"))
+    if asked is None:
+        raise ValueError("model.encoder: is missing. Name a size, as in model.encoder=vit_b16, or give --init a run "
+                         "to start from.")
+    if known.get("encoder", asked) != asked:
+        raise ValueError(f"model.encoder: the config asks for {asked}, and {config.init or folder} holds "
+                         f"{known['encoder']}. Leave model.encoder out, or give another --init.")
+    return replace(config, model={**known, **config.model})
+
+
+def _record(config: Training, folder: Path) -> None:
+    """Writes config.yaml at a run's first start; later, refuses another config and lists the keys that differ."""
+    path, values = folder / "config.yaml", configs.plain(config)
+    if path.exists():
+        changed = configs.differences(configs.read(path), values)
+        if changed:
+            raise ValueError(f"{folder}: was started with another config:\n  " + "\n  ".join(changed)
+                             + "\nUse the same, or start another run with --out.")
+    distributed.barrier()
+    if distributed.is_main():
+        configs.write(values, path)
+    distributed.barrier()
+
+
+class Plan:
+    """Everything about a training run that can be known without touching a device or the data: built on meta."""
+
+    def __init__(self, config: Training, world: int):
+        """Raises ValueError for whatever in the config cannot work."""
+        self.config, self.world = config, world
+        self.split, self.card = _split(config.data.train)
+        with torch.device("meta"):
+            self.objective = build_objective(config)
+        self.accumulate = accumulation(config.batch_size, world, config.batch_per_process)
+        declared = self.card.images[self.split] if self.split in self.card.images else None
+        self._schedule(declared)
+
+    def open_data(self) -> Any:
+        """The training source, which the objective has found fit. Fixes the length of an epoch."""
+        source = self.card.open(self.split)
+        self.objective.check(self.card, source)
+        self._schedule(len(source))
+        return source
+
+    def _schedule(self, images: int | None) -> None:
+        config, self.images = self.config, images
+        batch = config.batch_size
+        if images is None and clock.parse(config.length, "length")[1] == "ep":
+            self.schedule = None  # known once the data are open
+            return
+        total = clock.steps(config.length, "length", batch_size=batch, images=images)
+        if total < 1:
+            raise ValueError(f"length: {config.length!r} is less than a step.")
+
+        def steps(duration: str, where: str) -> int:
+            return clock.steps(duration, where, batch_size=batch, images=images, total=total)
+
+        scale, given = batch / 256, config.optim
+        self.schedule = Schedule(given.lr * scale, total, steps(given.warmup, "optim.warmup"), given.schedule,
+                                 given.lr_end * scale,
+                                 tuple(steps(m, "optim.milestones") for m in given.milestones), given.decay)
+        self._steps = steps
+
+    def steps_of(self, key: str) -> int:
+        """The duration at `log_every` or `checkpoint.every` in steps, at least one."""
+        value = self.config.log_every if key == "log_every" else self.config.checkpoint.every
+        return max(1, self._steps(value, key))
+
+    def evaluators(self) -> list[tuple[str, int, Evaluator]]:
+        """(name, every how many steps, evaluator) of the `evaluators:` section."""
+        built = []
+        for i, given in enumerate(self.config.evaluators):
+            options = dict(given)
+            for key in ("name", "data", "every"):
+                if key not in options:
+                    raise ValueError(f"evaluators[{i}].{key}: is missing.")
+            every, data = options.pop("every"), options.pop("data")
+            built.append((build_evaluator(options, data), max(1, self._steps(every, f"evaluators[{i}].every"))))
+        return [(name, every, evaluator) for (name, evaluator), every in built]
+
+    def size(self) -> dict[str, int]:
+        """{"encoder_parameters" (no head, no decoder), "parameters", "flops_per_image"}."""
+        count = {name: sum(p.numel() for p in part.parameters())
+                 for name, part in (("encoder_parameters", self.objective.model.encoder), ("parameters", self.objective))}
+        return {**count, "flops_per_image": self.flops()}
+
+    def flops(self) -> int:
+        """FLOPs of one image's forward pass through the objective, 2 for a multiply-add, attention included."""
+        with torch.device("meta"):
+            objective = build_objective(self.config)
+        for module in objective.modules():
+            if hasattr(module, "fused_attn"):
+                module.fused_attn = False  # plain matrix products, so that they are counted on every device
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            objective.eval()(objective.example(1))
+        return counter.get_total_flops()
+
+    def summary(self) -> str:
+        """One line of what is derived from the config."""
+        optim_, s = self.config.optim, self.schedule
+        return (f"{s.steps} steps of {self.config.batch_size} images ({self.world} processes, "
+                f"{self.accumulate} at a time each step), peak lr {s.peak:.3g} = {optim_.lr:g} x batch / 256, "
+                f"warm-up {s.warmup} steps, {self.images} images an epoch")
+
+
+def accumulation(batch_size: int, world: int, most: int | None) -> int:
+    """How many parts each process takes its share of a batch in: the fewest of at most `most` images each."""
+    if batch_size < 1 or batch_size % world:
+        raise ValueError(f"batch_size: {batch_size} does not divide among {world} processes. "
+                         f"Take a multiple of {world}.")
+    if most is not None and most < 1:
+        raise ValueError(f"batch_per_process: {most} must be at least 1.")
+    share = batch_size // world
+    parts = 1 if most is None else math.ceil(share / most)
+    while share % parts:
+        parts += 1
+    return parts
+
+
+def _split(name: str) -> tuple[str, card.Card]:
+    place, _, split = name.partition(":")
+    return split or "train", card.load_card(place)
+
+
+def build_objective(config: Training) -> Objective:
+    """The objective of a config around its model, without weights; build it on the meta device."""
+    options = dict(config.objective)
+    if "name" not in options:
+        raise ValueError(f"objective.name: is missing. There are: {', '.join(plugin.names('objectives'))}.")
+    return plugin.build("objectives", options.pop("name"), Model(**config.model), **options)
+
+
+def check(config: Config, folder: Path, world: int) -> "Plan | None":
+    """Checks all that a start would, without a device; a training run's plan. Raises ValueError."""
+    if isinstance(config, Evaluating):
+        build_evaluator(config.evaluator, config.data)
+        models.open_weights(config.init)
+        return None
+    config = with_model_options(config, folder)
+    plan = Plan(config, world)
+    plan.open_data()
+    if config.init is not None:
+        weights.check(plan.objective.model, models.open_weights(config.init))
+    plan.evaluators()
+    return plan
+
+
+def dry_run(config: Config, folder: Path, stage: str, world: int) -> dict[str, Any]:
+    """Checks everything that a start would, on the meta device, and returns the facts of the run.
+
+    Data that are not here are no error if the card declares how many images there are: "data" then says so.
+    """
+    if isinstance(config, Evaluating):
+        check(config, folder, world)
+        encoder = models.load(config.init, **config.model).encoder
+        return {"stage": stage, "encoder": type(encoder).__name__,
+                "encoder_parameters": sum(p.numel() for p in encoder.parameters())}
+    data = "checked"
+    try:
+        plan = check(config, folder, world)
+    except card.MissingData as error:
+        plan = Plan(with_model_options(config, folder), world)
+        if plan.schedule is None:
+            raise
+        data = f"not here, so not checked: {error}"
+    group, size = config.shard.group or world, plan.size()
+    # 16 bytes a parameter: weights, gradients and two moments in float32
+    return {"stage": stage, "encoder": plan.config.model["encoder"], **size, "steps": plan.schedule.steps,
+            "images": plan.schedule.steps * config.batch_size, "accumulate": plan.accumulate, "lr": plan.schedule.peak,
+            "state_gib_per_process": round(size["parameters"] * 16 / group / 2**30, 3), "data": data}
+
+
+def load_objective(folder: Path) -> Objective:
+    """A run's trained objective on the CPU, decoder and heads included."""
+    given = configs.check(Training, configs.read(Path(folder) / "config.yaml"), "")
+    with torch.device("meta"):
+        objective = build_objective(given)
+    objective.to_empty(device="cpu")
+    saved = checkpoint.newest(Path(folder))
+    if saved is None:
+        raise ValueError(f"{folder}: holds no complete checkpoint.")
+    shapes, read, _ = checkpoint.open_tensors(saved)
+    weights.fill(objective, weights.Weights(str(folder), shapes, read))
+    return objective.eval()
+
+
+def export(source: str, folder: Path) -> Path:
+    """Writes a run's or file's encoder for others to load; returns the weights' path."""
+    return models.load(source).save(folder, source)
