@@ -57,7 +57,11 @@ class Shards(Source):
             raise BadImage(error.cause, error.detail, key) from error
 
     def label(self, index: int) -> int:
-        return self._values(*self._find(index), ("label",))["label"]
+        shard, row = self._find(index)
+        values = self._values(shard, row, ("label",))
+        if "label" not in values:
+            raise BadImage("no label", f"in {shard.path}", shard.index.key(row))
+        return values["label"]
 
     def _find(self, index: int) -> tuple["_Shard", int]:
         if not 0 <= index < self._length:
