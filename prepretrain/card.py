@@ -18,6 +18,10 @@ class MissingData(ValueError):
     """The data that a card describes are not on this machine."""
 
 
+class MissingData(ValueError):
+    """There is nothing where a card says that its data lies."""
+
+
 @dataclass(frozen=True)
 class Card:
     """A dataset by name; nothing is read from its data until `open`."""

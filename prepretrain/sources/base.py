@@ -30,6 +30,10 @@ class Source:
         """The label alone, without reading the image where the source can."""
         return self[index]["label"]
 
+    def hashtags(self, index: int) -> list[str]:
+        """The hashtags alone, without reading the image where the source can."""
+        return self[index]["hashtags"]
+
 
 def fingerprint_of(parts: Iterable[object]) -> str:
     """A short hash over the text of the parts, in order."""

@@ -57,11 +57,20 @@ class Shards(Source):
             raise BadImage(error.cause, error.detail, key) from error
 
     def label(self, index: int) -> int:
+        return self._value(index, "label")
+
+    def hashtags(self, index: int) -> list[str]:
+        return self._value(index, "hashtags")
+
+    def _value(self, index: int, field: str):
         shard, row = self._find(index)
-        values = self._values(shard, row, ("label",))
-        if "label" not in values:
-            raise BadImage("no label", f"in {shard.path}", shard.index.key(row))
-        return values["label"]
+        try:
+            values = self._values(shard, row, (field,))
+        except BadImage as error:
+            raise BadImage(error.cause, error.detail, shard.index.key(row)) from error
+        if field not in values:
+            raise BadImage(f"no {field}", f"in {shard.path}", shard.index.key(row))
+        return values[field]
 
     def _find(self, index: int) -> tuple["_Shard", int]:
         if not 0 <= index < self._length:

@@ -1,0 +1,91 @@
+"""Pack a source into tar shards in img2dataset's layout: KEY.jpg, KEY.txt, KEY.json, KEY.cls.
+
+    python datasets/make_shards.py synthetic images=20000 seed=0 --out data/demo/train
+    python datasets/make_shards.py folder path=photos/train --out data/photos/train
+    python datasets/make_shards.py parquet path=cifar10/train.parquet --out data/cifar10/train
+"""
+
+import argparse
+import os
+import shutil
+import sys
+from pathlib import Path
+
+os.environ["WDS_SECURE"] = "1"  # before webdataset is imported: no pickles, no shell commands
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import webdataset  # noqa: E402
+import yaml  # noqa: E402
+
+from prepretrain import plugin  # noqa: E402
+from prepretrain.sources.base import Source  # noqa: E402
+
+EXTENSIONS = {b"\xff\xd8": "jpg", b"\x89P": "png", b"RI": "webp"}
+
+
+def members(number: int, sample: dict) -> dict:
+    """The files of one image; its own key goes to the json, as it may hold dots and folders."""
+    start = sample["image"][:2]
+    if start not in EXTENSIONS:
+        raise ValueError(f"{sample['key']}: neither JPEG, PNG nor WebP. Convert it first.")
+    details = {"key": sample["key"]}
+    if "hashtags" in sample:
+        details["hashtags"] = sample["hashtags"]
+    files = {"__key__": f"{number:09d}", EXTENSIONS[start]: sample["image"], "json": details}
+    if "text" in sample:
+        files["txt"] = sample["text"]
+    if "label" in sample:
+        files["cls"] = sample["label"]
+    return files
+
+
+def pack(source: Source, out: Path, per_shard: int) -> None:
+    """Write all shards under a temporary name, index them, then give the folder its name."""
+    if out.exists():
+        raise ValueError(f"{out}: exists already. Choose another --out, or remove it.")
+    draft = out.with_name(f"{out.name}.tmp-{os.getpid()}")
+    draft.mkdir(parents=True)
+    try:
+        for shard, first in enumerate(range(0, len(source), per_shard)):
+            write(source, range(first, min(first + per_shard, len(source))),
+                  draft / f"{shard:05d}.tar")
+        plugin.build("sources", "shards", path=str(draft))  # builds the indices
+        os.rename(draft, out)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+def write(source: Source, numbers: range, path: Path) -> None:
+    """One shard; its bytes depend on the images only, as no time is written into it."""
+    # webdataset's ShardWriter opens files through what WDS_SECURE switches off; TarWriter does not.
+    with open(path, "wb") as file, webdataset.TarWriter(file, mtime=0) as writer:
+        for number in numbers:
+            writer.write(members(number, source[number]))
+
+
+def main() -> None:
+    """Parse, pack, and say what there is now."""
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source", help="folder, parquet, synthetic, or a module of your own")
+    parser.add_argument("options", nargs="*", help="its options, as key=value")
+    parser.add_argument("--out", type=Path, required=True, help="the folder to make")
+    parser.add_argument("--per-shard", type=int, default=1000, help="images in a shard")
+    args = parser.parse_args()
+    options = {}
+    for option in args.options:
+        key, equals, value = option.partition("=")
+        if not equals:
+            raise ValueError(f"{option}: is not key=value.")
+        options[key] = yaml.safe_load(value)
+    pack(plugin.build("sources", args.source, **options), args.out, args.per_shard)
+    made = plugin.build("sources", "shards", path=str(args.out))
+    print(f"{args.out}: {len(made)} images in {len(made.groups)} shards, with "
+          f"{', '.join(made.fields)}; fingerprint {made.fingerprint}")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except ValueError as error:
+        sys.exit(f"error: {error}")

@@ -1,0 +1,111 @@
+"""Which hashtags there are: one spelling for each, and a vocabulary counted from data."""
+
+import json
+import os
+import unicodedata
+import uuid
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+
+_FORMAT = "prepretrain vocabulary 1"
+
+
+def canonical(tag: str) -> str:
+    """One spelling for #Red, RED and red: NFKC, casefold, no '#' or punctuation around it.
+
+    What is left may be empty, which is no tag.
+    """
+    # Casefolding can undo the normal form, and the other way round; a second pass settles both.
+    for _ in range(2):
+        tag = unicodedata.normalize("NFKC", tag).casefold()
+    tag = " ".join(tag.split())
+    start, end = 0, len(tag)
+    while start < end and _is_around(tag[start]):
+        start += 1
+    while end > start and _is_around(tag[end - 1]):
+        end -= 1
+    return tag[start:end]
+
+
+def _is_around(sign: str) -> bool:
+    """Punctuation, space or control; symbols stay, so that c++ and emoji are tags."""
+    return unicodedata.category(sign)[0] in "PZC"
+
+
+class Vocabulary:
+    """The tags that a head predicts, most frequent first; an id is a tag's place in that order."""
+
+    def __init__(self, tags: list[str], counts: list[int], *, source: str, images: int,
+                 min_count: int):
+        """`source` is the fingerprint of the data with `images` images that was counted."""
+        self.tags, self.counts = tags, counts
+        self.source, self.images, self.min_count = source, images, min_count
+        self._ids = {tag: number for number, tag in enumerate(tags)}
+
+    @classmethod
+    def count(cls, tags_of_images: Iterable[list[str]], *, source: str,
+              min_count: int) -> "Vocabulary":
+        """Count in how many images each tag is, and keep those in at least `min_count`."""
+        counter: Counter[str] = Counter()
+        images = 0
+        for tags in tags_of_images:
+            images += 1
+            counter.update({canonical(tag) for tag in tags} - {""})
+        kept = sorted((-n, tag) for tag, n in counter.items() if n >= min_count)
+        if not kept:
+            best = counter.most_common(1)
+            raise ValueError(f"no tag is in {min_count} of {images} images"
+                             + (f"; the most frequent, '{best[0][0]}', is in {best[0][1]}. "
+                                "Lower min_count." if best else ": they have none."))
+        return cls([tag for _, tag in kept], [-n for n, _ in kept], source=source, images=images,
+                   min_count=min_count)
+
+    def __len__(self) -> int:
+        return len(self.tags)
+
+    def ids(self, tags: Iterable[str]) -> list[int]:
+        """The ids of those tags that are in the vocabulary, each once, in order."""
+        found = {self._ids.get(canonical(tag)) for tag in tags}
+        return sorted(found - {None})
+
+    def check(self, source: object) -> None:
+        """Raise if the vocabulary was counted from other data than this source."""
+        if source.fingerprint != self.source:
+            raise ValueError(
+                f"the vocabulary of {len(self)} tags was counted from data {self.source}, and this "
+                f"data is {source.fingerprint}: its counts and ids are not this data's. Count "
+                "again: python datasets/hashtags.py CARD --out FILE.")
+
+    def save(self, path: str | Path) -> None:
+        """Write it as JSON, whole or not at all."""
+        content = {"format": _FORMAT, "source": self.source, "images": self.images,
+                   "min_count": self.min_count, "tags": dict(zip(self.tags, self.counts))}
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draft = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+        draft.write_text(json.dumps(content, ensure_ascii=False, indent=0) + "\n")
+        os.replace(draft, path)
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Vocabulary":
+        """Read what `save` wrote; ValueError names the file and what is wrong with it."""
+        try:
+            content = json.loads(Path(path).read_text())
+        except FileNotFoundError as error:
+            raise ValueError(f"{path}: there is no such vocabulary. Make it: "
+                             f"python datasets/hashtags.py CARD --out {path}.") from error
+        except ValueError as error:
+            raise ValueError(f"{path}: not readable as JSON: {error}") from error
+        if not isinstance(content, dict) or content.get("format") != _FORMAT:
+            raise ValueError(f"{path}: is no vocabulary (its format is not '{_FORMAT}').")
+        tags = content.get("tags")
+        if not isinstance(tags, dict) or not tags:
+            raise ValueError(f"{path}: holds no tags.")
+        for tag, n in tags.items():
+            if canonical(tag) != tag or not tag or type(n) is not int or n < 1:
+                raise ValueError(f"{path}: {tag!r}: {n!r} is no canonical tag with its count.")
+        if missing := [k for k in ("source", "images", "min_count") if k not in content]:
+            raise ValueError(f"{path}: lacks {', '.join(missing)}.")
+        return cls(list(tags), list(tags.values()), source=content["source"],
+                   images=content["images"], min_count=content["min_count"])
