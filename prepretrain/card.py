@@ -46,10 +46,12 @@ class Card:
             raise ValueError(plugin.unknown(f"{self.path}: no split", split, list(self.splits),
                                             quote=True))
         options = dict(self.splits[split])
-        declared, name = options.pop("images", None), options.pop("source")
+        declared, name = options.get("images"), options.pop("source")
         if "path" in options:
-            options["path"] = str(self._located(options["path"], split))
+            options["path"] = self._located(str(options["path"]), split)
         try:
+            if "images" not in plugin.options(plugin.find("sources", name)):
+                options.pop("images", None)  # a source that makes its images takes it itself
             source = plugin.build("sources", name, **options)
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from error
@@ -61,17 +63,19 @@ class Card:
                              f"has {len(source.classes)}: labels would not mean the same.")
         return source
 
-    def _located(self, path: str, split: str) -> Path:
+    def _located(self, path: str, split: str) -> str:
+        if "://" in path:
+            return path
         located = data_folder() / path
         solid = located
         while any(sign in solid.name for sign in _PATTERN):
             solid = solid.parent
-        if "://" not in path and not solid.exists():
+        if not solid.exists():
             raise MissingData(
                 f"{self.path}: {split}: there is nothing at {located}. Put the data of card "
                 f"'{self.name}' there, or set PREPRETRAIN_DATA, the folder that relative paths "
                 f"start from (now '{data_folder()}').")
-        return Path(path) if "://" in path else located
+        return str(located)
 
 
 def data_folder() -> Path:

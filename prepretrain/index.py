@@ -226,7 +226,7 @@ def _check_end(path: Path, data: mmap.mmap, at: int) -> None:
     for start in range(at, len(data), 1 << 20):
         rest = np.frombuffer(data[start:start + (1 << 20)], dtype=np.uint8)
         if rest.any():
-            raise _broken(path, start + int(rest.argmax()), "bytes that are not zero after the end "
+            raise _broken(path, start + int(rest.nonzero()[0][0]), "bytes that are not zero after the end "
                           f"marker at {at}: a block inside the file was lost, or files were joined")
 
 

@@ -6,6 +6,7 @@ import os
 import re
 from collections import OrderedDict
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -112,7 +113,8 @@ class Shards(Source):
             shard = self._shard(int(number))
             for row in range(min(100, self.groups[number])):
                 if shard.index.has(row, "json"):
-                    names |= _json(shard.read(row, "json")).keys()
+                    with suppress(BadImage):  # counted when the image itself is read
+                        names |= _json(shard.read(row, "json")).keys()
         return names
 
     def _shard(self, number: int) -> "_Shard":

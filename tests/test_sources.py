@@ -1,0 +1,455 @@
+import io
+import json
+import os
+import tarfile
+import time
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from prepretrain import index, plugin
+from prepretrain.loader import Stream
+from prepretrain.sources import shards as shards_module
+from prepretrain.transforms import BadImage, decode
+
+
+def jpeg(seed=0, size=16):
+    pixels = np.random.default_rng(seed).integers(0, 256, (size, size, 3), dtype=np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "JPEG")
+    return file.getvalue()
+
+
+def write_tar(path, members, **options):
+    """A tar of (name, bytes) in this order."""
+    with tarfile.open(path, "w", **options) as tar:
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return path
+
+
+def sample(key, *, image=True, tags=("red",), text="a thing", label=3):
+    members = [(f"{key}.jpg", jpeg(len(key)))] if image else []
+    if label is not None:
+        members.append((f"{key}.cls", str(label).encode()))
+    members.append((f"{key}.json", json.dumps({} if tags is None else {"hashtags": list(tags)})
+                    .encode()))
+    return members + [(f"{key}.txt", text.encode())]
+
+
+def flat(*samples):
+    return [member for one in samples for member in one]
+
+
+def open_shards(path, **options):
+    return plugin.build("sources", "shards", path=str(path), **options)
+
+
+@pytest.fixture
+def two_shards(tmp_path):
+    for shard in range(2):
+        write_tar(tmp_path / f"0000{shard}.tar",
+                  flat(*(sample(f"{shard}{i}", label=i, tags=[f"t{i}"]) for i in range(5 - shard))))
+    return tmp_path
+
+
+# Shards: what is read.
+
+def test_shards_give_the_fields_of_every_image_in_order(two_shards):
+    source = open_shards(two_shards)
+    assert len(source) == 9 and source.groups == [5, 4]
+    assert set(source.fields) == {"image", "label", "hashtags", "text"}
+    assert [source[i]["key"] for i in range(9)] == ["00", "01", "02", "03", "04",
+                                                    "10", "11", "12", "13"]
+    assert source[7] | {"image": None} == {"key": "12", "image": None, "label": 2,
+                                           "hashtags": ["t2"], "text": "a thing"}
+    assert decode(source[7]["image"]).shape == (3, 16, 16)
+    assert source.label(7) == 2 and source.hashtags(7) == ["t2"]
+    with pytest.raises(IndexError):
+        source[9]
+
+
+@pytest.mark.parametrize("path", ["", "*.tar", "{00000..00001}.tar", "0000[01].tar"])
+def test_shards_are_named_by_folder_glob_or_range(two_shards, path):
+    assert len(open_shards(two_shards / path)) == 9
+
+
+@pytest.mark.parametrize("path, message", [
+    ("{00000..00002}.tar", "00002.tar: there is no such shard"), ("no*.tar", "no .tar"),
+    ("{00003..00001}.tar", "range .* is empty"), ("none.tar", "no such shard")])
+def test_missing_shards_are_an_error_that_names_them(two_shards, path, message):
+    with pytest.raises(ValueError, match=message):
+        open_shards(two_shards / path)
+
+
+def test_remote_shards_are_refused():
+    with pytest.raises(ValueError, match="s3://bucket/x.tar: .*local"):
+        open_shards("s3://bucket/x.tar")
+
+
+def test_an_empty_folder_is_an_error(tmp_path):
+    with pytest.raises(ValueError, match="no .tar shard"):
+        open_shards(tmp_path)
+
+
+def test_keys_end_at_the_last_dot_so_that_no_two_images_merge(tmp_path):
+    write_tar(tmp_path / "x.tar", [("a/img.v1.jpg", jpeg(1)), ("a/img.v1.txt", b"one"),
+                                   ("a/img.v2.jpg", jpeg(2)), ("a/img.v2.txt", b"two")])
+    source = open_shards(tmp_path)
+    assert [(source[i]["key"], source[i]["text"]) for i in range(2)] == [
+        ("a/img.v1", "one"), ("a/img.v2", "two")]
+    assert source[0]["image"] == jpeg(1) and source[1]["image"] == jpeg(2)
+
+
+def test_only_known_fields_are_read_and_no_pickle_is_ever_opened(tmp_path):
+    write_tar(tmp_path / "x.tar", [("a.jpg", jpeg()), ("a.pkl", b"cos\nsystem\n(S'false'\ntR."),
+                                   ("a.pyd", b"x"), ("README", b"x"), ("b.pth", b"x")])
+    source = open_shards(tmp_path)
+    assert len(source) == 1 and source[0].keys() == {"key", "image"}
+    assert source.fields == ("image",)
+
+
+def test_hashtags_text_and_label_are_found_where_the_options_say(tmp_path):
+    details = json.dumps({"caption": "hello", "tags": "#a, b c", "class": "7"}).encode()
+    write_tar(tmp_path / "x.tar", [("1.png", jpeg()), ("1.json", details), ("1.txt", b"x y")])
+    source = open_shards(tmp_path, hashtags="json.tags", text="json.caption", label="json.class")
+    assert source[0] | {"image": 0} == {"key": "1", "image": 0, "hashtags": ["#a", "b", "c"],
+                                        "text": "hello", "label": 7}
+    assert open_shards(tmp_path, hashtags="txt")[0]["hashtags"] == ["x", "y"]
+    with pytest.raises(ValueError, match="source.text: 'caption' is no place"):
+        open_shards(tmp_path, text="caption")
+
+
+def test_a_sample_without_tags_has_an_empty_list_and_without_a_text_an_empty_one(tmp_path):
+    write_tar(tmp_path / "x.tar", flat(sample("a"), sample("b", tags=None, label=None),
+                                       [("c.jpg", jpeg())]))
+    source = open_shards(tmp_path)
+    assert source[1]["hashtags"] == source[2]["hashtags"] == []
+    assert source[2]["text"] == "" and "label" not in source[2]
+
+
+def test_a_sample_without_an_image_is_a_bad_image_with_its_key(tmp_path):
+    write_tar(tmp_path / "x.tar", flat(sample("a"), sample("b", image=False)))
+    source = open_shards(tmp_path)
+    with pytest.raises(BadImage, match="b: no image") as caught:
+        source[1]
+    assert (caught.value.cause, caught.value.key) == ("no image", "b")
+
+
+@pytest.mark.parametrize("member", [
+    ("a.json", b"{"), ("a.json", b"[1]"), ("a.json", b'{"hashtags": 3}'), ("a.cls", b"dog"),
+    ("a.txt", b"\xff\xfe")])
+def test_unreadable_metadata_is_a_bad_image(tmp_path, member):
+    write_tar(tmp_path / "x.tar", flat([("a.jpg", jpeg()), member], sample("b")))
+    source = open_shards(tmp_path)
+    with pytest.raises(BadImage) as caught:
+        source[0]
+    assert (caught.value.cause, caught.value.key) == ("bad metadata", "a")
+    assert source[1]["key"] == "b"
+
+
+def test_a_member_past_the_size_limit_is_not_read(tmp_path, monkeypatch):
+    write_tar(tmp_path / "x.tar", [("a.jpg", jpeg() + b"\0" * 5000)])
+    monkeypatch.setattr(shards_module, "MAX_MEMBER", 4000)
+    with pytest.raises(BadImage) as caught:
+        open_shards(tmp_path)[0]
+    assert caught.value.cause == "too large"
+
+
+@pytest.mark.parametrize("format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_every_tar_dialect_is_read_with_long_and_foreign_names(tmp_path, format):
+    names = ["d/" * 30 + "x" * 60, "süß/東京" if format != tarfile.USTAR_FORMAT else "plain"]
+    if format != tarfile.USTAR_FORMAT:
+        names.append("long" * 80)
+    write_tar(tmp_path / "x.tar", flat(*(sample(name) for name in names)), format=format)
+    source = open_shards(tmp_path)
+    assert [source[i]["key"] for i in range(len(source))] == names
+
+
+# Shards: what is rejected, with file and offset.
+
+def broken(tmp_path, change, *, members=None):
+    path = write_tar(tmp_path / "x.tar", members or flat(*(sample(str(i)) for i in range(4))))
+    data = bytearray(path.read_bytes())
+    path.write_bytes(change(data))
+    return path
+
+
+def header(data, number):
+    """The offset of the n-th member's header."""
+    with tarfile.open(fileobj=io.BytesIO(data)) as tar:
+        return tar.getmembers()[number].offset
+
+
+def flip_header(data):
+    data[header(data, 5) + 3] ^= 1
+    return data
+
+
+def zero_block(data):
+    at = header(data, 5)
+    data[at:at + 1024] = bytes(1024)
+    return data
+
+
+def one_zero_block(data):
+    at = header(data, 5)
+    data[at:at + 512] = bytes(512)
+    return data
+
+
+@pytest.mark.parametrize("change, message, offset", [
+    (flip_header, "bad header", lambda d: header(d, 5)),
+    (lambda d: d[:header(d, 5)], "end marker is missing", lambda d: header(d, 5)),
+    (lambda d: d[:header(d, 4) + 600], "goes past the end", lambda d: header(d, 4)),
+    (lambda d: d[:header(d, 5) + 100], "end marker is missing", lambda d: header(d, 5)),
+    (zero_block, "not zero after the end marker", lambda d: header(d, 5) + 1024),
+    (one_zero_block, "not zero after the end marker", lambda d: header(d, 5) + 512),
+    (lambda d: d + b"\0" * 100 + b"x", "not zero after the end marker", lambda d: len(d) + 100),
+    (lambda d: d + d, "not zero after the end marker", lambda d: len(d)),
+    (lambda d: b"", "file is empty", lambda d: 0),
+    (lambda d: b"\0" * 512, "truncated", lambda d: 0),
+    (lambda d: b"not a tar at all" * 100, "bad header", lambda d: 0)],
+    ids=["header", "cut between", "cut inside", "cut header", "zeros", "zero block", "tail",
+         "joined", "empty", "half end", "no tar"])
+def test_a_damaged_shard_is_rejected_with_file_and_offset(tmp_path, change, message, offset):
+    whole = flat(*(sample(str(i)) for i in range(4)))
+    intact = bytearray(write_tar(tmp_path / "intact", whole).read_bytes())
+    path = broken(tmp_path, change, members=whole)
+    with pytest.raises(ValueError, match=message) as caught:
+        open_shards(path)
+    assert str(caught.value).startswith(f"{path}: at offset {offset(intact)}")
+    assert not path.with_name("x.tar.index").exists()
+
+
+def test_a_shard_cut_in_the_middle_of_its_data_is_rejected(tmp_path):
+    big = [("a.jpg", jpeg(size=200))]
+    path = broken(tmp_path, lambda d: d[:3000], members=big)
+    with pytest.raises(ValueError, match=r"at offset 0: member 'a.jpg' of \d+ bytes goes past"):
+        open_shards(path)
+
+
+@pytest.mark.parametrize("members, message", [
+    ([("a.jpg", b"1"), ("b.jpg", b"1"), ("a.txt", b"1")], "the key 'a' comes back"),
+    ([("a.jpg", b"1"), ("a.jpg", b"2")], "a second jpg for the key 'a'"),
+    ([("a.jpg", b"1"), ("a.png", b"2")], "a second png for the key 'a'")])
+def test_members_that_would_merge_or_split_images_are_rejected(tmp_path, members, message):
+    with pytest.raises(ValueError, match=message):
+        open_shards(write_tar(tmp_path / "x.tar", members))
+
+
+def test_a_link_is_rejected(tmp_path):
+    with tarfile.open(tmp_path / "x.tar", "w") as tar:
+        info = tarfile.TarInfo("a.jpg")
+        info.type, info.linkname = tarfile.SYMTYPE, "/etc/passwd"
+        tar.addfile(info)
+    with pytest.raises(ValueError, match="only files are read"):
+        open_shards(tmp_path)
+
+
+# Shards: the sidecar.
+
+def test_the_index_is_written_once_and_again_when_the_shard_changed(two_shards, monkeypatch):
+    open_shards(two_shards)
+    assert (two_shards / "00000.tar.index").exists()
+    walks = []
+    walk = index.walk
+    monkeypatch.setattr(index, "walk", lambda path: walks.append(path.name) or walk(path))
+    open_shards(two_shards)
+    assert walks == []
+    write_tar(two_shards / "00001.tar", flat(sample("new")))
+    os.utime(two_shards / "00001.tar", ns=(1, 1))
+    source = open_shards(two_shards)
+    assert walks == ["00001.tar"] and len(source) == 6 and source[5]["key"] == "new"
+
+
+@pytest.mark.parametrize("content", [b"", b"{}\n", b"junk", b'{"version": 1}\n' + b"\0" * 90])
+def test_a_damaged_index_is_built_again(two_shards, content):
+    before = open_shards(two_shards).fingerprint
+    (two_shards / "00000.tar.index").write_bytes(content)
+    assert open_shards(two_shards).fingerprint == before
+    whole = (two_shards / "00000.tar.index").read_bytes()
+    (two_shards / "00000.tar.index").write_bytes(whole[:-3])
+    assert open_shards(two_shards)[0]["key"] == "00"
+    assert (two_shards / "00000.tar.index").read_bytes() == whole
+
+
+def test_where_the_folder_cannot_be_written_the_index_goes_to_the_cache(two_shards, monkeypatch,
+                                                                       tmp_path_factory):
+    cache = tmp_path_factory.mktemp("cache")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
+    (two_shards / "00000.tar.index" / "blocked").mkdir(parents=True)
+    (two_shards / "00001.tar.index" / "blocked").mkdir(parents=True)
+    assert open_shards(two_shards)[8]["key"] == "13"
+    assert len(list((cache / "prepretrain" / "index").iterdir())) == 2
+    monkeypatch.setattr(index, "walk", None)
+    assert len(open_shards(two_shards)) == 9
+
+
+def test_the_fingerprint_is_the_datas_not_the_paths(two_shards, tmp_path_factory):
+    first = open_shards(two_shards).fingerprint
+    moved = tmp_path_factory.mktemp("elsewhere")
+    for number, name in enumerate(["a.tar", "b.tar"]):
+        (moved / name).write_bytes((two_shards / f"0000{number}.tar").read_bytes())
+    assert open_shards(moved).fingerprint == first
+    write_tar(moved / "b.tar", flat(sample("other")))
+    assert open_shards(moved).fingerprint != first
+
+
+def test_more_shards_than_may_be_open_are_read_all_the_same(tmp_path, monkeypatch):
+    monkeypatch.setattr(shards_module, "_OPEN", 2)
+    for i in range(5):
+        write_tar(tmp_path / f"{i}.tar", [(f"{i}.jpg", jpeg(i))])
+    source = open_shards(tmp_path)
+    for _ in range(2):
+        assert [source[i]["key"] for i in range(5)] == list("01234")
+    assert len(source._opened) == 2
+
+
+def test_forked_workers_read_the_same_bytes_through_the_same_files(two_shards):
+    source = open_shards(two_shards)
+    size = lambda s: {"size": len(s["image"]), "label": s["label"]}
+    rows = {}
+    for workers in (0, 3):
+        batches = Stream(source, size, batch_size=9, seed=0, workers=workers).batches()
+        rows[workers] = [next(batches)["size"].tolist() for _ in range(6)]
+    assert rows[0] == rows[3]
+
+
+def test_a_shard_cut_while_it_is_read_is_an_error_not_a_bad_image(two_shards):
+    source = open_shards(two_shards)
+    source[0]
+    os.truncate(two_shards / "00000.tar", 5000)
+    with pytest.raises(OSError, match="00000.tar.*cut since it was opened"):
+        source[4]
+
+
+# Folders.
+
+def test_a_folder_of_class_folders_is_labelled_in_sorted_order(tmp_path):
+    for name in ("dog/1.jpg", "cat/deep/2.JPEG", "cat/1.png", "cat/.hidden.jpg", "cat/notes.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(jpeg())
+    source = plugin.build("sources", "folder", path=str(tmp_path))
+    assert [(source[i]["key"], source[i]["label"]) for i in range(len(source))] == [
+        ("cat/1.png", 0), ("cat/deep/2.JPEG", 0), ("dog/1.jpg", 1)]
+    assert source.classes == ["cat", "dog"] and source.fields == ("image", "label")
+    turned = plugin.build("sources", "folder", path=str(tmp_path), classes=["dog", "cat"])
+    assert [turned.label(i) for i in range(3)] == [0, 1, 1]
+    assert turned.fingerprint != source.fingerprint
+    with pytest.raises(ValueError, match="no folder for the classes bird.*cat, dog"):
+        plugin.build("sources", "folder", path=str(tmp_path), classes=["bird", "dog"])
+
+
+def test_loose_images_have_no_label_and_do_not_mix_with_classes(tmp_path):
+    (tmp_path / "b.jpg").write_bytes(jpeg())
+    (tmp_path / "a.jpg").write_bytes(jpeg())
+    source = plugin.build("sources", "folder", path=str(tmp_path))
+    assert [source[i]["key"] for i in range(2)] == ["a.jpg", "b.jpg"]
+    assert source.fields == ("image",) and "label" not in source[0]
+    (tmp_path / "cat").mkdir()
+    with pytest.raises(ValueError, match=r"folders \(cat.*images \(a.jpg"):
+        plugin.build("sources", "folder", path=str(tmp_path))
+    with pytest.raises(ValueError, match="is no folder"):
+        plugin.build("sources", "folder", path=str(tmp_path / "none"))
+
+
+# Parquet.
+
+def parquet(path, rows, row_group_size=3):
+    pq.write_table(pa.Table.from_pylist(rows), path, row_group_size=row_group_size)
+    return plugin.build("sources", "parquet", path=str(path))
+
+
+def test_parquet_rows_are_images_with_the_columns_there_are(tmp_path):
+    rows = [{"image": jpeg(i), "label": i, "path": f"p{i}", "hashtags": ["a"] if i else None,
+             "text": "hi"} for i in range(8)]
+    source = parquet(tmp_path / "x.parquet", rows)
+    assert len(source) == 8 and source.groups == [3, 3, 2]
+    assert source[4] == {"key": "p4", "image": jpeg(4), "label": 4, "hashtags": ["a"], "text": "hi"}
+    assert source[0]["hashtags"] == [] and source.label(7) == 7
+    assert set(source.fields) == {"image", "label", "text", "hashtags"}
+
+
+def test_images_in_structs_of_bytes_and_path_are_read(tmp_path):
+    rows = [{"image": {"bytes": jpeg(i) if i != 1 else None, "path": "x"}} for i in range(2)]
+    source = parquet(tmp_path / "x.parquet", rows)
+    assert source[0]["image"] == jpeg(0) and source[0]["key"] == "x/0"
+    with pytest.raises(BadImage, match="x/1: no image"):
+        source[1]
+    assert source.fields == ("image",)
+
+
+def test_a_folder_of_parquet_files_is_read_in_order_with_little_memory(tmp_path, monkeypatch):
+    from prepretrain.sources import parquet as module
+
+    monkeypatch.setattr(module, "_IN_MEMORY", 1)
+    for number in range(3):
+        rows = [{"image": jpeg(i), "path": f"{number}-{i}"} for i in range(5)]
+        pq.write_table(pa.Table.from_pylist(rows), tmp_path / f"{number}.parquet", row_group_size=2)
+    source = plugin.build("sources", "parquet", path=str(tmp_path))
+    assert [source[i]["key"] for i in (14, 0, 7, 14)] == ["2-4", "0-0", "1-2", "2-4"]
+    assert len(source._kept) == 1
+
+
+def test_parquet_errors_name_the_file_and_the_columns(tmp_path):
+    build = lambda **options: plugin.build("sources", "parquet", **options)
+    parquet(tmp_path / "x.parquet", [{"image": jpeg(), "label": 1}])
+    with pytest.raises(ValueError, match="no column 'fine'.*source.label.*image, label"):
+        build(path=str(tmp_path), label="fine")
+    with pytest.raises(ValueError, match="no .parquet file"):
+        build(path=str(tmp_path / "none.parquet"))
+    (tmp_path / "y.parquet").write_bytes(b"junk")
+    with pytest.raises(ValueError, match="not readable as Parquet"):
+        build(path=str(tmp_path / "y.parquet"))
+
+
+# Scenes.
+
+def test_scenes_are_the_same_whenever_and_in_whatever_order_they_are_made():
+    make = lambda **k: plugin.build("sources", "synthetic", images=50, size=32, **k)
+    source, again = make(), make()
+    assert [source[i] for i in (3, 7)] == [again[i] for i in (7, 3)][::-1]
+    assert make(seed=1)[3]["image"] != source[3]["image"]
+    assert source.fingerprint == again.fingerprint != make(seed=1).fingerprint
+    assert decode(source[3]["image"]).shape == (3, 32, 32)
+    assert all(source.label(i) == source[i]["label"] and source.hashtags(i) == source[i]["hashtags"]
+               for i in range(10))
+
+
+def test_scenes_have_clean_labels_and_noisy_long_tailed_tags():
+    from collections import Counter
+
+    from prepretrain.hashtags import canonical
+
+    source = plugin.build("sources", "synthetic", images=2000, size=16)
+    labels = Counter(source.label(i) for i in range(2000))
+    assert sorted(labels) == list(range(10)) and min(labels.values()) > 140
+    tags = Counter(canonical(tag) for i in range(2000) for tag in source.hashtags(i))
+    assert tags.most_common(1)[0][1] > 150
+    assert sum(n == 1 for n in tags.values()) > 20
+    named = [source[i]["text"].find(source.classes[source[i]["label"]]) >= 0 for i in range(40)]
+    assert all(named)
+    stars = [i for i in range(2000) if source.label(i) == source.classes.index("star")]
+    right = np.mean([bool({"star", "stars", "stella"} & {canonical(t) for t in source.hashtags(i)})
+                     for i in stars])
+    assert 0.5 < right < 0.9
+
+
+def test_scenes_refuse_what_cannot_be_drawn():
+    for options in ({"images": 0}, {"images": 5, "size": 4}, {"images": 5, "noise": 0.9}):
+        with pytest.raises(ValueError, match="source"):
+            plugin.build("sources", "synthetic", **options)
+
+
+def test_scenes_are_made_fast_enough():
+    source = plugin.build("sources", "synthetic", images=100, size=48)
+    start = time.process_time()
+    for i in range(60):
+        source[i]
+    assert time.process_time() - start < 1
