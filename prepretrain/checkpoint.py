@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 from prepretrain import distributed
@@ -34,15 +35,20 @@ def save(folder: Path, step: int, module: nn.Module, optimizer: torch.optim.Opti
     problem = None
     try:
         _write(temporary, module, optimizer, state)
-    except Exception as error:  # whatever the storage or DCP raised; all processes must leave together
-        problem = f"{type(error).__name__}: {error}"
+    except CheckpointException as error:  # DCP's own, which is no Exception
+        problem = "; ".join(f"process {rank}: {cause!r}" for rank, (cause, _) in error.failures.items())
+    except Exception as error:  # whatever the storage raised; all processes must leave together
+        problem = repr(error)
     problems = [p for p in distributed.all_gather_object(problem) if p]
     if problems:
         if distributed.is_main():
             shutil.rmtree(temporary, ignore_errors=True)
-        raise OSError(f"{final}: could not be saved ({problems[0][:300]}). Earlier checkpoints are intact. "
-                      f"Free {_free(folder)} on its disk? Then start the same command again: it resumes.")
+        raise OSError(f"{final}: could not be saved ({problems[0][:300]}). Earlier checkpoints are intact. Of its "
+                      f"disk {shutil.disk_usage(folder).free / 2**30:.1f} GiB are free. Make room, and start the "
+                      f"same command again: it resumes.")
     if distributed.is_main():
+        if final.exists():  # damaged, or this step would not have been trained again
+            os.rename(final, final.with_name(f"{final.name}{TEMPORARY}damaged"))
         os.rename(temporary, final)
         _sync(final.parent)
         _clean(folder, keep)
@@ -82,10 +88,6 @@ def _sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-def _free(folder: Path) -> str:
-    return f"{shutil.disk_usage(folder).free / 2**30:.1f} GiB are"
 
 
 def _clean(folder: Path, keep: int) -> None:

@@ -83,10 +83,10 @@ def _submit(task: Task, folder: Path, nodes: int, procs: int, slurm: str | None,
     job = executor.submit(task)
     logger.info("%s: job %s of %d x %d processes; its output: %s", folder, job.job_id, nodes, procs, job.paths.stderr)
     if slurm is None:
-        _follow(job, folder / "log.txt")
+        _follow(job, nodes * procs, folder / "log.txt")
 
 
-def _follow(job: submitit.Job, path: Path) -> None:
+def _follow(job: submitit.Job, processes: int, path: Path) -> None:
     """Shows the run's log as it grows, until its processes end; raises if they failed."""
     shown = path.stat().st_size if path.exists() else 0
     try:
@@ -103,6 +103,7 @@ def _follow(job: submitit.Job, path: Path) -> None:
     except KeyboardInterrupt:
         job.cancel()
         raise
-    for result in job.exceptions():
-        if result is not None:
-            raise RuntimeError(f"a process failed. Its output: {job.paths.stderr}\n{result}")
+    for task in range(processes):
+        error = job.task(task).exception()
+        if error is not None:
+            raise RuntimeError(f"process {task} failed. Its output: {job.task(task).paths.stderr}\n{error}")

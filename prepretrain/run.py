@@ -48,7 +48,8 @@ def train(config: Training, folder: Path) -> None:
     objective = plan.objective
     shard.shard(objective, group=config.shard.group, precision=config.shard.precision,
                 recompute=config.shard.recompute, compile=config.shard.compile)
-    if checkpoint.newest(folder) is None:
+    saved = checkpoint.newest(folder)
+    if saved is None:
         shard.initialise(objective, config.seed)
         if config.init is not None:
             weights.fill(objective.model, models.open_weights(config.init))
@@ -61,7 +62,7 @@ def train(config: Training, folder: Path) -> None:
     evaluators = plan.evaluators()
     evals = [Evaluation(name, every, lambda e=e: e.run(objective.model, folder)) for name, every, e in evaluators]
     fit(objective, data, optimizer, plan.schedule, folder=folder, seed=config.seed, options=objective.model.options,
-        clip=config.optim.clip, log_every=plan.steps_of("log_every"), save_every=plan.steps_of("checkpoint.every"),
+        saved=saved, clip=config.optim.clip, log_every=plan.steps_of("log_every"), save_every=plan.steps_of("checkpoint.every"),
         keep=config.checkpoint.keep, evals=evals)
     _finish(plan, folder)
 

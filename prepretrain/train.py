@@ -40,17 +40,17 @@ class Evaluation:
 
 
 def fit(objective: nn.Module, data: Stream, optimizer: torch.optim.Optimizer, schedule: Schedule, *, folder: Path,
-        seed: int, options: dict[str, Any], clip: float | None = None, log_every: int = 10, save_every: int = 0,
+        seed: int, options: dict[str, Any], saved: Path | None = None, clip: float | None = None, log_every: int = 10, save_every: int = 0,
         keep: int = 2, evals: Sequence[Evaluation] = ()) -> None:
-    """Trains to `schedule.steps` optimizer steps, from the run's own newest checkpoint if it has one.
+    """Trains to `schedule.steps` optimizer steps, from a checkpoint of the run if there is one.
 
-    options: what made the model, kept in checkpoints so that they describe themselves. clip: largest gradient
+    saved: that checkpoint, verified. options: what made the model, kept in checkpoints so that they describe themselves. clip: largest gradient
     norm. save_every: steps between checkpoints, one is always saved at the end.
     Raises FloatingPointError, on every process and before the weights change, for a loss or gradient that is not
     finite; ValueError for too many bad images or data that are not the run's; Stopped after a signal.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    step, bad = _resume(folder, objective, optimizer, data)
+    step, bad = _resume(saved, objective, optimizer, data)
     if step >= schedule.steps:
         logger.info("%s: has all of its %d steps", folder, step)
         return
@@ -101,8 +101,7 @@ def fit(objective: nn.Module, data: Stream, optimizer: torch.optim.Optimizer, sc
         progress.close()
 
 
-def _resume(folder: Path, objective: nn.Module, optimizer: torch.optim.Optimizer, data: Stream) -> tuple[int, Counter]:
-    saved = checkpoint.newest(folder)
+def _resume(saved: Path | None, objective: nn.Module, optimizer: torch.optim.Optimizer, data: Stream) -> tuple[int, Counter]:
     if saved is None:
         return 0, Counter()
     state = checkpoint.state(saved)

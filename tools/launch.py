@@ -12,6 +12,7 @@ import argparse
 import sys
 
 from prepretrain.launch import launch
+from prepretrain.train import STOPPED, Stopped
 
 
 def main() -> None:
@@ -29,6 +30,9 @@ def main() -> None:
     given = vars(parser.parse_intermixed_args())
     try:
         launch(given.pop("stage"), given.pop("overrides"), **given)
+    except Stopped as stopped:
+        print(f"launch: {stopped}", file=sys.stderr)
+        sys.exit(STOPPED)
     except (ValueError, OSError, RuntimeError, FloatingPointError) as error:
         sys.exit(f"launch: {error}")
 

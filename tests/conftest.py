@@ -1,0 +1,62 @@
+"""A folder with a small real data set of photos, its cards and configs, to run stages in."""
+
+import os
+import socket
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch.multiprocessing as multiprocessing
+from PIL import Image
+
+CARD = """description: three colours
+licence: made by the tests
+classes: [blue, green, red]
+train: {source: folder, path: photos}
+val: {source: folder, path: photos}
+"""
+
+MAE = """model: {encoder: vit_test8, positions: fixed}
+objective: {name: mae, decoder_depth: 1, decoder_width: 32, decoder_heads: 2}
+data: {train: colours, workers: 0}
+optim: {lr: 1.0e-2, warmup: 2it}
+batch_size: 16
+length: 12it
+log_every: 1it
+shard: {precision: fp32}
+checkpoint: {every: 4it, keep: 9}
+"""
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch) -> Path:
+    """The current directory: a card `colours` of 60 photos, and a stage `small.yaml`."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("PREPRETRAIN_DATA", raising=False)
+    rng = np.random.default_rng(0)
+    for i in range(60):
+        colour = i % 3
+        pixels = rng.random((40, 48, 3)) * 150 + 100 * np.eye(3)[2 - colour]
+        path = Path("data/photos", ("blue", "green", "red")[colour], f"{i:03d}.png")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels.clip(0, 255).astype("uint8")).save(path)
+    Path("datasets").mkdir()
+    Path("datasets/colours.yaml").write_text(CARD)
+    Path("small.yaml").write_text(MAE)
+    return tmp_path
+
+
+def processes(count: int, function, *arguments) -> None:
+    """Runs function(rank, *arguments) in `count` processes that can find each other; raises if one fails."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    multiprocessing.spawn(_joined, (count, port, function, arguments), nprocs=count)
+
+
+def _joined(rank: int, count: int, port: int, function, arguments: tuple) -> None:
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(count), MASTER_ADDR="127.0.0.1",
+                      MASTER_PORT=str(port), OMP_NUM_THREADS="1")
+    import torch
+    torch.set_num_threads(1)
+    function(rank, *arguments)

@@ -1,0 +1,215 @@
+"""The loop's promises: the same run for any number of processes, and for one that was killed."""
+
+import json
+import logging
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch.testing import assert_close
+
+from conftest import processes
+from prepretrain import checkpoint, config, distributed, run
+
+LAUNCH = [sys.executable, str(Path(__file__).parents[1] / "tools" / "launch.py")]
+ENV = {**os.environ, "OMP_NUM_THREADS": "1"}
+CLOCKS = ("seconds", "images_per_second", "data_wait")  # the only figures that differ between equal runs
+
+
+def rows(folder: Path) -> list[dict]:
+    """A run's metrics without its clocks."""
+    lines = (Path(folder) / "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k not in CLOCKS} for line in lines]
+
+
+def train(folder: str, *overrides: str, init: str | None = None) -> None:
+    """A run of the small stage in this process."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    run.train(config.load("small.yaml", list(overrides), init), Path(folder))
+
+
+@pytest.fixture
+def group():
+    """A process group of this process alone."""
+    distributed.init()
+    yield
+    distributed.shutdown()
+
+
+MODES = {"sharded": "shard.group=null", "replicated": "shard.group=1"}
+HASHTAG = ["objective={name: hashtag, vocabulary: tags.json, head: linear, crop_scale: [0.5, 1.0]}", "data.train=tagged"]
+
+
+def _in_two(rank: int, where: str) -> None:
+    os.chdir(where)
+    distributed.init()
+    for name, override in MODES.items():
+        train(f"runs/two_{name}", override)
+    train("runs/two_classify", "objective={name: classify, classes: 3}")
+    train("runs/two_parts", "batch_per_process=3")
+    distributed.shutdown()
+
+
+def test_one_process_two_sharded_two_replicated_and_accumulation_give_equal_losses(place, group):
+    train("runs/one")
+    train("runs/one_classify", "objective={name: classify, classes: 3}")
+    processes(2, _in_two, str(place))
+    want = [row["loss"] for row in rows("runs/one")]
+    assert len(want) == 12 and want[-1] < want[0]
+    for name in ("two_sharded", "two_replicated", "two_parts"):
+        got = rows(f"runs/{name}")
+        assert_close([row["loss"] for row in got], want, rtol=1e-5, atol=1e-6)
+        assert [row["images"] for row in got] == [16 * (i + 1) for i in range(12)]
+    assert_close([r["loss"] for r in rows("runs/two_classify")], [r["loss"] for r in rows("runs/one_classify")],
+                 rtol=1e-5, atol=1e-6)
+    shutil.copytree("runs/two_sharded", "runs/continued")
+    for step in (8, 12):
+        shutil.rmtree(f"runs/continued/checkpoints/{step:09d}")
+    train("runs/continued")  # saved by two processes, continued by one
+    assert_close([row["loss"] for row in rows("runs/continued")], want, rtol=1e-5, atol=1e-6)
+
+
+def test_a_run_killed_at_any_step_and_started_again_is_bitwise_the_uninterrupted_one(place):
+    command = [*LAUNCH, "--stage", "small.yaml", "model.drop_path=0.2", "length=60it", "checkpoint.every=7it"]
+    subprocess.run([*command, "--out", "runs/whole"], check=True, env=ENV, capture_output=True)
+    target = 10 + time.time_ns() % 40
+    killed = subprocess.Popen([*command, "--out", "runs/killed"], env=ENV, stderr=subprocess.DEVNULL)
+    metrics = Path("runs/killed/metrics.jsonl")
+    while killed.poll() is None and (not metrics.exists() or metrics.read_text().count("\n") < target):
+        time.sleep(0.01)
+    assert killed.poll() is None, "the run ended before it could be killed"
+    killed.send_signal(signal.SIGKILL)
+    killed.wait()
+    subprocess.run([*command, "--out", "runs/killed"], check=True, env=ENV, capture_output=True)
+    assert rows("runs/killed") == rows("runs/whole")
+    assert [row["step"] for row in rows("runs/killed")] == list(range(1, 61))
+    one, two = (load_file(f"runs/{name}/export/model.safetensors") for name in ("whole", "killed"))
+    assert all(torch.equal(one[k], two[k]) for k in one) and one.keys() == two.keys()
+
+
+def test_a_signal_saves_at_the_end_of_the_step_and_the_same_command_goes_on(place):
+    command = [*LAUNCH, "--stage", "small.yaml", "length=400it", "checkpoint.every=400it", "--out", "runs/a"]
+    started = subprocess.Popen(command, env=ENV, stderr=subprocess.PIPE, text=True)
+    metrics = Path("runs/a/metrics.jsonl")
+    while not metrics.exists() or metrics.read_text().count("\n") < 5:
+        time.sleep(0.01)
+    started.send_signal(signal.SIGTERM)
+    said = started.communicate()[1]
+    assert started.returncode == 75 and "The same command continues it" in said
+    saved = checkpoint.listed(Path("runs/a"))
+    assert len(saved) == 1 and 5 <= int(saved[0].name) < 400
+    assert rows("runs/a")[-1]["step"] == int(saved[0].name)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_before_the_weights_change(place, group, monkeypatch):
+    from prepretrain.objectives.mae import MAE
+    plain, calls = MAE.forward, []
+
+    def poisoned(self, batch):
+        calls.append(1)
+        return {k: v * float("nan") if len(calls) == 6 else v for k, v in plain(self, batch).items()}
+
+    monkeypatch.setattr(MAE, "forward", poisoned)
+    with pytest.raises(FloatingPointError, match="step 6 is not finite.*weights are those of step 5"):
+        train("runs/a", "checkpoint.every=5it")
+    assert [p.name for p in checkpoint.listed(Path("runs/a"))] == ["000000005"]
+    assert rows("runs/a")[-1]["step"] == 5
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "missing"])
+def test_a_torn_checkpoint_is_detected_and_the_one_before_it_used(place, group, damage, caplog, monkeypatch):
+    train("runs/whole")
+    shutil.copytree("runs/whole", "runs/torn")
+    shutil.rmtree("runs/torn/checkpoints/000000012")
+    victim = next(Path("runs/torn/checkpoints/000000008").glob("*.distcp"))
+    content = bytearray(victim.read_bytes())
+    content[len(content) // 2] ^= 1
+    if damage == "missing":
+        victim.unlink()
+    else:
+        victim.write_bytes(content if damage == "flipped" else content[:-100])
+    monkeypatch.setattr(logging.getLogger("prepretrain"), "propagate", True)
+    assert checkpoint.newest(Path("runs/torn")).name == "000000004"
+    assert "damaged" in caplog.text and victim.name in caplog.text
+    train("runs/torn")
+    assert rows("runs/torn") == rows("runs/whole")
+
+
+def test_no_space_while_saving_leaves_the_earlier_checkpoint_and_says_so(place):
+    code = """
+import resource, sys
+from pathlib import Path
+from prepretrain import config, distributed, run, checkpoint
+distributed.init()
+save = checkpoint.save
+def limited(*arguments, **options):
+    if arguments[1] == 8:  # from here on a file may grow to 10 kB only, as on a disk that is full
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, resource.RLIM_INFINITY))
+    return save(*arguments, **options)
+checkpoint.save = limited
+try:
+    run.train(config.load("small.yaml", []), Path("runs/a"))
+except OSError as error:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    sys.exit(f"said: {error}")
+"""
+    Path("runs/a").mkdir(parents=True)
+    done = subprocess.run([sys.executable, "-c", code], env=ENV, capture_output=True, text=True)
+    assert "could not be saved" in done.stderr and "Earlier checkpoints are intact" in done.stderr, done.stderr
+    assert [p.name for p in Path("runs/a/checkpoints").iterdir()] == ["000000004"]
+    assert checkpoint.newest(Path("runs/a")).name == "000000004"
+
+
+def test_a_run_is_not_continued_with_another_config_and_the_keys_that_differ_are_named(place, group):
+    train("runs/a", "length=4it")
+    with pytest.raises(ValueError, match=r"optim.lr: 0.01 -> 0.02"):
+        train("runs/a", "length=4it", "optim.lr=2e-2")
+    train("runs/a", "length=4it", "data.workers=1", "shard.recompute=block")  # what changes no result may differ
+
+
+def test_a_run_is_not_continued_with_other_data(place, group):
+    train("runs/a", "length=8it")
+    shutil.rmtree("runs/a/checkpoints/000000008")
+    next(Path("data/photos/red").glob("*.png")).unlink()
+    with pytest.raises(ValueError, match="data.train: is not what"):
+        train("runs/a", "length=8it")
+
+
+def test_recomputation_changes_no_loss(place, group):
+    train("runs/plain", "length=3it")
+    for override in ("shard.recompute=block", "shard.recompute=offload"):
+        folder = "runs/" + override.replace("=", "_")
+        train(folder, "length=3it", override)
+        assert_close([r["loss"] for r in rows(folder)], [r["loss"] for r in rows("runs/plain")], rtol=1e-5, atol=1e-6)
+
+
+def test_compilation_changes_no_loss_but_for_rounding(place, group):
+    small = ["length=3it", "model.depth=1", "objective.decoder_depth=0"]
+    train("runs/plain", *small)
+    train("runs/compiled", *small, "shard.compile=true")
+    assert_close([r["loss"] for r in rows("runs/compiled")], [r["loss"] for r in rows("runs/plain")],
+                 rtol=1e-4, atol=1e-5)
+
+
+def test_stage_two_starts_from_stage_ones_encoder_at_another_image_size(place, group):
+    train("runs/mae")
+    stage_two = ["objective={name: classify, classes: 3}", "model={image_size: 48, positions: learned}"]
+    train("runs/two", *stage_two, "length=1it", "optim.warmup=0it", "optim.lr=1e-9", init="runs/mae")
+    one, two = (load_file(f"runs/{name}/export/model.safetensors") for name in ("mae", "two"))
+    assert two["pos_embed"].shape[1] == 37 and one["pos_embed"].shape[1] == 17
+    assert_close(one["blocks.0.attn.qkv.weight"], two["blocks.0.attn.qkv.weight"], rtol=0, atol=1e-6)
+
+
+def test_evaluators_run_within_a_run_and_leave_training_as_it_was(place, group):
+    train("runs/plain")
+    train("runs/watched", "evaluators=[{name: linear, data: colours, every: 50%, solver: lbfgs}]")
+    watched = rows("runs/watched")
+    assert [r["loss"] for r in watched if "loss" in r] == [r["loss"] for r in rows("runs/plain")]
+    assert [r["step"] for r in watched if "linear/colours/top1" in r] == [6, 12]
