@@ -8,6 +8,7 @@ import statistics
 import numpy as np
 import pytest
 import torch
+from conftest import processes
 from sklearn.linear_model import LogisticRegression
 
 from prepretrain import distributed, logistic, plugin
@@ -15,12 +16,12 @@ from prepretrain.card import load_card
 from prepretrain.evaluators.base import accuracy, class_count
 from prepretrain.evaluators.linear import Linear
 from prepretrain.evaluators.lowshot import Lowshot, _scaled, choose
-from test_features import ranks, tiny_model
+from test_features import tiny_model
 
 CARD = """
 description: procedural scenes
 licence: none
-train: {source: synthetic, images: 120, size: 32, seed: 0}
+train: {source: synthetic, images: 240, size: 32, seed: 0}
 val: {source: synthetic, images: 37, size: 32, seed: 1}
 """
 
@@ -55,18 +56,22 @@ def test_every_evaluator_documents_its_options_and_quotes_a_metric_that_it_retur
     assert results == evaluator.run(tiny_model(), tmp_path), "a second run gives other numbers"
 
 
-def _run(card: str, folder: str) -> None:
-    found = [plugin.build("evaluators", name, data=card, **options).run(tiny_model(), folder)
-             for name, options in (("linear", {"feature_batch": 8}), ("lowshot", {"shots": [1, 2]}))]
-    torch.save(found, f"{folder}/{distributed.world()}-{distributed.rank()}.pt")
+def measured(card: str) -> list[dict[str, float]]:
+    parts = (("linear", {"feature_batch": 8, "epochs": 12}), ("lowshot", {"shots": [1, 2]}))
+    return [plugin.build("evaluators", name, data=card, **options).run(tiny_model(), None)
+            for name, options in parts]
+
+
+def _measure(rank: int, card: str, folder: str) -> None:
+    distributed.init()
+    torch.save(measured(card), f"{folder}/{rank}.pt")
+    distributed.shutdown()
 
 
 def test_two_ranks_give_the_numbers_of_one(card, tmp_path):
-    ranks(2, _run, card, str(tmp_path))
-    _run(card, str(tmp_path))
-    alone = torch.load(tmp_path / "1-0.pt")
+    processes(2, _measure, card, str(tmp_path))
     for rank in range(2):
-        for found, expected in zip(torch.load(tmp_path / f"2-{rank}.pt"), alone):
+        for found, expected in zip(torch.load(tmp_path / f"{rank}.pt"), measured(card), strict=True):
             assert found == pytest.approx(expected, abs=1e-9)
 
 

@@ -1,13 +1,11 @@
 """Features of a split: each image once, in order, whatever the number of ranks."""
 
 import io
-import os
-import socket
 
 import numpy as np
 import pytest
 import torch
-import torch.multiprocessing as multiprocessing
+from conftest import processes
 from PIL import Image
 
 from prepretrain import distributed
@@ -40,26 +38,10 @@ def tiny_model() -> Model:
     return model
 
 
-def ranks(number: int, work: object, *arguments: object) -> None:
-    """Runs work(*arguments) in `number` real processes of one gloo group."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    multiprocessing.spawn(_rank, (number, port, work, arguments), nprocs=number)
-
-
-def _rank(rank: int, number: int, port: int, work: object, arguments: tuple) -> None:
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(number), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1",
-                      LOCAL_WORLD_SIZE=str(number), MASTER_PORT=str(port))
-    torch.set_num_threads(1)
+def _save(rank: int, folder: str) -> None:
     distributed.init()
-    work(*arguments)
+    torch.save(extract(tiny_model(), Pictures(13), batch_size=4), f"{folder}/{rank}.pt")
     distributed.shutdown()
-
-
-def _save(folder: str) -> None:
-    found = extract(tiny_model(), Pictures(13), batch_size=4)
-    torch.save(found, f"{folder}/{distributed.rank()}.pt")
 
 
 def test_features_come_in_the_sources_order_with_their_labels():
@@ -72,7 +54,7 @@ def test_features_come_in_the_sources_order_with_their_labels():
 
 def test_two_ranks_give_the_same_features_as_one_where_nothing_divides(tmp_path):
     alone, labels = extract(tiny_model(), Pictures(13), batch_size=4)
-    ranks(2, _save, str(tmp_path))
+    processes(2, _save, str(tmp_path))
     for rank in range(2):
         features, found = torch.load(tmp_path / f"{rank}.pt")
         assert found.tolist() == labels.tolist()

@@ -68,7 +68,7 @@ class Linear(Evaluator):
     def fit(self, train: Tensor, labels: Tensor, val: Tensor, classes: int) -> Tensor:
         """Scores [len(val), classes] of a probe trained on `train`."""
         if len(train) < 2:
-            raise ValueError(f"{self.data}:train: {len(train)} image is too few to train a probe on.")
+            raise ValueError(f"{self.card.name}:train: {len(train)} image is too few to train a probe on.")
         device = distributed.device()
         solve = _sgd if self.solver == "sgd" else _lbfgs
         return solve(self, train.to(device), labels.to(device), val.to(device), classes)
@@ -123,7 +123,7 @@ def _lbfgs(options: Linear, train: Tensor, labels: Tensor, val: Tensor, classes:
         top1 = accuracy(logistic.scores(outer, weight), labels[held])["top1"]
         if top1 > best:  # on a tie the stronger one stays
             best, chosen = top1, l2
-    logger.info("linear/%s: l2 %g, %.2f %% on a held-out tenth", options.data, chosen, best)
+    logger.info("linear/%s: l2 %g, %.2f %% on a held-out tenth", options.card.name, chosen, best)
     inner, outer = _standardised(train, val)
     return logistic.scores(outer, logistic.fit(inner, labels, classes, l2=chosen))
 

@@ -69,7 +69,7 @@ class Lowshot(Evaluator):
         device = distributed.device()
         train, val = _scaled(train).to(device), _scaled(val).to(device)
         jobs = [(k, seed) for k in self.shots for seed in range(self.seeds)]
-        chosen = {job: choose(train_labels, classes, *job, at_most=self.at_most, data=self.data)
+        chosen = {job: choose(train_labels, classes, *job, at_most=self.at_most, data=self.card.name)
                   for job in jobs}
         mine = {}
         for job in jobs[distributed.rank()::distributed.world()]:
