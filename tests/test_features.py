@@ -8,9 +8,10 @@ import torch
 from conftest import processes
 from PIL import Image
 
-from prepretrain import distributed
+from prepretrain import distributed, shard
 from prepretrain.features import extract, frozen
 from prepretrain.model import Model
+from prepretrain.objectives.mae import MAE
 from prepretrain.sources.base import Source
 
 
@@ -99,3 +100,19 @@ def test_the_model_trains_again_after_an_evaluation_where_it_trained_before():
     with frozen(model):
         assert not model.training and not torch.is_grad_enabled()
     assert model.training and not model.encoder.norm.training and torch.is_grad_enabled()
+
+
+def _evaluate_then_train(rank: int) -> None:
+    distributed.init()
+    with torch.device("meta"):
+        objective = MAE(Model(encoder="vit_test8"), decoder_depth=1, decoder_width=32, decoder_heads=2)
+    shard.shard(objective, precision="fp32")
+    shard.initialise(objective, 0)
+    extract(objective.model, Pictures(3))
+    image = torch.zeros(2, 3, 32, 32, dtype=torch.uint8)
+    objective({"image": image, "noise": torch.rand(2, 16)})["loss"].backward()
+    distributed.shutdown()
+
+
+def test_a_sharded_model_trains_after_an_evaluation():
+    processes(1, _evaluate_then_train)
