@@ -49,7 +49,7 @@ class Optim:
 class Shard:
     """How a model is spread over processes and memory; changes no result but for rounding."""
 
-    group: int | None = None   # processes that share one copy of the weights; 1 replicates, null shards over all
+    group: int | None = None   # most processes that share a copy of the weights; 1 replicates, null shards over all
     precision: Literal["bf16", "fp32"] = "bf16"
     recompute: Literal["none", "block", "offload"] = "none"
     compile: bool = False

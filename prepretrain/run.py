@@ -5,6 +5,7 @@ import logging
 import math
 import os
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -59,12 +60,19 @@ def train(config: Training, folder: Path) -> None:
                   accumulate=plan.accumulate, workers=config.data.workers, max_bad=config.data.max_bad,
                   window=config.data.window)
     logger.info("%s", plan.summary())
-    evaluators = plan.evaluators()
-    evals = [Evaluation(name, every, lambda e=e: e.run(objective.model, folder)) for name, every, e in evaluators]
+    evals = [Evaluation(name, every, partial(_measure, name, evaluator, objective.model, folder))
+             for name, every, evaluator in plan.evaluators()]
     fit(objective, data, optimizer, plan.schedule, folder=folder, seed=config.seed, options=objective.model.options,
         saved=saved, clip=config.optim.clip, log_every=plan.steps_of("log_every"), save_every=plan.steps_of("checkpoint.every"),
         keep=config.checkpoint.keep, evals=evals)
     _finish(plan, folder)
+
+
+def _measure(name: str, evaluator: Evaluator, model: Model, folder: Path) -> dict[str, float]:
+    results = evaluator.run(model, folder)
+    logger.info("%s: %s", name, ", ".join(f"{k} {v:g}" for k, v in results.items()))
+    add_results(folder, {name: results})
+    return results
 
 
 def _finish(plan: "Plan", folder: Path) -> None:
@@ -80,10 +88,7 @@ def evaluate(config: Evaluating, folder: Path) -> dict[str, float]:
     """Measures a model and adds the numbers to the folder's results.json under "<evaluator>/<card>"."""
     name, evaluator = build_evaluator(config.evaluator, config.data)
     model = models.load(config.init, **config.model).to(distributed.device())
-    results = evaluator.run(model, folder)
-    logger.info("%s of %s: %s", name, config.init, ", ".join(f"{k} {v:g}" for k, v in results.items()))
-    add_results(folder, {name: results})
-    return results
+    return _measure(name, evaluator, model, folder)
 
 
 def add_results(folder: Path, results: dict[str, Any]) -> None:
@@ -282,7 +287,7 @@ def dry_run(config: Config, folder: Path, stage: str, world: int) -> dict[str, A
         if plan.schedule is None:
             raise
         data = f"not here, so not checked: {error}"
-    group, size = config.shard.group or world, plan.size()
+    group, size = min(config.shard.group or world, world), plan.size()
     # 16 bytes a parameter: weights, gradients and two moments in float32
     return {"stage": stage, "encoder": plan.config.model["encoder"], **size, "steps": plan.schedule.steps,
             "images": plan.schedule.steps * config.batch_size, "accumulate": plan.accumulate, "lr": plan.schedule.peak,

@@ -20,8 +20,8 @@ def shard(module: nn.Module, *, group: int | None = None, precision: Literal["bf
           recompute: Literal["none", "block", "offload"] = "none", compile: bool = False) -> None:
     """Prepares a module that was built on the meta device, in place; its parameters are then on their devices.
 
-    group: processes that share one copy of the parameters; 1 replicates, None shards over all of them, a number
-    between shards within a group and replicates across groups.
+    group: processes that share one copy of the parameters; 1 replicates, None (or more than there are) shards over
+    all of them, a number between shards within a group and replicates across groups.
     recompute: keep every activation; or recompute each block's in the backward pass; or keep each block's input
     in host memory and recompute the rest.
     Raises ValueError for a group that does not divide the processes, or a parameter outside of any child.
@@ -45,7 +45,7 @@ def shard(module: nn.Module, *, group: int | None = None, precision: Literal["bf
 
 def _mesh(group: int | None):
     world = distributed.world()
-    inside = world if group is None else group
+    inside = world if group is None else min(group, world)
     if inside < 1 or world % inside:
         raise ValueError(f"shard.group: {group} must divide the number of processes, {world}.")
     return init_device_mesh(distributed.device().type, (world // inside, inside),

@@ -190,6 +190,7 @@ def test_recomputation_changes_no_loss(place, group):
         assert_close([r["loss"] for r in rows(folder)], [r["loss"] for r in rows("runs/plain")], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.skipif(shutil.which("g++") is None, reason="compiling for a CPU needs g++")
 def test_compilation_changes_no_loss_but_for_rounding(place, group):
     small = ["length=3it", "model.depth=1", "objective.decoder_depth=0"]
     train("runs/plain", *small)

@@ -1,0 +1,177 @@
+"""What a user can get wrong when starting a stage, and what a dry run says."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from prepretrain import config, distributed, run
+from prepretrain.launch import launch
+
+ROOT = Path(__file__).parents[1]
+STAGES = sorted(str(p.relative_to(ROOT / "configs").with_suffix("")) for p in (ROOT / "configs").rglob("*.yaml")
+                if "size" not in p.parts and "eval" not in p.parts)
+
+
+def facts(capsys, stage: str, *overrides: str, **flags) -> dict:
+    """The last line of a dry run."""
+    launch(stage, list(overrides), dry_run=True, **flags)
+    return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+
+@pytest.mark.parametrize("wrong, said", [
+    (["objective.name=mea"], "no objective 'mea'. Did you mean 'mae'? There are: "),
+    (["objective.mask_ration=0.5"], "objective.mask_ration: unknown option. Did you mean objective.mask_ratio?"),
+    (["optim.lrr=1"], "optim.lrr: unknown key. Did you mean optim.lr?"),
+    (["batchsize=4"], "batchsize: unknown key. Did you mean batch_size?"),
+    (["batch_size=many"], "batch_size: 'many' is not of type int"),
+    (["optim.betas=[0.9]"], "must have 2 values"),
+    (["objective.mask_ratio=high"], "objective.mask_ratio: 'high' is not of type float"),
+    (["objective.mask_ratio=1.0"], "objective.mask_ratio: 1.0 keeps 0 of 16 patches"),
+    (["objective.mask_ratio=0.0"], "keeps 16 of 16 patches"),
+    (["model.encoder=vit_test9"], "no encoder 'vit_test9'. Did you mean 'vit_test8'?"),
+    (["model.image_size=30"], "model.image_size: 30 is no multiple"),
+    (["model.imagesize=32"], "model.imagesize: unknown option. Did you mean model.image_size?"),
+    (["length=ten"], "length: 'ten' is no duration"),
+    (["length=50%"], "length: '50%' is a share of the run"),
+    (["optim.warmup=100%"], "optim.warmup: 12 steps leave nothing"),
+    (["optim.schedule=cosin"], "optim.schedule: 'cosin' is none of"),
+    (["data.train=colour"], "no card 'colour'. Did you mean 'colours'?"),
+    (["data.train=colours:test"], "no split 'test'"),
+    (["--lr"], "an override is key=value"),
+    (["base=size/vit_b17.yaml"], "base: there is no size/vit_b17.yaml"),
+    (["evaluators=[{name: liner, data: colours, every: 50%}]"], "no evaluator 'liner'. Did you mean 'linear'?"),
+])
+def test_a_mistake_names_the_key_the_value_and_the_way_out(place, wrong, said):
+    with pytest.raises(ValueError, match=said.replace("?", "[?]")):
+        launch("small.yaml", wrong, dry_run=True)
+    assert not Path("runs").exists()
+
+
+def test_a_misspelt_stage_offers_the_nearest_one():
+    with pytest.raises(ValueError, match="no stage 'demo/mea'. Did you mean 'demo/mae'?"):
+        launch("demo/mea", [], dry_run=True)
+
+
+def test_an_error_ends_the_command_with_one_line_and_a_failing_status(place):
+    done = subprocess.run([sys.executable, ROOT / "tools/launch.py", "--stage", "small.yaml", "objective.name=mea"],
+                          capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.startswith("launch: no objective 'mea'") and "Traceback" not in done.stderr
+
+
+def test_a_missing_data_folder_is_an_error_before_anything_starts(place):
+    Path("data/photos").rename("data/elsewhere")
+    with pytest.raises(ValueError, match="there is nothing at data/photos.*PREPRETRAIN_DATA"):
+        launch("small.yaml", ["length=1ep"], dry_run=True)
+    with pytest.raises(ValueError, match="there is nothing at data/photos"):
+        launch("small.yaml", ["length=1ep"])
+    assert not Path("runs/small/metrics.jsonl").exists()
+
+
+def test_a_section_whose_name_changes_starts_empty(place):
+    merged = config.load("small.yaml", ["objective={name: classify, classes: 3}"])
+    assert merged.objective == {"name": "classify", "classes": 3}
+
+
+def test_files_named_as_base_come_first_and_overrides_last(place):
+    Path("wide.yaml").write_text("base: small.yaml\noptim: {lr: 1e-4}\nbatch_size: 8\n")
+    merged = config.load("wide.yaml", ["batch_size=4"])
+    assert (merged.optim.lr, merged.optim.warmup, merged.batch_size) == (1e-4, "2it", 4)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_stage_that_we_ship_passes_a_dry_run_or_says_which_data_it_lacks(stage, capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    overrides = [] if config.load(stage, []).model.get("encoder") else ["model.encoder=vit_b16"]
+    try:
+        assert facts(capsys, stage, *overrides)["stage"] == stage
+    except ValueError as error:  # data and vocabularies that are made or brought by the user
+        assert "there is nothing at" in str(error) or "hashtags.json" in str(error)
+
+
+def test_a_dry_run_of_the_largest_model_counts_it_right(capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    said = facts(capsys, "mae", "base=size/vit_6.5b14.yaml", procs=8)
+    assert said["encoder"] == "vit_6.5b14" and said["encoder_parameters"] == 6_447_632_384
+    # 32 blocks of width 4096 on 64 + 1 tokens, the embedding of 64 patches, and a decoder of 8 x 512 on 257
+    tokens, width, decoder = 65, 4096, 512
+    encoder = 32 * (12 * width**2 * tokens + 2 * tokens**2 * width) + 64 * 588 * width
+    decoding = 8 * (12 * decoder**2 * 257 + 2 * 257**2 * decoder) + tokens * width * decoder + 192 * 588 * decoder
+    assert said["flops_per_image"] == 2 * (encoder + decoding)
+    assert said["images"] == said["steps"] * 4096 and said["steps"] == 1_220_704
+
+
+def test_the_batch_is_divided_in_the_fewest_equal_parts():
+    assert [run.accumulation(4096, 8, most) for most in (None, 512, 256, 200)] == [1, 1, 2, 4]
+    with pytest.raises(ValueError, match="batch_size: 100 does not divide among 8 processes"):
+        run.accumulation(100, 8, None)
+
+
+@pytest.fixture
+def trained(place) -> Path:
+    """A run of the small stage."""
+    distributed.init()
+    Path("runs/mae").mkdir(parents=True)
+    run.train(config.load("small.yaml", []), Path("runs/mae"))
+    distributed.shutdown()
+    return Path("runs/mae")
+
+
+STAGE_TWO = ["objective={name: classify, classes: 3}", "model={positions: learned}"]
+
+
+def test_init_names_every_key_that_does_not_fit(trained):
+    def start(*overrides: str, init: str = "runs/mae") -> None:
+        launch("small.yaml", [*STAGE_TWO, *overrides], init=init, dry_run=True, out="runs/new")
+
+    start()
+    with pytest.raises(ValueError, match="model.encoder: the config asks for vit_ti16, and runs/mae holds vit_test8"):
+        start("model.encoder=vit_ti16")
+    with pytest.raises(ValueError, match=r"(?s)does not fit.*encoder.cls_token is \(1, 1, 32\) and must be \(1, 1, 64\)"):
+        start("model.width=64")
+    with pytest.raises(ValueError, match="runs/mea: no such run or file"):
+        start(init="runs/mea")
+    with pytest.raises(ValueError, match="has no part 'text'. There are: encoder"):
+        start(init="runs/mae:text")
+    save_file({"encoder.cls_token": torch.zeros(1, 1, 32), "queue": torch.zeros(3)}, "other.safetensors")
+    with pytest.raises(ValueError, match=r"(?s)missing encoder.pos_embed.*left over queue"):
+        start("model.encoder=vit_test8", init="other.safetensors")
+    torch.save({"model": {"cls_token": torch.zeros(1)}, "args": object()}, "pickled.pth")
+    with pytest.raises(ValueError, match="cannot be read with weights_only"):
+        start("model.encoder=vit_test8", init="pickled.pth")
+    Path("cut.safetensors").write_bytes(Path("other.safetensors").read_bytes()[:60])
+    with pytest.raises(ValueError, match="cut.safetensors: cannot be read as safetensors"):
+        start("model.encoder=vit_test8", init="cut.safetensors")
+
+
+def test_the_encoder_of_a_released_file_with_more_in_it_is_taken_by_name(trained):
+    keys = load_file("runs/mae/export/model.safetensors")  # under MAE's own key names
+    torch.save({"model": {**keys, "mask_token": torch.zeros(1, 1, 8)}}, "released.pth")
+    with pytest.raises(ValueError, match="left over encoder.mask_token"):
+        launch("small.yaml", [*STAGE_TWO, "model.encoder=vit_test8"], init="released.pth", dry_run=True)
+    launch("small.yaml", [*STAGE_TWO, "model.encoder=vit_test8"], init="released.pth:encoder", dry_run=True)
+
+
+def test_an_evaluation_adds_its_numbers_to_the_run_it_evaluates(trained):
+    launch("eval/linear", ["data=colours", "evaluator.solver=lbfgs"], init="runs/mae")
+    launch("eval/lowshot", ["data=colours", "evaluator.shots=[2]"], init="runs/mae/export")
+    results = json.loads((trained / "results.json").read_text())
+    assert results["linear/colours"]["images"] == 60 and "encoder_parameters" in results
+    with pytest.raises(ValueError, match="--init: an evaluation needs the model"):
+        launch("eval/linear", ["data=colours"])
+
+
+def test_two_local_processes_are_started_and_followed(place, capfd):
+    launch("small.yaml", ["length=4it"], procs=2)
+    assert "done. Its weights" in capfd.readouterr().out
+    assert Path("runs/small/export/model.safetensors").exists()
+
+
+def test_torchruns_environment_is_used_as_it_is(place):
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    subprocess.run([*torchrun, ROOT / "tools/launch.py", "--stage", "small.yaml", "length=4it"], check=True)
+    assert "2 processes" in Path("runs/small/log.txt").read_text()

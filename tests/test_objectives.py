@@ -1,0 +1,227 @@
+"""Encoders, heads, objectives and exports, against closed forms and peers."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from torch.testing import assert_close
+
+from prepretrain import plugin, shard, weights
+from prepretrain.encoders import base as encoders
+from prepretrain.encoders.vit import patchify, unpatchify
+from prepretrain.hashtags import Vocabulary
+from prepretrain.heads import TwoLayer
+from prepretrain.model import Model, load
+from prepretrain.objectives.classify import Classify
+from prepretrain.objectives.hashtag import Hashtag, sparse_cross_entropy
+from prepretrain.objectives.mae import MAE
+from prepretrain.transforms import Random
+
+PARAMETERS = {  # counts of MAWS's released encoders
+    "vit_b16": 85_798_656, "vit_l16": 303_301_632, "vit_h14": 630_764_800, "vit_2b14": 1_890_408_960,
+    "vit_6.5b14": 6_447_632_384}
+
+
+def small(**options) -> Model:
+    """A small model with weights."""
+    model = Model(encoder="vit_test8", **options)
+    shard.initialise(model, 0)
+    return model.eval()
+
+
+@pytest.mark.parametrize("size", PARAMETERS)
+def test_sizes_have_the_released_encoders_parameters_and_key_names(size):
+    with torch.device("meta"):
+        encoder = encoders.build(size)
+        peer = timm.models.VisionTransformer(
+            img_size=224, patch_size=encoder.stride, embed_dim=encoder.width, depth=encoder.depth,
+            num_heads=encoder.heads, num_classes=0)
+    assert sum(p.numel() for p in encoder.parameters()) == PARAMETERS[size]
+    assert {k: v.shape for k, v in encoder.state_dict().items()} == {k: v.shape for k, v in peer.state_dict().items()}
+
+
+def test_the_released_manifest_matches_where_it_is_at_hand():
+    path = Path(os.environ.get("PREPRETRAIN_GOLDEN", Path(__file__).parent / "golden")) / "maws_manifest.json"
+    if not path.exists():
+        pytest.skip("the manifest of MAWS's released files is not in PREPRETRAIN_GOLDEN")
+    for name, row in json.loads(path.read_text()).items():
+        if name.split("/")[0] in ("mae", "mae_in1k", "mae_in21k", "maws") and "_ft_" not in name:
+            with torch.device("meta"):
+                encoder = encoders.build(name.split("/")[1])
+            assert {k: list(v.shape) for k, v in encoder.state_dict().items()} == row["shapes"], name
+
+
+def test_every_size_encodes_any_multiple_of_its_patch():
+    model = small(image_size=40, patch_size=4)
+    assert model(torch.zeros(2, 3, 40, 40, dtype=torch.uint8)).shape == (2, 101, 32)
+    with pytest.raises(ValueError, match="model.image_size is 40 and an image is"):
+        model(torch.zeros(2, 3, 32, 32, dtype=torch.uint8))
+
+
+def test_keeping_all_patches_in_order_is_the_plain_encoding():
+    model, image = small(), torch.randn(2, 3, 32, 32)
+    keep = torch.arange(16).expand(2, -1)
+    assert_close(model.encoder(image, keep=keep), model.encoder(image))
+
+
+def test_hidden_patches_do_not_reach_the_encoder():
+    model, image = small(), torch.randn(2, 3, 32, 32)
+    mask, token = torch.arange(16).expand(2, -1) < 10, torch.randn(32)
+    other = unpatchify(torch.where(mask[..., None], torch.randn(2, 16, 192), patchify(image, 8)), 8)
+    assert_close(model.encoder(image, hide=(mask, token)), model.encoder(other, hide=(mask, token)))
+
+
+def test_patches_are_cut_as_the_convolution_of_the_released_files_cuts_them():
+    model, image = small(), torch.randn(2, 3, 32, 32)
+    projection = model.encoder.patch_embed.proj
+    want = projection(image).flatten(2).transpose(1, 2)
+    assert_close(F.linear(patchify(image, 8), projection.weight.flatten(1), projection.bias), want)
+    assert torch.equal(unpatchify(patchify(image, 8), 8), image)
+
+
+def test_an_export_loads_in_timm_with_strict_keys_and_gives_the_same_features(tmp_path):
+    model = small(image_size=48)
+    model.save(tmp_path, "test")
+    peer = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+    image = torch.randint(0, 256, (2, 3, 48, 48), dtype=torch.uint8)
+    with torch.no_grad():
+        assert_close(peer.forward_features(model.normalise(image)), model(image), rtol=1e-5, atol=1e-5)
+        assert_close(peer(model.normalise(image)), model.features(image), rtol=1e-5, atol=1e-5)
+    again = load(str(tmp_path))
+    assert_close(again(image), model(image))
+    assert again.options == model.options
+
+
+def test_positions_are_resampled_for_another_image_size_and_nothing_else_is(tmp_path):
+    small().save(tmp_path, "test")
+    larger = load(str(tmp_path), image_size=64)
+    assert larger.encoder.pos_embed.shape == (1, 65, 32)
+    assert_close(larger.encoder.pos_embed[:, 0], load(str(tmp_path)).encoder.pos_embed[:, 0])
+
+
+def test_initial_values_depend_on_seed_and_name_only():
+    one, two = small(), MAE(Model(encoder="vit_test8"), decoder_depth=1, decoder_width=32, decoder_heads=2)
+    shard.initialise(two, 0)
+    assert not any(torch.isnan(p).any() for p in two.parameters())
+    names = dict(two.named_parameters())
+    again = MAE(Model(encoder="vit_test8"), decoder_depth=1, decoder_width=32, decoder_heads=2)
+    shard.initialise(again, 0)
+    assert all(torch.equal(p, names[n]) for n, p in again.named_parameters())
+    blocks = names["model.encoder.blocks.0.attn.qkv.weight"], names["model.encoder.blocks.1.attn.qkv.weight"]
+    assert not torch.equal(*blocks)
+
+
+def test_the_sparse_loss_and_its_gradient_equal_the_dense_softmax_cross_entropy():
+    torch.manual_seed(0)
+    tags = torch.tensor([[3, 7, 1], [2, -1, -1], [9, 0, -1]])
+    dense = torch.zeros(3, 10)
+    for i, row in enumerate(tags):
+        dense[i, row[row >= 0]] = 1
+    dense /= dense.sum(1, keepdim=True)
+    one, two = (torch.randn(3, 10, generator=torch.Generator().manual_seed(1)).requires_grad_() for _ in range(2))
+    want = -(dense * one.log_softmax(1)).sum(1)
+    got = sparse_cross_entropy(two, tags)
+    assert_close(got, want)
+    want.mean().backward()
+    got.mean().backward()
+    assert_close(two.grad, one.grad)
+
+
+def test_the_tanh_head_starts_at_zero():
+    head = TwoLayer(8, 5)
+    shard.initialise(head, 0)
+    assert torch.equal(head(torch.randn(2, 8)), torch.zeros(2, 5))
+    assert head.pre_logits.weight.std() > 0.1
+
+
+@pytest.fixture
+def vocabulary(tmp_path, monkeypatch) -> Vocabulary:
+    monkeypatch.setenv("PREPRETRAIN_DATA", str(tmp_path))
+    made = Vocabulary(["cat", "dog", "sea"], [5, 4, 3], source="abc", images=9, min_count=1)
+    made.save(tmp_path / "tags.json")
+    return made
+
+
+def test_a_hashtag_run_needs_the_vocabulary_of_its_data(vocabulary, tmp_path):
+    objective = Hashtag(Model(encoder="vit_test8"), vocabulary="tags.json")
+    assert objective.tags == 3
+
+    class Other:
+        fields, fingerprint = ("image", "hashtags"), "xyz"
+
+    class Card:
+        name = "other"
+
+    with pytest.raises(ValueError, match="was counted from data abc, and this data is xyz"):
+        objective.check(Card, Other())
+    with pytest.raises(ValueError, match="objective.tags: 4, and .* holds 3"):
+        Hashtag(Model(encoder="vit_test8"), vocabulary="tags.json", tags=4).vocabulary
+    with pytest.raises(ValueError, match="missing.json"):
+        Hashtag(Model(encoder="vit_test8"), vocabulary="missing.json")
+
+
+def test_the_hashtag_head_trains_on_ids(vocabulary):
+    objective = Hashtag(Model(encoder="vit_test8"), vocabulary="tags.json")
+    shard.initialise(objective, 0)
+    batch = {"image": torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8), "tags": torch.tensor([[0, 2], [1, -1]])}
+    figures = objective(batch)
+    assert_close(figures["loss"], torch.tensor(3.0).log())  # the head is zero: all tags are equally likely
+    figures["loss"].backward()
+
+
+def test_mixing_and_erasing_train_and_evaluation_is_plain():
+    objective = Classify(Model(encoder="vit_test8"), classes=3, mixup=0.8, cutmix=1.0, smoothing=0.1, erasing=0.5)
+    shard.initialise(objective, 0)
+    batch = {"image": torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8), "label": torch.tensor([0, 1, 2, 0])}
+    assert torch.isfinite(objective.train()(batch)["loss"])
+    objective.eval()
+    assert objective(batch)["loss"] == objective(batch)["loss"] and "accuracy" in objective(batch)
+    with pytest.raises(ValueError, match="mixes pairs"):
+        objective.train()({k: v[:3] for k, v in batch.items()})
+
+
+def test_reconstructions_show_the_visible_patches_untouched():
+    objective = MAE(Model(encoder="vit_test8"), decoder_depth=1, decoder_width=32, decoder_heads=2)
+    shard.initialise(objective, 0)
+    batch = {"image": torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8), "noise": torch.rand(2, 16)}
+    drawn = objective.eval().reconstruct(batch)
+    assert torch.equal(drawn["original"], batch["image"])
+    keep, masked = objective.split(batch["noise"])
+    same = patchify((drawn["reconstructed"] == drawn["original"]).float(), 8).mean(-1)
+    assert (same.gather(1, keep) == 1).all() and (same.gather(1, masked) < 1).all()
+
+
+@pytest.mark.parametrize("name", plugin.names("objectives"))
+def test_every_objective_documents_its_options_and_names_its_fields(name):
+    found = plugin.find("objectives", name)
+    assert found.__doc__ and "image" in found.fields
+    assert all(p.annotation is not p.empty for p in plugin.options(found).values())
+
+
+def test_a_dotted_name_is_a_module_outside_of_the_package(tmp_path, monkeypatch):
+    (tmp_path / "my_lab_objective.py").write_text(
+        "from prepretrain.objectives.base import Objective\nclass Mine(Objective):\n    pass\n")
+    (tmp_path / "my_lab").mkdir()
+    (tmp_path / "my_lab" / "jepa.py").write_text((tmp_path / "my_lab_objective.py").read_text())
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert plugin.find("objectives", "my_lab.jepa").__name__ == "Mine"
+    with pytest.raises(ValueError, match="there is no module 'my_lab.nothing'"):
+        plugin.find("objectives", "my_lab.nothing")
+
+
+def test_a_parameter_on_the_objective_itself_is_refused_by_name():
+    objective = MAE(Model(encoder="vit_test8"), decoder_depth=1, decoder_width=32, decoder_heads=2)
+    objective.scale = torch.nn.Parameter(torch.ones(1))
+    with pytest.raises(ValueError, match="MAE.scale: a parameter must belong to a child module"):
+        shard.find_roots(objective)
+
+
+def test_weights_of_a_part_are_addressed_by_name(tmp_path):
+    state = {"a.x": torch.ones(2), "b.x": torch.zeros(2)}
+    found = weights.Weights("f", {k: tuple(v.shape) for k, v in state.items()}, state.__getitem__)
+    assert torch.equal(found.part("a").read("x"), torch.ones(2))
+    assert Random(0, 0, 0)("a").random() == Random(0, 0, 0)("a").random()
