@@ -2,7 +2,6 @@
 
 import datetime
 import os
-import socket
 from typing import Any
 
 import torch
@@ -20,21 +19,12 @@ def init() -> torch.device:
     planning and flags go over gloo; without it, gloo.
     """
     if not dist.is_initialized():
-        if "RANK" not in os.environ:
-            _alone()
         if torch.cuda.is_available():
             torch.cuda.set_device(local_rank())
         backend = "cuda:nccl,cpu:gloo" if torch.cuda.is_available() else "gloo"
-        dist.init_process_group(backend, timeout=TIMEOUT)
+        alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+        dist.init_process_group(backend, timeout=TIMEOUT, **alone)
     return device()
-
-
-def _alone() -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", LOCAL_WORLD_SIZE="1",
-                      MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
 
 
 def shutdown() -> None:

@@ -99,13 +99,14 @@ def check(module: nn.Module, weights: Weights) -> None:
     Nothing is read but names and shapes. Keys may be left over only where a part was asked for.
     """
     targets = module.state_dict(keep_vars=True)
-    problems = [f"missing {k}" for k in targets if k not in weights.shapes]
+    problems = []
     if weights.whole:
         problems += [f"left over {k} {tuple(s)}" for k, s in weights.shapes.items() if k not in targets]
     for name in [k for k in targets if k in weights.shapes]:
         shape = tuple(_adapted(module, name, torch.empty(weights.shapes[name], device="meta")).shape)
         if shape != tuple(targets[name].shape):
             problems.append(f"{name} is {shape} and must be {tuple(targets[name].shape)}")
+    problems += [f"missing {k}" for k in targets if k not in weights.shapes]
     if problems:
         more = f"\n  … and {len(problems) - 20} more" if len(problems) > 20 else ""
         raise ValueError(

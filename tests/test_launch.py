@@ -137,8 +137,8 @@ def test_init_names_every_key_that_does_not_fit(trained):
         start(init="runs/mea")
     with pytest.raises(ValueError, match="has no part 'text'. There are: encoder"):
         start(init="runs/mae:text")
-    save_file({"encoder.cls_token": torch.zeros(1, 1, 32), "queue": torch.zeros(3)}, "other.safetensors")
-    with pytest.raises(ValueError, match=r"(?s)missing encoder.pos_embed.*left over queue"):
+    save_file({"cls_token": torch.zeros(1, 1, 32), "queue": torch.zeros(3)}, "other.safetensors")
+    with pytest.raises(ValueError, match=r"(?s)left over encoder.queue.*missing encoder.pos_embed"):
         start("model.encoder=vit_test8", init="other.safetensors")
     torch.save({"model": {"cls_token": torch.zeros(1)}, "args": object()}, "pickled.pth")
     with pytest.raises(ValueError, match="cannot be read with weights_only"):
