@@ -99,7 +99,7 @@ def test_a_training_set_smaller_than_the_batch_is_trained_on_whole(card):
 @pytest.mark.parametrize("intercept", [True, False])
 def test_logistic_regression_agrees_with_scikit_learn(l2, intercept):
     features, labels = clouds(300, 5, 0.7, 0)
-    weight = logistic.fit(features, labels, 5, l2=l2, intercept=intercept, tolerance=1e-8)
+    weight = logistic.fit(features.double(), labels, 5, l2=l2, intercept=intercept, tolerance=1e-8)
     other = LogisticRegression(C=1 / (len(features) * l2), fit_intercept=intercept, tol=1e-8, max_iter=5000)
     other.fit(features.double().numpy(), labels.numpy())
     fresh, _ = clouds(200, 5, 0.7, 1)
@@ -109,9 +109,9 @@ def test_logistic_regression_agrees_with_scikit_learn(l2, intercept):
 
 def test_logistic_regression_in_parts_is_that_in_one(monkeypatch):
     features, labels = clouds(300, 5, 0.7, 0)
-    whole = logistic.fit(features, labels, 5, l2=1e-2)
+    whole = logistic.fit(features.double(), labels, 5, l2=1e-2)
     monkeypatch.setattr(logistic, "ROWS", 70)
-    torch.testing.assert_close(logistic.fit(features, labels, 5, l2=1e-2), whole, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(logistic.fit(features.double(), labels, 5, l2=1e-2), whole, atol=1e-6, rtol=1e-6)
 
 
 def test_lowshot_mean_and_deviation_equal_a_computation_by_hand(card):

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from prepretrain import distributed, logistic
-from prepretrain.evaluators.base import (Evaluator, accuracy, class_count, labelled_features, require)
+from prepretrain.evaluators.base import Evaluator, accuracy, class_count, require
+from prepretrain.features import extract
+from prepretrain.sources.base import Subset
 
 
 class Lowshot(Evaluator):
@@ -56,26 +58,35 @@ class Lowshot(Evaluator):
 
     def run(self, model: nn.Module, folder: Path) -> dict[str, float]:
         """Accuracies on `val` for each K, and the number of its images."""
-        reading = {"pool": self.pool, "feature_batch": self.feature_batch, "workers": self.workers}
-        train, train_labels = labelled_features(self.card, "train", model, **reading)
-        val, val_labels = labelled_features(self.card, "val", model, **reading)
-        classes = class_count(self.card, train_labels, val_labels)
-        found = self.measure(train, train_labels, val, val_labels, classes)
+        source = self.card.open("train")
+        if "label" not in source.fields:
+            raise ValueError(f"{self.card.name}:train: has no labels, by which images are chosen.")
+        labels = torch.tensor([source.label(i) for i in range(len(source))])
+        reading = {"pool": self.pool, "batch_size": self.feature_batch, "workers": self.workers}
+        val, val_labels = extract(model, self.card.open("val"), name=f"{self.card.name}:val", **reading)
+        classes = class_count(self.card, labels, val_labels)
+        chosen = {(k, seed): choose(labels, classes, k, seed, at_most=self.at_most, data=self.card.name)
+                  for k in self.shots for seed in range(self.seeds)}
+        needed = sorted(set(torch.cat(list(chosen.values())).tolist()))  # features of no other image
+        train, _ = extract(model, Subset(source, needed), name=f"{self.card.name}:train", **reading)
+        places = torch.full((len(labels),), -1)
+        places[needed] = torch.arange(len(needed))
+        chosen = {job: (places[rows], labels[rows]) for job, rows in chosen.items()}
+        found = self.measure(train, chosen, val, val_labels, classes)
         return distributed.from_main(found | {"images": len(val)})
 
-    def measure(self, train: Tensor, train_labels: Tensor, val: Tensor, val_labels: Tensor,
-                classes: int) -> dict[str, float]:
-        """Mean and deviation for each K; the fits are shared out among the ranks."""
+    def measure(self, train: Tensor, chosen: dict[tuple[int, int], tuple[Tensor, Tensor]], val: Tensor,
+                val_labels: Tensor, classes: int) -> dict[str, float]:
+        """Mean and deviation for each K; `chosen` holds rows of `train` and labels for each (K, seed).
+
+        The fits are shared out among the ranks.
+        """
         device = distributed.device()
         train, val = _scaled(train).to(device), _scaled(val).to(device)
-        jobs = [(k, seed) for k in self.shots for seed in range(self.seeds)]
-        chosen = {job: choose(train_labels, classes, *job, at_most=self.at_most, data=self.card.name)
-                  for job in jobs}
         mine = {}
-        for job in jobs[distributed.rank()::distributed.world()]:
-            rows = chosen[job]
-            weight = logistic.fit(train[rows.to(device)], train_labels[rows], classes,
-                                  l2=self.l2 / len(rows), intercept=False)
+        for job in list(chosen)[distributed.rank()::distributed.world()]:
+            rows, labels = (part.to(device) for part in chosen[job])
+            weight = logistic.fit(train[rows].double(), labels, classes, l2=self.l2 / len(rows), intercept=False)
             mine[job] = accuracy(logistic.scores(val, weight).cpu(), val_labels)
         found = {job: top for part in distributed.all_gather_object(mine) for job, top in part.items()}
         results: dict[str, float] = {}

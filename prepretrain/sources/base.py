@@ -35,6 +35,24 @@ class Source:
         return self[index]["hashtags"]
 
 
+class Subset(Source):
+    """Some images of a source, in the order of their numbers given."""
+
+    def __init__(self, source: Source, indexes: list[int]):
+        self.source, self.indexes = source, indexes
+        self.fields, self.classes, self.groups = source.fields, source.classes, [len(indexes)]
+        self.fingerprint = fingerprint_of([source.fingerprint, *indexes])
+
+    def __getitem__(self, index: int) -> dict:
+        return self.source[self.indexes[index]]
+
+    def label(self, index: int) -> int:
+        return self.source.label(self.indexes[index])
+
+    def hashtags(self, index: int) -> list[str]:
+        return self.source.hashtags(self.indexes[index])
+
+
 def fingerprint_of(parts: Iterable[object]) -> str:
     """A short hash over the text of the parts, in order."""
     digest = hashlib.sha256()
