@@ -38,14 +38,14 @@ COMMON = ["model.image_size=32", "data.train=tagged", "data.workers=0", "shard.p
 MAE = ["model.encoder=vit_mini4", "objective.decoder_depth=2", "objective.decoder_width=96", "objective.decoder_heads=3",
        "objective.crop_scale=[0.5,1.0]", "optim.lr=1.5e-3", "batch_size=256", "base=[]", *COMMON]
 WSP = ["objective={name: hashtag, vocabulary: hashtags.json, tags: null, head: mlp, crop_scale: [0.5, 1.0]}",
-       "model={encoder: vit_mini4, positions: learned}", "optim.lr=5e-4", "optim.weight_decay=0.05", "batch_size=128",
+       "model={encoder: vit_mini4, positions: learned}", "optim.lr=2e-3", "optim.weight_decay=0.05", "batch_size=128",
        "optim.schedule=cosine", "optim.warmup=10%", *COMMON]
 
 
 def tool(work: Path, script: str, *arguments: str) -> None:
     """Runs one of the repository's commands in the work folder, with one thread."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PREPRETRAIN_DATA": "data",
-                   "PYTHONPATH": str(ROOT / "benchmarks")}
+                   "PYTHONPATH": f"{ROOT}:{ROOT / 'benchmarks'}"}
     done = subprocess.run([sys.executable, str(ROOT / script), *arguments], cwd=work, env=environment,
                           stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     if done.returncode:
@@ -112,8 +112,8 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("runs/cifar10"))
     parser.add_argument("--out", type=Path)
     parser.add_argument("--seeds", type=int, default=2)
-    parser.add_argument("--mae-epochs", type=float, default=10)
-    parser.add_argument("--budgets", type=float, nargs="+", default=[1, 4], help="epochs of stage two")
+    parser.add_argument("--mae-epochs", type=float, default=4)
+    parser.add_argument("--budgets", type=float, nargs="+", default=[0.5, 2], help="epochs of stage two")
     given = parser.parse_args()
     start, work, data = time.time(), given.work.resolve(), given.data.resolve()
     prepare(work, data)
