@@ -1,24 +1,25 @@
-"""A hashtag training step, the tags as padded ids, beside the same step with a dense multi-hot target.
+"""A hashtag training step, the tags as padded ids, beside the same step with a dense multi-hot
+target.
 
     python benchmarks/hashtag_step.py
 
-ViT-B/16, 28,672 tags, 1 to 5 an image, one CPU thread. Everything but the target and the loss is the same, the
-optimizer too. The dense form gets its target as float32 from the loader, as is usual, so building it costs nothing
-here, and computes -sum(target x log_softmax).
+ViT-B/16, 28,672 tags, 1 to 5 an image, one CPU thread. Everything but the target and the loss is
+the same, the optimizer too. The dense form gets its target as float32 from the loader, as is usual,
+so building it costs nothing here, and computes -sum(target x log_softmax).
 """
 
 import argparse
 from functools import partial
 
 import torch
+from mae_step import training_step
+from timing import interleaved, report
 from torch import Tensor
 
-from mae_step import training_step
 from prepretrain import distributed, optim, shard
 from prepretrain.encoders.base import pool
 from prepretrain.model import Model
 from prepretrain.objectives.hashtag import Hashtag
-from timing import interleaved, report
 
 
 class DenseHashtag(Hashtag):
@@ -32,7 +33,9 @@ class DenseHashtag(Hashtag):
         return {"loss": loss, "accuracy": (batch["target"].gather(1, best) > 0).float().mean()}
 
 
-def training(kind: type[Hashtag], tags: int, precision: str) -> tuple[Hashtag, torch.optim.Optimizer]:
+def training(
+    kind: type[Hashtag], tags: int, precision: str
+) -> tuple[Hashtag, torch.optim.Optimizer]:
     """An objective with its optimizer, as a run makes them."""
     with torch.device("meta"):
         objective = kind(Model(encoder="vit_b16"), vocabulary="unread.json", tags=tags)
@@ -54,7 +57,9 @@ def make_batch(images: int, tags: int) -> dict[str, Tensor]:
 
 def main() -> None:
     """One JSON line, once the two forms' losses agree."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--tags", type=int, default=28672)
     parser.add_argument("--steps", type=int, default=8)
@@ -63,12 +68,28 @@ def main() -> None:
     torch.set_num_threads(1)
     distributed.init()
     batch = make_batch(asked.batch, asked.tags)
-    sparse, dense = (training(kind, asked.tags, asked.precision) for kind in (Hashtag, DenseHashtag))
+    sparse, dense = (
+        training(kind, asked.tags, asked.precision) for kind in (Hashtag, DenseHashtag)
+    )
     torch.testing.assert_close(sparse[0](batch)["loss"], dense[0](batch)["loss"])
-    times = interleaved({"dense": partial(training_step, *dense, batch),
-                         "sparse": partial(training_step, *sparse, batch)}, asked.steps)
-    report(f"hashtag_step_{asked.precision}", times["dense"], times["sparse"], batch=asked.batch, tags=asked.tags,
-           pixels=224, encoder="vit_b16", threads=1, clock="cpu")
+    times = interleaved(
+        {
+            "dense": partial(training_step, *dense, batch),
+            "sparse": partial(training_step, *sparse, batch),
+        },
+        asked.steps,
+    )
+    report(
+        f"hashtag_step_{asked.precision}",
+        times["dense"],
+        times["sparse"],
+        batch=asked.batch,
+        tags=asked.tags,
+        pixels=224,
+        encoder="vit_b16",
+        threads=1,
+        clock="cpu",
+    )
     distributed.shutdown()
 
 

@@ -45,7 +45,8 @@ def textures(count: int) -> Iterator[bytes]:
         pixels = 128 + 55 * planes / planes.std()
         file = io.BytesIO()
         Image.fromarray(pixels.clip(0, 255).astype(np.uint8).transpose(1, 2, 0)).save(
-            file, "JPEG", quality=91)
+            file, "JPEG", quality=91
+        )
         yield file.getvalue()
 
 
@@ -58,6 +59,7 @@ def write(images: list[bytes], path: Path) -> None:
 
 def ours(path: Path) -> Iterator[torch.Tensor]:
     """Batches as the first stage sees them."""
+
     def transform(sample: dict) -> dict:
         random, image = sample["random"], decode(sample["image"])
         image = random_resized_crop(image, SIZE, random("crop"), scale=SCALE)
@@ -70,12 +72,19 @@ def ours(path: Path) -> Iterator[torch.Tensor]:
 
 def usual(path: Path) -> Iterator[torch.Tensor]:
     """Batches as the reference implementations make them."""
-    transform = v1.Compose([
-        v1.RandomResizedCrop(SIZE, scale=SCALE, interpolation=v1.InterpolationMode.BICUBIC),
-        v1.RandomHorizontalFlip(), v1.ToTensor(),
-        v1.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])])
-    data = webdataset.WebDataset(str(path), shardshuffle=False).repeat().map(
-        lambda sample: transform(Image.open(io.BytesIO(sample["jpg"])).convert("RGB")))
+    transform = v1.Compose(
+        [
+            v1.RandomResizedCrop(SIZE, scale=SCALE, interpolation=v1.InterpolationMode.BICUBIC),
+            v1.RandomHorizontalFlip(),
+            v1.ToTensor(),
+            v1.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]),
+        ]
+    )
+    data = (
+        webdataset.WebDataset(str(path), shardshuffle=False)
+        .repeat()
+        .map(lambda sample: transform(Image.open(io.BytesIO(sample["jpg"])).convert("RGB")))
+    )
     batch = []
     for image in data:
         batch.append(image)
@@ -105,8 +114,9 @@ def measure(path: Path, rounds: int, count: int) -> tuple[list[float], list[floa
 
 def main() -> None:
     """Make or read the images, measure, print."""
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--images", type=Path, help="a folder of JPEGs to use instead")
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--batches", type=int, default=2, help=f"of {BATCH} images, a round")
@@ -120,11 +130,18 @@ def main() -> None:
         path = Path(folder) / "00000.tar"
         write(images, path)
         mine, theirs = measure(path, args.rounds, args.batches)
-    print(json.dumps({
-        "figure": "loader, images per second of a core", "images": len(images),
-        "bytes_per_image": round(statistics.mean(map(len, images))),
-        "ours": round(statistics.median(mine), 1), "usual": round(statistics.median(theirs), 1),
-        "ratio": round(statistics.median(mine) / statistics.median(theirs), 2)}))
+    print(
+        json.dumps(
+            {
+                "figure": "loader, images per second of a core",
+                "images": len(images),
+                "bytes_per_image": round(statistics.mean(map(len, images))),
+                "ours": round(statistics.median(mine), 1),
+                "usual": round(statistics.median(theirs), 1),
+                "ratio": round(statistics.median(mine) / statistics.median(theirs), 2),
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

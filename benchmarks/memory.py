@@ -1,6 +1,6 @@
 """The largest resident memory of MAE ViT-B/16 training steps on the CPU, 224 px; one JSON line.
 
-    python benchmarks/memory.py
+python benchmarks/memory.py
 """
 
 import argparse
@@ -8,8 +8,8 @@ import json
 import resource
 
 import torch
-
 from mae_step import training_step
+
 from prepretrain import distributed, optim, shard
 from prepretrain.model import Model
 from prepretrain.objectives.mae import MAE
@@ -17,7 +17,9 @@ from prepretrain.objectives.mae import MAE
 
 def main() -> None:
     """Two steps, since the optimizer's state is made in the first."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--precision", choices=["bf16", "fp32"], default="fp32")
     asked = parser.parse_args()
@@ -27,14 +29,26 @@ def main() -> None:
     shard.shard(objective, precision=asked.precision)
     shard.initialise(objective, 0)
     optimizer = optim.build(objective.train(), lr=1e-5, weight_decay=0.05)
-    batch = {"image": torch.randint(0, 256, (asked.batch, 3, 224, 224), dtype=torch.uint8),
-             "noise": torch.rand(asked.batch, 196)}
+    batch = {
+        "image": torch.randint(0, 256, (asked.batch, 3, 224, 224), dtype=torch.uint8),
+        "noise": torch.rand(asked.batch, 196),
+    }
     before = peak()
     for _ in range(2):
         training_step(objective, optimizer, batch)
-    print(json.dumps({"figure": f"mae_memory_{asked.precision}", "peak_gib": round(peak(), 2),
-                      "before_gib": round(before, 2), "batch": asked.batch, "encoder": "vit_b16", "pixels": 224,
-                      "torch": torch.__version__}))
+    print(
+        json.dumps(
+            {
+                "figure": f"mae_memory_{asked.precision}",
+                "peak_gib": round(peak(), 2),
+                "before_gib": round(before, 2),
+                "batch": asked.batch,
+                "encoder": "vit_b16",
+                "pixels": 224,
+                "torch": torch.__version__,
+            }
+        )
+    )
     distributed.shutdown()
 
 

@@ -1,6 +1,6 @@
 """Count a card's hashtags into the vocabulary that the second stage predicts.
 
-    python datasets/hashtags.py demo --min-count 5 --out data/demo/hashtags.json
+python datasets/hashtags.py demo --min-count 5 --out data/demo/hashtags.json
 """
 
 import argparse
@@ -15,11 +15,13 @@ from prepretrain.hashtags import Vocabulary  # noqa: E402
 
 def main() -> None:
     """Count, write, and show the most frequent tags and how many images are left without one."""
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("card", help="a card, or card:split")
-    parser.add_argument("--min-count", type=int, required=True,
-                        help="how many images a tag must be in")
+    parser.add_argument(
+        "--min-count", type=int, required=True, help="how many images a tag must be in"
+    )
     parser.add_argument("--out", type=Path, required=True, help="the vocabulary to write")
     parser.add_argument("--top", type=int, default=20, help="how many tags to show")
     args = parser.parse_args()
@@ -29,11 +31,13 @@ def main() -> None:
     tags = [source.hashtags(index) for index in range(len(source))]
     vocabulary = Vocabulary.count(tags, source=source.fingerprint, min_count=args.min_count)
     vocabulary.save(args.out)
-    for tag, count in list(zip(vocabulary.tags, vocabulary.counts))[:args.top]:
+    for tag, count in list(zip(vocabulary.tags, vocabulary.counts))[: args.top]:
         print(f"{count:10d}  {tag}")
     without = sum(not vocabulary.ids(found) for found in tags)
-    print(f"{args.out}: {len(vocabulary)} tags in at least {args.min_count} of {len(source)} "
-          f"images; {without} images have none of them")
+    print(
+        f"{args.out}: {len(vocabulary)} tags in at least {args.min_count} of {len(source)} "
+        f"images; {without} images have none of them"
+    )
 
 
 if __name__ == "__main__":

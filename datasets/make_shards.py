@@ -1,8 +1,8 @@
 """Pack a source into tar shards in img2dataset's layout: KEY.jpg, KEY.txt, KEY.json, KEY.cls.
 
-    python datasets/make_shards.py synthetic images=20000 seed=0 --out data/demo/train
-    python datasets/make_shards.py folder path=photos/train --out data/photos/train
-    python datasets/make_shards.py parquet path=cifar10/train.parquet --out data/cifar10/train
+python datasets/make_shards.py synthetic images=20000 seed=0 --out data/demo/train
+python datasets/make_shards.py folder path=photos/train --out data/photos/train
+python datasets/make_shards.py parquet path=cifar10/train.parquet --out data/cifar10/train
 """
 
 import argparse
@@ -47,8 +47,11 @@ def pack(source: Source, out: Path, per_shard: int) -> None:
     draft.mkdir(parents=True)
     try:
         for shard, first in enumerate(range(0, len(source), per_shard)):
-            write(source, range(first, min(first + per_shard, len(source))),
-                  draft / f"{shard:05d}.tar")
+            write(
+                source,
+                range(first, min(first + per_shard, len(source))),
+                draft / f"{shard:05d}.tar",
+            )
         plugin.build("sources", "shards", path=str(draft))  # builds the indices
         os.rename(draft, out)
     finally:
@@ -65,8 +68,9 @@ def write(source: Source, numbers: range, path: Path) -> None:
 
 def main() -> None:
     """Parse, pack, and say what there is now."""
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("source", help="folder, parquet, synthetic, or a module of your own")
     parser.add_argument("options", nargs="*", help="its options, as key=value")
     parser.add_argument("--out", type=Path, required=True, help="the folder to make")
@@ -80,8 +84,10 @@ def main() -> None:
         options[key] = yaml.safe_load(value)
     pack(plugin.build("sources", args.source, **options), args.out, args.per_shard)
     made = plugin.build("sources", "shards", path=str(args.out))
-    print(f"{args.out}: {len(made)} images in {len(made.groups)} shards, with "
-          f"{', '.join(made.fields)}; fingerprint {made.fingerprint}")
+    print(
+        f"{args.out}: {len(made)} images in {len(made.groups)} shards, with "
+        f"{', '.join(made.fields)}; fingerprint {made.fingerprint}"
+    )
 
 
 if __name__ == "__main__":

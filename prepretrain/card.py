@@ -15,10 +15,6 @@ _PATTERN = "*?[{"
 
 
 class MissingData(ValueError):
-    """The data that a card describes are not on this machine."""
-
-
-class MissingData(ValueError):
     """There is nothing where a card says that its data lies."""
 
 
@@ -43,8 +39,9 @@ class Card:
         """The source of one split, checked against what the card declares."""
         where = f"{self.path}: {split}"
         if split not in self.splits:
-            raise ValueError(plugin.unknown(f"{self.path}: no split", split, list(self.splits),
-                                            quote=True))
+            raise ValueError(
+                plugin.unknown(f"{self.path}: no split", split, list(self.splits), quote=True)
+            )
         options = dict(self.splits[split])
         declared, name = options.get("images"), options.pop("source")
         if "path" in options:
@@ -56,11 +53,15 @@ class Card:
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from error
         if declared is not None and declared != len(source):
-            raise ValueError(f"{where}: the card declares images: {declared}, and the data holds "
-                             f"{len(source)}. Correct the card, or complete the data.")
+            raise ValueError(
+                f"{where}: the card declares images: {declared}, and the data holds "
+                f"{len(source)}. Correct the card, or complete the data."
+            )
         if self.classes and source.classes and len(self.classes) != len(source.classes):
-            raise ValueError(f"{where}: the card names {len(self.classes)} classes, and the data "
-                             f"has {len(source.classes)}: labels would not mean the same.")
+            raise ValueError(
+                f"{where}: the card names {len(self.classes)} classes, and the data "
+                f"has {len(source.classes)}: labels would not mean the same."
+            )
         return source
 
     def _located(self, path: str, split: str) -> str:
@@ -74,7 +75,8 @@ class Card:
             raise MissingData(
                 f"{self.path}: {split}: there is nothing at {located}. Put the data of card "
                 f"'{self.name}' there, or set PREPRETRAIN_DATA, the folder that relative paths "
-                f"start from (now '{data_folder()}').")
+                f"start from (now '{data_folder()}')."
+            )
         return str(located)
 
 
@@ -96,9 +98,11 @@ def load_card(name: str | Path) -> Card:
     except yaml.YAMLError as error:
         raise ValueError(f"{path}: not readable as YAML: {error}") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{path}: a card is a mapping with at least one split, such as "
-                         "train: {source: folder, path: photos}. This file holds "
-                         f"{'nothing' if content is None else type(content).__name__}.")
+        raise ValueError(
+            f"{path}: a card is a mapping with at least one split, such as "
+            "train: {source: folder, path: photos}. This file holds "
+            f"{'nothing' if content is None else type(content).__name__}."
+        )
     return _card(path, content)
 
 
@@ -122,8 +126,10 @@ def _find(name: str) -> Path:
     for folder in _folders():
         if (folder / f"{name}.yaml").is_file():
             return folder / f"{name}.yaml"
-    raise ValueError(plugin.unknown("no card", name, card_names(), quote=True)
-                     + f" A new one is a file datasets/{name}.yaml (datasets/README.md).")
+    raise ValueError(
+        plugin.unknown("no card", name, card_names(), quote=True)
+        + f" A new one is a file datasets/{name}.yaml (datasets/README.md)."
+    )
 
 
 def _card(path: Path, content: dict) -> Card:
@@ -134,10 +140,19 @@ def _card(path: Path, content: dict) -> Card:
     for split, options in content.items():
         _check_split(f"{path}: {split}", options)
     if not content:
-        raise ValueError(f"{path}: no split. A card has at least one, such as "
-                         "train: {source: folder, path: photos}.")
-    return Card(path.stem, path, texts["description"], texts["licence"], classes,
-                data_folder() / vocabulary if vocabulary else None, content)
+        raise ValueError(
+            f"{path}: no split. A card has at least one, such as "
+            "train: {source: folder, path: photos}."
+        )
+    return Card(
+        path.stem,
+        path,
+        texts["description"],
+        texts["licence"],
+        classes,
+        data_folder() / vocabulary if vocabulary else None,
+        content,
+    )
 
 
 def _classes(path: Path, classes: object) -> list[str] | None:
@@ -153,11 +168,16 @@ def _classes(path: Path, classes: object) -> list[str] | None:
 
 def _check_split(where: str, options: object) -> None:
     if not isinstance(options, dict) or "source" not in options:
-        raise ValueError(f"{where}: a split is a mapping with a source, such as {{source: shards, "
-                         f"path: …}}, not {options!r}. Other keys of a card: "
-                         "description, licence, classes, vocabulary.")
+        raise ValueError(
+            f"{where}: a split is a mapping with a source, such as {{source: shards, "
+            f"path: …}}, not {options!r}. Other keys of a card: "
+            "description, licence, classes, vocabulary."
+        )
     images = options.get("images")
-    if images is not None and (not isinstance(images, int) or isinstance(images, bool)
-                               or images < 1):
-        raise ValueError(f"{where}.images: {images!r} is not a number of images. Leave the key out "
-                         "to count the data.")
+    if images is not None and (
+        not isinstance(images, int) or isinstance(images, bool) or images < 1
+    ):
+        raise ValueError(
+            f"{where}.images: {images!r} is not a number of images. Leave the key out "
+            "to count the data."
+        )

@@ -1,4 +1,5 @@
-"""Checkpoints that are complete and verified, or invisible: DCP in a folder with a manifest, renamed when done."""
+"""Checkpoints that are complete and verified, or invisible: DCP in a folder with a manifest,
+renamed when done."""
 
 import hashlib
 import json
@@ -23,29 +24,44 @@ TEMPORARY = ".tmp-"
 MANIFEST, STATE = "manifest.json", "state.json"
 
 
-def save(folder: Path, step: int, module: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any],
-         *, keep: int) -> Path:
-    """Saves all processes' shards as `<folder>/checkpoints/<step>`, then removes all but the newest `keep`.
+def save(
+    folder: Path,
+    step: int,
+    module: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    state: dict[str, Any],
+    *,
+    keep: int,
+) -> Path:
+    """Saves all processes' shards as `<folder>/checkpoints/<step>`, then removes all but the newest
+    `keep`.
 
-    state: what is no tensor, as JSON. Raises OSError, on every process, if it cannot be written (no space, for
-    one); what was there before is untouched, and nothing half-written is left under a final name.
+    state: what is no tensor, as JSON. Raises OSError, on every process, if it cannot be written (no
+    space, for one); what was there before is untouched, and nothing half-written is left under a
+    final name.
     """
     final = folder / "checkpoints" / f"{step:09d}"
-    temporary = distributed.from_main(final.with_name(f"{final.name}{TEMPORARY}{os.urandom(4).hex()}"))
+    temporary = distributed.from_main(
+        final.with_name(f"{final.name}{TEMPORARY}{os.urandom(4).hex()}")
+    )
     problem = None
     try:
         _write(temporary, module, optimizer, state)
     except CheckpointException as error:  # DCP's own, which is no Exception
-        problem = "; ".join(f"process {rank}: {cause!r}" for rank, (cause, _) in error.failures.items())
+        problem = "; ".join(
+            f"process {rank}: {cause!r}" for rank, (cause, _) in error.failures.items()
+        )
     except Exception as error:  # whatever the storage raised; all processes must leave together
         problem = repr(error)
     problems = [p for p in distributed.all_gather_object(problem) if p]
     if problems:
         if distributed.is_main():
             shutil.rmtree(temporary, ignore_errors=True)
-        raise OSError(f"{final}: could not be saved ({problems[0][:300]}). Earlier checkpoints are intact. Of its "
-                      f"disk {shutil.disk_usage(folder).free / 2**30:.1f} GiB are free. Make room, and start the "
-                      f"same command again: it resumes.")
+        raise OSError(
+            f"{final}: could not be saved ({problems[0][:300]}). Earlier checkpoints are intact. Of its "
+            f"disk {shutil.disk_usage(folder).free / 2**30:.1f} GiB are free. Make room, and start the "
+            f"same command again: it resumes."
+        )
     if distributed.is_main():
         if final.exists():  # damaged, or this step would not have been trained again
             os.rename(final, final.with_name(f"{final.name}{TEMPORARY}damaged"))
@@ -56,14 +72,18 @@ def save(folder: Path, step: int, module: nn.Module, optimizer: torch.optim.Opti
     return final
 
 
-def _write(temporary: Path, module: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+def _write(
+    temporary: Path, module: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]
+) -> None:
     if distributed.is_main():
         temporary.mkdir(parents=True)
     distributed.barrier()
     model_state, optimizer_state = get_state_dict(module, optimizer)
     dcp.save({"module": model_state, "optimizer": optimizer_state}, checkpoint_id=str(temporary))
     mine = {p.name: describe(p) for p in temporary.glob(f"__{distributed.rank()}_*")}
-    files = {name: row for part in distributed.all_gather_object(mine) for name, row in part.items()}
+    files = {
+        name: row for part in distributed.all_gather_object(mine) for name, row in part.items()
+    }
     if distributed.is_main():
         (temporary / STATE).write_text(json.dumps(state, indent=1))
         files |= {name: describe(temporary / name) for name in (STATE, ".metadata")}
@@ -91,7 +111,8 @@ def _sync(path: Path) -> None:
 
 
 def _clean(folder: Path, keep: int) -> None:
-    """Removes old checkpoints, each under a temporary name first, and what killed processes left behind."""
+    """Removes old checkpoints, each under a temporary name first, and what killed processes left
+    behind."""
     done = listed(folder)
     for old in done[:-keep]:
         gone = old.with_name(f"{old.name}{TEMPORARY}old")
@@ -106,7 +127,8 @@ def listed(folder: Path) -> list[Path]:
 
 
 def newest(folder: Path) -> Path | None:
-    """The newest checkpoint that passes its manifest; those that do not are named in the log. None if there is none.
+    """The newest checkpoint that passes its manifest; those that do not are named in the log. None
+    if there is none.
 
     Every process verifies its share of the files and all agree.
     """
@@ -114,7 +136,11 @@ def newest(folder: Path) -> Path | None:
         wrong = [w for part in distributed.all_gather_object(_damage(candidate)) for w in part]
         if not wrong:
             return candidate
-        logger.warning("%s: damaged, so the one before it is used: %s", candidate, "; ".join(sorted(set(wrong))))
+        logger.warning(
+            "%s: damaged, so the one before it is used: %s",
+            candidate,
+            "; ".join(sorted(set(wrong))),
+        )
     return None
 
 
@@ -124,12 +150,14 @@ def _damage(candidate: Path) -> list[str]:
     except (OSError, ValueError) as error:
         return [f"{MANIFEST}: {error}"]
     wrong = []
-    for name in sorted(files)[distributed.rank()::distributed.world()]:
+    for name in sorted(files)[distributed.rank() :: distributed.world()]:
         path = candidate / name
         if not path.exists():
             wrong.append(f"{name} is missing")
         elif path.stat().st_size != files[name]["size"]:
-            wrong.append(f"{name} has {path.stat().st_size} bytes and should have {files[name]['size']}")
+            wrong.append(
+                f"{name} has {path.stat().st_size} bytes and should have {files[name]['size']}"
+            )
         elif describe(path) != files[name]:
             wrong.append(f"{name} does not have the bytes that were written")
     return wrong
@@ -141,26 +169,37 @@ def state(saved: Path) -> dict[str, Any]:
 
 
 def restore(saved: Path, module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Loads a verified checkpoint into a sharded module and its optimizer, saved on any number of processes."""
+    """Loads a verified checkpoint into a sharded module and its optimizer, saved on any number of
+    processes."""
     model_state, optimizer_state = get_state_dict(module, optimizer)
     content = {"module": model_state, "optimizer": optimizer_state}
     dcp.load(content, checkpoint_id=str(saved))
-    set_state_dict(module, optimizer, model_state_dict=content["module"], optim_state_dict=content["optimizer"])
+    set_state_dict(
+        module, optimizer, model_state_dict=content["module"], optim_state_dict=content["optimizer"]
+    )
     return state(saved)
 
 
-def open_tensors(saved: Path) -> tuple[dict[str, tuple[int, ...]], Callable[[str], Tensor], dict[str, Any]]:
-    """The module's tensors of a checkpoint, without its optimizer: (shapes, a reader of one, the state).
+def open_tensors(
+    saved: Path,
+) -> tuple[dict[str, tuple[int, ...]], Callable[[str], Tensor], dict[str, Any]]:
+    """The module's tensors of a checkpoint, without its optimizer: (shapes, a reader of one, the
+    state).
 
     A run's folder is trusted: DCP's own `.metadata` is a pickle.
     """
     reader = dcp.FileSystemReader(str(saved))
     prefix = "module."
-    metadata = {k.removeprefix(prefix): m for k, m in reader.read_metadata().state_dict_metadata.items()
-                if k.startswith(prefix)}
+    metadata = {
+        k.removeprefix(prefix): m
+        for k, m in reader.read_metadata().state_dict_metadata.items()
+        if k.startswith(prefix)
+    }
 
     def read(name: str) -> Tensor:
-        target = {prefix + name: torch.empty(metadata[name].size, dtype=metadata[name].properties.dtype)}
+        target = {
+            prefix + name: torch.empty(metadata[name].size, dtype=metadata[name].properties.dtype)
+        }
         dcp.load(target, storage_reader=dcp.FileSystemReader(str(saved)), no_dist=True)
         return target[prefix + name]
 

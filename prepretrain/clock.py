@@ -15,8 +15,14 @@ def parse(duration: str, where: str) -> tuple[float, str]:
     return float(match.group(1)), match.group(2)
 
 
-def steps(duration: str, where: str, *, batch_size: int, images: int | None = None,
-          total: int | None = None) -> int:
+def steps(
+    duration: str,
+    where: str,
+    *,
+    batch_size: int,
+    images: int | None = None,
+    total: int | None = None,
+) -> int:
     """Optimizer steps in a duration; a part of a batch counts as a step, so nothing is cut off.
 
     images: in an epoch. total: steps of the whole run, for '%'.
@@ -28,15 +34,20 @@ def steps(duration: str, where: str, *, batch_size: int, images: int | None = No
         return int(amount)
     if unit == "%":
         if total is None:
-            raise ValueError(f"{where}: {duration!r} is a share of the run, whose length it cannot set. {WAYS}")
+            raise ValueError(
+                f"{where}: {duration!r} is a share of the run, whose length it cannot set. {WAYS}"
+            )
         return round(amount / 100 * total)
     if unit == "ep" and images is None:
-        raise ValueError(f"{where}: {duration!r} needs the number of images, which the data does not tell. "
-                         f"Give the card 'images:', or write the length in images or steps.")
+        raise ValueError(
+            f"{where}: {duration!r} needs the number of images, which the data does not tell. "
+            f"Give the card 'images:', or write the length in images or steps."
+        )
     seen = amount * images if unit == "ep" else amount
     return math.ceil(round(seen / batch_size, 9))
 
 
 def due(step: int, every: int, total: int) -> bool:
-    """Whether something that happens every `every` steps, and at the end, is due after `step` steps."""
+    """Whether something that happens every `every` steps, and at the end, is due after `step`
+    steps."""
     return step == total or (every > 0 and step % every == 0)

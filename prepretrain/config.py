@@ -1,7 +1,8 @@
-"""The configuration: a dataclass schema over OmegaConf's YAML, with base files, a.b=c overrides and clear errors.
+"""The configuration: a dataclass schema over OmegaConf's YAML, with base files, a.b=c overrides and
+clear errors.
 
-Only run.py, launch.py and scaling.py read it. Nothing is inferred into it: derived values (the scaled learning
-rate, steps, accumulation) are computed where they are used, and logged.
+Only run.py, launch.py and scaling.py read it. Nothing is inferred into it: derived values (the
+scaled learning rate, steps, accumulation) are computed where they are used, and logged.
 """
 
 import dataclasses
@@ -22,34 +23,36 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 class Data:
     """What a run trains on."""
 
-    train: str                 # a card's name, with a split after a colon if it is not "train"
-    workers: int = 4           # loading processes of each process; 0 loads in the process itself
-    window: int = 0            # shards that images are shuffled within; 0 shuffles over all of them
-    max_bad: float = 0.01      # share of substituted images past which the run stops
+    train: str  # a card's name, with a split after a colon if it is not "train"
+    workers: int = 4  # loading processes of each process; 0 loads in the process itself
+    window: int = 0  # shards that images are shuffled within; 0 shuffles over all of them
+    max_bad: float = 0.01  # share of substituted images past which the run stops
 
 
 @dataclass
 class Optim:
     """AdamW and its schedule. Durations carry a unit: 90ep, 3e9img, 1000it, 5%."""
 
-    lr: float                  # per 256 images: the peak is lr x batch_size / 256
+    lr: float  # per 256 images: the peak is lr x batch_size / 256
     weight_decay: float = 0.05
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-8
-    layer_decay: float = 1.0   # 1: the same rate for all layers
+    layer_decay: float = 1.0  # 1: the same rate for all layers
     clip: float | None = None  # largest norm of the gradient; null does not clip
     warmup: str = "5%"
     schedule: Literal["cosine", "linear", "step"] = "cosine"
-    lr_end: float = 0.0        # per 256 images, as lr
+    lr_end: float = 0.0  # per 256 images, as lr
     milestones: tuple[str, ...] = ()  # for schedule: step
-    decay: float = 0.1         # what a milestone multiplies the rate by
+    decay: float = 0.1  # what a milestone multiplies the rate by
 
 
 @dataclass
 class Shard:
     """How a model is spread over processes and memory; changes no result but for rounding."""
 
-    group: int | None = None   # most processes that share a copy of the weights; 1 replicates, null shards over all
+    group: int | None = (
+        None  # most processes that share a copy of the weights; 1 replicates, null shards over all
+    )
     precision: Literal["bf16", "fp32"] = "bf16"
     recompute: Literal["none", "block", "offload"] = "none"
     compile: bool = False
@@ -70,16 +73,20 @@ class Training:
     objective: dict[str, Any]
     data: Data
     optim: Optim
-    batch_size: int            # images in an optimizer step, over all processes
+    batch_size: int  # images in an optimizer step, over all processes
     length: str
-    model: dict[str, Any] = field(default_factory=dict)  # encoder: a size's name, and that family's options
-    batch_per_process: int | None = None  # most images at a time in a process; the rest is accumulated
+    model: dict[str, Any] = field(
+        default_factory=dict
+    )  # encoder: a size's name, and that family's options
+    batch_per_process: int | None = (
+        None  # most images at a time in a process; the rest is accumulated
+    )
     seed: int = 0
     log_every: str = "10it"
     shard: Shard = field(default_factory=Shard)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     evaluators: list[dict[str, Any]] = field(default_factory=list)  # {name, data, every, options}
-    init: str | None = None    # set by --init: weights to start from
+    init: str | None = None  # set by --init: weights to start from
 
 
 @dataclass
@@ -87,20 +94,32 @@ class Evaluating:
     """A run that evaluates a model: `evaluator:` says how."""
 
     evaluator: dict[str, Any]
-    data: str                  # a card's name
-    model: dict[str, Any] = field(default_factory=dict)  # options to load it with instead, as in model.image_size
+    data: str  # a card's name
+    model: dict[str, Any] = field(
+        default_factory=dict
+    )  # options to load it with instead, as in model.image_size
     seed: int = 0
-    init: str | None = None    # set by --init: the model to evaluate
+    init: str | None = None  # set by --init: the model to evaluate
 
 
 Config = Training | Evaluating
 
-# What may change between a run and its continuation: nothing that changes the result but for rounding.
-CHANGEABLE = ("data.workers", "data.max_bad", "batch_per_process", "shard", "log_every", "checkpoint", "evaluators")
+# What may change between a run and its continuation: nothing that changes the result but for
+# rounding.
+CHANGEABLE = (
+    "data.workers",
+    "data.max_bad",
+    "batch_per_process",
+    "shard",
+    "log_every",
+    "checkpoint",
+    "evaluators",
+)
 
 
 def load(stage: str, overrides: list[str], init: str | None = None) -> Config:
-    """A stage's config: its file over the files that it names as `base`, then `a.b=value` overrides.
+    """A stage's config: its file over the files that it names as `base`, then `a.b=value`
+    overrides.
 
     Raises ValueError naming the stage, file or key, the value, and the way out.
     """
@@ -113,19 +132,23 @@ def load(stage: str, overrides: list[str], init: str | None = None) -> Config:
 
 
 def find(stage: str) -> Path:
-    """The file of a stage: a path to a .yaml, or a name under configs/ here or in the repository."""
+    """The file of a stage: a path to a .yaml, or a name under configs/ here or in the
+    repository."""
     folders = [Path("configs"), REPOSITORY / "configs"]
     places = [Path(stage)] if stage.endswith(".yaml") else [f / f"{stage}.yaml" for f in folders]
     for place in places:
         if place.is_file():
             return place
-    known = sorted({str(p.relative_to(f).with_suffix("")) for f in folders for p in f.rglob("*.yaml")})
+    known = sorted(
+        {str(p.relative_to(f).with_suffix("")) for f in folders for p in f.rglob("*.yaml")}
+    )
     known = [k for k in known if not k.startswith("size/")]
     raise ValueError(plugin.unknown("--stage: no stage", stage, known, quote=True))
 
 
 def _read(path: Path, seen: tuple[Path, ...] = (), bases: Any = None) -> dict[str, Any]:
-    """A file over the files it names as `base` (or over others), looked for beside it and in configs/."""
+    """A file over the files it names as `base` (or over others), looked for beside it and in
+    configs/."""
     if path in seen:
         raise ValueError(f"{path}: is its own base.")
     try:
@@ -156,8 +179,10 @@ def _overrides(given: list[str]) -> dict[str, Any]:
     for one in given:
         key, equals, _ = one.partition("=")
         if not equals or not key or key.startswith("-"):
-            raise ValueError(f"{one!r}: an override is key=value, as in optim.lr=1e-4; flags are --stage --init --out "
-                             f"--nodes --procs --slurm --hours --dry-run.")
+            raise ValueError(
+                f"{one!r}: an override is key=value, as in optim.lr=1e-4; flags are --stage --init --out "
+                f"--nodes --procs --slurm --hours --dry-run."
+            )
         try:
             result = merge(result, OmegaConf.to_container(OmegaConf.from_dotlist([one])))
         except Exception as error:  # OmegaConf's and PyYAML's
@@ -179,13 +204,16 @@ def merge(low: dict[str, Any], high: dict[str, Any]) -> dict[str, Any]:
 
 
 def check(schema: type, given: Any, where: str) -> Any:
-    """`given` as a dataclass, every value coerced by its annotation. Raises ValueError naming the key."""
+    """`given` as a dataclass, every value coerced by its annotation. Raises ValueError naming the
+    key."""
     if not isinstance(given, dict):
         raise ValueError(f"{where}: {given!r} is no section. It has: {', '.join(_names(schema))}.")
     hints, values, dot = typing.get_type_hints(schema), {}, f"{where}." if where else ""
     for key, value in given.items():
         if key not in hints:
-            raise ValueError(plugin.unknown(f"{dot}{key}: unknown key", key, _names(schema), prefix=where))
+            raise ValueError(
+                plugin.unknown(f"{dot}{key}: unknown key", key, _names(schema), prefix=where)
+            )
         if dataclasses.is_dataclass(hints[key]):
             values[key] = check(hints[key], value, f"{dot}{key}")
         else:
@@ -233,8 +261,11 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """'optim.lr: 0.1 -> 0.2' for every key that differs and may not."""
     before, after = dict(_flat(old)), dict(_flat(new))
     keys = [k for k in sorted({*before, *after}) if before.get(k) != after.get(k)]
-    return [f"{k}: {before.get(k)} -> {after.get(k)}" for k in keys
-            if not any(k == c or k.startswith(c + ".") for c in CHANGEABLE)]
+    return [
+        f"{k}: {before.get(k)} -> {after.get(k)}"
+        for k in keys
+        if not any(k == c or k.startswith(c + ".") for c in CHANGEABLE)
+    ]
 
 
 def _flat(value: Any, where: str = "") -> list[tuple[str, Any]]:

@@ -13,7 +13,8 @@ TIMEOUT = datetime.timedelta(minutes=30)
 
 
 def init() -> torch.device:
-    """Joins the process group that the environment describes (torchrun's variables), or makes one of one.
+    """Joins the process group that the environment describes (torchrun's variables), or makes one
+    of one.
 
     Returns this process's device. With CUDA the group is `cuda:nccl,cpu:gloo`, so that checkpoint
     planning and flags go over gloo; without it, gloo.
@@ -22,7 +23,9 @@ def init() -> torch.device:
         if torch.cuda.is_available():
             torch.cuda.set_device(local_rank())
         backend = "cuda:nccl,cpu:gloo" if torch.cuda.is_available() else "gloo"
-        alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+        alone = (
+            {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+        )
         dist.init_process_group(backend, timeout=TIMEOUT, **alone)
     return device()
 
@@ -73,7 +76,8 @@ def all_sum(tensor: Tensor) -> Tensor:
 
 
 def all_gather_object(value: Any) -> list:
-    """Every process's value, in order of rank. Values come from our own processes, never from data."""
+    """Every process's value, in order of rank. Values come from our own processes, never from
+    data."""
     if world() == 1:
         return [value]
     gathered: list = [None] * world()
@@ -91,7 +95,8 @@ def from_main(value: Any) -> Any:
 
 
 def put(target: Tensor, full: Tensor) -> None:
-    """Copies a whole tensor into a parameter; of a sharded one, each process keeps its own shard."""
+    """Copies a whole tensor into a parameter; of a sharded one, each process keeps its own
+    shard."""
     full = full.to(target.device, target.dtype)
     if isinstance(target, DTensor):
         # every process holds the same tensor, so nothing needs to be sent

@@ -12,17 +12,26 @@ from prepretrain.loader import evaluation_batches
 from prepretrain.transforms import BadImage, decode, resize_center_crop
 
 
-def extract(model: nn.Module, source: Any, *, pool: str = "class", batch_size: int = 256,
-            workers: int = 0, image_size: int | None = None,
-            name: str = "the source") -> tuple[Tensor, Tensor]:
+def extract(
+    model: nn.Module,
+    source: Any,
+    *,
+    pool: str = "class",
+    batch_size: int = 256,
+    workers: int = 0,
+    image_size: int | None = None,
+    name: str = "the source",
+) -> tuple[Tensor, Tensor]:
     """Features float32 [n, D] and labels int64 [n] in the source's order, the same on every rank.
 
     `batch_size` is per rank; `image_size` defaults to the encoder's own; `name` is what errors call
     the source.
     """
     if "label" not in source.fields:
-        raise ValueError(f"{name}: has no labels (its fields: {', '.join(source.fields)}). "
-                         "This evaluation needs a card whose source gives them.")
+        raise ValueError(
+            f"{name}: has no labels (its fields: {', '.join(source.fields)}). "
+            "This evaluation needs a card whose source gives them."
+        )
     centre = _Centre(image_size or model.encoder.image_size)
     device = next(model.parameters()).device
     rows = _Rows(len(source), name)
@@ -52,7 +61,8 @@ def frozen(model: nn.Module) -> Iterator[None]:
 
 
 class _Centre:
-    """The transform of an evaluation: decode and take the centre; a class, so that workers can pickle it."""
+    """The transform of an evaluation: decode and take the centre; a class, so that workers can
+    pickle it."""
 
     def __init__(self, size: int):
         self.size = size
@@ -81,13 +91,18 @@ class _Rows:
         self.seen.index_add_(0, position, torch.ones_like(position))
 
     def finish(self) -> tuple[Tensor, Tensor]:
-        """All rows, after checking that each image was seen once and that every feature is finite."""
+        """All rows, after checking that each image was seen once and that every feature is
+        finite."""
         wrong = (self.seen != 1).sum().item()
         if wrong or self.features is None:
-            raise RuntimeError(f"{self.name}: of {len(self.seen)} images {wrong} were not evaluated "
-                               "exactly once; a result would be wrong.")
+            raise RuntimeError(
+                f"{self.name}: of {len(self.seen)} images {wrong} were not evaluated "
+                "exactly once; a result would be wrong."
+            )
         bad = (~self.features.isfinite().all(dim=1)).sum().item()
         if bad:
-            raise RuntimeError(f"{self.name}: the features of {bad} of {len(self.seen)} images are not "
-                               "finite. Were the model's weights loaded, and did its training stay finite?")
+            raise RuntimeError(
+                f"{self.name}: the features of {bad} of {len(self.seen)} images are not "
+                "finite. Were the model's weights loaded, and did its training stay finite?"
+            )
         return self.features, self.labels

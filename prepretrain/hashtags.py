@@ -36,16 +36,18 @@ def _is_around(sign: str) -> bool:
 class Vocabulary:
     """The tags that a head predicts, most frequent first; an id is a tag's place in that order."""
 
-    def __init__(self, tags: list[str], counts: list[int], *, source: str, images: int,
-                 min_count: int):
+    def __init__(
+        self, tags: list[str], counts: list[int], *, source: str, images: int, min_count: int
+    ):
         """`source` is the fingerprint of the data with `images` images that was counted."""
         self.tags, self.counts = tags, counts
         self.source, self.images, self.min_count = source, images, min_count
         self._ids = {tag: number for number, tag in enumerate(tags)}
 
     @classmethod
-    def count(cls, tags_of_images: Iterable[list[str]], *, source: str,
-              min_count: int) -> "Vocabulary":
+    def count(
+        cls, tags_of_images: Iterable[list[str]], *, source: str, min_count: int
+    ) -> "Vocabulary":
         """Count in how many images each tag is, and keep those in at least `min_count`."""
         counter: Counter[str] = Counter()
         images = 0
@@ -55,11 +57,21 @@ class Vocabulary:
         kept = sorted((-n, tag) for tag, n in counter.items() if n >= min_count)
         if not kept:
             best = counter.most_common(1)
-            raise ValueError(f"no tag is in {min_count} of {images} images"
-                             + (f"; the most frequent, '{best[0][0]}', is in {best[0][1]}. "
-                                "Lower min_count." if best else ": they have none."))
-        return cls([tag for _, tag in kept], [-n for n, _ in kept], source=source, images=images,
-                   min_count=min_count)
+            raise ValueError(
+                f"no tag is in {min_count} of {images} images"
+                + (
+                    f"; the most frequent, '{best[0][0]}', is in {best[0][1]}. Lower min_count."
+                    if best
+                    else ": they have none."
+                )
+            )
+        return cls(
+            [tag for _, tag in kept],
+            [-n for n, _ in kept],
+            source=source,
+            images=images,
+            min_count=min_count,
+        )
 
     def __len__(self) -> int:
         return len(self.tags)
@@ -75,12 +87,18 @@ class Vocabulary:
             raise ValueError(
                 f"the vocabulary of {len(self)} tags was counted from data {self.source}, and this "
                 f"data is {source.fingerprint}: its counts and ids are not this data's. Count "
-                "again: python datasets/hashtags.py CARD --out FILE.")
+                "again: python datasets/hashtags.py CARD --out FILE."
+            )
 
     def save(self, path: str | Path) -> None:
         """Write it as JSON, whole or not at all."""
-        content = {"format": _FORMAT, "source": self.source, "images": self.images,
-                   "min_count": self.min_count, "tags": dict(zip(self.tags, self.counts))}
+        content = {
+            "format": _FORMAT,
+            "source": self.source,
+            "images": self.images,
+            "min_count": self.min_count,
+            "tags": dict(zip(self.tags, self.counts)),
+        }
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         draft = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
@@ -93,8 +111,10 @@ class Vocabulary:
         try:
             content = json.loads(Path(path).read_text())
         except FileNotFoundError as error:
-            raise ValueError(f"{path}: there is no such vocabulary. Make it: "
-                             f"python datasets/hashtags.py CARD --out {path}.") from error
+            raise ValueError(
+                f"{path}: there is no such vocabulary. Make it: "
+                f"python datasets/hashtags.py CARD --out {path}."
+            ) from error
         except ValueError as error:
             raise ValueError(f"{path}: not readable as JSON: {error}") from error
         if not isinstance(content, dict) or content.get("format") != _FORMAT:
@@ -107,5 +127,10 @@ class Vocabulary:
                 raise ValueError(f"{path}: {tag!r}: {n!r} is no canonical tag with its count.")
         if missing := [k for k in ("source", "images", "min_count") if k not in content]:
             raise ValueError(f"{path}: lacks {', '.join(missing)}.")
-        return cls(list(tags), list(tags.values()), source=content["source"],
-                   images=content["images"], min_count=content["min_count"])
+        return cls(
+            list(tags),
+            list(tags.values()),
+            source=content["source"],
+            images=content["images"],
+            min_count=content["min_count"],
+        )

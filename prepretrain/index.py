@@ -25,17 +25,17 @@ class Index:
         head = read_head(shard)
         n, fields = head["samples"], head["fields"]
         # A plain array over the mapping: slicing np.memmap itself is ten times slower.
-        body = np.asarray(np.memmap(head["file"], dtype=np.uint8, mode="r"))[head["start"]:]
+        body = np.asarray(np.memmap(head["file"], dtype=np.uint8, mode="r"))[head["start"] :]
         spans, ends = n * len(fields) * 16, n * 8
         self._columns = {field: i for i, field in enumerate(fields)}
         self._spans = body[:spans].view("<i8").reshape(n, len(fields), 2)
-        self._ends = body[spans:spans + ends].view("<i8")
-        self._keys = body[spans + ends:]
+        self._ends = body[spans : spans + ends].view("<i8")
+        self._keys = body[spans + ends :]
 
     def key(self, row: int) -> str:
         """The key of a sample."""
         start = self._ends[row - 1] if row else 0
-        return _decoded(self._keys[start:self._ends[row]].tobytes())
+        return _decoded(self._keys[start : self._ends[row]].tobytes())
 
     def has(self, row: int, field: str) -> bool:
         """Whether a sample has this member."""
@@ -68,8 +68,10 @@ def read_head(shard: Path) -> dict:
             continue
         if head := _valid(file, asked):
             return head
-    raise ValueError(f"{shard}: its index can be written neither beside it nor to {file}: "
-                     f"{refused}. Set XDG_CACHE_HOME to a folder that can be written.")
+    raise ValueError(
+        f"{shard}: its index can be written neither beside it nor to {file}: "
+        f"{refused}. Set XDG_CACHE_HOME to a folder that can be written."
+    )
 
 
 def _sidecars(shard: Path) -> list[Path]:
@@ -106,8 +108,12 @@ def _packed(shard: Path, asked: dict) -> bytes:
     blob = b"".join(encoded)
     # The digest says what the data is: names and sizes, not where or when it was packed.
     digest = hashlib.sha256(json.dumps(fields).encode() + spans[..., 1].tobytes() + blob)
-    head = asked | {"samples": len(keys), "fields": fields, "keys": len(blob),
-                    "digest": digest.hexdigest()[:32]}
+    head = asked | {
+        "samples": len(keys),
+        "fields": fields,
+        "keys": len(blob),
+        "digest": digest.hexdigest()[:32],
+    }
     line = json.dumps(head).encode()
     line += b" " * (-(len(line) + 1) % 8) + b"\n"
     return line + spans.tobytes() + ends.tobytes() + blob
@@ -142,8 +148,12 @@ def walk(path: Path) -> tuple[list[str], list[dict[str, tuple[int, int]]]]:
             continue
         if not keys or keys[-1] != key:
             if key in seen:
-                raise _broken(path, offset, f"the key '{key}' comes back after others. The members "
-                                            "of one image must stand together")
+                raise _broken(
+                    path,
+                    offset,
+                    f"the key '{key}' comes back after others. The members "
+                    "of one image must stand together",
+                )
             seen.add(key)
             keys.append(key)
             spans.append({})
@@ -162,7 +172,7 @@ def _members(path: Path) -> Iterator[tuple[str, int, int]]:
     with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         at, extra = 0, {}
         while True:
-            block = data[at:at + _BLOCK]
+            block = data[at : at + _BLOCK]
             if len(block) < _BLOCK:
                 raise _broken(path, at, "the end marker is missing: the file is truncated")
             if block.count(0) == _BLOCK:
@@ -170,12 +180,16 @@ def _members(path: Path) -> Iterator[tuple[str, int, int]]:
             kind, name, size = _parse(path, at, block)
             size, start = int(extra.get("size", size)), at + _BLOCK
             if start + size > total:
-                raise _broken(path, at, f"member '{name}' of {size} bytes goes past the end of the "
-                                        f"file ({total} bytes): it is truncated")
+                raise _broken(
+                    path,
+                    at,
+                    f"member '{name}' of {size} bytes goes past the end of the "
+                    f"file ({total} bytes): it is truncated",
+                )
             if kind == b"L":
-                extra["path"] = _decoded(data[start:start + size].rstrip(b"\0"))
+                extra["path"] = _decoded(data[start : start + size].rstrip(b"\0"))
             elif kind == b"x":
-                extra |= _pax(path, at, data[start:start + size])
+                extra |= _pax(path, at, data[start : start + size])
             elif kind in b"0\0":
                 yield extra.get("path", name), start, size
                 extra = {}
@@ -212,9 +226,9 @@ def _pax(path: Path, at: int, data: bytes) -> dict[str, str]:
         length, _, rest = data.partition(b" ")
         if not length.isdigit() or not 0 < int(length) <= len(data):
             raise _broken(path, at, "a bad extended header")
-        key, _, value = data[len(length) + 1:int(length) - 1].partition(b"=")
+        key, _, value = data[len(length) + 1 : int(length) - 1].partition(b"=")
         records[key.decode()] = _decoded(value)
-        data = data[int(length):]
+        data = data[int(length) :]
     if any(key.startswith("GNU.sparse") for key in records):
         raise _broken(path, at, "a sparse file: only plain ones are read")
     return records
@@ -224,10 +238,14 @@ def _check_end(path: Path, data: mmap.mmap, at: int) -> None:
     if len(data) < at + 2 * _BLOCK:
         raise _broken(path, at, "half of the end marker is missing: the file is truncated")
     for start in range(at, len(data), 1 << 20):
-        rest = np.frombuffer(data[start:start + (1 << 20)], dtype=np.uint8)
+        rest = np.frombuffer(data[start : start + (1 << 20)], dtype=np.uint8)
         if rest.any():
-            raise _broken(path, start + int(rest.nonzero()[0][0]), "bytes that are not zero after the end "
-                          f"marker at {at}: a block inside the file was lost, or files were joined")
+            raise _broken(
+                path,
+                start + int(rest.nonzero()[0][0]),
+                "bytes that are not zero after the end "
+                f"marker at {at}: a block inside the file was lost, or files were joined",
+            )
 
 
 def _broken(path: Path, offset: int, what: str) -> ValueError:

@@ -1,4 +1,5 @@
-"""Starts a stage: in this process, in local processes or on SLURM through submitit, or under torchrun's."""
+"""Starts a stage: in this process, in local processes or on SLURM through submitit, or under
+torchrun's."""
 
 import json
 import logging
@@ -16,12 +17,22 @@ from prepretrain.config import Config, Evaluating
 logger = logging.getLogger(__name__)
 
 
-def launch(stage: str, overrides: list[str], *, init: str | None = None, out: str | None = None, nodes: int = 1,
-           procs: int = 1, slurm: str | None = None, hours: float = 72.0, dry_run: bool = False) -> Path:
+def launch(
+    stage: str,
+    overrides: list[str],
+    *,
+    init: str | None = None,
+    out: str | None = None,
+    nodes: int = 1,
+    procs: int = 1,
+    slurm: str | None = None,
+    hours: float = 72.0,
+    dry_run: bool = False,
+) -> Path:
     """Checks a stage's config here, then runs it; returns the run's folder.
 
-    slurm: a partition. hours: time limit of a SLURM job. Raises ValueError for what the user can mend, before
-    anything is started.
+    slurm: a partition. hours: time limit of a SLURM job. Raises ValueError for what the user can
+    mend, before anything is started.
     """
     config = configs.load(stage, overrides, init)
     folder = _folder(config, stage, out)
@@ -30,9 +41,13 @@ def launch(stage: str, overrides: list[str], *, init: str | None = None, out: st
     if nodes < 1 or procs < 1:
         raise ValueError(f"--nodes {nodes} --procs {procs}: both must be at least 1.")
     if nodes > 1 and slurm is None and not inherited:
-        raise ValueError(f"--nodes {nodes}: more than one machine needs --slurm PARTITION, or torchrun on each.")
+        raise ValueError(
+            f"--nodes {nodes}: more than one machine needs --slurm PARTITION, or torchrun on each."
+        )
     if isinstance(config, Evaluating) and config.init is None:
-        raise ValueError("--init: an evaluation needs the model to evaluate: a run's folder or a file.")
+        raise ValueError(
+            "--init: an evaluation needs the model to evaluate: a run's folder or a file."
+        )
     if dry_run:
         _show(config, run.dry_run(config, folder, stage, world))
     elif inherited or (world == 1 and slurm is None):
@@ -48,7 +63,11 @@ def _folder(config: Config, stage: str, out: str | None) -> Path:
     """--out; or the run that is evaluated; or runs/<stage>."""
     if out is not None:
         return Path(out)
-    if isinstance(config, Evaluating) and config.init and Path(config.init.partition(":")[0]).is_dir():
+    if (
+        isinstance(config, Evaluating)
+        and config.init
+        and Path(config.init.partition(":")[0]).is_dir()
+    ):
         return Path(config.init.partition(":")[0])
     return Path("runs") / stage.removesuffix(".yaml").removeprefix("configs/").lstrip("./")
 
@@ -60,7 +79,8 @@ def _show(config: Config, facts: dict[str, Any]) -> None:
 
 
 class Task:
-    """What submitit runs in each process; SLURM starts the same again after a requeue, and the run resumes."""
+    """What submitit runs in each process; SLURM starts the same again after a requeue, and the run
+    resumes."""
 
     def __init__(self, config: Config, folder: Path):
         self.config, self.folder = config, folder
@@ -75,13 +95,26 @@ class Task:
         return submitit.helpers.DelayedSubmission(self)
 
 
-def _submit(task: Task, folder: Path, nodes: int, procs: int, slurm: str | None, hours: float) -> None:
-    executor = submitit.AutoExecutor(folder=folder / "submitit", cluster="slurm" if slurm else "local")
-    executor.update_parameters(name=str(folder), nodes=nodes, tasks_per_node=procs, timeout_min=round(hours * 60))
+def _submit(
+    task: Task, folder: Path, nodes: int, procs: int, slurm: str | None, hours: float
+) -> None:
+    executor = submitit.AutoExecutor(
+        folder=folder / "submitit", cluster="slurm" if slurm else "local"
+    )
+    executor.update_parameters(
+        name=str(folder), nodes=nodes, tasks_per_node=procs, timeout_min=round(hours * 60)
+    )
     if slurm:
         executor.update_parameters(slurm_partition=slurm)
     job = executor.submit(task)
-    logger.info("%s: job %s of %d x %d processes; its output: %s", folder, job.job_id, nodes, procs, job.paths.stderr)
+    logger.info(
+        "%s: job %s of %d x %d processes; its output: %s",
+        folder,
+        job.job_id,
+        nodes,
+        procs,
+        job.paths.stderr,
+    )
     if slurm is None:
         _follow(job, nodes * procs, folder / "log.txt")
 
@@ -106,4 +139,6 @@ def _follow(job: submitit.Job, processes: int, path: Path) -> None:
     for task in range(processes):
         error = job.task(task).exception()
         if error is not None:
-            raise RuntimeError(f"process {task} failed. Its output: {job.task(task).paths.stderr}\n{error}")
+            raise RuntimeError(
+                f"process {task} failed. Its output: {job.task(task).paths.stderr}\n{error}"
+            )

@@ -47,7 +47,7 @@ class Order:
 
     def _in_windows(self, epoch: int, within: np.ndarray) -> np.ndarray:
         shards, starts = self._shards(epoch)
-        ends = np.append(starts[self.window::self.window], self.length)
+        ends = np.append(starts[self.window :: self.window], self.length)
         windows = np.searchsorted(ends, within, side="right")
         indexes = np.empty_like(within)
         for window in np.unique(windows):
@@ -102,9 +102,20 @@ class Stream:
     Rank r takes the r-th slice of every global batch, in `accumulate` equal parts.
     """
 
-    def __init__(self, source: Source, transform: Transform, *, batch_size: int, seed: int,
-                 accumulate: int = 1, workers: int = 0, max_bad: float = 0.01, window: int = 0,
-                 rank: int | None = None, world: int | None = None):
+    def __init__(
+        self,
+        source: Source,
+        transform: Transform,
+        *,
+        batch_size: int,
+        seed: int,
+        accumulate: int = 1,
+        workers: int = 0,
+        max_bad: float = 0.01,
+        window: int = 0,
+        rank: int | None = None,
+        world: int | None = None,
+    ):
         self.rank = distributed.rank() if rank is None else rank
         self.world = distributed.world() if world is None else world
         self.length = len(source)
@@ -162,19 +173,29 @@ class _Training(Dataset):
         first = index
         for attempt in range(_IN_A_ROW):
             try:
-                return _transformed(self.source, self.transform, index,
-                                    Random(self.order.seed, epoch, index))
+                return _transformed(
+                    self.source, self.transform, index, Random(self.order.seed, epoch, index)
+                )
             except BadImage as error:
                 bad.append({"cause": error.cause, "key": error.key, "position": position})
             rng = Random(self.order.seed, epoch, position)(f"substitute {attempt}")
             index = int(rng.integers(self.order.length))
-        raise RuntimeError(f"{_IN_A_ROW} bad images in a row in place of image {first}; the last: "
-                           f"{bad[-1]['key']}: {bad[-1]['cause']}. Check the data.")
+        raise RuntimeError(
+            f"{_IN_A_ROW} bad images in a row in place of image {first}; the last: "
+            f"{bad[-1]['key']}: {bad[-1]['cause']}. Check the data."
+        )
 
 
-def evaluation_batches(source: Source, transform: Transform, *, batch_size: int, workers: int = 0,
-                       rank: int | None = None, world: int | None = None,
-                       seed: int = 0) -> Iterator[dict]:
+def evaluation_batches(
+    source: Source,
+    transform: Transform,
+    *,
+    batch_size: int,
+    workers: int = 0,
+    rank: int | None = None,
+    world: int | None = None,
+    seed: int = 0,
+) -> Iterator[dict]:
     """Each image once, over all ranks, in the source's order; as many batches on every rank.
 
     Rank r gets the r-th contiguous share. "mask" is False for rows that only fill the last batch;
@@ -213,8 +234,10 @@ class _Evaluation(Dataset):
         try:
             return _transformed(self.source, self.transform, index, Random(self.seed, 0, index))
         except BadImage as error:
-            raise ValueError(f"{error}. An evaluation counts every image: repair this one, or "
-                             "remove it from the data.") from error
+            raise ValueError(
+                f"{error}. An evaluation counts every image: repair this one, or "
+                "remove it from the data."
+            ) from error
 
 
 def _transformed(source: Source, transform: Transform, index: int, random: Random):
@@ -239,8 +262,10 @@ def collate(rows: list[dict]) -> dict:
     """
     for row in rows:
         if row.keys() != rows[0].keys():
-            raise ValueError(f"a transform gave the fields {sorted(rows[0])} for one image and "
-                             f"{sorted(row)} for another.")
+            raise ValueError(
+                f"a transform gave the fields {sorted(rows[0])} for one image and "
+                f"{sorted(row)} for another."
+            )
     return {name: _stacked(name, [row[name] for row in rows]) for name in rows[0]}
 
 
@@ -253,19 +278,24 @@ def _stacked(name: str, values: list) -> Tensor | list[str]:
     if isinstance(first, (int, np.integer)):
         return torch.tensor([int(value) for value in values])
     if isinstance(first, (list, tuple)) and all(
-            isinstance(v, (int, np.integer)) for value in values for v in value):
+        isinstance(v, (int, np.integer)) for value in values for v in value
+    ):
         longest = max(1, *(len(value) for value in values))
         return torch.tensor([[*value, *[-1] * (longest - len(value))] for value in values])
-    raise ValueError(f"a transform gave {name}: {type(first).__name__}. A field is a tensor, an "
-                     "int, a list of int or a str.")
+    raise ValueError(
+        f"a transform gave {name}: {type(first).__name__}. A field is a tensor, an "
+        "int, a list of int or a str."
+    )
 
 
 def _stacked_tensors(name: str, values: list[Tensor]) -> Tensor:
     first = values[0]
     for value in values:
         if value.shape != first.shape or value.dtype != first.dtype:
-            raise ValueError(f"a transform gave {name}: {tuple(first.shape)} {first.dtype} for one "
-                             f"image and {tuple(value.shape)} {value.dtype} for another.")
+            raise ValueError(
+                f"a transform gave {name}: {tuple(first.shape)} {first.dtype} for one "
+                f"image and {tuple(value.shape)} {value.dtype} for another."
+            )
     colour = first.ndim == 3 and first.shape[0] == 3
     shape = (*first.shape[1:], 3) if colour else tuple(first.shape)
     batch = _buffer((len(values), *shape), first.dtype)
@@ -289,10 +319,17 @@ def _load(reader: Dataset, places, workers: int) -> DataLoader:
         raise ValueError(f"workers: {workers} is negative. 0 reads in the main process.")
     # Each item of `places` is a whole batch, made in one call; the order is kept by torch. The
     # generator of its own keeps the loader from drawing on the global one.
-    return DataLoader(reader, sampler=places, batch_size=None, collate_fn=_unchanged,
-                      num_workers=workers, worker_init_fn=_quiet,
-                      multiprocessing_context="fork" if workers else None,
-                      generator=torch.Generator(), pin_memory=torch.cuda.is_available())
+    return DataLoader(
+        reader,
+        sampler=places,
+        batch_size=None,
+        collate_fn=_unchanged,
+        num_workers=workers,
+        worker_init_fn=_quiet,
+        multiprocessing_context="fork" if workers else None,
+        generator=torch.Generator(),
+        pin_memory=torch.cuda.is_available(),
+    )
 
 
 def _unchanged(batch: dict) -> dict:
@@ -317,6 +354,8 @@ def _check(length: int, batch_size: int, world: int, accumulate: int) -> None:
     parts = world * accumulate
     if batch_size % parts:
         near = max(parts, round(batch_size / parts) * parts)
-        raise ValueError(f"batch_size: {batch_size} images cannot be cut into {world} processes x "
-                         f"{accumulate} parts. Take a multiple of {parts}, such as {near}, or "
-                         "another accumulate.")
+        raise ValueError(
+            f"batch_size: {batch_size} images cannot be cut into {world} processes x "
+            f"{accumulate} parts. Take a multiple of {parts}, such as {near}, or "
+            "another accumulate."
+        )

@@ -1,4 +1,5 @@
-"""What a run tells a person and a program: log lines, metrics.jsonl, TensorBoard, a progress bar."""
+"""What a run tells a person and a program: log lines, metrics.jsonl, TensorBoard, a progress
+bar."""
 
 import json
 import logging
@@ -14,7 +15,8 @@ logger = logging.getLogger("prepretrain")
 
 
 def setup(folder: Path | None = None) -> None:
-    """Log lines to the terminal (rank 0; others only warnings) and, with a folder, to `<folder>/log.txt`."""
+    """Log lines to the terminal (rank 0; others only warnings) and, with a folder, to
+    `<folder>/log.txt`."""
     logger.setLevel(logging.INFO if distributed.is_main() else logging.WARNING)
     logger.propagate = False
     for old in list(logger.handlers):
@@ -38,10 +40,12 @@ class _Terminal(logging.StreamHandler):
 
 
 class Metrics:
-    """metrics.jsonl, one line a logged step, each step once, with TensorBoard beside it. Rank 0 writes."""
+    """metrics.jsonl, one line a logged step, each step once, with TensorBoard beside it. Rank 0
+    writes."""
 
     def __init__(self, folder: Path, step: int):
-        """Opens the log for a run that continues after `step`; later lines, from a run cut off, are removed."""
+        """Opens the log for a run that continues after `step`; later lines, from a run cut off, are
+        removed."""
         self.file = self.board = None
         if not distributed.is_main():
             return
@@ -50,7 +54,10 @@ class Metrics:
         self.file = (folder / "metrics.jsonl").open("a")
         self.replaced = folder / "quarantine.jsonl"
         _rewind(self.replaced, step)
-        from torch.utils.tensorboard import SummaryWriter  # slow to import; only the writing rank pays
+        from torch.utils.tensorboard import (
+            SummaryWriter,  # slow to import; only the writing rank pays
+        )
+
         self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
 
     def write(self, row: dict) -> None:
@@ -64,7 +71,8 @@ class Metrics:
                 self.board.add_scalar(key, value, row["step"])
 
     def quarantine(self, step: int, replaced: list[dict]) -> None:
-        """Appends the images that were replaced in a step to quarantine.jsonl, with cause and key."""
+        """Appends the images that were replaced in a step to quarantine.jsonl, with cause and
+        key."""
         if self.file is None or not replaced:
             return
         with self.replaced.open("a") as file:
@@ -80,7 +88,8 @@ class Metrics:
 
 
 def _rewind(path: Path, step: int) -> list[dict]:
-    """Removes the rows after a step, and the torn last line of a killed process; returns the rows that stay."""
+    """Removes the rows after a step, and the torn last line of a killed process; returns the rows
+    that stay."""
     if not path.exists():
         return []
     kept = []
@@ -98,12 +107,15 @@ def _rewind(path: Path, step: int) -> list[dict]:
 
 
 class Progress:
-    """A bar on a terminal (images/s, loss, time left); elsewhere plain lines at the rate of the log."""
+    """A bar on a terminal (images/s, loss, time left); elsewhere plain lines at the rate of the
+    log."""
 
     def __init__(self, steps: int, start: int):
         self.bar = None
         if distributed.is_main() and sys.stderr.isatty():
-            self.bar = tqdm(total=steps, initial=start, unit="step", dynamic_ncols=True, smoothing=0.1)
+            self.bar = tqdm(
+                total=steps, initial=start, unit="step", dynamic_ncols=True, smoothing=0.1
+            )
 
     def advance(self) -> None:
         """One step is done."""

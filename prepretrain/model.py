@@ -1,4 +1,5 @@
-"""`Model`, the noun that travels: an image encoder that knows the options that made it; and how one is loaded."""
+"""`Model`, the noun that travels: an image encoder that knows the options that made it; and how one
+is loaded."""
 
 import hashlib
 import json
@@ -24,9 +25,16 @@ class Model(nn.Module):
 
     container = True  # its children are sharded, not it (see shard.find_roots)
 
-    def __init__(self, *, encoder: str, mean: Sequence[float] = IMAGENET_MEAN,
-                 std: Sequence[float] = IMAGENET_STD, **options: Any):
-        """encoder: a size's name, as in `vit_l16`; options: those of its family (image_size, drop_path, …)."""
+    def __init__(
+        self,
+        *,
+        encoder: str,
+        mean: Sequence[float] = IMAGENET_MEAN,
+        std: Sequence[float] = IMAGENET_STD,
+        **options: Any,
+    ):
+        """encoder: a size's name, as in `vit_l16`; options: those of its family (image_size,
+        drop_path, …)."""
         super().__init__()
         self.mean, self.std = _colour(mean, "mean"), _colour(std, "std")
         self.options = {"encoder": encoder, "mean": list(mean), "std": list(std), **options}
@@ -53,8 +61,11 @@ class Model(nn.Module):
         return encoders.pool(self(image), self.encoder.prefix, pool).float()
 
     def save(self, folder: Path, source: str) -> Path:
-        """Writes `model.safetensors`, `model.json` and, for timm, `config.json`; returns the weights' path."""
-        return write(self, {k: v.detach().cpu() for k, v in self.state_dict().items()}, folder, source)
+        """Writes `model.safetensors`, `model.json` and, for timm, `config.json`; returns the
+        weights' path."""
+        return write(
+            self, {k: v.detach().cpu() for k, v in self.state_dict().items()}, folder, source
+        )
 
 
 def _colour(values: Any, name: str) -> tuple[float, float, float]:
@@ -62,9 +73,11 @@ def _colour(values: Any, name: str) -> tuple[float, float, float]:
 
 
 def write(model: Model, state: dict[str, Tensor], folder: Path, source: str) -> Path:
-    """Writes a whole state dict of a Model under timm's key names, with the options that make it again.
+    """Writes a whole state dict of a Model under timm's key names, with the options that make it
+    again.
 
-    `timm.create_model("local-dir:<folder>")` loads the result with strict keys. Files appear complete or not at all.
+    `timm.create_model("local-dir:<folder>")` loads the result with strict keys. Files appear
+    complete or not at all.
     """
     folder.mkdir(parents=True, exist_ok=True)
     state = {k.removeprefix("encoder."): v.contiguous() for k, v in state.items()}
@@ -72,7 +85,9 @@ def write(model: Model, state: dict[str, Tensor], folder: Path, source: str) -> 
     save_file(state, f"{path}.tmp", metadata={"format": "pt"})
     sha256 = hashlib.sha256(Path(f"{path}.tmp").read_bytes()).hexdigest()
     os.replace(f"{path}.tmp", path)
-    _write_json(folder / "model.json", {"options": model.options, "source": source, "sha256": sha256})
+    _write_json(
+        folder / "model.json", {"options": model.options, "source": source, "sha256": sha256}
+    )
     _write_json(folder / "config.json", _timm_config(model))
     return path
 
@@ -80,10 +95,22 @@ def write(model: Model, state: dict[str, Tensor], folder: Path, source: str) -> 
 def _timm_config(model: Model) -> dict[str, Any]:
     size = model.encoder.image_size
     built = model.encoder.timm()
-    data = {"input_size": [3, size, size], "mean": list(model.mean), "std": list(model.std),
-            "interpolation": "bicubic", "crop_pct": 0.875, "num_classes": 0, "fixed_input_size": True}
-    return {"architecture": built["architecture"], "num_classes": 0, "num_features": model.encoder.width,
-            "model_args": {**built["model_args"], "num_classes": 0}, "pretrained_cfg": data}
+    data = {
+        "input_size": [3, size, size],
+        "mean": list(model.mean),
+        "std": list(model.std),
+        "interpolation": "bicubic",
+        "crop_pct": 0.875,
+        "num_classes": 0,
+        "fixed_input_size": True,
+    }
+    return {
+        "architecture": built["architecture"],
+        "num_classes": 0,
+        "num_features": model.encoder.width,
+        "model_args": {**built["model_args"], "num_classes": 0},
+        "pretrained_cfg": data,
+    }
 
 
 def _write_json(path: Path, value: dict) -> None:
@@ -93,13 +120,16 @@ def _write_json(path: Path, value: dict) -> None:
 
 
 def open_weights(source: str) -> Weights:
-    """The weights of a run's folder, of an exported folder or of a file, as keys of a Model (`encoder.…`).
+    """The weights of a run's folder, of an exported folder or of a file, as keys of a Model
+    (`encoder.…`).
 
     `source:encoder` takes a part. Raises ValueError naming the source and what is wrong with it.
     """
     place, _, part = source.partition(":")
     found = _locate(place)
-    if not any(k.startswith("encoder.") for k in found.shapes):  # timm's, MAE's and MAWS's files hold an encoder
+    if not any(
+        k.startswith("encoder.") for k in found.shapes
+    ):  # timm's, MAE's and MAWS's files hold an encoder
         found = found.under("encoder")
     if part:
         found = replace(found.part(part).under(part), whole=False)
@@ -118,20 +148,26 @@ def _locate(place: str) -> Weights:
         for file in (path / "model.safetensors", path / "export" / "model.safetensors"):
             if file.exists():
                 return weights.open_file(file)
-        raise ValueError(f"{place}: holds no complete checkpoint and no export. Was the run cut off before its first?")
-    raise ValueError(f"{place}: no such run or file. Give a run's folder (runs/…), a .safetensors or a .pt file.")
+        raise ValueError(
+            f"{place}: holds no complete checkpoint and no export. Was the run cut off before its first?"
+        )
+    raise ValueError(
+        f"{place}: no such run or file. Give a run's folder (runs/…), a .safetensors or a .pt file."
+    )
 
 
 def load(source: str, **changes: Any) -> Model:
     """The model of a run, an export or a file, with its weights, on the CPU.
 
-    changes: options to make it with instead, as in `load("runs/mae", image_size=448)`. A file that does not
-    say what it is needs `encoder=`.
+    changes: options to make it with instead, as in `load("runs/mae", image_size=448)`. A file that
+    does not say what it is needs `encoder=`.
     """
     found = open_weights(source)
     options = {**(found.options or {}), **changes}
     if "encoder" not in options:
-        raise ValueError(f"{source}: does not say which encoder it is. Add encoder='vit_b16', or the like.")
+        raise ValueError(
+            f"{source}: does not say which encoder it is. Add encoder='vit_b16', or the like."
+        )
     with torch.device("meta"):
         model = Model(**options)
     model.to_empty(device="cpu")

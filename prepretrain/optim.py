@@ -11,12 +11,20 @@ from torch import nn
 from prepretrain.shard import find_roots
 
 
-def build(objective: nn.Module, *, lr: float, weight_decay: float, betas: tuple[float, float] = (0.9, 0.95),
-          eps: float = 1e-8, layer_decay: float = 1.0) -> torch.optim.AdamW:
+def build(
+    objective: nn.Module,
+    *,
+    lr: float,
+    weight_decay: float,
+    betas: tuple[float, float] = (0.9, 0.95),
+    eps: float = 1e-8,
+    layer_decay: float = 1.0,
+) -> torch.optim.AdamW:
     """AdamW over an objective's parts. lr is the peak that is used, not "per 256 images".
 
-    No weight decay on 1-d parameters, nor on those that a part names in `no_weight_decay()`. layer_decay scales
-    the rate of each layer of a part that has a `group_matcher()`, the encoder, as timm does; 1 is none.
+    No weight decay on 1-d parameters, nor on those that a part names in `no_weight_decay()`.
+    layer_decay scales the rate of each layer of a part that has a `group_matcher()`, the encoder,
+    as timm does; 1 is none.
     """
     groups = []
     for root in find_roots(objective):
@@ -25,8 +33,15 @@ def build(objective: nn.Module, *, lr: float, weight_decay: float, betas: tuple[
             groups += param_groups_layer_decay(root, weight_decay, names, layer_decay)
         else:
             groups += param_groups_weight_decay(root, weight_decay, names)
-    groups = [{"params": list(g["params"]), "weight_decay": g["weight_decay"], "lr_scale": g.get("lr_scale", 1.0)}
-              for g in groups if g["params"]]
+    groups = [
+        {
+            "params": list(g["params"]),
+            "weight_decay": g["weight_decay"],
+            "lr_scale": g.get("lr_scale", 1.0),
+        }
+        for g in groups
+        if g["params"]
+    ]
     # fused: one pass over the state, a third of the time of the default loop on a CPU (benchmarks/)
     return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=True)
 
@@ -35,7 +50,8 @@ def build(objective: nn.Module, *, lr: float, weight_decay: float, betas: tuple[
 class Schedule:
     """The learning rate at a step: linear warm-up from 0, then cosine, linear or step decay.
 
-    milestones: steps at which "step" multiplies the rate by `decay`. end: the last rate of the other two.
+    milestones: steps at which "step" multiplies the rate by `decay`. end: the last rate of the
+    other two.
     """
 
     peak: float
@@ -48,13 +64,19 @@ class Schedule:
 
     def __post_init__(self) -> None:
         if not 0 <= self.warmup < self.steps:
-            raise ValueError(f"optim.warmup: {self.warmup} steps leave nothing of the run's {self.steps}.")
+            raise ValueError(
+                f"optim.warmup: {self.warmup} steps leave nothing of the run's {self.steps}."
+            )
         if self.milestones and self.shape != "step":
-            raise ValueError(f"optim.milestones: only optim.schedule=step has them, not {self.shape}.")
+            raise ValueError(
+                f"optim.milestones: only optim.schedule=step has them, not {self.shape}."
+            )
         inside = all(self.warmup < m < self.steps for m in self.milestones)
         if not inside or sorted(set(self.milestones)) != list(self.milestones):
-            raise ValueError(f"optim.milestones: {list(self.milestones)} must rise, between the warm-up's end "
-                             f"({self.warmup}) and the run's ({self.steps}).")
+            raise ValueError(
+                f"optim.milestones: {list(self.milestones)} must rise, between the warm-up's end "
+                f"({self.warmup}) and the run's ({self.steps})."
+            )
 
     def lr(self, step: int) -> float:
         """The rate of step `step`, counted from 0."""

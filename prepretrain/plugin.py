@@ -20,7 +20,9 @@ def names(kind: str) -> list[str]:
 def find(kind: str, name: str) -> type:
     """The class in `prepretrain/<kind>/<name>.py`, or in a dotted module outside the package."""
     if not isinstance(name, str):
-        raise ValueError(f"{kind}.name: must be a name, not {name!r}. There are: {', '.join(names(kind))}.")
+        raise ValueError(
+            f"{kind}.name: must be a name, not {name!r}. There are: {', '.join(names(kind))}."
+        )
     if "." not in name and name not in names(kind):
         raise ValueError(unknown(f"no {kind.rstrip('s')}", name, names(kind), quote=True))
     module = name if "." in name else f"prepretrain.{kind}.{name}"
@@ -28,14 +30,21 @@ def find(kind: str, name: str) -> type:
         loaded = importlib.import_module(module)
     except ModuleNotFoundError as error:
         if error.name and module.startswith(error.name):
-            raise ValueError(f"{kind}: there is no module '{module}'. Is its folder on PYTHONPATH?") from error
+            raise ValueError(
+                f"{kind}: there is no module '{module}'. Is its folder on PYTHONPATH?"
+            ) from error
         raise
     base = _base(kind)
-    found = [c for c in vars(loaded).values()
-             if inspect.isclass(c) and issubclass(c, base) and c.__module__ == module]
+    found = [
+        c
+        for c in vars(loaded).values()
+        if inspect.isclass(c) and issubclass(c, base) and c.__module__ == module
+    ]
     if len(found) != 1:
-        raise ValueError(f"{module}: must define one {base.__name__}, and defines {len(found)}: "
-                         f"{', '.join(c.__name__ for c in found) or 'none'}.")
+        raise ValueError(
+            f"{module}: must define one {base.__name__}, and defines {len(found)}: "
+            f"{', '.join(c.__name__ for c in found) or 'none'}."
+        )
     return found[0]
 
 
@@ -59,10 +68,14 @@ def check(factory: Any, given: dict[str, Any], where: str) -> dict[str, Any]:
     hints = typing.get_type_hints(factory.__init__ if inspect.isclass(factory) else factory)
     for key in given:
         if key not in known:
-            raise ValueError(unknown(f"{where}.{key}: unknown option", key, sorted(known), prefix=where))
+            raise ValueError(
+                unknown(f"{where}.{key}: unknown option", key, sorted(known), prefix=where)
+            )
     missing = [k for k, p in known.items() if p.default is p.empty and k not in given]
     if missing:
-        raise ValueError(f"{where}: missing {', '.join(f'{where}.{k}' for k in missing)}, which has no default.")
+        raise ValueError(
+            f"{where}: missing {', '.join(f'{where}.{k}' for k in missing)}, which has no default."
+        )
     return {k: coerce(v, hints.get(k, Any), f"{where}.{k}") for k, v in given.items()}
 
 
@@ -72,7 +85,9 @@ def build(kind: str, name: str, *args: Any, **given: Any) -> Any:
     return factory(*args, **check(factory, given, kind.rstrip("s")))
 
 
-def unknown(what: str, name: str, known: list[str], *, prefix: str = "", quote: bool = False) -> str:
+def unknown(
+    what: str, name: str, known: list[str], *, prefix: str = "", quote: bool = False
+) -> str:
     """An error text that offers the nearest name and lists all of them."""
     dot = f"{prefix}." if prefix else ""
     near = difflib.get_close_matches(name, known, n=1)
@@ -85,7 +100,8 @@ def unknown(what: str, name: str, known: list[str], *, prefix: str = "", quote: 
 def coerce(value: Any, hint: Any, where: str) -> Any:
     """`value` as the annotated type, where no information is lost; else ValueError.
 
-    YAML reads 1e-4 as a string and an override is always text, so "1e-4" is a float where one is due.
+    YAML reads 1e-4 as a string and an override is always text, so "1e-4" is a float where one is
+    due.
     """
     if hint is Any or hint is inspect.Parameter.empty:
         return value
@@ -123,7 +139,9 @@ def _coerce_sequence(value: Any, origin: type, arguments: tuple, where: str) -> 
     if origin is tuple and arguments and arguments[-1] is not Ellipsis:
         if len(value) != len(arguments):
             raise ValueError(f"{where}: {value!r} must have {len(arguments)} values.")
-        return tuple(coerce(v, a, f"{where}[{i}]") for i, (v, a) in enumerate(zip(value, arguments)))
+        return tuple(
+            coerce(v, a, f"{where}[{i}]") for i, (v, a) in enumerate(zip(value, arguments))
+        )
     inner = arguments[0] if arguments else Any
     return origin(coerce(v, inner, f"{where}[{i}]") for i, v in enumerate(value))
 
@@ -142,4 +160,8 @@ def _coerce_scalar(value: Any, hint: type, where: str) -> Any:
 
 
 def _readable(hint: Any) -> str:
-    return getattr(hint, "__name__", str(hint)) if not typing.get_args(hint) else str(hint).replace("typing.", "")
+    return (
+        getattr(hint, "__name__", str(hint))
+        if not typing.get_args(hint)
+        else str(hint).replace("typing.", "")
+    )

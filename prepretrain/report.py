@@ -27,7 +27,9 @@ def metrics(run: str | Path) -> list[dict]:
     """The rows of a run's metrics.jsonl."""
     path = Path(run) / "metrics.jsonl"
     if not path.exists():
-        raise ValueError(f"{run}: there is no metrics.jsonl. Is it a run's folder, and has the run logged a step?")
+        raise ValueError(
+            f"{run}: there is no metrics.jsonl. Is it a run's folder, and has the run logged a step?"
+        )
     rows = []
     for number, line in enumerate(path.read_text().splitlines(), 1):
         try:
@@ -46,7 +48,8 @@ def results(run: str | Path) -> dict:
 
 
 def curves(runs: Sequence[str | Path], path: str | Path, keys: Sequence[str] = ("loss",)) -> None:
-    """Draws one panel a key, one line a run, over images seen; the smooth line over its own values."""
+    """Draws one panel a key, one line a run, over images seen; the smooth line over its own
+    values."""
     if not runs:
         raise ValueError("report: no runs to draw. Name at least one run's folder.")
     figure = _figure(6.4 * len(keys), 4.2)
@@ -68,7 +71,9 @@ def _points(rows: list[dict], key: str) -> list[tuple[float, float]]:
 
 def _curve(axes: Axes, number: int, name: str, points: list[tuple[float, float]], key: str) -> None:
     if not points:
-        raise ValueError(f"{name}: no line of metrics.jsonl holds '{key}'. Choose a key that the run logged.")
+        raise ValueError(
+            f"{name}: no line of metrics.jsonl holds '{key}'. Choose a key that the run logged."
+        )
     images, values = np.array(points, dtype=float).T
     colour, dash = COLOURS[number % len(COLOURS)], DASHES[number // len(COLOURS) % len(DASHES)]
     axes.plot(images, values, color=colour, alpha=0.25, linewidth=0.8)
@@ -85,13 +90,16 @@ def smooth(values: np.ndarray, share: float = 0.03) -> np.ndarray:
     sums = np.concatenate([[0.0], np.cumsum(np.log(values) if safe else values)])
     middle = np.arange(len(values))
     left = np.minimum(half, middle)
-    right = np.minimum(left, len(values) - 1 - middle)  # symmetric at the start, where a loss is steep
+    right = np.minimum(
+        left, len(values) - 1 - middle
+    )  # symmetric at the start, where a loss is steep
     means = (sums[middle + right + 1] - sums[middle - left]) / (left + right + 1)
     return np.exp(means) if safe else means
 
 
 def rows(runs: Sequence[str | Path]) -> list[dict[str, str]]:
-    """One row a run: the headline metric of each evaluation, then images seen, parameters and FLOPs."""
+    """One row a run: the headline metric of each evaluation, then images seen, parameters and
+    FLOPs."""
     found = []
     for run in runs:
         row = {"run": Path(run).resolve().name}
@@ -106,21 +114,27 @@ def rows(runs: Sequence[str | Path]) -> list[dict[str, str]]:
 
 
 def table(rows: Sequence[dict[str, str]]) -> str:
-    """A Markdown table; its columns in the order in which the rows name them, a dash where one has none."""
+    """A Markdown table; its columns in the order in which the rows name them, a dash where one has
+    none."""
     if not rows:
         raise ValueError("report: no rows for a table. Name at least one run's folder.")
     columns = list(dict.fromkeys(key for row in rows for key in row))
     cells = [columns] + [[str(row.get(key, "–")) for key in columns] for row in rows]
     width = [max(len(line[i]) for line in cells) for i in range(len(columns))]
     # names to the left, numbers to the right
-    lines = ["| " + " | ".join(c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(zip(line, width))) + " |"
-             for line in cells]
+    lines = [
+        "| "
+        + " | ".join(c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(zip(line, width)))
+        + " |"
+        for line in cells
+    ]
     rule = "|" + "|".join("-" * (w + 1) + (":" if i else "-") for i, w in enumerate(width)) + "|"
     return "\n".join([lines[0], rule, *lines[1:]])
 
 
 def reconstruct(run: str | Path, data: str, images: int, path: str | Path) -> None:
-    """Draws `images` images of a card, spread evenly over it, as a run's objective sees and rebuilds them."""
+    """Draws `images` images of a card, spread evenly over it, as a run's objective sees and
+    rebuilds them."""
     objective = load_objective(run)
     source = open_source(data)
     if not 1 <= images <= len(source):
@@ -131,18 +145,25 @@ def reconstruct(run: str | Path, data: str, images: int, path: str | Path) -> No
     reconstructions(versions["original"], versions["masked"], versions["reconstructed"], path)
 
 
-def reconstructions(images: Tensor, masked: Tensor, reconstructed: Tensor, path: str | Path) -> None:
+def reconstructions(
+    images: Tensor, masked: Tensor, reconstructed: Tensor, path: str | Path
+) -> None:
     """Draws a grid: a row an image, its three versions side by side. All uint8 [N, 3, H, W]."""
     versions = {"original": images, "masked": masked, "reconstructed": reconstructed}
     for name, version in versions.items():
         if version.dtype.is_floating_point or version.shape != images.shape or images.shape[1] != 3:
-            raise ValueError(f"report: '{name}' must be uint8 of shape [N, 3, H, W] like the originals, "
-                             f"and is {version.dtype} of shape {list(version.shape)}.")
-    sets = 1 if len(images) < 4 else 2  # triples beside each other, so that many images stay on a page
+            raise ValueError(
+                f"report: '{name}' must be uint8 of shape [N, 3, H, W] like the originals, "
+                f"and is {version.dtype} of shape {list(version.shape)}."
+            )
+    sets = (
+        1 if len(images) < 4 else 2
+    )  # triples beside each other, so that many images stay on a page
     deep = -(-len(images) // sets)
     figure = _figure(1.6 * (3 * sets + 0.15 * (sets - 1)), 1.6 * deep + 0.3)
-    outer = figure.add_gridspec(1, sets, wspace=0.06, left=0.01, right=0.99, bottom=0.01,
-                                top=1 - 0.3 / (1.6 * deep + 0.3))
+    outer = figure.add_gridspec(
+        1, sets, wspace=0.06, left=0.01, right=0.99, bottom=0.01, top=1 - 0.3 / (1.6 * deep + 0.3)
+    )
     for i in range(len(images)):
         inner = outer[i // deep].subgridspec(deep, 3, wspace=0.03, hspace=0.03)
         for column, (name, version) in enumerate(versions.items()):

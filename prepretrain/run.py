@@ -1,4 +1,5 @@
-"""What one process does for a stage: turns a config into parts, and runs them. Reads the config; all below do not."""
+"""What one process does for a stage: turns a config into parts, and runs them. Reads the config;
+all below do not."""
 
 import json
 import logging
@@ -13,8 +14,9 @@ import torch
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.utils.flop_counter import FlopCounterMode
 
-from prepretrain import (card, checkpoint, clock, config as configs, distributed, log, model as models, optim, plugin,
-                         shard, weights)
+from prepretrain import card, checkpoint, clock, distributed, log, optim, plugin, shard, weights
+from prepretrain import config as configs
+from prepretrain import model as models
 from prepretrain.config import Config, Evaluating, Training
 from prepretrain.evaluators.base import Evaluator
 from prepretrain.loader import Stream
@@ -47,24 +49,56 @@ def train(config: Training, folder: Path) -> None:
     source = plan.open_data()
     _record(config, folder)
     objective = plan.objective
-    shard.shard(objective, group=config.shard.group, precision=config.shard.precision,
-                recompute=config.shard.recompute, compile=config.shard.compile)
+    shard.shard(
+        objective,
+        group=config.shard.group,
+        precision=config.shard.precision,
+        recompute=config.shard.recompute,
+        compile=config.shard.compile,
+    )
     saved = checkpoint.newest(folder)
     if saved is None:
         shard.initialise(objective, config.seed)
         if config.init is not None:
             weights.fill(objective.model, models.open_weights(config.init))
-    optimizer = optim.build(objective, lr=plan.schedule.peak, weight_decay=config.optim.weight_decay,
-                            betas=config.optim.betas, eps=config.optim.eps, layer_decay=config.optim.layer_decay)
-    data = Stream(source, objective.transform(train=True), batch_size=config.batch_size, seed=config.seed,
-                  accumulate=plan.accumulate, workers=config.data.workers, max_bad=config.data.max_bad,
-                  window=config.data.window)
+    optimizer = optim.build(
+        objective,
+        lr=plan.schedule.peak,
+        weight_decay=config.optim.weight_decay,
+        betas=config.optim.betas,
+        eps=config.optim.eps,
+        layer_decay=config.optim.layer_decay,
+    )
+    data = Stream(
+        source,
+        objective.transform(train=True),
+        batch_size=config.batch_size,
+        seed=config.seed,
+        accumulate=plan.accumulate,
+        workers=config.data.workers,
+        max_bad=config.data.max_bad,
+        window=config.data.window,
+    )
     logger.info("%s", plan.summary())
-    evals = [Evaluation(name, every, partial(_measure, name, evaluator, objective.model, folder))
-             for name, every, evaluator in plan.evaluators()]
-    fit(objective, data, optimizer, plan.schedule, folder=folder, seed=config.seed, options=objective.model.options,
-        saved=saved, clip=config.optim.clip, log_every=plan.steps_of("log_every"), save_every=plan.steps_of("checkpoint.every"),
-        keep=config.checkpoint.keep, evals=evals)
+    evals = [
+        Evaluation(name, every, partial(_measure, name, evaluator, objective.model, folder))
+        for name, every, evaluator in plan.evaluators()
+    ]
+    fit(
+        objective,
+        data,
+        optimizer,
+        plan.schedule,
+        folder=folder,
+        seed=config.seed,
+        options=objective.model.options,
+        saved=saved,
+        clip=config.optim.clip,
+        log_every=plan.steps_of("log_every"),
+        save_every=plan.steps_of("checkpoint.every"),
+        keep=config.checkpoint.keep,
+        evals=evals,
+    )
     _finish(plan, folder)
 
 
@@ -76,8 +110,9 @@ def _measure(name: str, evaluator: Evaluator, model: Model, folder: Path) -> dic
 
 
 def _finish(plan: "Plan", folder: Path) -> None:
-    state = get_model_state_dict(plan.objective.model,
-                                 options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    state = get_model_state_dict(
+        plan.objective.model, options=StateDictOptions(full_state_dict=True, cpu_offload=True)
+    )
     if distributed.is_main():
         models.write(plan.objective.model, state, folder / "export", str(folder))
     add_results(folder, {"images": plan.schedule.steps * plan.config.batch_size, **plan.size()})
@@ -85,7 +120,8 @@ def _finish(plan: "Plan", folder: Path) -> None:
 
 
 def evaluate(config: Evaluating, folder: Path) -> dict[str, float]:
-    """Measures a model and adds the numbers to the folder's results.json under "<evaluator>/<card>"."""
+    """Measures a model and adds the numbers to the folder's results.json under
+    "<evaluator>/<card>"."""
     name, evaluator = build_evaluator(config.evaluator, config.data)
     model = models.load(config.init, **config.model).to(distributed.device())
     return _measure(name, evaluator, model, folder)
@@ -105,16 +141,19 @@ def build_evaluator(given: dict[str, Any], data: str) -> tuple[str, Evaluator]:
     """("linear/cifar10", the evaluator) of an `evaluator:` section."""
     options = dict(given)
     if "name" not in options:
-        raise ValueError(f"evaluator.name: is missing. There are: {', '.join(plugin.names('evaluators'))}.")
+        raise ValueError(
+            f"evaluator.name: is missing. There are: {', '.join(plugin.names('evaluators'))}."
+        )
     name = options.pop("name")
     return f"{name}/{data}", plugin.build("evaluators", name, data=data, **options)
 
 
 def with_model_options(config: Training, folder: Path | None = None) -> Training:
-    """The config with every option of its model: those of `--init` or, once started, of the run, under its own.
+    """The config with every option of its model: those of `--init` or, once started, of the run,
+    under its own.
 
-    A run's folder describes itself, so a continued run does not need what it was started from. Raises ValueError
-    where the init's encoder is not the one that the config names.
+    A run's folder describes itself, so a continued run does not need what it was started from.
+    Raises ValueError where the init's encoder is not the one that the config names.
     """
     recorded = folder / "config.yaml" if folder is not None else None
     known: dict[str, Any] = {}
@@ -124,22 +163,30 @@ def with_model_options(config: Training, folder: Path | None = None) -> Training
         known = models.open_weights(config.init).options or {}
     asked = config.model.get("encoder", known.get("encoder"))
     if asked is None:
-        raise ValueError("model.encoder: is missing. Name a size, as in model.encoder=vit_b16, or give --init a run "
-                         "to start from.")
+        raise ValueError(
+            "model.encoder: is missing. Name a size, as in model.encoder=vit_b16, or give --init a run "
+            "to start from."
+        )
     if known.get("encoder", asked) != asked:
-        raise ValueError(f"model.encoder: the config asks for {asked}, and {config.init or folder} holds "
-                         f"{known['encoder']}. Leave model.encoder out, or give another --init.")
+        raise ValueError(
+            f"model.encoder: the config asks for {asked}, and {config.init or folder} holds "
+            f"{known['encoder']}. Leave model.encoder out, or give another --init."
+        )
     return replace(config, model={**known, **config.model})
 
 
 def _record(config: Training, folder: Path) -> None:
-    """Writes config.yaml at a run's first start; later, refuses another config and lists the keys that differ."""
+    """Writes config.yaml at a run's first start; later, refuses another config and lists the keys
+    that differ."""
     path, values = folder / "config.yaml", configs.plain(config)
     if path.exists():
         changed = configs.differences(configs.read(path), values)
         if changed:
-            raise ValueError(f"{folder}: was started with another config:\n  " + "\n  ".join(changed)
-                             + "\nUse the same, or start another run with --out.")
+            raise ValueError(
+                f"{folder}: was started with another config:\n  "
+                + "\n  ".join(changed)
+                + "\nUse the same, or start another run with --out."
+            )
     distributed.barrier()
     if distributed.is_main():
         configs.write(values, path)
@@ -147,7 +194,8 @@ def _record(config: Training, folder: Path) -> None:
 
 
 class Plan:
-    """Everything about a training run that can be known without touching a device or the data: built on meta."""
+    """Everything about a training run that can be known without touching a device or the data:
+    built on meta."""
 
     def __init__(self, config: Training, world: int):
         """Raises ValueError for whatever in the config cannot work."""
@@ -180,9 +228,15 @@ class Plan:
             return clock.steps(duration, where, batch_size=batch, images=images, total=total)
 
         scale, given = batch / 256, config.optim
-        self.schedule = Schedule(given.lr * scale, total, steps(given.warmup, "optim.warmup"), given.schedule,
-                                 given.lr_end * scale,
-                                 tuple(steps(m, "optim.milestones") for m in given.milestones), given.decay)
+        self.schedule = Schedule(
+            given.lr * scale,
+            total,
+            steps(given.warmup, "optim.warmup"),
+            given.schedule,
+            given.lr_end * scale,
+            tuple(steps(m, "optim.milestones") for m in given.milestones),
+            given.decay,
+        )
         self._steps = steps
 
     def steps_of(self, key: str) -> int:
@@ -199,22 +253,35 @@ class Plan:
                 if key not in options:
                     raise ValueError(f"evaluators[{i}].{key}: is missing.")
             every, data = options.pop("every"), options.pop("data")
-            built.append((build_evaluator(options, data), max(1, self._steps(every, f"evaluators[{i}].every"))))
+            built.append(
+                (
+                    build_evaluator(options, data),
+                    max(1, self._steps(every, f"evaluators[{i}].every")),
+                )
+            )
         return [(name, every, evaluator) for (name, evaluator), every in built]
 
     def size(self) -> dict[str, int]:
         """{"encoder_parameters" (no head, no decoder), "parameters", "flops_per_image"}."""
-        count = {name: sum(p.numel() for p in part.parameters())
-                 for name, part in (("encoder_parameters", self.objective.model.encoder), ("parameters", self.objective))}
+        count = {
+            name: sum(p.numel() for p in part.parameters())
+            for name, part in (
+                ("encoder_parameters", self.objective.model.encoder),
+                ("parameters", self.objective),
+            )
+        }
         return {**count, "flops_per_image": self.flops()}
 
     def flops(self) -> int:
-        """FLOPs of one image's forward pass through the objective, 2 for a multiply-add, attention included."""
+        """FLOPs of one image's forward pass through the objective, 2 for a multiply-add, attention
+        included."""
         with torch.device("meta"):
             objective = build_objective(self.config)
         for module in objective.modules():
             if hasattr(module, "fused_attn"):
-                module.fused_attn = False  # plain matrix products, so that they are counted on every device
+                module.fused_attn = (
+                    False  # plain matrix products, so that they are counted on every device
+                )
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             objective.eval()(objective.example(1))
         return counter.get_total_flops()
@@ -222,16 +289,21 @@ class Plan:
     def summary(self) -> str:
         """One line of what is derived from the config."""
         optim_, s = self.config.optim, self.schedule
-        return (f"{s.steps} steps of {self.config.batch_size} images ({self.world} processes, "
-                f"{self.accumulate} at a time each step), peak lr {s.peak:.3g} = {optim_.lr:g} x batch / 256, "
-                f"warm-up {s.warmup} steps, {self.images} images an epoch")
+        return (
+            f"{s.steps} steps of {self.config.batch_size} images ({self.world} processes, "
+            f"{self.accumulate} at a time each step), peak lr {s.peak:.3g} = {optim_.lr:g} x batch / 256, "
+            f"warm-up {s.warmup} steps, {self.images} images an epoch"
+        )
 
 
 def accumulation(batch_size: int, world: int, most: int | None) -> int:
-    """How many parts each process takes its share of a batch in: the fewest of at most `most` images each."""
+    """How many parts each process takes its share of a batch in: the fewest of at most `most`
+    images each."""
     if batch_size < 1 or batch_size % world:
-        raise ValueError(f"batch_size: {batch_size} does not divide among {world} processes. "
-                         f"Take a multiple of {world}.")
+        raise ValueError(
+            f"batch_size: {batch_size} does not divide among {world} processes. "
+            f"Take a multiple of {world}."
+        )
     if most is not None and most < 1:
         raise ValueError(f"batch_per_process: {most} must be at least 1.")
     share = batch_size // world
@@ -250,7 +322,9 @@ def build_objective(config: Training) -> Objective:
     """The objective of a config around its model, without weights; build it on the meta device."""
     options = dict(config.objective)
     if "name" not in options:
-        raise ValueError(f"objective.name: is missing. There are: {', '.join(plugin.names('objectives'))}.")
+        raise ValueError(
+            f"objective.name: is missing. There are: {', '.join(plugin.names('objectives'))}."
+        )
     return plugin.build("objectives", options.pop("name"), Model(**config.model), **options)
 
 
@@ -272,13 +346,17 @@ def check(config: Config, folder: Path, world: int) -> "Plan | None":
 def dry_run(config: Config, folder: Path, stage: str, world: int) -> dict[str, Any]:
     """Checks everything that a start would, on the meta device, and returns the facts of the run.
 
-    Data that are not here are no error if the card declares how many images there are: "data" then says so.
+    Data that are not here are no error if the card declares how many images there are: "data" then
+    says so.
     """
     if isinstance(config, Evaluating):
         check(config, folder, world)
         encoder = models.load(config.init, **config.model).encoder
-        return {"stage": stage, "encoder": type(encoder).__name__,
-                "encoder_parameters": sum(p.numel() for p in encoder.parameters())}
+        return {
+            "stage": stage,
+            "encoder": type(encoder).__name__,
+            "encoder_parameters": sum(p.numel() for p in encoder.parameters()),
+        }
     data = "checked"
     try:
         plan = check(config, folder, world)
@@ -289,9 +367,17 @@ def dry_run(config: Config, folder: Path, stage: str, world: int) -> dict[str, A
         data = f"not here, so not checked: {error}"
     group, size = min(config.shard.group or world, world), plan.size()
     # 16 bytes a parameter: weights, gradients and two moments in float32
-    return {"stage": stage, "encoder": plan.config.model["encoder"], **size, "steps": plan.schedule.steps,
-            "images": plan.schedule.steps * config.batch_size, "accumulate": plan.accumulate, "lr": plan.schedule.peak,
-            "state_gib_per_process": round(size["parameters"] * 16 / group / 2**30, 3), "data": data}
+    return {
+        "stage": stage,
+        "encoder": plan.config.model["encoder"],
+        **size,
+        "steps": plan.schedule.steps,
+        "images": plan.schedule.steps * config.batch_size,
+        "accumulate": plan.accumulate,
+        "lr": plan.schedule.peak,
+        "state_gib_per_process": round(size["parameters"] * 16 / group / 2**30, 3),
+        "data": data,
+    }
 
 
 def load_objective(folder: Path) -> Objective:

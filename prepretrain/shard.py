@@ -1,4 +1,5 @@
-"""Makes a module real on its devices: precision, recomputation, compilation, sharding, initial values."""
+"""Makes a module real on its devices: precision, recomputation, compilation, sharding, initial
+values."""
 
 import zlib
 from typing import Literal
@@ -12,24 +13,34 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from prepretrain import distributed
 from prepretrain.distributed import put
 
-PRECISIONS = {"bf16": MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32),
-              "fp32": MixedPrecisionPolicy()}
+PRECISIONS = {
+    "bf16": MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32),
+    "fp32": MixedPrecisionPolicy(),
+}
 
 
-def shard(module: nn.Module, *, group: int | None = None, precision: Literal["bf16", "fp32"] = "bf16",
-          recompute: Literal["none", "block", "offload"] = "none", compile: bool = False) -> None:
-    """Prepares a module that was built on the meta device, in place; its parameters are then on their devices.
+def shard(
+    module: nn.Module,
+    *,
+    group: int | None = None,
+    precision: Literal["bf16", "fp32"] = "bf16",
+    recompute: Literal["none", "block", "offload"] = "none",
+    compile: bool = False,
+) -> None:
+    """Prepares a module that was built on the meta device, in place; its parameters are then on
+    their devices.
 
-    group: processes that share one copy of the parameters; 1 replicates, None (or more than there are) shards over
-    all of them, a number between shards within a group and replicates across groups.
-    recompute: keep every activation; or recompute each block's in the backward pass; or keep each block's input
-    in host memory and recompute the rest.
-    Raises ValueError for a group that does not divide the processes, or a parameter outside of any child.
+    group: processes that share one copy of the parameters; 1 replicates, None (or more than there
+    are) shards over all of them, a number between shards within a group and replicates across
+    groups. recompute: keep every activation; or recompute each block's in the backward pass; or
+    keep each block's input in host memory and recompute the rest. Raises ValueError for a group
+    that does not divide the processes, or a parameter outside of any child.
     """
     mesh = _mesh(group)
     roots = find_roots(module)
     device = distributed.device()
-    # The order matters: recomputation inside of compilation inside of sharding. The other ways either compile
+    # The order matters: recomputation inside of compilation inside of sharding. The other ways
+    # either compile
     # the checkpoint's own bookkeeping, or gather parameters again within a recomputed block.
     for root in roots:
         _choose_attention(root, device, precision)
@@ -48,15 +59,17 @@ def _mesh(group: int | None):
     inside = world if group is None else min(group, world)
     if inside < 1 or world % inside:
         raise ValueError(f"shard.group: {group} must divide the number of processes, {world}.")
-    return init_device_mesh(distributed.device().type, (world // inside, inside),
-                            mesh_dim_names=("replicate", "shard"))
+    return init_device_mesh(
+        distributed.device().type, (world // inside, inside), mesh_dim_names=("replicate", "shard")
+    )
 
 
 def find_roots(module: nn.Module) -> list[nn.Module]:
-    """The outermost submodules with a `forward` that is called: children of the objective and of its Model.
+    """The outermost submodules with a `forward` that is called: children of the objective and of
+    its Model.
 
-    The objective itself is never one: as FSDP's root it would have to run before its encoder may. Raises
-    ValueError naming a parameter that hangs on a container and so would belong to nobody.
+    The objective itself is never one: as FSDP's root it would have to run before its encoder may.
+    Raises ValueError naming a parameter that hangs on a container and so would belong to nobody.
     """
     roots = []
     for child in module.children():
@@ -65,14 +78,19 @@ def find_roots(module: nn.Module) -> list[nn.Module]:
         elif any(True for _ in child.parameters()):
             roots.append(child)
     for name, _ in module.named_parameters(recurse=False):
-        raise ValueError(f"{type(module).__name__}.{name}: a parameter must belong to a child module, "
-                         f"so that it can be sharded.")
+        raise ValueError(
+            f"{type(module).__name__}.{name}: a parameter must belong to a child module, "
+            f"so that it can be sharded."
+        )
     return roots
 
 
 def _block_lists(root: nn.Module) -> list[nn.ModuleList]:
-    return [m for name, m in root.named_modules()
-            if name.rpartition(".")[2] == "blocks" and isinstance(m, (nn.ModuleList, nn.Sequential))]
+    return [
+        m
+        for name, m in root.named_modules()
+        if name.rpartition(".")[2] == "blocks" and isinstance(m, (nn.ModuleList, nn.Sequential))
+    ]
 
 
 def _recomputed(block: nn.Module, how: str) -> nn.Module:
@@ -81,11 +99,13 @@ def _recomputed(block: nn.Module, how: str) -> nn.Module:
     if how == "block":
         return checkpoint_wrapper(block)
     from fairscale.nn.checkpoint import checkpoint_wrapper as offloading_wrapper
+
     return offloading_wrapper(block, offload_to_cpu=True)
 
 
 def _choose_attention(root: nn.Module, device: torch.device, precision: str) -> None:
-    """On a CPU in bf16 the fused attention's backward is slower than plain matrix products (benchmarks/)."""
+    """On a CPU in bf16 the fused attention's backward is slower than plain matrix products
+    (benchmarks/)."""
     for module in root.modules():
         if hasattr(module, "fused_attn"):
             module.fused_attn = not (device.type == "cpu" and precision == "bf16")
@@ -95,7 +115,8 @@ def _choose_attention(root: nn.Module, device: torch.device, precision: str) -> 
 def initialise(module: nn.Module, seed: int) -> None:
     """Fills every parameter by a generator of (seed, name), the same for any number of processes.
 
-    Everything is NaN first, so a parameter without a rule shows in step one; with an unknown layer it raises.
+    Everything is NaN first, so a parameter without a rule shows in step one; with an unknown layer
+    it raises.
     """
     for name, parameter in module.named_parameters():
         parameter.fill_(float("nan"))
@@ -104,7 +125,9 @@ def initialise(module: nn.Module, seed: int) -> None:
         _fill(module, name, full, generator)
         put(parameter, full)
     for name, buffer in module.named_buffers():
-        raise ValueError(f"{name}: buffers are not initialised. Make it from the options in forward instead.")
+        raise ValueError(
+            f"{name}: buffers are not initialised. Make it from the options in forward instead."
+        )
 
 
 def plain(name: str) -> str:
@@ -113,11 +136,14 @@ def plain(name: str) -> str:
 
 
 def _fill(module: nn.Module, name: str, full: Tensor, generator: torch.Generator) -> None:
-    """The nearest module with a rule for the name, from outside in; then the rule of the layer's type."""
+    """The nearest module with a rule for the name, from outside in; then the rule of the layer's
+    type."""
     parts = name.split(".")
     for i in range(len(parts)):
         owner = module.get_submodule(".".join(parts[:i]))
-        if hasattr(owner, "initialise") and owner.initialise(plain(".".join(parts[i:])), full, generator):
+        if hasattr(owner, "initialise") and owner.initialise(
+            plain(".".join(parts[i:])), full, generator
+        ):
             return
     layer, leaf = module.get_submodule(".".join(parts[:-1])), parts[-1]
     if isinstance(layer, nn.LayerNorm):
@@ -127,5 +153,7 @@ def _fill(module: nn.Module, name: str, full: Tensor, generator: torch.Generator
     elif isinstance(layer, nn.Linear):
         full.zero_()
     else:
-        raise ValueError(f"{name}: no rule to initialise a {type(layer).__name__}. "
-                         f"Give its module an `initialise(name, tensor, generator)`.")
+        raise ValueError(
+            f"{name}: no rule to initialise a {type(layer).__name__}. "
+            f"Give its module an `initialise(name, tensor, generator)`."
+        )

@@ -1,4 +1,5 @@
-"""`fit()`, the one training loop: it knows steps, files and `objective(batch)["loss"]`, and nothing of any task."""
+"""`fit()`, the one training loop: it knows steps, files and `objective(batch)["loss"]`, and nothing
+of any task."""
 
 import gc
 import logging
@@ -23,7 +24,8 @@ from prepretrain.optim import Schedule
 
 logger = logging.getLogger(__name__)
 
-STOPPED = 75  # a process's exit status when it stopped on a signal and can be started again (sysexits: EX_TEMPFAIL)
+# A process's exit status when a signal stopped it and it can be started again (EX_TEMPFAIL).
+STOPPED = 75
 
 
 class Stopped(Exception):
@@ -39,15 +41,29 @@ class Evaluation:
     run: Callable[[], dict[str, float]]
 
 
-def fit(objective: nn.Module, data: Stream, optimizer: torch.optim.Optimizer, schedule: Schedule, *, folder: Path,
-        seed: int, options: dict[str, Any], saved: Path | None = None, clip: float | None = None, log_every: int = 10, save_every: int = 0,
-        keep: int = 2, evals: Sequence[Evaluation] = ()) -> None:
+def fit(
+    objective: nn.Module,
+    data: Stream,
+    optimizer: torch.optim.Optimizer,
+    schedule: Schedule,
+    *,
+    folder: Path,
+    seed: int,
+    options: dict[str, Any],
+    saved: Path | None = None,
+    clip: float | None = None,
+    log_every: int = 10,
+    save_every: int = 0,
+    keep: int = 2,
+    evals: Sequence[Evaluation] = (),
+) -> None:
     """Trains to `schedule.steps` optimizer steps, from a checkpoint of the run if there is one.
 
-    saved: that checkpoint, verified. options: what made the model, kept in checkpoints so that they describe themselves. clip: largest gradient
-    norm. save_every: steps between checkpoints, one is always saved at the end.
-    Raises FloatingPointError, on every process and before the weights change, for a loss or gradient that is not
-    finite; ValueError for too many bad images or data that are not the run's; Stopped after a signal.
+    saved: that checkpoint, verified. options: what made the model, kept in checkpoints so that they
+    describe themselves. clip: largest gradient norm. save_every: steps between checkpoints, one is
+    always saved at the end. Raises FloatingPointError, on every process and before the weights
+    change, for a loss or gradient that is not finite; ValueError for too many bad images or data
+    that are not the run's; Stopped after a signal.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     step, bad = _resume(saved, objective, optimizer, data)
@@ -77,23 +93,45 @@ def fit(objective: nn.Module, data: Stream, optimizer: torch.optim.Optimizer, sc
             _check_bad(bad, step * data.batch_size, data.max_bad)
             progress.advance()
             if clock.due(step, log_every, schedule.steps):
-                row = {"step": step, "images": step * data.batch_size, "seconds": round(before + meter.total(), 3),
-                       **vote.figures, "lr": rate, "grad_norm": vote.norm, **meter.rates(),
-                       **({"bad_images": sum(bad.values())} if bad else {})}
+                row = {
+                    "step": step,
+                    "images": step * data.batch_size,
+                    "seconds": round(before + meter.total(), 3),
+                    **vote.figures,
+                    "lr": rate,
+                    "grad_norm": vote.norm,
+                    **meter.rates(),
+                    **({"bad_images": sum(bad.values())} if bad else {}),
+                }
                 metrics.write(row)
                 progress.show(*_texts(row, schedule.steps))
             for one in evals:
                 if clock.due(step, one.every, schedule.steps):
-                    metrics.write({"step": step, **{f"{one.name}/{k}": v for k, v in one.run().items()}})
+                    metrics.write(
+                        {"step": step, **{f"{one.name}/{k}": v for k, v in one.run().items()}}
+                    )
                     objective.train()
             if vote.stop or clock.due(step, save_every, schedule.steps):
                 gc.collect()
-                checkpoint.save(folder, step, objective, optimizer, keep=keep, state={
-                    "step": step, "images": step * data.batch_size, "data": data.fingerprint, "bad": dict(bad),
-                    "options": options})
+                checkpoint.save(
+                    folder,
+                    step,
+                    objective,
+                    optimizer,
+                    keep=keep,
+                    state={
+                        "step": step,
+                        "images": step * data.batch_size,
+                        "data": data.fingerprint,
+                        "bad": dict(bad),
+                        "options": options,
+                    },
+                )
             if vote.stop and step < schedule.steps:
-                raise Stopped(f"{folder}: stopped by a signal after step {step} and saved. "
-                              f"The same command continues it.")
+                raise Stopped(
+                    f"{folder}: stopped by a signal after step {step} and saved. "
+                    f"The same command continues it."
+                )
     finally:
         gc.enable()
         asked.restore()
@@ -101,28 +139,36 @@ def fit(objective: nn.Module, data: Stream, optimizer: torch.optim.Optimizer, sc
         progress.close()
 
 
-def _resume(saved: Path | None, objective: nn.Module, optimizer: torch.optim.Optimizer, data: Stream) -> tuple[int, Counter]:
+def _resume(
+    saved: Path | None, objective: nn.Module, optimizer: torch.optim.Optimizer, data: Stream
+) -> tuple[int, Counter]:
     if saved is None:
         return 0, Counter()
     state = checkpoint.state(saved)
     if state["data"] != data.fingerprint:
-        raise ValueError(f"data.train: is not what {saved} was trained on (fingerprint {data.fingerprint}, and "
-                         f"{state['data']} then). Restore the data, or start another run with --out.")
+        raise ValueError(
+            f"data.train: is not what {saved} was trained on (fingerprint {data.fingerprint}, and "
+            f"{state['data']} then). Restore the data, or start another run with --out."
+        )
     checkpoint.restore(saved, objective, optimizer)
     logger.info("continues from %s", saved)
     return state["step"], Counter(state["bad"])
 
 
 def _seed(seed: int, step: int) -> None:
-    """Seeds what draws from global generators (drop path, mixup), so that a resumed step draws the same."""
+    """Seeds what draws from global generators (drop path, mixup), so that a resumed step draws the
+    same."""
     value = int(np.random.SeedSequence([seed, step, distributed.rank()]).generate_state(1)[0])
     torch.manual_seed(value)
     np.random.seed(value)
     random.seed(value)
 
 
-def _gradients(objective: nn.Module, stream: Any, accumulate: int, meter: "_Meter") -> tuple[dict[str, Tensor], list]:
-    """Adds up the gradients of one step's micro batches; their mean figures, and the images replaced in them."""
+def _gradients(
+    objective: nn.Module, stream: Any, accumulate: int, meter: "_Meter"
+) -> tuple[dict[str, Tensor], list]:
+    """Adds up the gradients of one step's micro batches; their mean figures, and the images
+    replaced in them."""
     total: dict[str, Tensor] = {}
     bad: list[dict] = []
     roots = [m for m in objective.modules() if hasattr(m, "set_requires_gradient_sync")]
@@ -142,14 +188,19 @@ def _gradients(objective: nn.Module, stream: Any, accumulate: int, meter: "_Mete
 def to_device(batch: dict[str, Any]) -> dict[str, Any]:
     """A batch with its tensors on this process's device."""
     device = distributed.device()
-    return {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in batch.items()}
+    return {
+        k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in batch.items()
+    }
 
 
 def _norm(parameters: list[nn.Parameter], clip: float | None) -> Tensor:
     """The gradients' norm over all processes; clips them if asked to."""
     limit = math.inf if clip is None else clip
-    norm = torch.nn.utils.clip_grad_norm_(parameters, limit) if clip is not None else torch.nn.utils.get_total_norm(
-        [p.grad for p in parameters if p.grad is not None])
+    norm = (
+        torch.nn.utils.clip_grad_norm_(parameters, limit)
+        if clip is not None
+        else torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    )
     return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
 
 
@@ -163,33 +214,44 @@ class _Vote:
 
 
 def _vote(figures: dict[str, Tensor], norm: Tensor, bad: list, stop: bool) -> _Vote:
-    """One small exchange a step, in which all processes agree to go on, and share their figures' means."""
+    """One small exchange a step, in which all processes agree to go on, and share their figures'
+    means."""
     values = [float(v) for v in figures.values()] + [float(norm)]
     finite = all(math.isfinite(v) for v in values)
-    sums = distributed.all_sum(torch.tensor([0.0 if finite else 1.0, float(stop), float(bool(bad)), *values],
-                                            dtype=torch.float64)).tolist()
-    replaced = [one for part in distributed.all_gather_object(bad) for one in part] if sums[2] else []
+    sums = distributed.all_sum(
+        torch.tensor(
+            [0.0 if finite else 1.0, float(stop), float(bool(bad)), *values], dtype=torch.float64
+        )
+    ).tolist()
+    replaced = (
+        [one for part in distributed.all_gather_object(bad) for one in part] if sums[2] else []
+    )
     means = [v / distributed.world() for v in sums[3:]]
     return _Vote(sums[0] == 0, sums[1] > 0, replaced, dict(zip(figures, means)), means[-1])
 
 
 def _not_finite(folder: Path, step: int, figures: dict[str, Tensor], norm: Tensor) -> str:
     shown = ", ".join(f"{k} {float(v):g}" for k, v in figures.items())
-    return (f"{folder}: step {step + 1} is not finite ({shown}, gradient norm {float(norm):g} on process "
-            f"{distributed.rank()}). The weights are those of step {step}. Lower optim.lr, set optim.clip, or "
-            f"use shard.precision=fp32; the newest checkpoint is intact.")
+    return (
+        f"{folder}: step {step + 1} is not finite ({shown}, gradient norm {float(norm):g} on process "
+        f"{distributed.rank()}). The weights are those of step {step}. Lower optim.lr, set optim.clip, or "
+        f"use shard.precision=fp32; the newest checkpoint is intact."
+    )
 
 
 def _check_bad(bad: Counter, images: int, limit: float) -> None:
     count = sum(bad.values())
     if count > max(limit * images, 10):  # ten may happen in the first steps of any run
         causes = ", ".join(f"{n} {cause}" for cause, n in bad.most_common())
-        raise ValueError(f"data.max_bad: {count} of {images} images were replaced ({causes}), more than the share "
-                         f"{limit}. Look at them in the log; clean the data, or raise data.max_bad.")
+        raise ValueError(
+            f"data.max_bad: {count} of {images} images were replaced ({causes}), more than the share "
+            f"{limit}. Look at them in the log; clean the data, or raise data.max_bad."
+        )
 
 
 class _Signals:
-    """SIGTERM and SIGUSR2 only set a flag; the loop saves at a step's end. The old handlers come back after it."""
+    """SIGTERM and SIGUSR2 only set a flag; the loop saves at a step's end. The old handlers come
+    back after it."""
 
     def __init__(self) -> None:
         self.received = False
@@ -223,8 +285,10 @@ class _Meter:
     def rates(self) -> dict[str, float]:
         now = time.perf_counter()
         spent = max(now - self.since, 1e-9)
-        rates = {"images_per_second": round(self.steps * self.batch_size / spent, 2),
-                 "data_wait": round(self.waited / spent, 4)}
+        rates = {
+            "images_per_second": round(self.steps * self.batch_size / spent, 2),
+            "data_wait": round(self.waited / spent, 4),
+        }
         self.since, self.waited, self.steps = now, 0.0, 0
         return rates
 
@@ -245,4 +309,7 @@ def _texts(row: dict[str, Any], steps: int) -> tuple[str, str]:
     speed = row["images_per_second"]
     left = (steps / row["step"] - 1) * row["images"] / speed if speed else math.inf
     bar = f"{speed:.0f} images/s, loss {row['loss']:.4f}, waits for data {row['data_wait']:.0%}"
-    return bar, f"step {row['step']}/{steps}  {bar}  lr {row['lr']:.2e}  left {time.strftime('%H:%M:%S', time.gmtime(left))}"
+    return (
+        bar,
+        f"step {row['step']}/{steps}  {bar}  lr {row['lr']:.2e}  left {time.strftime('%H:%M:%S', time.gmtime(left))}",
+    )

@@ -128,8 +128,9 @@ def _torchvision():
         with warnings.catch_warnings():
             # Deprecated from 0.29 on in favour of torchcodec, which is tried first.
             warnings.simplefilter("ignore")
-            return decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8),
-                               mode=ImageReadMode.RGB)
+            return decode_jpeg(
+                torch.frombuffer(bytearray(data), dtype=torch.uint8), mode=ImageReadMode.RGB
+            )
 
     return fast
 
@@ -149,8 +150,10 @@ def _decode_unterminated(data: bytes) -> Tensor:
     A decoder fills what is missing with whatever follows; only where no pixel is missing do two
     different continuations give one picture.
     """
-    zeros, ones = (_pixels(Image.open(io.BytesIO(data + filler * 64 + _END)))
-                   for filler in (b"\x00", b"\xff\x00"))
+    zeros, ones = (
+        _pixels(Image.open(io.BytesIO(data + filler * 64 + _END)))
+        for filler in (b"\x00", b"\xff\x00")
+    )
     if not torch.equal(zeros, ones):
         raise BadImage("unreadable", f"a JPEG of {len(data)} bytes, truncated")
     return zeros
@@ -168,16 +171,26 @@ def _rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def random_resized_crop(image: Tensor, size: int, rng: np.random.Generator, *,
-                        scale: tuple[float, float],
-                        ratio: tuple[float, float] = (3 / 4, 4 / 3)) -> Tensor:
+def random_resized_crop(
+    image: Tensor,
+    size: int,
+    rng: np.random.Generator,
+    *,
+    scale: tuple[float, float],
+    ratio: tuple[float, float] = (3 / 4, 4 / 3),
+) -> Tensor:
     """A random box, `scale` of the area and `ratio` of the sides, as uint8 [3, size, size]."""
     top, left, height, width = crop_box(image.shape[-2], image.shape[-1], rng, scale, ratio)
-    return _resize(image[:, top:top + height, left:left + width], size, size)
+    return _resize(image[:, top : top + height, left : left + width], size, size)
 
 
-def crop_box(height: int, width: int, rng: np.random.Generator, scale: tuple[float, float],
-             ratio: tuple[float, float]) -> tuple[int, int, int, int]:
+def crop_box(
+    height: int,
+    width: int,
+    rng: np.random.Generator,
+    scale: tuple[float, float],
+    ratio: tuple[float, float],
+) -> tuple[int, int, int, int]:
     """(top, left, height, width): ten tries, then the largest centred box within `ratio`."""
     low, high = math.log(ratio[0]), math.log(ratio[1])
     for _ in range(10):
@@ -205,7 +218,7 @@ def resize_center_crop(image: Tensor, size: int, *, share: float = 0.875) -> Ten
     else:
         height, width = int(short * height / width), short
     top, left = round((height - size) / 2), round((width - size) / 2)
-    return _resize(image, height, width)[:, top:top + size, left:left + size]
+    return _resize(image, height, width)[:, top : top + size, left : left + size]
 
 
 def _resize(image: Tensor, height: int, width: int) -> Tensor:

@@ -18,13 +18,14 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Weights:
-    """Named tensors, read when asked for, so that a sharded 6.5B model never lies whole in memory."""
+    """Named tensors, read when asked for, so that a sharded 6.5B model never lies whole in
+    memory."""
 
     source: str
     shapes: dict[str, tuple[int, ...]]
     read: Callable[[str], Tensor]
     options: dict[str, Any] | None = None  # what made the model they belong to
-    whole: bool = True                     # False: a part was asked for, so the rest may go unused
+    whole: bool = True  # False: a part was asked for, so the rest may go unused
 
     def part(self, prefix: str) -> "Weights":
         """The keys under `prefix.`, without it. Raises ValueError if there are none."""
@@ -32,18 +33,24 @@ class Weights:
         shapes = {k.removeprefix(dot): s for k, s in self.shapes.items() if k.startswith(dot)}
         if not shapes:
             parts = sorted({k.split(".")[0] for k in self.shapes})
-            raise ValueError(f"{self.source}: has no part '{prefix}'. There are: {', '.join(parts)}.")
+            raise ValueError(
+                f"{self.source}: has no part '{prefix}'. There are: {', '.join(parts)}."
+            )
         return replace(self, shapes=shapes, read=lambda name: self.read(dot + name))
 
     def under(self, prefix: str) -> "Weights":
         """The same tensors, named as a part of something larger."""
         dot = prefix + "."
-        return replace(self, shapes={dot + k: s for k, s in self.shapes.items()},
-                       read=lambda name: self.read(name.removeprefix(dot)))
+        return replace(
+            self,
+            shapes={dot + k: s for k, s in self.shapes.items()},
+            read=lambda name: self.read(name.removeprefix(dot)),
+        )
 
 
 def open_file(path: Path) -> Weights:
-    """A .safetensors file, or a .pt / .pth file of plain tensors (read with weights_only, never unpickled).
+    """A .safetensors file, or a .pt / .pth file of plain tensors (read with weights_only, never
+    unpickled).
 
     Options come from the `model.json` beside a file of ours. Raises ValueError for anything else.
     """
@@ -62,7 +69,9 @@ def _open_safetensors(path: Path) -> tuple[dict, Callable[[str], Tensor]]:
     try:
         file = safe_open(path, "pt")
     except Exception as error:  # the library's own exception type is not public
-        raise ValueError(f"{path}: cannot be read as safetensors ({error}). Is it complete?") from error
+        raise ValueError(
+            f"{path}: cannot be read as safetensors ({error}). Is it complete?"
+        ) from error
     return {k: tuple(file.get_slice(k).get_shape()) for k in file.keys()}, file.get_tensor
 
 
@@ -70,12 +79,18 @@ def _open_torch(path: Path) -> tuple[dict, Callable[[str], Tensor]]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:
-        raise ValueError(f"{path}: cannot be read with weights_only ({error}). A file that holds more than "
-                         f"tensors is refused: save its state_dict alone.") from error
+        raise ValueError(
+            f"{path}: cannot be read with weights_only ({error}). A file that holds more than "
+            f"tensors is refused: save its state_dict alone."
+        ) from error
     for wrapper in ("model", "state_dict"):
         if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
             content = content[wrapper]
-    odd = [str(k) for k, v in content.items() if not isinstance(v, Tensor)] if isinstance(content, dict) else ["?"]
+    odd = (
+        [str(k) for k, v in content.items() if not isinstance(v, Tensor)]
+        if isinstance(content, dict)
+        else ["?"]
+    )
     if odd:
         raise ValueError(f"{path}: holds things that are no tensors: {', '.join(odd[:5])}.")
     return {k: tuple(v.shape) for k, v in content.items()}, content.__getitem__
@@ -83,14 +98,17 @@ def _open_torch(path: Path) -> tuple[dict, Callable[[str], Tensor]]:
 
 @torch.no_grad()
 def fill(module: nn.Module, weights: Weights) -> None:
-    """Copies weights into every parameter and buffer of a module, sharded or not; raises as `check` does."""
+    """Copies weights into every parameter and buffer of a module, sharded or not; raises as `check`
+    does."""
     check(module, weights)
     targets = module.state_dict(keep_vars=True)
     for name, target in targets.items():
         put(target, _adapted(module, name, weights.read(name)))
     left = [k for k in weights.shapes if k not in targets]
     if left:
-        logger.info("%s: %d keys not used, as asked: %s", weights.source, len(left), ", ".join(left[:8]))
+        logger.info(
+            "%s: %d keys not used, as asked: %s", weights.source, len(left), ", ".join(left[:8])
+        )
 
 
 def check(module: nn.Module, weights: Weights) -> None:
@@ -101,22 +119,30 @@ def check(module: nn.Module, weights: Weights) -> None:
     targets = module.state_dict(keep_vars=True)
     problems = []
     if weights.whole:
-        problems += [f"left over {k} {tuple(s)}" for k, s in weights.shapes.items() if k not in targets]
+        problems += [
+            f"left over {k} {tuple(s)}" for k, s in weights.shapes.items() if k not in targets
+        ]
     for name in [k for k in targets if k in weights.shapes]:
-        shape = tuple(_adapted(module, name, torch.empty(weights.shapes[name], device="meta")).shape)
+        shape = tuple(
+            _adapted(module, name, torch.empty(weights.shapes[name], device="meta")).shape
+        )
         if shape != tuple(targets[name].shape):
             problems.append(f"{name} is {shape} and must be {tuple(targets[name].shape)}")
     problems += [f"missing {k}" for k in targets if k not in weights.shapes]
     if problems:
         more = f"\n  … and {len(problems) - 20} more" if len(problems) > 20 else ""
         raise ValueError(
-            f"{weights.source}: does not fit, {len(problems)} keys:\n  " + "\n  ".join(problems[:20]) + more
+            f"{weights.source}: does not fit, {len(problems)} keys:\n  "
+            + "\n  ".join(problems[:20])
+            + more
             + "\nIs it the right model.encoder? To take the encoder of a larger file alone, write "
-            f"{weights.source.split(':')[0]}:encoder.")
+            f"{weights.source.split(':')[0]}:encoder."
+        )
 
 
 def _adapted(module: nn.Module, name: str, tensor: Tensor) -> Tensor:
-    """The tensor as the outermost submodule with an `adapt` wants it (positions for another image size)."""
+    """The tensor as the outermost submodule with an `adapt` wants it (positions for another image
+    size)."""
     parts = name.split(".")
     for i in range(len(parts)):
         inner = module.get_submodule(".".join(parts[:i]))

@@ -47,7 +47,8 @@ def place(tmp_path, monkeypatch) -> Path:
 
 
 def processes(count: int, function, *arguments) -> None:
-    """Runs function(rank, *arguments) in `count` processes that can find each other; raises if one fails."""
+    """Runs function(rank, *arguments) in `count` processes that can find each other; raises if one
+    fails."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -55,8 +56,15 @@ def processes(count: int, function, *arguments) -> None:
 
 
 def _joined(rank: int, count: int, port: int, function, arguments: tuple) -> None:
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(count), MASTER_ADDR="127.0.0.1",
-                      MASTER_PORT=str(port), OMP_NUM_THREADS="1")
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(count),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+        OMP_NUM_THREADS="1",
+    )
     import torch
+
     torch.set_num_threads(1)
     function(rank, *arguments)

@@ -34,14 +34,17 @@ def card(folder, text):
 
 
 def test_a_card_says_what_a_dataset_is_and_opens_its_splits(photos):
-    path = card(photos, """
+    path = card(
+        photos,
+        """
         description: photos
         licence: CC0
         classes: [cat, dog]
         vocabulary: photos/tags.json
         train: {source: folder, path: photos, images: 3}
         val: {source: synthetic, images: 4, size: 16}
-    """)
+    """,
+    )
     mine = load_card(path)
     assert (mine.name, mine.description, mine.licence) == ("mine", "photos", "CC0")
     assert mine.classes == ["cat", "dog"]
@@ -66,8 +69,9 @@ def test_cards_are_found_by_name_here_and_in_the_repository(tmp_path, monkeypatc
 
 
 @pytest.mark.parametrize("name", [p.stem for p in sorted((REPOSITORY / "datasets").glob("*.yaml"))])
-def test_every_card_of_the_repository_is_whole_and_says_where_data_is_missing(name, tmp_path,
-                                                                              monkeypatch):
+def test_every_card_of_the_repository_is_whole_and_says_where_data_is_missing(
+    name, tmp_path, monkeypatch
+):
     monkeypatch.setenv("PREPRETRAIN_DATA", str(tmp_path))
     mine = load_card(name)
     assert mine.description and mine.licence and "train" in mine.splits
@@ -83,31 +87,41 @@ def test_a_run_can_be_planned_before_the_data_is_there(tmp_path, monkeypatch):
         web.open("train")
 
 
-@pytest.mark.parametrize("text, message", [
-    ("", "holds nothing"), ("- a", "holds list"), ("description: x", "no split"), ("a: [", "YAML"),
-    ("train: photos", "train: a split is a mapping with a source"),
-    ("train: {path: x}", "train: a split is a mapping with a source"),
-    ("licens: x\ntrain: {source: folder, path: photos}", "licens: a split is"),
-    ("train: {source: folder, path: photos, images: -1}", "train.images: -1"),
-    ("train: {source: folder, path: photos, images: many}", "train.images: 'many'"),
-    ("classes: [a, a]\ntrain: {source: folder, path: photos}", "different names"),
-    ("classes: [a, no]\ntrain: {source: folder, path: photos}", "False is not a text.*quotes")])
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("", "holds nothing"),
+        ("- a", "holds list"),
+        ("description: x", "no split"),
+        ("a: [", "YAML"),
+        ("train: photos", "train: a split is a mapping with a source"),
+        ("train: {path: x}", "train: a split is a mapping with a source"),
+        ("licens: x\ntrain: {source: folder, path: photos}", "licens: a split is"),
+        ("train: {source: folder, path: photos, images: -1}", "train.images: -1"),
+        ("train: {source: folder, path: photos, images: many}", "train.images: 'many'"),
+        ("classes: [a, a]\ntrain: {source: folder, path: photos}", "different names"),
+        ("classes: [a, no]\ntrain: {source: folder, path: photos}", "False is not a text.*quotes"),
+    ],
+)
 def test_a_bad_card_is_refused_by_file_and_key(photos, text, message):
-    with pytest.raises(ValueError, match=f"mine.yaml: .*{message}|mine.yaml: {message}"
-                       ) as caught:
+    with pytest.raises(ValueError, match=f"mine.yaml: .*{message}|mine.yaml: {message}") as caught:
         load_card(card(photos, text))
     assert "mine.yaml" in str(caught.value)
 
 
-@pytest.mark.parametrize("options, message", [
-    ("source: folder, path: photos, images: 5", "declares images: 5, and the data holds 3"),
-    ("source: foldr, path: photos", "no source 'foldr'. Did you mean 'folder'"),
-    ("source: folder, path: photos, clases: [a]", "clases: unknown option.*classes"),
-    ("source: folder", "missing source.path"),
-    ("source: folder, path: none", "nothing at .*none"),
-    ("source: shards, path: 'none/{0..3}.tar'", "nothing at .*none/"),
-    ("source: shards, path: 'photos/{0..3}.tar'", "0.tar: there is no such shard"),
-    ("source: shards, path: 's3://bucket/x'", "local disks")])
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ("source: folder, path: photos, images: 5", "declares images: 5, and the data holds 3"),
+        ("source: foldr, path: photos", "no source 'foldr'. Did you mean 'folder'"),
+        ("source: folder, path: photos, clases: [a]", "clases: unknown option.*classes"),
+        ("source: folder", "missing source.path"),
+        ("source: folder, path: none", "nothing at .*none"),
+        ("source: shards, path: 'none/{0..3}.tar'", "nothing at .*none/"),
+        ("source: shards, path: 'photos/{0..3}.tar'", "0.tar: there is no such shard"),
+        ("source: shards, path: 's3://bucket/x'", "local disks"),
+    ],
+)
 def test_what_a_card_declares_is_checked_against_the_data(photos, options, message):
     path = card(photos, f"train: {{{options}}}")
     with pytest.raises(ValueError, match=f"mine.yaml: train.*{message}"):
@@ -122,14 +136,22 @@ def test_labels_that_would_mean_other_classes_are_refused(photos):
 
 # The scripts: the first as a person runs it, the rest in this process, which is faster.
 
+
 def run(*arguments, data):
-    return subprocess.run([sys.executable, *arguments], cwd=REPOSITORY, capture_output=True,
-                          text=True, timeout=120, env=os.environ | {"PREPRETRAIN_DATA": str(data)})
+    return subprocess.run(
+        [sys.executable, *arguments],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=os.environ | {"PREPRETRAIN_DATA": str(data)},
+    )
 
 
 @pytest.fixture
 def script(monkeypatch, capsys):
     """Run a script; give what it printed, or the message with which it stopped."""
+
     def call(*arguments):
         monkeypatch.setattr(sys, "argv", list(arguments))
         monkeypatch.setattr(sys, "path", sys.path[:])
@@ -143,12 +165,21 @@ def script(monkeypatch, capsys):
     return call
 
 
-def test_scenes_are_packed_into_shards_counted_and_opened_by_their_card(tmp_path, script,
-                                                                        monkeypatch):
+def test_scenes_are_packed_into_shards_counted_and_opened_by_their_card(
+    tmp_path, script, monkeypatch
+):
     monkeypatch.setenv("PREPRETRAIN_DATA", str(tmp_path))
     out = tmp_path / "demo" / "train"
-    pack = ("datasets/make_shards.py", "synthetic", "images=60", "size=16", "--out", str(out),
-            "--per-shard", "25")
+    pack = (
+        "datasets/make_shards.py",
+        "synthetic",
+        "images=60",
+        "size=16",
+        "--out",
+        str(out),
+        "--per-shard",
+        "25",
+    )
     made = run(*pack, data=tmp_path)
     assert made.returncode == 0, made.stderr
     assert "60 images in 3 shards, with image, label, hashtags, text" in made.stdout
@@ -176,8 +207,9 @@ def test_packing_keeps_the_bytes_labels_and_dotted_keys_of_a_folder(tmp_path, sc
         file = tmp_path / "in" / name
         file.parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (8, 8)).save(file)
-    made = script("datasets/make_shards.py", "folder", f"path={tmp_path}/in", "--out",
-                  str(tmp_path / "out"))
+    made = script(
+        "datasets/make_shards.py", "folder", f"path={tmp_path}/in", "--out", str(tmp_path / "out")
+    )
     assert "3 images in 1 shards" in made
     path = card(tmp_path, f"train: {{source: shards, path: {tmp_path}/out}}")
     source = open_source(path)
@@ -189,8 +221,9 @@ def test_packing_keeps_the_bytes_labels_and_dotted_keys_of_a_folder(tmp_path, sc
 def test_what_cannot_be_packed_leaves_nothing_behind(tmp_path, script):
     (tmp_path / "in").mkdir()
     Image.new("RGB", (8, 8)).save(tmp_path / "in" / "a.bmp")
-    made = script("datasets/make_shards.py", "folder", f"path={tmp_path}/in", "--out",
-                  str(tmp_path / "out"))
+    made = script(
+        "datasets/make_shards.py", "folder", f"path={tmp_path}/in", "--out", str(tmp_path / "out")
+    )
     assert "a.bmp: neither JPEG, PNG nor WebP" in made
     assert sorted(p.name for p in tmp_path.iterdir()) == ["in"]
     wrong = script("datasets/make_shards.py", "synthetic", "images", "--out", str(tmp_path / "o"))

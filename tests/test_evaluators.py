@@ -10,13 +10,13 @@ import pytest
 import torch
 from conftest import processes
 from sklearn.linear_model import LogisticRegression
+from test_features import tiny_model
 
 from prepretrain import distributed, logistic, plugin
 from prepretrain.card import load_card
 from prepretrain.evaluators.base import accuracy, class_count
 from prepretrain.evaluators.linear import Linear
 from prepretrain.evaluators.lowshot import Lowshot, _scaled, choose
-from test_features import tiny_model
 
 CARD = """
 description: procedural scenes
@@ -33,7 +33,9 @@ def card(tmp_path) -> str:
     return str(path)
 
 
-def clouds(count: int, classes: int, apart: float, seed: int, width: int = 16) -> tuple[torch.Tensor, torch.Tensor]:
+def clouds(
+    count: int, classes: int, apart: float, seed: int, width: int = 16
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Gaussian features around one centre a class, which is the same for every seed."""
     centres = torch.randn(classes, width, generator=torch.Generator().manual_seed(99))
     generator = torch.Generator().manual_seed(seed)
@@ -42,7 +44,9 @@ def clouds(count: int, classes: int, apart: float, seed: int, width: int = 16) -
 
 
 @pytest.mark.parametrize("name", plugin.names("evaluators"))
-def test_every_evaluator_documents_its_options_and_quotes_a_metric_that_it_returns(name, card, tmp_path):
+def test_every_evaluator_documents_its_options_and_quotes_a_metric_that_it_returns(
+    name, card, tmp_path
+):
     kind = plugin.find("evaluators", name)
     for option in plugin.options(kind):
         assert option in inspect.getdoc(kind), f"{name}: option {option} is not in the docstring"
@@ -52,14 +56,18 @@ def test_every_evaluator_documents_its_options_and_quotes_a_metric_that_it_retur
     results = evaluator.run(tiny_model(), tmp_path)
     assert results["images"] == 37
     assert evaluator.headline in results and kind.quoted(results) == evaluator.headline
-    assert all(isinstance(value, (int, float)) and math.isfinite(value) for value in results.values())
+    assert all(
+        isinstance(value, (int, float)) and math.isfinite(value) for value in results.values()
+    )
     assert results == evaluator.run(tiny_model(), tmp_path), "a second run gives other numbers"
 
 
 def measured(card: str) -> list[dict[str, float]]:
     parts = (("linear", {"feature_batch": 8, "epochs": 12}), ("lowshot", {"shots": [1, 2]}))
-    return [plugin.build("evaluators", name, data=card, **options).run(tiny_model(), None)
-            for name, options in parts]
+    return [
+        plugin.build("evaluators", name, data=card, **options).run(tiny_model(), None)
+        for name, options in parts
+    ]
 
 
 def _measure(rank: int, card: str, folder: str) -> None:
@@ -71,7 +79,9 @@ def _measure(rank: int, card: str, folder: str) -> None:
 def test_two_ranks_give_the_numbers_of_one(card, tmp_path):
     processes(2, _measure, card, str(tmp_path))
     for rank in range(2):
-        for found, expected in zip(torch.load(tmp_path / f"{rank}.pt"), measured(card), strict=True):
+        for found, expected in zip(
+            torch.load(tmp_path / f"{rank}.pt"), measured(card), strict=True
+        ):
             assert found == pytest.approx(expected, abs=1e-9)
 
 
@@ -100,7 +110,9 @@ def test_a_training_set_smaller_than_the_batch_is_trained_on_whole(card):
 def test_logistic_regression_agrees_with_scikit_learn(l2, intercept):
     features, labels = clouds(300, 5, 0.7, 0)
     weight = logistic.fit(features.double(), labels, 5, l2=l2, intercept=intercept, tolerance=1e-8)
-    other = LogisticRegression(C=1 / (len(features) * l2), fit_intercept=intercept, tol=1e-8, max_iter=5000)
+    other = LogisticRegression(
+        C=1 / (len(features) * l2), fit_intercept=intercept, tol=1e-8, max_iter=5000
+    )
     other.fit(features.double().numpy(), labels.numpy())
     fresh, _ = clouds(200, 5, 0.7, 1)
     ours = logistic.scores(fresh, weight).softmax(1).numpy()
@@ -111,7 +123,9 @@ def test_logistic_regression_in_parts_is_that_in_one(monkeypatch):
     features, labels = clouds(300, 5, 0.7, 0)
     whole = logistic.fit(features.double(), labels, 5, l2=1e-2)
     monkeypatch.setattr(logistic, "ROWS", 70)
-    torch.testing.assert_close(logistic.fit(features.double(), labels, 5, l2=1e-2), whole, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(
+        logistic.fit(features.double(), labels, 5, l2=1e-2), whole, atol=1e-6, rtol=1e-6
+    )
 
 
 def test_lowshot_mean_and_deviation_equal_a_computation_by_hand(card):
@@ -123,8 +137,10 @@ def test_lowshot_mean_and_deviation_equal_a_computation_by_hand(card):
         other = LogisticRegression(C=1 / 0.0025, fit_intercept=False, tol=1e-8, max_iter=5000)
         other.fit(_scaled(train[rows]).numpy(), labels[rows].numpy())
         each.append(100 * other.score(_scaled(val).numpy(), answers.numpy()))
-    assert found == {"top1_4shot": pytest.approx(statistics.fmean(each)),
-                     "top1_4shot_std": pytest.approx(statistics.stdev(each))}
+    assert found == {
+        "top1_4shot": pytest.approx(statistics.fmean(each)),
+        "top1_4shot_std": pytest.approx(statistics.stdev(each)),
+    }
 
 
 def test_the_choice_of_images_depends_on_seed_and_class_and_nests():
@@ -133,13 +149,18 @@ def test_the_choice_of_images_depends_on_seed_and_class_and_nests():
     assert labels[few].bincount().tolist() == [2] * 4 and len(set(many.tolist())) == 20
     assert set(few.tolist()) <= set(many.tolist())
     assert choose(labels, 4, 2, 8).tolist() != few.tolist()
-    without = choose(labels[labels != 3], 3, 2, 7)  # another class's images do not change a class's choice
+    without = choose(
+        labels[labels != 3], 3, 2, 7
+    )  # another class's images do not change a class's choice
     assert torch.arange(40)[labels != 3][without].tolist() == few[:6].tolist()
 
 
 def test_a_class_with_too_few_images_is_an_error_unless_at_most():
     labels = torch.tensor([0, 0, 0, 1])
-    with pytest.raises(ValueError, match=r"scenes:train has fewer than 2 images in 1 of 2 classes \(class 1 has 1\)"):
+    with pytest.raises(
+        ValueError,
+        match=r"scenes:train has fewer than 2 images in 1 of 2 classes \(class 1 has 1\)",
+    ):
         choose(labels, 2, 2, 0, data="scenes")
     assert labels[choose(labels, 2, 2, 0, at_most=True)].tolist() == [0, 0, 1]
 
@@ -150,22 +171,25 @@ def test_a_label_beyond_the_cards_classes_is_an_error(card):
         class_count(scenes, torch.tensor([0, 2]))
 
 
-@pytest.mark.parametrize(("name", "options", "message"), [
-    ("linear", {"pool": "max"}, "pool"),
-    ("linear", {"solver": "adam"}, "solver"),
-    ("linear", {"epochs": 0}, "epochs"),
-    ("linear", {"epochs": 5}, "warmup: 10 does not fit; it must be 0 to 4"),
-    ("linear", {"lr": -1.0}, "lr"),
-    ("linear", {"batch_size": 1}, "batch_size"),
-    ("linear", {"weight_decay": -0.1}, "weight_decay"),
-    ("linear", {"bach_size": 8}, "Did you mean evaluator.batch_size"),
-    ("lowshot", {"shots": []}, "shots"),
-    ("lowshot", {"shots": [0, 1]}, "shots"),
-    ("lowshot", {"shots": [1, 1]}, "shots"),
-    ("lowshot", {"seeds": 0}, "seeds"),
-    ("lowshot", {"l2": 0.0}, "l2"),
-    ("lowshot", {"workers": -1}, "workers"),
-])
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("linear", {"pool": "max"}, "pool"),
+        ("linear", {"solver": "adam"}, "solver"),
+        ("linear", {"epochs": 0}, "epochs"),
+        ("linear", {"epochs": 5}, "warmup: 10 does not fit; it must be 0 to 4"),
+        ("linear", {"lr": -1.0}, "lr"),
+        ("linear", {"batch_size": 1}, "batch_size"),
+        ("linear", {"weight_decay": -0.1}, "weight_decay"),
+        ("linear", {"bach_size": 8}, "Did you mean evaluator.batch_size"),
+        ("lowshot", {"shots": []}, "shots"),
+        ("lowshot", {"shots": [0, 1]}, "shots"),
+        ("lowshot", {"shots": [1, 1]}, "shots"),
+        ("lowshot", {"seeds": 0}, "seeds"),
+        ("lowshot", {"l2": 0.0}, "l2"),
+        ("lowshot", {"workers": -1}, "workers"),
+    ],
+)
 def test_an_option_that_does_not_fit_is_named(name, options, message, card):
     with pytest.raises(ValueError, match=message):
         plugin.build("evaluators", name, data=card, **options)

@@ -81,8 +81,11 @@ def test_an_unreadable_image_stops_the_evaluation():
 
 def test_an_image_that_is_evaluated_twice_is_an_error(monkeypatch):
     from prepretrain import features
+
     whole = features.evaluation_batches
-    monkeypatch.setattr(features, "evaluation_batches", lambda *a, **k: [*whole(*a, **k), *whole(*a, **k)])
+    monkeypatch.setattr(
+        features, "evaluation_batches", lambda *a, **k: [*whole(*a, **k), *whole(*a, **k)]
+    )
     with pytest.raises(RuntimeError, match="5 were not evaluated exactly once"):
         extract(tiny_model(), Pictures(5))
 
@@ -105,7 +108,9 @@ def test_the_model_trains_again_after_an_evaluation_where_it_trained_before():
 def _evaluate_then_train(rank: int) -> None:
     distributed.init()
     with torch.device("meta"):
-        objective = MAE(Model(encoder="vit_test8"), decoder_depth=1, decoder_width=32, decoder_heads=2)
+        objective = MAE(
+            Model(encoder="vit_test8"), decoder_depth=1, decoder_width=32, decoder_heads=2
+        )
     shard.shard(objective, precision="fp32")
     shard.initialise(objective, 0)
     extract(objective.model, Pictures(3))

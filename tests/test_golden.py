@@ -29,15 +29,36 @@ def mae():
         dims, tensors = file.metadata(), {k: file.get_tensor(k) for k in file.keys()}
 
     def build(normalise_target: bool) -> MAE:
-        model = Model(encoder="vit_test8", mean=(0, 0, 0), std=(1 / 255,) * 3, positions="fixed",
-                      patch_size=int(dims["patch_size"]), width=int(dims["embed_dim"]), depth=int(dims["depth"]),
-                      heads=int(dims["heads"]), image_size=int(dims["image_size"]))
-        objective = MAE(model, mask_ratio=float(dims["mask_ratio"]), decoder_depth=int(dims["decoder_depth"]),
-                        decoder_width=int(dims["decoder_dim"]), decoder_heads=int(dims["decoder_heads"]),
-                        normalise_target=normalise_target)
-        state = {rename(k.removeprefix("state.")): v for k, v in tensors.items() if k.startswith("state.")}
-        weights.fill(objective, weights.Weights("golden", {k: tuple(v.shape) for k, v in state.items()},
-                                                state.__getitem__))
+        model = Model(
+            encoder="vit_test8",
+            mean=(0, 0, 0),
+            std=(1 / 255,) * 3,
+            positions="fixed",
+            patch_size=int(dims["patch_size"]),
+            width=int(dims["embed_dim"]),
+            depth=int(dims["depth"]),
+            heads=int(dims["heads"]),
+            image_size=int(dims["image_size"]),
+        )
+        objective = MAE(
+            model,
+            mask_ratio=float(dims["mask_ratio"]),
+            decoder_depth=int(dims["decoder_depth"]),
+            decoder_width=int(dims["decoder_dim"]),
+            decoder_heads=int(dims["decoder_heads"]),
+            normalise_target=normalise_target,
+        )
+        state = {
+            rename(k.removeprefix("state.")): v
+            for k, v in tensors.items()
+            if k.startswith("state.")
+        }
+        weights.fill(
+            objective,
+            weights.Weights(
+                "golden", {k: tuple(v.shape) for k, v in state.items()}, state.__getitem__
+            ),
+        )
         return objective
 
     return tensors, build
@@ -49,7 +70,9 @@ def test_mae_encodes_the_same_patches_to_the_same_latent(mae):
     keep, masked = objective.split(tensors["noise"])
     mask = torch.ones_like(tensors["mask"]).scatter(1, keep, 0.0)
     assert torch.equal(mask, tensors["mask"])
-    assert_close(objective.model.encoder(tensors["images"], keep=keep), tensors["latent"], rtol=0, atol=1e-5)
+    assert_close(
+        objective.model.encoder(tensors["images"], keep=keep), tensors["latent"], rtol=0, atol=1e-5
+    )
 
 
 def test_mae_predicts_the_same_pixels_for_every_patch(mae):
@@ -61,7 +84,7 @@ def test_mae_predicts_the_same_pixels_for_every_patch(mae):
     places = torch.cat([keep, masked], 1)[..., None].expand_as(everything)
     assert_close(everything, tensors["pred"].gather(1, places), rtol=0, atol=1e-5)
     hidden = objective.decoder(latent, keep, masked)
-    assert_close(hidden, everything[:, keep.shape[1]:], rtol=0, atol=1e-6)
+    assert_close(hidden, everything[:, keep.shape[1] :], rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("normalise_target, name", [(False, "loss"), (True, "loss_norm_pix")])
@@ -78,8 +101,13 @@ def test_mae_gives_the_same_gradients(mae):
         objective = build(normalise_target)
         objective({"image": tensors["images"], "noise": tensors["noise"]})["loss"].backward()
         parameters = dict(objective.named_parameters())
-        compared.append(max(float((parameters[rename(k.removeprefix("grad."))].grad - v).norm() / v.norm())
-                            for k, v in tensors.items() if k.startswith("grad.")))
+        compared.append(
+            max(
+                float((parameters[rename(k.removeprefix("grad."))].grad - v).norm() / v.norm())
+                for k, v in tensors.items()
+                if k.startswith("grad.")
+            )
+        )
     assert min(compared) < 1e-4, compared
 
 

@@ -6,11 +6,28 @@ import pytest
 from prepretrain.hashtags import Vocabulary, canonical
 
 
-@pytest.mark.parametrize("written, one", [
-    ("#Red", "red"), ("  RED! ", "red"), ("##sun_set", "sun_set"), ("_x_", "x"), ("C++", "c++"),
-    ("ﬁsh", "fish"), ("STRASSE", "strasse"), ("Straße", "strasse"), ("＃東京", "東京"),
-    ("café", "café"), ("cafe\u0301", "café"), ("new\t york", "new york"), ("don't", "don't"),
-    ("#❤", "❤"), ("#", ""), (" ...", ""), ("", "")])
+@pytest.mark.parametrize(
+    "written, one",
+    [
+        ("#Red", "red"),
+        ("  RED! ", "red"),
+        ("##sun_set", "sun_set"),
+        ("_x_", "x"),
+        ("C++", "c++"),
+        ("ﬁsh", "fish"),
+        ("STRASSE", "strasse"),
+        ("Straße", "strasse"),
+        ("＃東京", "東京"),
+        ("café", "café"),
+        ("cafe\u0301", "café"),
+        ("new\t york", "new york"),
+        ("don't", "don't"),
+        ("#❤", "❤"),
+        ("#", ""),
+        (" ...", ""),
+        ("", ""),
+    ],
+)
 def test_spellings_of_one_tag_become_one(written, one):
     assert canonical(written) == one
     assert canonical(canonical(written)) == canonical(written)
@@ -56,16 +73,27 @@ def test_data_without_frequent_tags_gives_no_vocabulary():
         Vocabulary.count([[], ["#"]], source="x", min_count=1)
 
 
-GOOD = {"format": "prepretrain vocabulary 1", "source": "x", "images": 3, "min_count": 1,
-        "tags": {"red": 2}}
+GOOD = {
+    "format": "prepretrain vocabulary 1",
+    "source": "x",
+    "images": 3,
+    "min_count": 1,
+    "tags": {"red": 2},
+}
 
 
-@pytest.mark.parametrize("content, message", [
-    ("{", "JSON"), ("[]", "no vocabulary"), (json.dumps({**GOOD, "format": "?"}), "no vocabulary"),
-    (json.dumps({**GOOD, "tags": {}}), "no tags"),
-    (json.dumps({**GOOD, "tags": {"Red": 2}}), "'Red'"),
-    (json.dumps({**GOOD, "tags": {"red": 0}}), "'red': 0"),
-    (json.dumps({k: v for k, v in GOOD.items() if k != "source"}), "lacks source")])
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ("{", "JSON"),
+        ("[]", "no vocabulary"),
+        (json.dumps({**GOOD, "format": "?"}), "no vocabulary"),
+        (json.dumps({**GOOD, "tags": {}}), "no tags"),
+        (json.dumps({**GOOD, "tags": {"Red": 2}}), "'Red'"),
+        (json.dumps({**GOOD, "tags": {"red": 0}}), "'red': 0"),
+        (json.dumps({k: v for k, v in GOOD.items() if k != "source"}), "lacks source"),
+    ],
+)
 def test_a_bad_vocabulary_file_is_refused_by_name(tmp_path, content, message):
     file = tmp_path / "tags.json"
     file.write_text(content)

@@ -13,8 +13,11 @@ from prepretrain import config, distributed, run
 from prepretrain.launch import launch
 
 ROOT = Path(__file__).parents[1]
-STAGES = sorted(str(p.relative_to(ROOT / "configs").with_suffix("")) for p in (ROOT / "configs").rglob("*.yaml")
-                if "size" not in p.parts and "eval" not in p.parts)
+STAGES = sorted(
+    str(p.relative_to(ROOT / "configs").with_suffix(""))
+    for p in (ROOT / "configs").rglob("*.yaml")
+    if "size" not in p.parts and "eval" not in p.parts
+)
 
 
 def facts(capsys, stage: str, *overrides: str, **flags) -> dict:
@@ -23,29 +26,38 @@ def facts(capsys, stage: str, *overrides: str, **flags) -> dict:
     return json.loads(capsys.readouterr().out.splitlines()[-1])
 
 
-@pytest.mark.parametrize("wrong, said", [
-    (["objective.name=mea"], "no objective 'mea'. Did you mean 'mae'? There are: "),
-    (["objective.mask_ration=0.5"], "objective.mask_ration: unknown option. Did you mean objective.mask_ratio?"),
-    (["optim.lrr=1"], "optim.lrr: unknown key. Did you mean optim.lr?"),
-    (["batchsize=4"], "batchsize: unknown key. Did you mean batch_size?"),
-    (["batch_size=many"], "batch_size: 'many' is not of type int"),
-    (["optim.betas=[0.9]"], "must have 2 values"),
-    (["objective.mask_ratio=high"], "objective.mask_ratio: 'high' is not of type float"),
-    (["objective.mask_ratio=1.0"], "objective.mask_ratio: 1.0 keeps 0 of 16 patches"),
-    (["objective.mask_ratio=0.0"], "keeps 16 of 16 patches"),
-    (["model.encoder=vit_test9"], "no encoder 'vit_test9'. Did you mean 'vit_test8'?"),
-    (["model.image_size=30"], "model.image_size: 30 is no multiple"),
-    (["model.imagesize=32"], "model.imagesize: unknown option. Did you mean model.image_size?"),
-    (["length=ten"], "length: 'ten' is no duration"),
-    (["length=50%"], "length: '50%' is a share of the run"),
-    (["optim.warmup=100%"], "optim.warmup: 12 steps leave nothing"),
-    (["optim.schedule=cosin"], "optim.schedule: 'cosin' is none of"),
-    (["data.train=colour"], "no card 'colour'. Did you mean 'colours'?"),
-    (["data.train=colours:test"], "no split 'test'"),
-    (["--lr"], "an override is key=value"),
-    (["base=size/vit_b17.yaml"], "base: there is no size/vit_b17.yaml"),
-    (["evaluators=[{name: liner, data: colours, every: 50%}]"], "no evaluator 'liner'. Did you mean 'linear'?"),
-])
+@pytest.mark.parametrize(
+    "wrong, said",
+    [
+        (["objective.name=mea"], "no objective 'mea'. Did you mean 'mae'? There are: "),
+        (
+            ["objective.mask_ration=0.5"],
+            "objective.mask_ration: unknown option. Did you mean objective.mask_ratio?",
+        ),
+        (["optim.lrr=1"], "optim.lrr: unknown key. Did you mean optim.lr?"),
+        (["batchsize=4"], "batchsize: unknown key. Did you mean batch_size?"),
+        (["batch_size=many"], "batch_size: 'many' is not of type int"),
+        (["optim.betas=[0.9]"], "must have 2 values"),
+        (["objective.mask_ratio=high"], "objective.mask_ratio: 'high' is not of type float"),
+        (["objective.mask_ratio=1.0"], "objective.mask_ratio: 1.0 keeps 0 of 16 patches"),
+        (["objective.mask_ratio=0.0"], "keeps 16 of 16 patches"),
+        (["model.encoder=vit_test9"], "no encoder 'vit_test9'. Did you mean 'vit_test8'?"),
+        (["model.image_size=30"], "model.image_size: 30 is no multiple"),
+        (["model.imagesize=32"], "model.imagesize: unknown option. Did you mean model.image_size?"),
+        (["length=ten"], "length: 'ten' is no duration"),
+        (["length=50%"], "length: '50%' is a share of the run"),
+        (["optim.warmup=100%"], "optim.warmup: 12 steps leave nothing"),
+        (["optim.schedule=cosin"], "optim.schedule: 'cosin' is none of"),
+        (["data.train=colour"], "no card 'colour'. Did you mean 'colours'?"),
+        (["data.train=colours:test"], "no split 'test'"),
+        (["--lr"], "an override is key=value"),
+        (["base=size/vit_b17.yaml"], "base: there is no size/vit_b17.yaml"),
+        (
+            ["evaluators=[{name: liner, data: colours, every: 50%}]"],
+            "no evaluator 'liner'. Did you mean 'linear'?",
+        ),
+    ],
+)
 def test_a_mistake_names_the_key_the_value_and_the_way_out(place, wrong, said):
     with pytest.raises(ValueError, match=said.replace("?", "[?]")):
         launch("small.yaml", wrong, dry_run=True)
@@ -58,9 +70,16 @@ def test_a_misspelt_stage_offers_the_nearest_one():
 
 
 def test_an_error_ends_the_command_with_one_line_and_a_failing_status(place):
-    done = subprocess.run([sys.executable, ROOT / "tools/launch.py", "--stage", "small.yaml", "objective.name=mea"],
-                          capture_output=True, text=True)
-    assert done.returncode == 1 and done.stderr.startswith("launch: no objective 'mea'") and "Traceback" not in done.stderr
+    done = subprocess.run(
+        [sys.executable, ROOT / "tools/launch.py", "--stage", "small.yaml", "objective.name=mea"],
+        capture_output=True,
+        text=True,
+    )
+    assert (
+        done.returncode == 1
+        and done.stderr.startswith("launch: no objective 'mea'")
+        and "Traceback" not in done.stderr
+    )
 
 
 def test_a_missing_data_folder_is_an_error_before_anything_starts(place):
@@ -84,7 +103,9 @@ def test_files_named_as_base_come_first_and_overrides_last(place):
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_every_stage_that_we_ship_passes_a_dry_run_or_says_which_data_it_lacks(stage, capsys, monkeypatch):
+def test_every_stage_that_we_ship_passes_a_dry_run_or_says_which_data_it_lacks(
+    stage, capsys, monkeypatch
+):
     monkeypatch.chdir(ROOT)
     overrides = [] if config.load(stage, []).model.get("encoder") else ["model.encoder=vit_b16"]
     try:
@@ -97,10 +118,15 @@ def test_a_dry_run_of_the_largest_model_counts_it_right(capsys, monkeypatch):
     monkeypatch.chdir(ROOT)
     said = facts(capsys, "mae", "base=size/vit_6.5b14.yaml", procs=8)
     assert said["encoder"] == "vit_6.5b14" and said["encoder_parameters"] == 6_447_632_384
-    # 32 blocks of width 4096 on 64 + 1 tokens, the embedding of 64 patches, and a decoder of 8 x 512 on 257
+    # 32 blocks of width 4096 on 64 + 1 tokens, the embedding of 64 patches, and a decoder of 8 x
+    # 512 on 257
     tokens, width, decoder = 65, 4096, 512
     encoder = 32 * (12 * width**2 * tokens + 2 * tokens**2 * width) + 64 * 588 * width
-    decoding = 8 * (12 * decoder**2 * 257 + 2 * 257**2 * decoder) + tokens * width * decoder + 192 * 588 * decoder
+    decoding = (
+        8 * (12 * decoder**2 * 257 + 2 * 257**2 * decoder)
+        + tokens * width * decoder
+        + 192 * 588 * decoder
+    )
     assert said["flops_per_image"] == 2 * (encoder + decoding)
     assert said["images"] == said["steps"] * 4096 and said["steps"] == 1_220_704
 
@@ -129,9 +155,15 @@ def test_init_names_every_key_that_does_not_fit(trained):
         launch("small.yaml", [*STAGE_TWO, *overrides], init=init, dry_run=True, out="runs/new")
 
     start()
-    with pytest.raises(ValueError, match="model.encoder: the config asks for vit_ti16, and runs/mae holds vit_test8"):
+    with pytest.raises(
+        ValueError,
+        match="model.encoder: the config asks for vit_ti16, and runs/mae holds vit_test8",
+    ):
         start("model.encoder=vit_ti16")
-    with pytest.raises(ValueError, match=r"(?s)does not fit.*encoder.cls_token is \(1, 1, 32\) and must be \(1, 1, 64\)"):
+    with pytest.raises(
+        ValueError,
+        match=r"(?s)does not fit.*encoder.cls_token is \(1, 1, 32\) and must be \(1, 1, 64\)",
+    ):
         start("model.width=64")
     with pytest.raises(ValueError, match="runs/mea: no such run or file"):
         start(init="runs/mea")
@@ -152,8 +184,15 @@ def test_the_encoder_of_a_released_file_with_more_in_it_is_taken_by_name(trained
     keys = load_file("runs/mae/export/model.safetensors")  # under MAE's own key names
     torch.save({"model": {**keys, "mask_token": torch.zeros(1, 1, 8)}}, "released.pth")
     with pytest.raises(ValueError, match="left over encoder.mask_token"):
-        launch("small.yaml", [*STAGE_TWO, "model.encoder=vit_test8"], init="released.pth", dry_run=True)
-    launch("small.yaml", [*STAGE_TWO, "model.encoder=vit_test8"], init="released.pth:encoder", dry_run=True)
+        launch(
+            "small.yaml", [*STAGE_TWO, "model.encoder=vit_test8"], init="released.pth", dry_run=True
+        )
+    launch(
+        "small.yaml",
+        [*STAGE_TWO, "model.encoder=vit_test8"],
+        init="released.pth:encoder",
+        dry_run=True,
+    )
 
 
 def test_an_evaluation_adds_its_numbers_to_the_run_it_evaluates(trained):
@@ -172,6 +211,15 @@ def test_two_local_processes_are_started_and_followed(place, capfd):
 
 
 def test_torchruns_environment_is_used_as_it_is(place):
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    subprocess.run([*torchrun, ROOT / "tools/launch.py", "--stage", "small.yaml", "length=4it"], check=True)
+    torchrun = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+    ]
+    subprocess.run(
+        [*torchrun, ROOT / "tools/launch.py", "--stage", "small.yaml", "length=4it"], check=True
+    )
     assert "2 processes" in Path("runs/small/log.txt").read_text()

@@ -41,7 +41,9 @@ def imported(path: Path) -> set[str]:
 
 def ours(path: Path) -> set[str]:
     """The rows' names that a file imports from."""
-    return {name.split(".")[1] for name in imported(path) if name.startswith("prepretrain.")} - {noun(path)}
+    return {name.split(".")[1] for name in imported(path) if name.startswith("prepretrain.")} - {
+        noun(path)
+    }
 
 
 def row(name: str) -> int:
@@ -83,4 +85,6 @@ def test_nothing_imports_the_tools():
 
 
 def test_scripts_are_no_packages():
-    assert not list((ROOT / "tools").glob("__init__.py")) and not list((ROOT / "datasets").rglob("__init__.py"))
+    assert not list((ROOT / "tools").glob("__init__.py")) and not list(
+        (ROOT / "datasets").rglob("__init__.py")
+    )

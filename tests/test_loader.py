@@ -28,11 +28,13 @@ class Numbers(Source):
 
 def transform(sample):
     rng = sample["random"]
-    return {"image": torch.full((3, 4, 4), sample["image"][0], dtype=torch.uint8),
-            "noise": torch.from_numpy(rng("mask").random(5)),
-            "label": sample["label"],
-            "tags": list(range(sample["label"] % 3)),
-            "text": sample["key"] + ("!" if rng("caption").random() < 0.5 else "?")}
+    return {
+        "image": torch.full((3, 4, 4), sample["image"][0], dtype=torch.uint8),
+        "noise": torch.from_numpy(rng("mask").random(5)),
+        "label": sample["label"],
+        "tags": list(range(sample["label"] % 3)),
+        "text": sample["key"] + ("!" if rng("caption").random() < 0.5 else "?"),
+    }
 
 
 def taken(stream, count, consumed=0):
@@ -54,13 +56,33 @@ def merged(batches):
     return out
 
 
-def global_batches(source, count, *, world=1, accumulate=1, workers=0, consumed=0, seed=3, size=8,
-                   window=0):
-    ranks = [taken(Stream(source, transform, batch_size=size, seed=seed, accumulate=accumulate,
-                          workers=workers, window=window, rank=rank, world=world),
-                   count * accumulate, consumed) for rank in range(world)]
-    return [merged([ranks[r][step * accumulate + part] for r in range(world)
-                    for part in range(accumulate)]) for step in range(count)]
+def global_batches(
+    source, count, *, world=1, accumulate=1, workers=0, consumed=0, seed=3, size=8, window=0
+):
+    ranks = [
+        taken(
+            Stream(
+                source,
+                transform,
+                batch_size=size,
+                seed=seed,
+                accumulate=accumulate,
+                workers=workers,
+                window=window,
+                rank=rank,
+                world=world,
+            ),
+            count * accumulate,
+            consumed,
+        )
+        for rank in range(world)
+    ]
+    return [
+        merged(
+            [ranks[r][step * accumulate + part] for r in range(world) for part in range(accumulate)]
+        )
+        for step in range(count)
+    ]
 
 
 def assert_equal(left, right):
@@ -72,11 +94,24 @@ def assert_equal(left, right):
             assert same(a[name], b[name]), name
 
 
-@pytest.mark.parametrize("world, accumulate, workers", [
-    (1, 1, 1), (1, 1, 2), (1, 1, 3), (2, 1, 0), (2, 1, 2), (4, 1, 0), (4, 1, 1), (2, 2, 3),
-    (1, 4, 0), (4, 2, 0)])
-def test_global_batches_are_the_same_for_any_number_of_ranks_and_workers(world, accumulate,
-                                                                         workers):
+@pytest.mark.parametrize(
+    "world, accumulate, workers",
+    [
+        (1, 1, 1),
+        (1, 1, 2),
+        (1, 1, 3),
+        (2, 1, 0),
+        (2, 1, 2),
+        (4, 1, 0),
+        (4, 1, 1),
+        (2, 2, 3),
+        (1, 4, 0),
+        (4, 2, 0),
+    ],
+)
+def test_global_batches_are_the_same_for_any_number_of_ranks_and_workers(
+    world, accumulate, workers
+):
     source = Numbers(21, bad=(4, 17))
     plain = global_batches(source, 6)
     split = global_batches(source, 6, world=world, accumulate=accumulate, workers=workers)
@@ -113,7 +148,7 @@ def test_a_window_reads_from_few_shards_at_a_time():
     _, indexes = Order(groups, seed=0, window=4)(np.arange(400))
     shards = indexes // 10
     for start in range(0, 400, 40):
-        assert len(set(shards[start:start + 40])) == 4
+        assert len(set(shards[start : start + 40])) == 4
     assert len(set(shards[:10])) > 1
 
 
@@ -178,18 +213,36 @@ def test_a_source_without_images_is_refused():
 def test_the_stream_says_which_order_it_is():
     make = lambda n=9, seed=0, **k: Stream(Numbers(n), transform, batch_size=3, seed=seed, **k)
     assert make().fingerprint == make(workers=2, accumulate=3).fingerprint
-    assert len({make().fingerprint, make(n=8).fingerprint, make(seed=1).fingerprint,
-                make(window=1).fingerprint}) == 4
+    assert (
+        len(
+            {
+                make().fingerprint,
+                make(n=8).fingerprint,
+                make(seed=1).fingerprint,
+                make(window=1).fingerprint,
+            }
+        )
+        == 4
+    )
     assert make().length == 9
     assert [make().epoch_of(p) for p in (0, 8, 9, 27)] == [0, 0, 1, 3]
 
 
-@pytest.mark.parametrize("n, world, size, workers", [
-    (10, 1, 4, 0), (10, 3, 4, 0), (11, 4, 2, 1), (3, 4, 8, 0), (1, 2, 5, 0), (9, 2, 256, 2)])
-def test_an_evaluation_counts_each_image_once_with_as_many_batches_on_each_rank(n, world, size,
-                                                                                workers):
-    ranks = [list(evaluation_batches(Numbers(n), transform, batch_size=size, workers=workers,
-                                     rank=rank, world=world)) for rank in range(world)]
+@pytest.mark.parametrize(
+    "n, world, size, workers",
+    [(10, 1, 4, 0), (10, 3, 4, 0), (11, 4, 2, 1), (3, 4, 8, 0), (1, 2, 5, 0), (9, 2, 256, 2)],
+)
+def test_an_evaluation_counts_each_image_once_with_as_many_batches_on_each_rank(
+    n, world, size, workers
+):
+    ranks = [
+        list(
+            evaluation_batches(
+                Numbers(n), transform, batch_size=size, workers=workers, rank=rank, world=world
+            )
+        )
+        for rank in range(world)
+    ]
     assert len({len(batches) for batches in ranks}) == 1
     seen = []
     for batch in itertools.chain(*ranks):
@@ -208,8 +261,12 @@ def test_an_evaluation_never_replaces_a_bad_image(workers):
 
 
 def test_collate_stacks_pads_and_lists():
-    batch = collate([{"x": torch.zeros(2), "n": 1, "tags": [], "s": "a"},
-                     {"x": torch.ones(2), "n": 2, "tags": [5, 6], "s": "b"}])
+    batch = collate(
+        [
+            {"x": torch.zeros(2), "n": 1, "tags": [], "s": "a"},
+            {"x": torch.ones(2), "n": 2, "tags": [5, 6], "s": "b"},
+        ]
+    )
     assert batch["x"].tolist() == [[0, 0], [1, 1]]
     assert batch["n"].dtype == torch.int64 and batch["n"].tolist() == [1, 2]
     assert batch["tags"].tolist() == [[-1, -1], [5, 6]] and batch["s"] == ["a", "b"]
@@ -218,9 +275,15 @@ def test_collate_stacks_pads_and_lists():
     assert torch.equal(collate([{"image": image} for image in images])["image"], images)
 
 
-@pytest.mark.parametrize("rows, message", [
-    ([{"a": 1}, {"b": 1}], "fields"), ([{"a": 0.5}], "float"), ([{"a": ["x"]}], "list"),
-    ([{"a": torch.zeros(2)}, {"a": torch.zeros(3)}], r"\(2,\).*\(3,\)")])
+@pytest.mark.parametrize(
+    "rows, message",
+    [
+        ([{"a": 1}, {"b": 1}], "fields"),
+        ([{"a": 0.5}], "float"),
+        ([{"a": ["x"]}], "list"),
+        ([{"a": torch.zeros(2)}, {"a": torch.zeros(3)}], r"\(2,\).*\(3,\)"),
+    ],
+)
 def test_collate_refuses_what_is_no_batch(rows, message):
     with pytest.raises(ValueError, match=message):
         collate(rows)
@@ -252,6 +315,7 @@ def test_a_signal_to_the_group_asks_the_main_process_and_leaves_the_workers_aliv
         assert asked == [1], asked
         print("served")
     """)
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True,
-                          timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=60
+    )
     assert done.returncode == 0 and done.stdout.strip() == "served", done.stderr

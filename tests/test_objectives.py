@@ -22,8 +22,12 @@ from prepretrain.objectives.mae import MAE
 from prepretrain.transforms import Random
 
 PARAMETERS = {  # counts of MAWS's released encoders
-    "vit_b16": 85_798_656, "vit_l16": 303_301_632, "vit_h14": 630_764_800, "vit_2b14": 1_890_408_960,
-    "vit_6.5b14": 6_447_632_384}
+    "vit_b16": 85_798_656,
+    "vit_l16": 303_301_632,
+    "vit_h14": 630_764_800,
+    "vit_2b14": 1_890_408_960,
+    "vit_6.5b14": 6_447_632_384,
+}
 
 
 def small(**options) -> Model:
@@ -38,21 +42,33 @@ def test_sizes_have_the_released_encoders_parameters_and_key_names(size):
     with torch.device("meta"):
         encoder = encoders.build(size)
         peer = timm.models.VisionTransformer(
-            img_size=224, patch_size=encoder.stride, embed_dim=encoder.width, depth=encoder.depth,
-            num_heads=encoder.heads, num_classes=0)
+            img_size=224,
+            patch_size=encoder.stride,
+            embed_dim=encoder.width,
+            depth=encoder.depth,
+            num_heads=encoder.heads,
+            num_classes=0,
+        )
     assert sum(p.numel() for p in encoder.parameters()) == PARAMETERS[size]
-    assert {k: v.shape for k, v in encoder.state_dict().items()} == {k: v.shape for k, v in peer.state_dict().items()}
+    assert {k: v.shape for k, v in encoder.state_dict().items()} == {
+        k: v.shape for k, v in peer.state_dict().items()
+    }
 
 
 def test_the_released_manifest_matches_where_it_is_at_hand():
-    path = Path(os.environ.get("PREPRETRAIN_GOLDEN", Path(__file__).parent / "golden")) / "maws_manifest.json"
+    path = (
+        Path(os.environ.get("PREPRETRAIN_GOLDEN", Path(__file__).parent / "golden"))
+        / "maws_manifest.json"
+    )
     if not path.exists():
         pytest.skip("the manifest of MAWS's released files is not in PREPRETRAIN_GOLDEN")
     for name, row in json.loads(path.read_text()).items():
         if name.split("/")[0] in ("mae", "mae_in1k", "mae_in21k", "maws") and "_ft_" not in name:
             with torch.device("meta"):
                 encoder = encoders.build(name.split("/")[1])
-            assert {k: list(v.shape) for k, v in encoder.state_dict().items()} == row["shapes"], name
+            assert {k: list(v.shape) for k, v in encoder.state_dict().items()} == row["shapes"], (
+                name
+            )
 
 
 def test_every_size_encodes_any_multiple_of_its_patch():
@@ -89,7 +105,9 @@ def test_an_export_loads_in_timm_with_strict_keys_and_gives_the_same_features(tm
     peer = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
     image = torch.randint(0, 256, (2, 3, 48, 48), dtype=torch.uint8)
     with torch.no_grad():
-        assert_close(peer.forward_features(model.normalise(image)), model(image), rtol=1e-5, atol=1e-5)
+        assert_close(
+            peer.forward_features(model.normalise(image)), model(image), rtol=1e-5, atol=1e-5
+        )
         assert_close(peer(model.normalise(image)), model.features(image), rtol=1e-5, atol=1e-5)
     again = load(str(tmp_path))
     assert_close(again(image), model(image))
@@ -104,14 +122,17 @@ def test_positions_are_resampled_for_another_image_size_and_nothing_else_is(tmp_
 
 
 def test_initial_values_depend_on_seed_and_name_only():
-    one, two = small(), MAE(Model(encoder="vit_test8"), decoder_depth=1, decoder_width=32, decoder_heads=2)
+    two = MAE(Model(encoder="vit_test8"), decoder_depth=1, decoder_width=32, decoder_heads=2)
     shard.initialise(two, 0)
     assert not any(torch.isnan(p).any() for p in two.parameters())
     names = dict(two.named_parameters())
     again = MAE(Model(encoder="vit_test8"), decoder_depth=1, decoder_width=32, decoder_heads=2)
     shard.initialise(again, 0)
     assert all(torch.equal(p, names[n]) for n, p in again.named_parameters())
-    blocks = names["model.encoder.blocks.0.attn.qkv.weight"], names["model.encoder.blocks.1.attn.qkv.weight"]
+    blocks = (
+        names["model.encoder.blocks.0.attn.qkv.weight"],
+        names["model.encoder.blocks.1.attn.qkv.weight"],
+    )
     assert not torch.equal(*blocks)
 
 
@@ -122,7 +143,10 @@ def test_the_sparse_loss_and_its_gradient_equal_the_dense_softmax_cross_entropy(
     for i, row in enumerate(tags):
         dense[i, row[row >= 0]] = 1
     dense /= dense.sum(1, keepdim=True)
-    one, two = (torch.randn(3, 10, generator=torch.Generator().manual_seed(1)).requires_grad_() for _ in range(2))
+    one, two = (
+        torch.randn(3, 10, generator=torch.Generator().manual_seed(1)).requires_grad_()
+        for _ in range(2)
+    )
     want = -(dense * one.log_softmax(1)).sum(1)
     got = sparse_cross_entropy(two, tags)
     assert_close(got, want)
@@ -167,16 +191,26 @@ def test_a_hashtag_run_needs_the_vocabulary_of_its_data(vocabulary, tmp_path):
 def test_the_hashtag_head_trains_on_ids(vocabulary):
     objective = Hashtag(Model(encoder="vit_test8"), vocabulary="tags.json")
     shard.initialise(objective, 0)
-    batch = {"image": torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8), "tags": torch.tensor([[0, 2], [1, -1]])}
+    batch = {
+        "image": torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8),
+        "tags": torch.tensor([[0, 2], [1, -1]]),
+    }
     figures = objective(batch)
-    assert_close(figures["loss"], torch.tensor(3.0).log())  # the head is zero: all tags are equally likely
+    assert_close(
+        figures["loss"], torch.tensor(3.0).log()
+    )  # the head is zero: all tags are equally likely
     figures["loss"].backward()
 
 
 def test_mixing_and_erasing_train_and_evaluation_is_plain():
-    objective = Classify(Model(encoder="vit_test8"), classes=3, mixup=0.8, cutmix=1.0, smoothing=0.1, erasing=0.5)
+    objective = Classify(
+        Model(encoder="vit_test8"), classes=3, mixup=0.8, cutmix=1.0, smoothing=0.1, erasing=0.5
+    )
     shard.initialise(objective, 0)
-    batch = {"image": torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8), "label": torch.tensor([0, 1, 2, 0])}
+    batch = {
+        "image": torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8),
+        "label": torch.tensor([0, 1, 2, 0]),
+    }
     assert torch.isfinite(objective.train()(batch)["loss"])
     objective.eval()
     assert objective(batch)["loss"] == objective(batch)["loss"] and "accuracy" in objective(batch)
@@ -187,7 +221,10 @@ def test_mixing_and_erasing_train_and_evaluation_is_plain():
 def test_reconstructions_show_the_visible_patches_untouched():
     objective = MAE(Model(encoder="vit_test8"), decoder_depth=1, decoder_width=32, decoder_heads=2)
     shard.initialise(objective, 0)
-    batch = {"image": torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8), "noise": torch.rand(2, 16)}
+    batch = {
+        "image": torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8),
+        "noise": torch.rand(2, 16),
+    }
     drawn = objective.eval().reconstruct(batch)
     assert torch.equal(drawn["original"], batch["image"])
     keep, masked = objective.split(batch["noise"])
@@ -204,7 +241,8 @@ def test_every_objective_documents_its_options_and_names_its_fields(name):
 
 def test_a_dotted_name_is_a_module_outside_of_the_package(tmp_path, monkeypatch):
     (tmp_path / "my_lab_objective.py").write_text(
-        "from prepretrain.objectives.base import Objective\nclass Mine(Objective):\n    pass\n")
+        "from prepretrain.objectives.base import Objective\nclass Mine(Objective):\n    pass\n"
+    )
     (tmp_path / "my_lab").mkdir()
     (tmp_path / "my_lab" / "jepa.py").write_text((tmp_path / "my_lab_objective.py").read_text())
     monkeypatch.syspath_prepend(str(tmp_path))

@@ -1,4 +1,5 @@
-"""Reports read runs' folders, draw pictures that open, and write tables that say what was measured."""
+"""Reports read runs' folders, draw pictures that open, and write tables that say what was
+measured."""
 
 import json
 
@@ -13,14 +14,19 @@ from prepretrain import report
 @pytest.fixture
 def run(tmp_path):
     """Makes a run's folder with a loss that falls."""
+
     def make(name: str, results: dict | None = None):
         folder = tmp_path / name
         folder.mkdir()
-        rows = [{"step": s, "images": 64 * s, "seconds": s, "loss": 1 + 1 / s, "lr": 1e-3} for s in range(1, 50)]
+        rows = [
+            {"step": s, "images": 64 * s, "seconds": s, "loss": 1 + 1 / s, "lr": 1e-3}
+            for s in range(1, 50)
+        ]
         (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         if results is not None:
             (folder / "results.json").write_text(json.dumps(results))
         return folder
+
     return make
 
 
@@ -28,7 +34,9 @@ def test_curves_of_several_runs_and_keys_are_one_picture(run, tmp_path):
     report.curves([run("a"), run("b")], tmp_path / "out" / "curves.png", keys=("loss", "lr"))
     picture = np.asarray(Image.open(tmp_path / "out" / "curves.png").convert("RGB"))
     colours = {tuple(pixel) for pixel in picture.reshape(-1, 3)}
-    assert {(0, 0x72, 0xB2), (0xD5, 0x5E, 0)} <= colours, "the two runs' lines are not both in the picture"
+    assert {(0, 0x72, 0xB2), (0xD5, 0x5E, 0)} <= colours, (
+        "the two runs' lines are not both in the picture"
+    )
 
 
 def test_a_key_that_no_line_holds_is_named_with_its_run(run, tmp_path):
@@ -51,19 +59,32 @@ def test_smoothing_keeps_length_level_and_a_single_point():
     np.testing.assert_allclose(report.smooth(np.full(100, 0.5)), 0.5)
     straight = np.exp(-np.arange(200) / 20)
     np.testing.assert_allclose(report.smooth(straight)[:190], straight[:190], rtol=1e-6)
-    np.testing.assert_allclose(report.smooth(np.linspace(-1, 1, 99))[:90], np.linspace(-1, 1, 99)[:90], atol=1e-9)
+    np.testing.assert_allclose(
+        report.smooth(np.linspace(-1, 1, 99))[:90], np.linspace(-1, 1, 99)[:90], atol=1e-9
+    )
 
 
 def test_a_table_quotes_the_headline_of_each_evaluation(run):
-    runs = [run("mae", {"linear/demo": {"top1": 51.239, "top5": 90.0, "images": 100}, "parameters": 5400000}),
-            run("wsp", {"lowshot/demo": {"top1_1shot": 20.0, "top1_5shot": 44.44, "images": 100}})]
+    runs = [
+        run(
+            "mae",
+            {"linear/demo": {"top1": 51.239, "top5": 90.0, "images": 100}, "parameters": 5400000},
+        ),
+        run("wsp", {"lowshot/demo": {"top1_1shot": 20.0, "top1_5shot": 44.44, "images": 100}}),
+    ]
     rows = report.rows(runs)
-    assert rows == [{"run": "mae", "linear/demo top1": "51.24", "parameters": "5,400,000"},
-                    {"run": "wsp", "lowshot/demo top1_5shot": "44.44"}]
+    assert rows == [
+        {"run": "mae", "linear/demo top1": "51.24", "parameters": "5,400,000"},
+        {"run": "wsp", "lowshot/demo top1_5shot": "44.44"},
+    ]
     lines = report.table(rows).splitlines()
     assert len({len(line) for line in lines}) == 1, "columns are not aligned"
     assert [cell.strip() for cell in lines[0].strip("|").split("|")] == [
-        "run", "linear/demo top1", "parameters", "lowshot/demo top1_5shot"]
+        "run",
+        "linear/demo top1",
+        "parameters",
+        "lowshot/demo top1_5shot",
+    ]
     assert [cell.strip() for cell in lines[3].strip("|").split("|")] == ["wsp", "–", "–", "44.44"]
 
 

@@ -37,8 +37,9 @@ def sample(key, *, image=True, tags=("red",), text="a thing", label=3):
     members = [(f"{key}.jpg", jpeg(len(key)))] if image else []
     if label is not None:
         members.append((f"{key}.cls", str(label).encode()))
-    members.append((f"{key}.json", json.dumps({} if tags is None else {"hashtags": list(tags)})
-                    .encode()))
+    members.append(
+        (f"{key}.json", json.dumps({} if tags is None else {"hashtags": list(tags)}).encode())
+    )
     return members + [(f"{key}.txt", text.encode())]
 
 
@@ -53,21 +54,38 @@ def open_shards(path, **options):
 @pytest.fixture
 def two_shards(tmp_path):
     for shard in range(2):
-        write_tar(tmp_path / f"0000{shard}.tar",
-                  flat(*(sample(f"{shard}{i}", label=i, tags=[f"t{i}"]) for i in range(5 - shard))))
+        write_tar(
+            tmp_path / f"0000{shard}.tar",
+            flat(*(sample(f"{shard}{i}", label=i, tags=[f"t{i}"]) for i in range(5 - shard))),
+        )
     return tmp_path
 
 
 # Shards: what is read.
 
+
 def test_shards_give_the_fields_of_every_image_in_order(two_shards):
     source = open_shards(two_shards)
     assert len(source) == 9 and source.groups == [5, 4]
     assert set(source.fields) == {"image", "label", "hashtags", "text"}
-    assert [source[i]["key"] for i in range(9)] == ["00", "01", "02", "03", "04",
-                                                    "10", "11", "12", "13"]
-    assert source[7] | {"image": None} == {"key": "12", "image": None, "label": 2,
-                                           "hashtags": ["t2"], "text": "a thing"}
+    assert [source[i]["key"] for i in range(9)] == [
+        "00",
+        "01",
+        "02",
+        "03",
+        "04",
+        "10",
+        "11",
+        "12",
+        "13",
+    ]
+    assert source[7] | {"image": None} == {
+        "key": "12",
+        "image": None,
+        "label": 2,
+        "hashtags": ["t2"],
+        "text": "a thing",
+    }
     assert decode(source[7]["image"]).shape == (3, 16, 16)
     assert source.label(7) == 2 and source.hashtags(7) == ["t2"]
     with pytest.raises(IndexError):
@@ -79,9 +97,15 @@ def test_shards_are_named_by_folder_glob_or_range(two_shards, path):
     assert len(open_shards(two_shards / path)) == 9
 
 
-@pytest.mark.parametrize("path, message", [
-    ("{00000..00002}.tar", "00002.tar: there is no such shard"), ("no*.tar", "no .tar"),
-    ("{00003..00001}.tar", "range .* is empty"), ("none.tar", "no such shard")])
+@pytest.mark.parametrize(
+    "path, message",
+    [
+        ("{00000..00002}.tar", "00002.tar: there is no such shard"),
+        ("no*.tar", "no .tar"),
+        ("{00003..00001}.tar", "range .* is empty"),
+        ("none.tar", "no such shard"),
+    ],
+)
 def test_missing_shards_are_an_error_that_names_them(two_shards, path, message):
     with pytest.raises(ValueError, match=message):
         open_shards(two_shards / path)
@@ -98,17 +122,34 @@ def test_an_empty_folder_is_an_error(tmp_path):
 
 
 def test_keys_end_at_the_last_dot_so_that_no_two_images_merge(tmp_path):
-    write_tar(tmp_path / "x.tar", [("a/img.v1.jpg", jpeg(1)), ("a/img.v1.txt", b"one"),
-                                   ("a/img.v2.jpg", jpeg(2)), ("a/img.v2.txt", b"two")])
+    write_tar(
+        tmp_path / "x.tar",
+        [
+            ("a/img.v1.jpg", jpeg(1)),
+            ("a/img.v1.txt", b"one"),
+            ("a/img.v2.jpg", jpeg(2)),
+            ("a/img.v2.txt", b"two"),
+        ],
+    )
     source = open_shards(tmp_path)
     assert [(source[i]["key"], source[i]["text"]) for i in range(2)] == [
-        ("a/img.v1", "one"), ("a/img.v2", "two")]
+        ("a/img.v1", "one"),
+        ("a/img.v2", "two"),
+    ]
     assert source[0]["image"] == jpeg(1) and source[1]["image"] == jpeg(2)
 
 
 def test_only_known_fields_are_read_and_no_pickle_is_ever_opened(tmp_path):
-    write_tar(tmp_path / "x.tar", [("a.jpg", jpeg()), ("a.pkl", b"cos\nsystem\n(S'false'\ntR."),
-                                   ("a.pyd", b"x"), ("README", b"x"), ("b.pth", b"x")])
+    write_tar(
+        tmp_path / "x.tar",
+        [
+            ("a.jpg", jpeg()),
+            ("a.pkl", b"cos\nsystem\n(S'false'\ntR."),
+            ("a.pyd", b"x"),
+            ("README", b"x"),
+            ("b.pth", b"x"),
+        ],
+    )
     source = open_shards(tmp_path)
     assert len(source) == 1 and source[0].keys() == {"key", "image"}
     assert source.fields == ("image",)
@@ -118,16 +159,23 @@ def test_hashtags_text_and_label_are_found_where_the_options_say(tmp_path):
     details = json.dumps({"caption": "hello", "tags": "#a, b c", "class": "7"}).encode()
     write_tar(tmp_path / "x.tar", [("1.png", jpeg()), ("1.json", details), ("1.txt", b"x y")])
     source = open_shards(tmp_path, hashtags="json.tags", text="json.caption", label="json.class")
-    assert source[0] | {"image": 0} == {"key": "1", "image": 0, "hashtags": ["#a", "b", "c"],
-                                        "text": "hello", "label": 7}
+    assert source[0] | {"image": 0} == {
+        "key": "1",
+        "image": 0,
+        "hashtags": ["#a", "b", "c"],
+        "text": "hello",
+        "label": 7,
+    }
     assert open_shards(tmp_path, hashtags="txt")[0]["hashtags"] == ["x", "y"]
     with pytest.raises(ValueError, match="source.text: 'caption' is no place"):
         open_shards(tmp_path, text="caption")
 
 
 def test_a_sample_without_tags_has_an_empty_list_and_without_a_text_an_empty_one(tmp_path):
-    write_tar(tmp_path / "x.tar", flat(sample("a"), sample("b", tags=None, label=None),
-                                       [("c.jpg", jpeg())]))
+    write_tar(
+        tmp_path / "x.tar",
+        flat(sample("a"), sample("b", tags=None, label=None), [("c.jpg", jpeg())]),
+    )
     source = open_shards(tmp_path)
     assert source[1]["hashtags"] == source[2]["hashtags"] == []
     assert source[2]["text"] == "" and "label" not in source[2]
@@ -141,9 +189,16 @@ def test_a_sample_without_an_image_is_a_bad_image_with_its_key(tmp_path):
     assert (caught.value.cause, caught.value.key) == ("no image", "b")
 
 
-@pytest.mark.parametrize("member", [
-    ("a.json", b"{"), ("a.json", b"[1]"), ("a.json", b'{"hashtags": 3}'), ("a.cls", b"dog"),
-    ("a.txt", b"\xff\xfe")])
+@pytest.mark.parametrize(
+    "member",
+    [
+        ("a.json", b"{"),
+        ("a.json", b"[1]"),
+        ("a.json", b'{"hashtags": 3}'),
+        ("a.cls", b"dog"),
+        ("a.txt", b"\xff\xfe"),
+    ],
+)
 def test_unreadable_metadata_is_a_bad_image(tmp_path, member):
     write_tar(tmp_path / "x.tar", flat([("a.jpg", jpeg()), member], sample("b")))
     source = open_shards(tmp_path)
@@ -173,6 +228,7 @@ def test_every_tar_dialect_is_read_with_long_and_foreign_names(tmp_path, format)
 
 # Shards: what is rejected, with file and offset.
 
+
 def broken(tmp_path, change, *, members=None):
     path = write_tar(tmp_path / "x.tar", members or flat(*(sample(str(i)) for i in range(4))))
     data = bytearray(path.read_bytes())
@@ -193,30 +249,45 @@ def flip_header(data):
 
 def zero_block(data):
     at = header(data, 5)
-    data[at:at + 1024] = bytes(1024)
+    data[at : at + 1024] = bytes(1024)
     return data
 
 
 def one_zero_block(data):
     at = header(data, 5)
-    data[at:at + 512] = bytes(512)
+    data[at : at + 512] = bytes(512)
     return data
 
 
-@pytest.mark.parametrize("change, message, offset", [
-    (flip_header, "bad header", lambda d: header(d, 5)),
-    (lambda d: d[:header(d, 5)], "end marker is missing", lambda d: header(d, 5)),
-    (lambda d: d[:header(d, 4) + 600], "goes past the end", lambda d: header(d, 4)),
-    (lambda d: d[:header(d, 5) + 100], "end marker is missing", lambda d: header(d, 5)),
-    (zero_block, "not zero after the end marker", lambda d: header(d, 5) + 1024),
-    (one_zero_block, "not zero after the end marker", lambda d: header(d, 5) + 512),
-    (lambda d: d + b"\0" * 100 + b"x", "not zero after the end marker", lambda d: len(d) + 100),
-    (lambda d: d + d, "not zero after the end marker", lambda d: len(d)),
-    (lambda d: b"", "file is empty", lambda d: 0),
-    (lambda d: b"\0" * 512, "truncated", lambda d: 0),
-    (lambda d: b"not a tar at all" * 100, "bad header", lambda d: 0)],
-    ids=["header", "cut between", "cut inside", "cut header", "zeros", "zero block", "tail",
-         "joined", "empty", "half end", "no tar"])
+@pytest.mark.parametrize(
+    "change, message, offset",
+    [
+        (flip_header, "bad header", lambda d: header(d, 5)),
+        (lambda d: d[: header(d, 5)], "end marker is missing", lambda d: header(d, 5)),
+        (lambda d: d[: header(d, 4) + 600], "goes past the end", lambda d: header(d, 4)),
+        (lambda d: d[: header(d, 5) + 100], "end marker is missing", lambda d: header(d, 5)),
+        (zero_block, "not zero after the end marker", lambda d: header(d, 5) + 1024),
+        (one_zero_block, "not zero after the end marker", lambda d: header(d, 5) + 512),
+        (lambda d: d + b"\0" * 100 + b"x", "not zero after the end marker", lambda d: len(d) + 100),
+        (lambda d: d + d, "not zero after the end marker", lambda d: len(d)),
+        (lambda d: b"", "file is empty", lambda d: 0),
+        (lambda d: b"\0" * 512, "truncated", lambda d: 0),
+        (lambda d: b"not a tar at all" * 100, "bad header", lambda d: 0),
+    ],
+    ids=[
+        "header",
+        "cut between",
+        "cut inside",
+        "cut header",
+        "zeros",
+        "zero block",
+        "tail",
+        "joined",
+        "empty",
+        "half end",
+        "no tar",
+    ],
+)
 def test_a_damaged_shard_is_rejected_with_file_and_offset(tmp_path, change, message, offset):
     whole = flat(*(sample(str(i)) for i in range(4)))
     intact = bytearray(write_tar(tmp_path / "intact", whole).read_bytes())
@@ -234,10 +305,14 @@ def test_a_shard_cut_in_the_middle_of_its_data_is_rejected(tmp_path):
         open_shards(path)
 
 
-@pytest.mark.parametrize("members, message", [
-    ([("a.jpg", b"1"), ("b.jpg", b"1"), ("a.txt", b"1")], "the key 'a' comes back"),
-    ([("a.jpg", b"1"), ("a.jpg", b"2")], "a second jpg for the key 'a'"),
-    ([("a.jpg", b"1"), ("a.png", b"2")], "a second png for the key 'a'")])
+@pytest.mark.parametrize(
+    "members, message",
+    [
+        ([("a.jpg", b"1"), ("b.jpg", b"1"), ("a.txt", b"1")], "the key 'a' comes back"),
+        ([("a.jpg", b"1"), ("a.jpg", b"2")], "a second jpg for the key 'a'"),
+        ([("a.jpg", b"1"), ("a.png", b"2")], "a second png for the key 'a'"),
+    ],
+)
 def test_members_that_would_merge_or_split_images_are_rejected(tmp_path, members, message):
     with pytest.raises(ValueError, match=message):
         open_shards(write_tar(tmp_path / "x.tar", members))
@@ -253,6 +328,7 @@ def test_a_link_is_rejected(tmp_path):
 
 
 # Shards: the sidecar.
+
 
 def test_the_index_is_written_once_and_again_when_the_shard_changed(two_shards, monkeypatch):
     open_shards(two_shards)
@@ -279,8 +355,9 @@ def test_a_damaged_index_is_built_again(two_shards, content):
     assert (two_shards / "00000.tar.index").read_bytes() == whole
 
 
-def test_where_the_folder_cannot_be_written_the_index_goes_to_the_cache(two_shards, monkeypatch,
-                                                                       tmp_path_factory):
+def test_where_the_folder_cannot_be_written_the_index_goes_to_the_cache(
+    two_shards, monkeypatch, tmp_path_factory
+):
     cache = tmp_path_factory.mktemp("cache")
     monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
     (two_shards / "00000.tar.index" / "blocked").mkdir(parents=True)
@@ -331,13 +408,17 @@ def test_a_shard_cut_while_it_is_read_is_an_error_not_a_bad_image(two_shards):
 
 # Folders.
 
+
 def test_a_folder_of_class_folders_is_labelled_in_sorted_order(tmp_path):
     for name in ("dog/1.jpg", "cat/deep/2.JPEG", "cat/1.png", "cat/.hidden.jpg", "cat/notes.txt"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(jpeg())
     source = plugin.build("sources", "folder", path=str(tmp_path))
     assert [(source[i]["key"], source[i]["label"]) for i in range(len(source))] == [
-        ("cat/1.png", 0), ("cat/deep/2.JPEG", 0), ("dog/1.jpg", 1)]
+        ("cat/1.png", 0),
+        ("cat/deep/2.JPEG", 0),
+        ("dog/1.jpg", 1),
+    ]
     assert source.classes == ["cat", "dog"] and source.fields == ("image", "label")
     turned = plugin.build("sources", "folder", path=str(tmp_path), classes=["dog", "cat"])
     assert [turned.label(i) for i in range(3)] == [0, 1, 1]
@@ -361,14 +442,23 @@ def test_loose_images_have_no_label_and_do_not_mix_with_classes(tmp_path):
 
 # Parquet.
 
+
 def parquet(path, rows, row_group_size=3):
     pq.write_table(pa.Table.from_pylist(rows), path, row_group_size=row_group_size)
     return plugin.build("sources", "parquet", path=str(path))
 
 
 def test_parquet_rows_are_images_with_the_columns_there_are(tmp_path):
-    rows = [{"image": jpeg(i), "label": i, "path": f"p{i}", "hashtags": ["a"] if i else None,
-             "text": "hi"} for i in range(8)]
+    rows = [
+        {
+            "image": jpeg(i),
+            "label": i,
+            "path": f"p{i}",
+            "hashtags": ["a"] if i else None,
+            "text": "hi",
+        }
+        for i in range(8)
+    ]
     source = parquet(tmp_path / "x.parquet", rows)
     assert len(source) == 8 and source.groups == [3, 3, 2]
     assert source[4] == {"key": "p4", "image": jpeg(4), "label": 4, "hashtags": ["a"], "text": "hi"}
@@ -411,6 +501,7 @@ def test_parquet_errors_name_the_file_and_the_columns(tmp_path):
 
 # Scenes.
 
+
 def test_scenes_are_the_same_whenever_and_in_whatever_order_they_are_made():
     make = lambda **k: plugin.build("sources", "synthetic", images=50, size=32, **k)
     source, again = make(), make()
@@ -418,8 +509,10 @@ def test_scenes_are_the_same_whenever_and_in_whatever_order_they_are_made():
     assert make(seed=1)[3]["image"] != source[3]["image"]
     assert source.fingerprint == again.fingerprint != make(seed=1).fingerprint
     assert decode(source[3]["image"]).shape == (3, 32, 32)
-    assert all(source.label(i) == source[i]["label"] and source.hashtags(i) == source[i]["hashtags"]
-               for i in range(10))
+    assert all(
+        source.label(i) == source[i]["label"] and source.hashtags(i) == source[i]["hashtags"]
+        for i in range(10)
+    )
 
 
 def test_scenes_have_clean_labels_and_noisy_long_tailed_tags():
@@ -436,8 +529,12 @@ def test_scenes_have_clean_labels_and_noisy_long_tailed_tags():
     named = [source[i]["text"].find(source.classes[source[i]["label"]]) >= 0 for i in range(40)]
     assert all(named)
     stars = [i for i in range(2000) if source.label(i) == source.classes.index("star")]
-    right = np.mean([bool({"star", "stars", "stella"} & {canonical(t) for t in source.hashtags(i)})
-                     for i in stars])
+    right = np.mean(
+        [
+            bool({"star", "stars", "stella"} & {canonical(t) for t in source.hashtags(i)})
+            for i in stars
+        ]
+    )
     assert 0.5 < right < 0.9
 
 

@@ -12,15 +12,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import processes
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
-from conftest import processes
 from prepretrain import checkpoint, config, distributed, run
 
 LAUNCH = [sys.executable, str(Path(__file__).parents[1] / "tools" / "launch.py")]
 ENV = {**os.environ, "OMP_NUM_THREADS": "1"}
-CLOCKS = ("seconds", "images_per_second", "data_wait")  # the only figures that differ between equal runs
+CLOCKS = (
+    "seconds",
+    "images_per_second",
+    "data_wait",
+)  # the only figures that differ between equal runs
 
 
 def rows(folder: Path) -> list[dict]:
@@ -44,7 +48,10 @@ def group():
 
 
 MODES = {"sharded": "shard.group=null", "replicated": "shard.group=1"}
-HASHTAG = ["objective={name: hashtag, vocabulary: tags.json, head: linear, crop_scale: [0.5, 1.0]}", "data.train=tagged"]
+HASHTAG = [
+    "objective={name: hashtag, vocabulary: tags.json, head: linear, crop_scale: [0.5, 1.0]}",
+    "data.train=tagged",
+]
 
 
 def _in_two(rank: int, where: str) -> None:
@@ -67,8 +74,12 @@ def test_one_process_two_sharded_two_replicated_and_accumulation_give_equal_loss
         got = rows(f"runs/{name}")
         assert_close([row["loss"] for row in got], want, rtol=1e-5, atol=1e-6)
         assert [row["images"] for row in got] == [16 * (i + 1) for i in range(12)]
-    assert_close([r["loss"] for r in rows("runs/two_classify")], [r["loss"] for r in rows("runs/one_classify")],
-                 rtol=1e-5, atol=1e-6)
+    assert_close(
+        [r["loss"] for r in rows("runs/two_classify")],
+        [r["loss"] for r in rows("runs/one_classify")],
+        rtol=1e-5,
+        atol=1e-6,
+    )
     shutil.copytree("runs/two_sharded", "runs/continued")
     for step in (8, 12):
         shutil.rmtree(f"runs/continued/checkpoints/{step:09d}")
@@ -77,12 +88,23 @@ def test_one_process_two_sharded_two_replicated_and_accumulation_give_equal_loss
 
 
 def test_a_run_killed_at_any_step_and_started_again_is_bitwise_the_uninterrupted_one(place):
-    command = [*LAUNCH, "--stage", "small.yaml", "model.drop_path=0.2", "length=60it", "checkpoint.every=7it"]
+    command = [
+        *LAUNCH,
+        "--stage",
+        "small.yaml",
+        "model.drop_path=0.2",
+        "length=60it",
+        "checkpoint.every=7it",
+    ]
     subprocess.run([*command, "--out", "runs/whole"], check=True, env=ENV, capture_output=True)
     target = 10 + time.time_ns() % 40
-    killed = subprocess.Popen([*command, "--out", "runs/killed"], env=ENV, stderr=subprocess.DEVNULL)
+    killed = subprocess.Popen(
+        [*command, "--out", "runs/killed"], env=ENV, stderr=subprocess.DEVNULL
+    )
     metrics = Path("runs/killed/metrics.jsonl")
-    while killed.poll() is None and (not metrics.exists() or metrics.read_text().count("\n") < target):
+    while killed.poll() is None and (
+        not metrics.exists() or metrics.read_text().count("\n") < target
+    ):
         time.sleep(0.01)
     assert killed.poll() is None, "the run ended before it could be killed"
     killed.send_signal(signal.SIGKILL)
@@ -95,7 +117,15 @@ def test_a_run_killed_at_any_step_and_started_again_is_bitwise_the_uninterrupted
 
 
 def test_a_signal_saves_at_the_end_of_the_step_and_the_same_command_goes_on(place):
-    command = [*LAUNCH, "--stage", "small.yaml", "length=400it", "checkpoint.every=400it", "--out", "runs/a"]
+    command = [
+        *LAUNCH,
+        "--stage",
+        "small.yaml",
+        "length=400it",
+        "checkpoint.every=400it",
+        "--out",
+        "runs/a",
+    ]
     started = subprocess.Popen(command, env=ENV, stderr=subprocess.PIPE, text=True)
     metrics = Path("runs/a/metrics.jsonl")
     while not metrics.exists() or metrics.read_text().count("\n") < 5:
@@ -108,23 +138,32 @@ def test_a_signal_saves_at_the_end_of_the_step_and_the_same_command_goes_on(plac
     assert rows("runs/a")[-1]["step"] == int(saved[0].name)
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_before_the_weights_change(place, group, monkeypatch):
+def test_a_loss_that_is_not_finite_stops_the_run_before_the_weights_change(
+    place, group, monkeypatch
+):
     from prepretrain.objectives.mae import MAE
+
     plain, calls = MAE.forward, []
 
     def poisoned(self, batch):
         calls.append(1)
-        return {k: v * float("nan") if len(calls) == 6 else v for k, v in plain(self, batch).items()}
+        return {
+            k: v * float("nan") if len(calls) == 6 else v for k, v in plain(self, batch).items()
+        }
 
     monkeypatch.setattr(MAE, "forward", poisoned)
-    with pytest.raises(FloatingPointError, match="step 6 is not finite.*weights are those of step 5"):
+    with pytest.raises(
+        FloatingPointError, match="step 6 is not finite.*weights are those of step 5"
+    ):
         train("runs/a", "checkpoint.every=5it")
     assert [p.name for p in checkpoint.listed(Path("runs/a"))] == ["000000005"]
     assert rows("runs/a")[-1]["step"] == 5
 
 
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "missing"])
-def test_a_torn_checkpoint_is_detected_and_the_one_before_it_used(place, group, damage, caplog, monkeypatch):
+def test_a_torn_checkpoint_is_detected_and_the_one_before_it_used(
+    place, group, damage, caplog, monkeypatch
+):
     train("runs/whole")
     shutil.copytree("runs/whole", "runs/torn")
     shutil.rmtree("runs/torn/checkpoints/000000012")
@@ -162,16 +201,22 @@ except OSError as error:
 """
     Path("runs/a").mkdir(parents=True)
     done = subprocess.run([sys.executable, "-c", code], env=ENV, capture_output=True, text=True)
-    assert "could not be saved" in done.stderr and "Earlier checkpoints are intact" in done.stderr, done.stderr
+    assert (
+        "could not be saved" in done.stderr and "Earlier checkpoints are intact" in done.stderr
+    ), done.stderr
     assert [p.name for p in Path("runs/a/checkpoints").iterdir()] == ["000000004"]
     assert checkpoint.newest(Path("runs/a")).name == "000000004"
 
 
-def test_a_run_is_not_continued_with_another_config_and_the_keys_that_differ_are_named(place, group):
+def test_a_run_is_not_continued_with_another_config_and_the_keys_that_differ_are_named(
+    place, group
+):
     train("runs/a", "length=4it")
     with pytest.raises(ValueError, match=r"optim.lr: 0.01 -> 0.02"):
         train("runs/a", "length=4it", "optim.lr=2e-2")
-    train("runs/a", "length=4it", "data.workers=1", "shard.recompute=block")  # what changes no result may differ
+    train(
+        "runs/a", "length=4it", "data.workers=1", "shard.recompute=block"
+    )  # what changes no result may differ
 
 
 def test_a_run_is_not_continued_with_other_data(place, group):
@@ -187,7 +232,12 @@ def test_recomputation_changes_no_loss(place, group):
     for override in ("shard.recompute=block", "shard.recompute=offload"):
         folder = "runs/" + override.replace("=", "_")
         train(folder, "length=3it", override)
-        assert_close([r["loss"] for r in rows(folder)], [r["loss"] for r in rows("runs/plain")], rtol=1e-5, atol=1e-6)
+        assert_close(
+            [r["loss"] for r in rows(folder)],
+            [r["loss"] for r in rows("runs/plain")],
+            rtol=1e-5,
+            atol=1e-6,
+        )
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="compiling for a CPU needs g++")
@@ -195,17 +245,28 @@ def test_compilation_changes_no_loss_but_for_rounding(place, group):
     small = ["length=3it", "model.depth=1", "objective.decoder_depth=0"]
     train("runs/plain", *small)
     train("runs/compiled", *small, "shard.compile=true")
-    assert_close([r["loss"] for r in rows("runs/compiled")], [r["loss"] for r in rows("runs/plain")],
-                 rtol=1e-4, atol=1e-5)
+    assert_close(
+        [r["loss"] for r in rows("runs/compiled")],
+        [r["loss"] for r in rows("runs/plain")],
+        rtol=1e-4,
+        atol=1e-5,
+    )
 
 
 def test_stage_two_starts_from_stage_ones_encoder_at_another_image_size(place, group):
     train("runs/mae")
-    stage_two = ["objective={name: classify, classes: 3}", "model={image_size: 48, positions: learned}"]
-    train("runs/two", *stage_two, "length=1it", "optim.warmup=0it", "optim.lr=1e-9", init="runs/mae")
+    stage_two = [
+        "objective={name: classify, classes: 3}",
+        "model={image_size: 48, positions: learned}",
+    ]
+    train(
+        "runs/two", *stage_two, "length=1it", "optim.warmup=0it", "optim.lr=1e-9", init="runs/mae"
+    )
     one, two = (load_file(f"runs/{name}/export/model.safetensors") for name in ("mae", "two"))
     assert two["pos_embed"].shape[1] == 37 and one["pos_embed"].shape[1] == 17
-    assert_close(one["blocks.0.attn.qkv.weight"], two["blocks.0.attn.qkv.weight"], rtol=0, atol=1e-6)
+    assert_close(
+        one["blocks.0.attn.qkv.weight"], two["blocks.0.attn.qkv.weight"], rtol=0, atol=1e-6
+    )
 
 
 def test_evaluators_run_within_a_run_and_leave_training_as_it_was(place, group):

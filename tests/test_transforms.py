@@ -31,7 +31,7 @@ def huge_jpeg(height=10_000, width=20_000):
     """A JPEG of a few hundred bytes whose header declares 200 megapixels."""
     data = encoded(Image.new("RGB", (16, 16)))
     at = data.index(b"\xff\xc0") + 5
-    return data[:at] + height.to_bytes(2, "big") + width.to_bytes(2, "big") + data[at + 4:]
+    return data[:at] + height.to_bytes(2, "big") + width.to_bytes(2, "big") + data[at + 4 :]
 
 
 @pytest.mark.parametrize("make", [transforms._torchcodec, transforms._torchvision])
@@ -59,9 +59,19 @@ def test_the_orientation_tag_is_ignored_whatever_the_decoder(monkeypatch):
     assert torch.equal(decode(data), expected)
 
 
-@pytest.mark.parametrize("mode, kind", [
-    ("L", "JPEG"), ("CMYK", "JPEG"), ("RGBA", "PNG"), ("LA", "PNG"), ("P", "PNG"), ("1", "PNG"),
-    ("RGBA", "WEBP"), ("RGB", "WEBP")])
+@pytest.mark.parametrize(
+    "mode, kind",
+    [
+        ("L", "JPEG"),
+        ("CMYK", "JPEG"),
+        ("RGBA", "PNG"),
+        ("LA", "PNG"),
+        ("P", "PNG"),
+        ("1", "PNG"),
+        ("RGBA", "WEBP"),
+        ("RGB", "WEBP"),
+    ],
+)
 def test_every_colour_mode_becomes_three_channels(mode, kind):
     image = photo().convert("RGB").convert(mode)
     data = encoded(image, kind)
@@ -85,9 +95,17 @@ def test_a_jpeg_without_its_end_marker_is_decoded():
     assert torch.equal(decode(large[:-2]), decode(large))
 
 
-@pytest.mark.parametrize("data", [b"", b"not an image", encoded(photo())[:40],
-                                  encoded(photo(480, 640))[:9000], encoded(photo(480, 640))[:-40],
-                                  b"\xff\xd8\xff" + b"\0" * 500])
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"not an image",
+        encoded(photo())[:40],
+        encoded(photo(480, 640))[:9000],
+        encoded(photo(480, 640))[:-40],
+        b"\xff\xd8\xff" + b"\0" * 500,
+    ],
+)
 def test_what_cannot_be_decoded_is_a_bad_image_with_a_cause(data):
     with pytest.raises(BadImage) as caught:
         decode(data)
@@ -107,8 +125,13 @@ def test_an_image_of_200_megapixels_is_refused_by_its_header():
 def test_random_is_a_pure_function_of_its_four_arguments():
     draw = lambda *a, purpose="crop": Random(*a)(purpose).random(4).tolist()
     assert draw(1, 2, 3) == draw(1, 2, 3)
-    others = [draw(0, 2, 3), draw(1, 0, 3), draw(1, 2, 0), draw(1, 3, 2),
-              draw(1, 2, 3, purpose="flip")]
+    others = [
+        draw(0, 2, 3),
+        draw(1, 0, 3),
+        draw(1, 2, 0),
+        draw(1, 3, 2),
+        draw(1, 2, 3, purpose="flip"),
+    ]
     assert len({tuple(o) for o in [draw(1, 2, 3), *others]}) == 6
 
 
@@ -132,8 +155,9 @@ def test_crop_boxes_lie_inside_and_cover_the_asked_share_of_the_area():
 def test_a_very_flat_image_falls_back_to_its_centre():
     box = crop_box(10, 1000, Random(0, 0, 0)("crop"), (0.9, 1.0), (3 / 4, 4 / 3))
     assert box == (0, (1000 - 13) // 2, 10, 13)
-    out = transforms.random_resized_crop(torch.zeros(3, 1, 500, dtype=torch.uint8), 8,
-                                         Random(0, 0, 0)("crop"), scale=(0.2, 1.0))
+    out = transforms.random_resized_crop(
+        torch.zeros(3, 1, 500, dtype=torch.uint8), 8, Random(0, 0, 0)("crop"), scale=(0.2, 1.0)
+    )
     assert out.shape == (3, 8, 8)
 
 
@@ -152,7 +176,7 @@ def test_the_resized_crop_agrees_with_pil_to_rounding():
 def test_the_centre_crop_agrees_with_torchvision(size):
     from torchvision.transforms import v2
 
-    image = pixels(photo(480, 640))[:, :size[0], :size[1]].contiguous()
+    image = pixels(photo(480, 640))[:, : size[0], : size[1]].contiguous()
     theirs = v2.CenterCrop(56)(v2.Resize(64, interpolation=v2.InterpolationMode.BICUBIC)(image))
     ours = transforms.resize_center_crop(image, 56)
     assert ours.shape == (3, 56, 56)
@@ -161,6 +185,8 @@ def test_the_centre_crop_agrees_with_torchvision(size):
 
 def test_flip_mirrors_about_half_of_the_images():
     image = pixels(photo())
-    mirrored = sum(torch.equal(transforms.flip(image, Random(0, 0, i)("flip")), image.flip(-1))
-                   for i in range(400))
+    mirrored = sum(
+        torch.equal(transforms.flip(image, Random(0, 0, i)("flip")), image.flip(-1))
+        for i in range(400)
+    )
     assert 150 < mirrored < 250

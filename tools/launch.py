@@ -1,11 +1,12 @@
 """Runs a stage of the pipeline.
 
-    python tools/launch.py --stage mae                                    one process, here
-    python tools/launch.py --stage mae --procs 8                          eight local processes
-    python tools/launch.py --stage mae --nodes 8 --procs 8 --slurm gpu    SLURM partition "gpu"
-    torchrun --nproc-per-node 8 tools/launch.py --stage mae               processes that are there already
-    python tools/launch.py --stage wsp --init runs/mae optim.lr=1e-4      from a run's weights, with another option
-    python tools/launch.py --stage mae --dry-run                          checks everything, trains nothing
+python tools/launch.py --stage mae                                    one process, here python
+tools/launch.py --stage mae --procs 8                          eight local processes python
+tools/launch.py --stage mae --nodes 8 --procs 8 --slurm gpu    SLURM partition "gpu" torchrun
+--nproc-per-node 8 tools/launch.py --stage mae               processes that are there already python
+tools/launch.py --stage wsp --init runs/mae optim.lr=1e-4      from a run's weights, with another
+option python tools/launch.py --stage mae --dry-run                          checks everything,
+trains nothing
 """
 
 import argparse
@@ -17,15 +18,29 @@ from prepretrain.train import STOPPED, Stopped
 
 def main() -> None:
     """Parses the flags; everything else is a key of the config."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--stage", required=True, help="a config: mae, wsp, eval/linear, … or a path to a .yaml")
-    parser.add_argument("--init", help="weights to start from, or to evaluate: a run's folder or a file, [:encoder]")
-    parser.add_argument("--out", help="the run's folder (default: runs/<stage>, or the run that is evaluated)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--stage", required=True, help="a config: mae, wsp, eval/linear, … or a path to a .yaml"
+    )
+    parser.add_argument(
+        "--init", help="weights to start from, or to evaluate: a run's folder or a file, [:encoder]"
+    )
+    parser.add_argument(
+        "--out", help="the run's folder (default: runs/<stage>, or the run that is evaluated)"
+    )
     parser.add_argument("--nodes", type=int, default=1, help="machines")
     parser.add_argument("--procs", type=int, default=1, help="processes on each")
-    parser.add_argument("--slurm", metavar="PARTITION", help="submit to SLURM instead of running here")
+    parser.add_argument(
+        "--slurm", metavar="PARTITION", help="submit to SLURM instead of running here"
+    )
     parser.add_argument("--hours", type=float, default=72.0, help="time limit of a SLURM job")
-    parser.add_argument("--dry-run", action="store_true", help="check everything, train nothing; the last line is JSON")
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="check everything, train nothing; the last line is JSON",
+    )
     parser.add_argument("overrides", nargs="*", metavar="a.b=value", help="keys of the config")
     given = vars(parser.parse_intermixed_args())
     try:

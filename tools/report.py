@@ -15,9 +15,13 @@ def main() -> None:
     curves.add_argument("--out", required=True, metavar="PNG")
     table = commands.add_parser("table", help="the headline metric of each evaluation, in Markdown")
     table.add_argument("runs", nargs="+", metavar="RUN")
-    pictures = commands.add_parser("reconstructions", help="original, masked, reconstructed, as a PNG")
+    pictures = commands.add_parser(
+        "reconstructions", help="original, masked, reconstructed, as a PNG"
+    )
     pictures.add_argument("run", metavar="RUN")
-    pictures.add_argument("--data", required=True, metavar="CARD", help='a card, or a split: "demo:val"')
+    pictures.add_argument(
+        "--data", required=True, metavar="CARD", help='a card, or a split: "demo:val"'
+    )
     pictures.add_argument("--images", type=int, default=8)
     pictures.add_argument("--out", required=True, metavar="PNG")
     asked = parser.parse_args()

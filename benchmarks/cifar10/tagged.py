@@ -1,18 +1,30 @@
-"""A source outside of the package: photos with labels, told as noisy, partly coarse hashtags instead."""
+"""A source outside of the package: photos with labels, told as noisy, partly coarse hashtags
+instead."""
 
 from prepretrain.sources.base import Source, fingerprint_of
 from prepretrain.sources.parquet import Parquet
 from prepretrain.transforms import Random
 
 CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
-COARSE = ["vehicle", "vehicle", "animal", "animal", "animal", "animal", "animal", "animal", "vehicle", "vehicle"]
+COARSE = [
+    "vehicle",
+    "vehicle",
+    "animal",
+    "animal",
+    "animal",
+    "animal",
+    "animal",
+    "animal",
+    "vehicle",
+    "vehicle",
+]
 MISSING, WRONG, COARSE_MISSING = 0.2, 0.1, 0.3
 
 
 class Tagged(Source):
-    """CIFAR-10's training photos with hashtags: the class's name (missing from 20 %, another class's in 10 %), and
-    a coarser tag (missing from 30 %); the label itself is not among the fields. A photo left without any tag keeps
-    its coarse one."""
+    """CIFAR-10's training photos with hashtags: the class's name (missing from 20 %, another
+    class's in 10 %), and a coarser tag (missing from 30 %); the label itself is not among the
+    fields. A photo left without any tag keeps its coarse one."""
 
     fields = ("image", "hashtags")
 

@@ -11,13 +11,13 @@ from prepretrain import plugin
 class Encoder(nn.Module):
     """An image encoder. B images, N patches (cells of the grid), D channels.
 
-    A family is one file of this folder: one subclass, and a table SIZES that maps the name of a size
-    to the constructor options it stands for.
+    A family is one file of this folder: one subclass, and a table SIZES that maps the name of a
+    size to the constructor options it stands for.
     """
 
-    width: int       # D
-    stride: int      # pixels per cell of the grid
-    prefix: int      # tokens before the grid (a ViT's class token: 1)
+    width: int  # D
+    stride: int  # pixels per cell of the grid
+    prefix: int  # tokens before the grid (a ViT's class token: 1)
     image_size: int  # pixels, square
     blocks: nn.ModuleList  # what is recomputed, compiled and sharded as a unit
 
@@ -26,12 +26,18 @@ class Encoder(nn.Module):
         """Cells along one side of the image."""
         return self.image_size // self.stride
 
-    def forward(self, image: Tensor, *, keep: Tensor | None = None,
-                hide: tuple[Tensor, Tensor] | None = None) -> Tensor:
+    def forward(
+        self,
+        image: Tensor,
+        *,
+        keep: Tensor | None = None,
+        hide: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
         """[B, 3, H, W] normalised images to [B, prefix + N, D] tokens after the final norm.
 
-        keep: int64 [B, K], encode those patches only (MAE); the result is [B, prefix + K, D] in that order.
-        hide: (bool mask [B, N], token [D]), put the token in the place of the masked patches (SimMIM).
+        keep: int64 [B, K], encode those patches only (MAE); the result is [B, prefix + K, D] in
+        that order. hide: (bool mask [B, N], token [D]), put the token in the place of the masked
+        patches (SimMIM).
         """
         raise NotImplementedError
 
@@ -64,7 +70,9 @@ def sizes() -> dict[str, tuple[type[Encoder], dict[str, Any]]]:
     found = {}
     for family in plugin.names("encoders"):
         table = importlib.import_module(f"prepretrain.encoders.{family}").SIZES
-        found.update({name: (plugin.find("encoders", family), preset) for name, preset in table.items()})
+        found.update(
+            {name: (plugin.find("encoders", family), preset) for name, preset in table.items()}
+        )
     return found
 
 
@@ -78,5 +86,7 @@ def build(encoder: str, **options: Any) -> Encoder:
     elif encoder in sizes():
         family, preset = sizes()[encoder]
     else:
-        raise ValueError("model.encoder: " + plugin.unknown("no encoder", encoder, sorted(sizes()), quote=True))
+        raise ValueError(
+            "model.encoder: " + plugin.unknown("no encoder", encoder, sorted(sizes()), quote=True)
+        )
     return family(**plugin.check(family, {**preset, **options}, "model"))

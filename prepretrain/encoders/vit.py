@@ -31,38 +31,62 @@ SIZES = {
 
 
 class ViT(Encoder):
-    """A pre-norm ViT with a class token and one position table; the constructor's defaults are MAWS's."""
+    """A pre-norm ViT with a class token and one position table; the constructor's defaults are
+    MAWS's."""
 
     prefix = 1
 
-    def __init__(self, *, patch_size: int, width: int, depth: int, heads: int, image_size: int = 224,
-                 drop_path: float = 0.0, positions: Literal["fixed", "learned"] = "learned"):
+    def __init__(
+        self,
+        *,
+        patch_size: int,
+        width: int,
+        depth: int,
+        heads: int,
+        image_size: int = 224,
+        drop_path: float = 0.0,
+        positions: Literal["fixed", "learned"] = "learned",
+    ):
         """positions: the table starts as 2-d sines and cosines; "fixed" (MAE) keeps it so."""
         super().__init__()
         if image_size % patch_size or image_size < patch_size:
-            raise ValueError(f"model.image_size: {image_size} is no multiple of model.patch_size {patch_size}.")
+            raise ValueError(
+                f"model.image_size: {image_size} is no multiple of model.patch_size {patch_size}."
+            )
         if width % heads or width % 4:
-            raise ValueError(f"model.width: {width} must be a multiple of model.heads ({heads}) and of 4.")
+            raise ValueError(
+                f"model.width: {width} must be a multiple of model.heads ({heads}) and of 4."
+            )
         if not 0 <= drop_path < 1:
             raise ValueError(f"model.drop_path: {drop_path} must lie in [0, 1).")
         self.width, self.stride, self.image_size = width, patch_size, image_size
         self.depth, self.heads = depth, heads
         self.cls_token = nn.Parameter(torch.empty(1, 1, width))
-        self.pos_embed = nn.Parameter(torch.empty(1, 1 + self.grid**2, width),
-                                      requires_grad=positions == "learned")
+        self.pos_embed = nn.Parameter(
+            torch.empty(1, 1 + self.grid**2, width), requires_grad=positions == "learned"
+        )
         self.patch_embed = nn.Module()
         self.patch_embed.proj = nn.Conv2d(3, width, patch_size, patch_size)
         rates = [drop_path * i / max(depth - 1, 1) for i in range(depth)]
         norm = partial(nn.LayerNorm, eps=1e-6)
         self.blocks = nn.ModuleList(
-            Block(width, heads, mlp_ratio=4, qkv_bias=True, drop_path=rate, norm_layer=norm) for rate in rates)
+            Block(width, heads, mlp_ratio=4, qkv_bias=True, drop_path=rate, norm_layer=norm)
+            for rate in rates
+        )
         self.norm = norm(width)
 
-    def forward(self, image: Tensor, *, keep: Tensor | None = None,
-                hide: tuple[Tensor, Tensor] | None = None) -> Tensor:
+    def forward(
+        self,
+        image: Tensor,
+        *,
+        keep: Tensor | None = None,
+        hide: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
         """See Encoder.forward. Raises ValueError for an image of another size."""
         if tuple(image.shape[-2:]) != (self.image_size,) * 2:
-            raise ValueError(f"model.image_size is {self.image_size} and an image is {tuple(image.shape[-2:])}.")
+            raise ValueError(
+                f"model.image_size is {self.image_size} and an image is {tuple(image.shape[-2:])}."
+            )
         patches, positions = patchify(image, self.stride), self.pos_embed[:, 1:]
         if keep is not None:  # gather before embedding: the hidden patches cost nothing
             patches = take(patches, keep)
@@ -79,7 +103,8 @@ class ViT(Encoder):
         return self.norm(tokens)
 
     def initialise(self, name: str, tensor: Tensor, generator: torch.Generator) -> bool:
-        """MAE's initialisation (its section 4 and code): the projection as a linear layer, sin-cos positions."""
+        """MAE's initialisation (its section 4 and code): the projection as a linear layer, sin-cos
+        positions."""
         if name == "cls_token":
             tensor.normal_(std=0.02, generator=generator)
         elif name == "pos_embed":
@@ -93,11 +118,18 @@ class ViT(Encoder):
         return True
 
     def adapt(self, name: str, tensor: Tensor) -> Tensor:
-        """Resamples the position table (bicubic, as timm and MAE's users do) for another image size."""
-        if name == "pos_embed" and tensor.shape[1:2] != self.pos_embed.shape[1:2] and tensor.ndim == 3:
+        """Resamples the position table (bicubic, as timm and MAE's users do) for another image
+        size."""
+        if (
+            name == "pos_embed"
+            and tensor.shape[1:2] != self.pos_embed.shape[1:2]
+            and tensor.ndim == 3
+        ):
             old = round((tensor.shape[1] - 1) ** 0.5)
             if old**2 + 1 == tensor.shape[1]:
-                return resample_abs_pos_embed(tensor, [self.grid] * 2, [old] * 2, num_prefix_tokens=1)
+                return resample_abs_pos_embed(
+                    tensor, [self.grid] * 2, [old] * 2, num_prefix_tokens=1
+                )
         return tensor
 
     def no_weight_decay(self) -> set[str]:
@@ -106,13 +138,23 @@ class ViT(Encoder):
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """timm's description of which layer a parameter belongs to, for layer-wise decay."""
-        return {"stem": r"^cls_token|pos_embed|patch_embed", "blocks": [(r"^blocks\.(\d+)", None), (r"^norm", (99999,))]}
+        return {
+            "stem": r"^cls_token|pos_embed|patch_embed",
+            "blocks": [(r"^blocks\.(\d+)", None), (r"^norm", (99999,))],
+        }
 
     def timm(self) -> dict[str, Any]:
         """See Encoder.timm."""
-        return {"architecture": "vit_base_patch16_224",
-                "model_args": {"img_size": self.image_size, "patch_size": self.stride, "embed_dim": self.width,
-                               "depth": self.depth, "num_heads": self.heads}}
+        return {
+            "architecture": "vit_base_patch16_224",
+            "model_args": {
+                "img_size": self.image_size,
+                "patch_size": self.stride,
+                "embed_dim": self.width,
+                "depth": self.depth,
+                "num_heads": self.heads,
+            },
+        }
 
 
 def patchify(image: Tensor, size: int) -> Tensor:
@@ -136,7 +178,8 @@ def take(tokens: Tensor, index: Tensor) -> Tensor:
 
 
 def sincos(width: int, grid: int) -> Tensor:
-    """[1 + grid², width] fixed 2-d positions, a row of zeros for the class token (MAE, section 4)."""
+    """[1 + grid², width] fixed 2-d positions, a row of zeros for the class token (MAE, section
+    4)."""
     frequency = 1 / 10000 ** (torch.arange(width // 4, dtype=torch.float64) / (width // 4))
     angle = torch.arange(grid, dtype=torch.float64)[:, None] * frequency
     one = torch.cat([angle.sin(), angle.cos()], 1)  # [grid, width / 2]

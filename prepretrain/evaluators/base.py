@@ -38,28 +38,39 @@ def require(fits: bool, option: str, value: Any, rule: str) -> None:
         raise ValueError(f"{option}: {value!r} does not fit; it {rule}.")
 
 
-def labelled_features(card: Any, split: str, model: nn.Module, *, pool: str, feature_batch: int,
-                      workers: int) -> tuple[Tensor, Tensor]:
+def labelled_features(
+    card: Any, split: str, model: nn.Module, *, pool: str, feature_batch: int, workers: int
+) -> tuple[Tensor, Tensor]:
     """Features and labels of a card's split, with errors that name both."""
-    return extract(model, card.open(split), pool=pool, batch_size=feature_batch, workers=workers,
-                   name=f"{card.name}:{split}")
+    return extract(
+        model,
+        card.open(split),
+        pool=pool,
+        batch_size=feature_batch,
+        workers=workers,
+        name=f"{card.name}:{split}",
+    )
 
 
 def class_count(card: Any, *labels: Tensor) -> int:
-    """The number of classes: the card's, else one more than the largest label; labels must be in it."""
+    """The number of classes: the card's, else one more than the largest label; labels must be in
+    it."""
     low = min(int(part.min()) for part in labels)
     high = max(int(part.max()) for part in labels)
     count = len(card.classes) if card.classes else high + 1
     if low < 0 or high >= count:
-        raise ValueError(f"{card.name}: labels run from {low} to {high}, and there are {count} classes "
-                         f"(0 to {count - 1}). Mend the labels, or the card's list of classes.")
+        raise ValueError(
+            f"{card.name}: labels run from {low} to {high}, and there are {count} classes "
+            f"(0 to {count - 1}). Mend the labels, or the card's list of classes."
+        )
     if count < 2:
         raise ValueError(f"{card.name}: has a single class, so there is nothing to tell apart.")
     return count
 
 
 def accuracy(scores: Tensor, labels: Tensor) -> dict[str, float]:
-    """Top-1 in percent, and top-5 where there are more than five classes. `scores` is [n, classes]."""
+    """Top-1 in percent, and top-5 where there are more than five classes. `scores` is [n,
+    classes]."""
     ranks = (1, 5) if scores.shape[1] > 5 else (1,)
     best = scores.topk(ranks[-1], dim=1).indices
     hit = best == labels[:, None]

@@ -17,30 +17,43 @@ from prepretrain.sources.base import Subset
 class Lowshot(Evaluator):
     """K images a class, chosen anew for each seed; mean and deviation over the seeds.
 
-    The classifier is MSN's (Assran et al. 2022): multinomial logistic regression without intercept on
-    features from which each one's own mean is taken and which are then scaled to length 1.
+    The classifier is MSN's (Assran et al. 2022): multinomial logistic regression without intercept
+    on features from which each one's own mean is taken and which are then scaled to length 1.
 
     data           the card; images are chosen from `train` and accuracy is measured on all of `val`
-    pool           "class" (the class token) or "mean" (of the patch tokens)
-    shots          the numbers of images a class. The choice for fewer is part of that for more
-    seeds          the number of choices; seed s of one run is seed s of any other
-    at_most        take all images of a class that has fewer than K (iNaturalist 2018), not an error
-    l2             of the summed loss: sum of cross-entropies + l2/2 |W|^2
-    feature_batch  images at once a process, while features are computed;  workers: decoding processes
+    pool           "class" (the class token) or "mean" (of the patch tokens) shots          the
+    numbers of images a class. The choice for fewer is part of that for more seeds          the
+    number of choices; seed s of one run is seed s of any other at_most        take all images of a
+    class that has fewer than K (iNaturalist 2018), not an error l2             of the summed loss:
+    sum of cross-entropies + l2/2 |W|^2 feature_batch  images at once a process, while features are
+    computed;  workers: decoding processes
 
-    Results are `top1_{K}shot` and `top1_{K}shot_std` (from two seeds on; over n - 1), `top5_…` where
-    there are more than five classes; the headline is top-1 of the largest K.
+    Results are `top1_{K}shot` and `top1_{K}shot_std` (from two seeds on; over n - 1), `top5_…`
+    where there are more than five classes; the headline is top-1 of the largest K.
     """
 
     headline = "top1_10shot"
 
-    def __init__(self, *, data: str, pool: Literal["class", "mean"] = "class",
-                 shots: tuple[int, ...] = (1, 5, 10), seeds: int = 5, at_most: bool = False,
-                 l2: float = 0.0025, feature_batch: int = 256, workers: int = 0):
+    def __init__(
+        self,
+        *,
+        data: str,
+        pool: Literal["class", "mean"] = "class",
+        shots: tuple[int, ...] = (1, 5, 10),
+        seeds: int = 5,
+        at_most: bool = False,
+        l2: float = 0.0025,
+        feature_batch: int = 256,
+        workers: int = 0,
+    ):
         super().__init__(data=data)
         require(pool in ("class", "mean"), "lowshot.pool", pool, "is 'class' or 'mean'")
-        require(bool(shots) and all(k >= 1 for k in shots) and len(set(shots)) == len(shots),
-                "lowshot.shots", shots, "must be different numbers from 1 on")
+        require(
+            bool(shots) and all(k >= 1 for k in shots) and len(set(shots)) == len(shots),
+            "lowshot.shots",
+            shots,
+            "must be different numbers from 1 on",
+        )
         require(seeds >= 1, "lowshot.seeds", seeds, "must be at least 1")
         require(l2 > 0, "lowshot.l2", l2, "must be above 0")
         require(feature_batch >= 1, "lowshot.feature_batch", feature_batch, "must be at least 1")
@@ -63,11 +76,18 @@ class Lowshot(Evaluator):
             raise ValueError(f"{self.card.name}:train: has no labels, by which images are chosen.")
         labels = torch.tensor([source.label(i) for i in range(len(source))])
         reading = {"pool": self.pool, "batch_size": self.feature_batch, "workers": self.workers}
-        val, val_labels = extract(model, self.card.open("val"), name=f"{self.card.name}:val", **reading)
+        val, val_labels = extract(
+            model, self.card.open("val"), name=f"{self.card.name}:val", **reading
+        )
         classes = class_count(self.card, labels, val_labels)
-        chosen = {(k, seed): choose(labels, classes, k, seed, at_most=self.at_most, data=self.card.name)
-                  for k in self.shots for seed in range(self.seeds)}
-        needed = sorted(set(torch.cat(list(chosen.values())).tolist()))  # features of no other image
+        chosen = {
+            (k, seed): choose(labels, classes, k, seed, at_most=self.at_most, data=self.card.name)
+            for k in self.shots
+            for seed in range(self.seeds)
+        }
+        needed = sorted(
+            set(torch.cat(list(chosen.values())).tolist())
+        )  # features of no other image
         train, _ = extract(model, Subset(source, needed), name=f"{self.card.name}:train", **reading)
         places = torch.full((len(labels),), -1)
         places[needed] = torch.arange(len(needed))
@@ -75,38 +95,63 @@ class Lowshot(Evaluator):
         found = self.measure(train, chosen, val, val_labels, classes)
         return distributed.from_main(found | {"images": len(val)})
 
-    def measure(self, train: Tensor, chosen: dict[tuple[int, int], tuple[Tensor, Tensor]], val: Tensor,
-                val_labels: Tensor, classes: int) -> dict[str, float]:
-        """Mean and deviation for each K; `chosen` holds rows of `train` and labels for each (K, seed).
+    def measure(
+        self,
+        train: Tensor,
+        chosen: dict[tuple[int, int], tuple[Tensor, Tensor]],
+        val: Tensor,
+        val_labels: Tensor,
+        classes: int,
+    ) -> dict[str, float]:
+        """Mean and deviation for each K; `chosen` holds rows of `train` and labels for each (K,
+        seed).
 
         The fits are shared out among the ranks.
         """
         device = distributed.device()
         train, val = _scaled(train).to(device), _scaled(val).to(device)
         mine = {}
-        for job in list(chosen)[distributed.rank()::distributed.world()]:
+        for job in list(chosen)[distributed.rank() :: distributed.world()]:
             rows, labels = (part.to(device) for part in chosen[job])
-            weight = logistic.fit(train[rows].double(), labels, classes, l2=self.l2 / len(rows), intercept=False)
+            weight = logistic.fit(
+                train[rows].double(), labels, classes, l2=self.l2 / len(rows), intercept=False
+            )
             mine[job] = accuracy(logistic.scores(val, weight).cpu(), val_labels)
-        found = {job: top for part in distributed.all_gather_object(mine) for job, top in part.items()}
+        found = {
+            job: top for part in distributed.all_gather_object(mine) for job, top in part.items()
+        }
         results: dict[str, float] = {}
         for k in self.shots:
             results |= _summary([found[k, seed] for seed in range(self.seeds)], k)
         return results
 
 
-def choose(labels: Tensor, classes: int, shots: int, seed: int, *, at_most: bool = False,
-           data: str = "the data") -> Tensor:
-    """Positions of `shots` images of each class, a pure function of the labels, `shots` and `seed`."""
-    by_class = torch.argsort(labels, stable=True).split(torch.bincount(labels, minlength=classes).tolist())
+def choose(
+    labels: Tensor,
+    classes: int,
+    shots: int,
+    seed: int,
+    *,
+    at_most: bool = False,
+    data: str = "the data",
+) -> Tensor:
+    """Positions of `shots` images of each class, a pure function of the labels, `shots` and
+    `seed`."""
+    by_class = torch.argsort(labels, stable=True).split(
+        torch.bincount(labels, minlength=classes).tolist()
+    )
     if not at_most:
         few = [c for c, rows in enumerate(by_class) if len(rows) < shots]
         if few:
-            raise ValueError(f"lowshot.shots: {data}:train has fewer than {shots} images in {len(few)} of "
-                             f"{classes} classes (class {few[0]} has {len(by_class[few[0]])}). Ask for "
-                             "fewer shots, or set lowshot.at_most=true to take what there is.")
-    taken = [rows[torch.from_numpy(_generator(seed, c).permutation(len(rows))[:shots])]
-             for c, rows in enumerate(by_class)]
+            raise ValueError(
+                f"lowshot.shots: {data}:train has fewer than {shots} images in {len(few)} of "
+                f"{classes} classes (class {few[0]} has {len(by_class[few[0]])}). Ask for "
+                "fewer shots, or set lowshot.at_most=true to take what there is."
+            )
+    taken = [
+        rows[torch.from_numpy(_generator(seed, c).permutation(len(rows))[:shots])]
+        for c, rows in enumerate(by_class)
+    ]
     return torch.cat(taken)
 
 

@@ -1,4 +1,5 @@
-"""What every objective offers: it turns batches into a loss, and owns the transform that makes them."""
+"""What every objective offers: it turns batches into a loss, and owns the transform that makes
+them."""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,10 +11,11 @@ from prepretrain.model import Model
 
 
 class Objective(nn.Module):
-    """A model and what it is trained for. The training loop knows `objective(batch)["loss"]` and nothing else.
+    """A model and what it is trained for. The training loop knows `objective(batch)["loss"]` and
+    nothing else.
 
-    One file of this folder holds one subclass; its constructor's keywords are its options. Parameters hang on
-    its children, never on itself (`shard` refuses them).
+    One file of this folder holds one subclass; its constructor's keywords are its options.
+    Parameters hang on its children, never on itself (`shard` refuses them).
     """
 
     fields: tuple[str, ...] = ("image",)  # what it needs from a sample
@@ -23,7 +25,8 @@ class Objective(nn.Module):
         self.model = model
 
     def transform(self, train: bool) -> Callable[[dict[str, Any]], dict[str, Any]]:
-        """What makes a batch's row of a sample, in a worker; all randomness from `sample["random"]`."""
+        """What makes a batch's row of a sample, in a worker; all randomness from
+        `sample["random"]`."""
         raise NotImplementedError
 
     def forward(self, batch: dict[str, Any]) -> dict[str, Tensor]:
@@ -31,19 +34,25 @@ class Objective(nn.Module):
         raise NotImplementedError
 
     def example(self, images: int) -> dict[str, Tensor]:
-        """A batch of the shapes that `forward` takes, on the meta device, to count its FLOPs without data."""
+        """A batch of the shapes that `forward` takes, on the meta device, to count its FLOPs
+        without data."""
         raise NotImplementedError
 
     def check(self, card: Any, source: Any) -> None:
         """Raises ValueError if the data cannot serve this objective, before any time is spent."""
         lacking = [f for f in self.fields if f not in source.fields]
         if lacking:
-            raise ValueError(f"data.train={card.name}: has no {', '.join(lacking)}, which objective "
-                             f"'{type(self).__module__.rpartition('.')[2]}' needs. It has: {', '.join(source.fields)}.")
+            raise ValueError(
+                f"data.train={card.name}: has no {', '.join(lacking)}, which objective "
+                f"'{type(self).__module__.rpartition('.')[2]}' needs. It has: {', '.join(source.fields)}."
+            )
 
     def reconstruct(self, batch: dict[str, Any]) -> dict[str, Tensor]:
-        """{"original", "masked", "reconstructed"} uint8 [B, 3, H, W], where the objective predicts pixels."""
-        raise ValueError(f"objective '{type(self).__name__}' predicts no pixels: there is nothing to draw.")
+        """{"original", "masked", "reconstructed"} uint8 [B, 3, H, W], where the objective predicts
+        pixels."""
+        raise ValueError(
+            f"objective '{type(self).__name__}' predicts no pixels: there is nothing to draw."
+        )
 
 
 def blank_images(count: int, size: int) -> Tensor:

@@ -1,4 +1,5 @@
-"""Weakly supervised pretraining by hashtags: stage two (MAWS, arXiv 2303.13496, section 3; SWAG's recipe)."""
+"""Weakly supervised pretraining by hashtags: stage two (MAWS, arXiv 2303.13496, section 3; SWAG's
+recipe)."""
 
 from collections.abc import Callable
 from typing import Any, Literal
@@ -16,18 +17,26 @@ from prepretrain.transforms import BadImage, decode, flip, random_resized_crop, 
 
 
 class Hashtag(Objective):
-    """Softmax cross-entropy against the image's tags, each with weight 1 / number of tags (SWAG issue 15).
+    """Softmax cross-entropy against the image's tags, each with weight 1 / number of tags (SWAG
+    issue 15).
 
     Tags travel as ids padded with -1, never as a [B, vocabulary] target.
     """
 
     fields = ("image", "hashtags")
 
-    def __init__(self, model: Model, *, vocabulary: str, tags: int | None = None,
-                 head: Literal["linear", "mlp"] = "mlp", pool: Literal["class", "mean"] = "class",
-                 crop_scale: tuple[float, float] = (0.08, 1.0)):
-        """vocabulary: the file that datasets/hashtags.py wrote, under the data folder.
-        tags: how many it must hold, which is then known before it is opened; None takes what it holds."""
+    def __init__(
+        self,
+        model: Model,
+        *,
+        vocabulary: str,
+        tags: int | None = None,
+        head: Literal["linear", "mlp"] = "mlp",
+        pool: Literal["class", "mean"] = "class",
+        crop_scale: tuple[float, float] = (0.08, 1.0),
+    ):
+        """vocabulary: the file that datasets/hashtags.py wrote, under the data folder. tags: how
+        many it must hold, which is then known before it is opened; None takes what it holds."""
         super().__init__(model)
         self.path, self.pool, self.crop_scale = data_folder() / vocabulary, pool, crop_scale
         self._vocabulary: Vocabulary | None = None
@@ -36,11 +45,14 @@ class Hashtag(Objective):
 
     @property
     def vocabulary(self) -> Vocabulary:
-        """The tags, read when first needed. Raises ValueError if the file is missing or not of the stated size."""
+        """The tags, read when first needed. Raises ValueError if the file is missing or not of the
+        stated size."""
         if self._vocabulary is None:
             found = Vocabulary.load(self.path)
             if getattr(self, "tags", len(found.tags)) != len(found.tags):
-                raise ValueError(f"objective.tags: {self.tags}, and {self.path} holds {len(found.tags)}.")
+                raise ValueError(
+                    f"objective.tags: {self.tags}, and {self.path} holds {len(found.tags)}."
+                )
             self._vocabulary = found
         return self._vocabulary
 
@@ -50,26 +62,35 @@ class Hashtag(Objective):
         self.vocabulary.check(source)
 
     def transform(self, train: bool) -> Callable[[dict[str, Any]], dict[str, Any]]:
-        """A random resized crop and flip (a centre crop for validation), and the ids of the known tags."""
-        return Transform(self.model.encoder.image_size, self.vocabulary, self.crop_scale if train else None)
+        """A random resized crop and flip (a centre crop for validation), and the ids of the known
+        tags."""
+        return Transform(
+            self.model.encoder.image_size, self.vocabulary, self.crop_scale if train else None
+        )
 
     def example(self, images: int) -> dict[str, Tensor]:
         """See Objective.example."""
-        return {"image": blank_images(images, self.model.encoder.image_size),
-                "tags": torch.empty(images, 3, dtype=torch.int64, device="meta")}
+        return {
+            "image": blank_images(images, self.model.encoder.image_size),
+            "tags": torch.empty(images, 3, dtype=torch.int64, device="meta"),
+        }
 
     def forward(self, batch: dict[str, Any]) -> dict[str, Tensor]:
-        """{"image": uint8 [B, 3, H, W], "tags": int64 [B, T] padded with -1} to the loss and top-1 accuracy."""
+        """{"image": uint8 [B, 3, H, W], "tags": int64 [B, T] padded with -1} to the loss and top-1
+        accuracy."""
         tokens = self.model(batch["image"])
         logits = self.head(pool_tokens(tokens, self.model.encoder.prefix, self.pool))
         tags = batch["tags"]
         best = logits.detach().argmax(1, keepdim=True)
-        return {"loss": sparse_cross_entropy(logits, tags).mean(),
-                "accuracy": (best == tags).any(1).float().mean()}
+        return {
+            "loss": sparse_cross_entropy(logits, tags).mean(),
+            "accuracy": (best == tags).any(1).float().mean(),
+        }
 
 
 def sparse_cross_entropy(logits: Tensor, tags: Tensor) -> Tensor:
-    """[B] losses of [B, C] logits against int64 [B, T] tags padded with -1, each of weight 1 / number of tags.
+    """[B] losses of [B, C] logits against int64 [B, T] tags padded with -1, each of weight 1 /
+    number of tags.
 
     Equal to the cross-entropy with a multi-hot target divided by its sum, without building it.
     """
@@ -79,7 +100,8 @@ def sparse_cross_entropy(logits: Tensor, tags: Tensor) -> Tensor:
 
 
 class _SparseCrossEntropy(torch.autograd.Function):
-    """logsumexp(logits) - sum(weight x logit), whose gradient needs one [B, C] buffer: the softmax."""
+    """logsumexp(logits) - sum(weight x logit), whose gradient needs one [B, C] buffer: the
+    softmax."""
 
     @staticmethod
     def forward(context: Any, logits: Tensor, tags: Tensor, weight: Tensor) -> Tensor:
@@ -97,7 +119,8 @@ class _SparseCrossEntropy(torch.autograd.Function):
 
 
 class Transform:
-    """A sample to {"image": uint8 [3, S, S], "tags": ids}. A sample without a known tag is a bad one."""
+    """A sample to {"image": uint8 [3, S, S], "tags": ids}. A sample without a known tag is a bad
+    one."""
 
     def __init__(self, size: int, vocabulary: Vocabulary, crop_scale: tuple[float, float] | None):
         self.size, self.vocabulary, self.crop_scale = size, vocabulary, crop_scale

@@ -22,11 +22,15 @@ class Folder(Source):
         folders = sorted(e.name for e in os.scandir(path) if e.is_dir() and e.name[0] != ".")
         loose = sorted(e.name for e in os.scandir(path) if e.is_file() and _is_image(e.name))
         if loose and folders:
-            raise ValueError(f"{path}: holds folders ({folders[0]}, …) and images ({loose[0]}, …). "
-                             "A labelled set has one folder a class, an unlabelled set none.")
+            raise ValueError(
+                f"{path}: holds folders ({folders[0]}, …) and images ({loose[0]}, …). "
+                "A labelled set has one folder a class, an unlabelled set none."
+            )
         if classes is not None and (absent := sorted(set(classes) - set(folders))):
-            raise ValueError(f"{path}: there is no folder for the classes {', '.join(absent)}. "
-                             f"There are: {', '.join(folders) or 'none'}.")
+            raise ValueError(
+                f"{path}: there is no folder for the classes {', '.join(absent)}. "
+                f"There are: {', '.join(folders) or 'none'}."
+            )
         self._read(loose, classes or folders)
 
     def _read(self, loose: list[str], classes: list[str]) -> None:
@@ -49,7 +53,7 @@ class Folder(Source):
 
     def __getitem__(self, index: int) -> dict:
         start = self._ends[index - 1] if index else 0
-        name = os.fsdecode(self._names[start:self._ends[index]].tobytes())
+        name = os.fsdecode(self._names[start : self._ends[index]].tobytes())
         sample = {"key": name, "image": (self.path / name).read_bytes()}
         return sample if self._labels is None else sample | {"label": self.label(index)}
 

@@ -21,8 +21,16 @@ class Parquet(Source):
     2 GB of them are kept, so larger data wants shuffling in windows.
     """
 
-    def __init__(self, *, path: str, image: str = "image", label: str = "label",
-                 text: str = "text", hashtags: str = "hashtags", key: str = "path"):
+    def __init__(
+        self,
+        *,
+        path: str,
+        image: str = "image",
+        label: str = "label",
+        text: str = "text",
+        hashtags: str = "hashtags",
+        key: str = "path",
+    ):
         found = Path(path)
         self.paths = sorted(found.glob("*.parquet")) if found.is_dir() else [found]
         if not self.paths or not self.paths[0].is_file():
@@ -42,22 +50,28 @@ class Parquet(Source):
         defaults = type(self).__init__.__kwdefaults__
         for name, column in asked.items():
             if column not in there and (name == "image" or column != defaults[name]):
-                raise ValueError(f"{self.paths[0]}: no column '{column}' (source.{name}). "
-                                 f"There are: {', '.join(there)}.")
+                raise ValueError(
+                    f"{self.paths[0]}: no column '{column}' (source.{name}). "
+                    f"There are: {', '.join(there)}."
+                )
         for path, file in zip(self.paths, self._files):
             if file.schema_arrow.names != there:
                 raise ValueError(f"{path}: its columns are not those of {self.paths[0]}.")
         return {name: column for name, column in asked.items() if column in there}
 
     def _index(self) -> None:
-        groups = [(f, g, file.metadata.row_group(g)) for f, file in enumerate(self._files)
-                  for g in range(file.metadata.num_row_groups)]
+        groups = [
+            (f, g, file.metadata.row_group(g))
+            for f, file in enumerate(self._files)
+            for g in range(file.metadata.num_row_groups)
+        ]
         self._places = [(f, g) for f, g, _ in groups]
         self.groups = [group.num_rows for *_, group in groups]
         self._starts = np.cumsum(self.groups) - self.groups
         self._length = sum(self.groups)
         self.fingerprint = fingerprint_of(
-            [*self.columns.items()] + [(g.num_rows, g.total_byte_size) for *_, g in groups])
+            [*self.columns.items()] + [(g.num_rows, g.total_byte_size) for *_, g in groups]
+        )
         self._bytes = [group.total_byte_size for *_, group in groups]
         self._kept: OrderedDict[int, dict[str, pa.ChunkedArray]] = OrderedDict()
         if sum(self._bytes) <= _IN_MEMORY:
@@ -101,8 +115,9 @@ class Parquet(Source):
             return self._kept[number]
         file, group = self._places[number]
         # One thread: pyarrow's pool does not survive the fork into a worker.
-        table = self._files[file].read_row_group(group, columns=list(self.columns.values()),
-                                                 use_threads=False)
+        table = self._files[file].read_row_group(
+            group, columns=list(self.columns.values()), use_threads=False
+        )
         while self._kept and sum(self._bytes[k] for k in self._kept) > _IN_MEMORY:
             self._kept.popitem(last=False)
         self._kept[number] = {name: table[column] for name, column in self.columns.items()}

@@ -30,13 +30,16 @@ class Shards(Source):
     by spaces or commas). Missing hashtags are [], a missing text is "", a missing label is absent.
     """
 
-    def __init__(self, *, path: str, hashtags: str = "json.hashtags", text: str = "txt",
-                 label: str = "cls"):
+    def __init__(
+        self, *, path: str, hashtags: str = "json.hashtags", text: str = "txt", label: str = "cls"
+    ):
         self.places = {"label": label, "hashtags": hashtags, "text": text}
         for option, place in self.places.items():
             if place not in FIELDS and not place.startswith("json."):
-                raise ValueError(f"source.{option}: {place!r} is no place in a sample. There are: "
-                                 "txt, cls, json.<name>.")
+                raise ValueError(
+                    f"source.{option}: {place!r} is no place in a sample. There are: "
+                    "txt, cls, json.<name>."
+                )
         self.paths = find_shards(path)
         heads = [read_head(shard) for shard in self.paths]
         self.groups = [head["samples"] for head in heads]
@@ -83,8 +86,11 @@ class Shards(Source):
         image = next((field for field in IMAGES if shard.index.has(row, field)), None)
         if image is None:
             raise BadImage("no image", f"{shard.path} has no jpg, png or webp under this key")
-        return {"key": key, "image": shard.read(row, image),
-                **self._values(shard, row, self.fields[1:])}
+        return {
+            "key": key,
+            "image": shard.read(row, image),
+            **self._values(shard, row, self.fields[1:]),
+        }
 
     def _values(self, shard: "_Shard", row: int, wanted: tuple[str, ...]) -> dict:
         places = {field: self.places[field] for field in wanted}
@@ -193,7 +199,7 @@ def _ranges(path: str) -> Iterator[str]:
         raise ValueError(f"{path}: the range {pattern[0]} is empty.")
     for number in range(int(low), int(high) + 1):
         middle = str(number).zfill(len(low))
-        yield from _ranges(path[:pattern.start()] + middle + path[pattern.end():])
+        yield from _ranges(path[: pattern.start()] + middle + path[pattern.end() :])
 
 
 def _matching(path: str) -> list[Path]:
@@ -217,8 +223,10 @@ class _Shard:
             raise BadImage("too large", f"{field}: {size} bytes, the limit is {MAX_MEMBER}")
         data = os.pread(self._file, size, offset)
         if len(data) != size:
-            raise OSError(f"{self.path}: {len(data)} of {size} bytes at offset {offset}: the file "
-                          "was cut since it was opened.")
+            raise OSError(
+                f"{self.path}: {len(data)} of {size} bytes at offset {offset}: the file "
+                "was cut since it was opened."
+            )
         return data
 
     def close(self) -> None:
