@@ -9,11 +9,19 @@ import pytest
 import torch.multiprocessing as multiprocessing
 from PIL import Image
 
+from prepretrain.card import load_card
+from prepretrain.hashtags import Vocabulary
+
 CARD = """description: three colours
 licence: made by the tests
 classes: [blue, green, red]
 train: {source: folder, path: photos}
 val: {source: folder, path: photos}
+"""
+
+SCENES = """description: made scenes with hashtags
+licence: made by the tests
+train: {source: synthetic, images: 120, size: 40, seed: 0}
 """
 
 MAE = """model: {encoder: vit_test8, positions: fixed}
@@ -42,7 +50,11 @@ def place(tmp_path, monkeypatch) -> Path:
         Image.fromarray(pixels.clip(0, 255).astype("uint8")).save(path)
     Path("datasets").mkdir()
     Path("datasets/colours.yaml").write_text(CARD)
+    Path("datasets/scenes.yaml").write_text(SCENES)
     Path("small.yaml").write_text(MAE)
+    scenes = load_card("scenes").open("train")
+    tags = (scenes.hashtags(i) for i in range(len(scenes)))
+    Vocabulary.count(tags, source=scenes.fingerprint, min_count=2).save(Path("data/tags.json"))
     return tmp_path
 
 

@@ -17,6 +17,8 @@ from safetensors.torch import load_file
 from torch.testing import assert_close
 
 from prepretrain import checkpoint, config, distributed, run
+from prepretrain.card import load_card
+from prepretrain.hashtags import Vocabulary
 
 LAUNCH = [sys.executable, str(Path(__file__).parents[1] / "tools" / "launch.py")]
 ENV = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -49,8 +51,9 @@ def group():
 
 MODES = {"sharded": "shard.group=null", "replicated": "shard.group=1"}
 HASHTAG = [
-    "objective={name: hashtag, vocabulary: tags.json, head: linear, crop_scale: [0.5, 1.0]}",
-    "data.train=tagged",
+    "objective={name: hashtag, vocabulary: tags.json}",
+    "data.train=scenes",
+    "model={encoder: vit_test8}",
 ]
 
 
@@ -59,14 +62,15 @@ def _in_two(rank: int, where: str) -> None:
     distributed.init()
     for name, override in MODES.items():
         train(f"runs/two_{name}", override)
-    train("runs/two_classify", "objective={name: classify, classes: 3}")
+    for name, override in MODES.items():
+        train(f"runs/two_tags_{name}", override, *HASHTAG)
     train("runs/two_parts", "batch_per_process=3")
     distributed.shutdown()
 
 
 def test_one_process_two_sharded_two_replicated_and_accumulation_give_equal_losses(place, group):
     train("runs/one")
-    train("runs/one_classify", "objective={name: classify, classes: 3}")
+    train("runs/one_tags", *HASHTAG)
     processes(2, _in_two, str(place))
     want = [row["loss"] for row in rows("runs/one")]
     assert len(want) == 12 and want[-1] < want[0]
@@ -74,12 +78,9 @@ def test_one_process_two_sharded_two_replicated_and_accumulation_give_equal_loss
         got = rows(f"runs/{name}")
         assert_close([row["loss"] for row in got], want, rtol=1e-5, atol=1e-6)
         assert [row["images"] for row in got] == [16 * (i + 1) for i in range(12)]
-    assert_close(
-        [r["loss"] for r in rows("runs/two_classify")],
-        [r["loss"] for r in rows("runs/one_classify")],
-        rtol=1e-5,
-        atol=1e-6,
-    )
+    for name in MODES:
+        got = [r["loss"] for r in rows(f"runs/two_tags_{name}")]
+        assert_close(got, [r["loss"] for r in rows("runs/one_tags")], rtol=1e-5, atol=1e-6)
     shutil.copytree("runs/two_sharded", "runs/continued")
     for step in (8, 12):
         shutil.rmtree(f"runs/continued/checkpoints/{step:09d}")
@@ -206,6 +207,53 @@ except OSError as error:
     ), done.stderr
     assert [p.name for p in Path("runs/a/checkpoints").iterdir()] == ["000000004"]
     assert checkpoint.newest(Path("runs/a")).name == "000000004"
+
+
+def test_bad_images_are_replaced_counted_and_listed_and_past_the_stated_share_stop_the_run(
+    place, group
+):
+    for broken in ("red/002", "green/001"):
+        Path(f"data/photos/{broken}.png").write_bytes(b"no picture")
+    train("runs/a", "length=20it", "data.max_bad=0.2", "checkpoint.every=10it")
+    listed = [json.loads(line) for line in Path("runs/a/quarantine.jsonl").read_text().splitlines()]
+    assert {one["cause"] for one in listed} == {"unreadable"} and len(listed) >= 8
+    assert all(any(k in one["key"] for k in ("002", "001")) for one in listed)
+    assert rows("runs/a")[-1]["bad_images"] == len(listed)
+    assert checkpoint.state(checkpoint.newest(Path("runs/a")))["bad"] == {"unreadable": len(listed)}
+    with pytest.raises(ValueError, match="data.max_bad: .* images were replaced .*unreadable"):
+        train("runs/b", "length=200it", "data.max_bad=0.001")
+
+
+def test_photos_without_a_known_hashtag_are_replaced_and_counted(place, group):
+    scenes = load_card("scenes").open("train")
+    rare = Vocabulary.count(
+        (scenes.hashtags(i) for i in range(120)), source=scenes.fingerprint, min_count=12
+    )
+    rare.save(Path("data/tags.json"))
+    without = sum(not rare.ids(scenes.hashtags(i)) for i in range(120))
+    train("runs/a", *HASHTAG, "length=15it", "data.max_bad=1.0")  # two epochs
+    assert without and rows("runs/a")[-1]["bad_images"] >= 2 * without
+    assert "no known tag" in Path("runs/a/quarantine.jsonl").read_text()
+
+
+def test_masked_autoencoding_makes_features_that_a_linear_probe_reads_better(place, group):
+    Path("datasets/probe.yaml").write_text(
+        "description: made scenes\nlicence: none\n"
+        "train: {source: synthetic, images: 600, size: 40, seed: 0}\n"
+        "val: {source: synthetic, images: 300, size: 40, seed: 1}\n"
+    )
+    probe = "evaluators=[{name: linear, data: probe, every: 100%, solver: lbfgs, pool: mean}]"
+    model = "model={encoder: vit_test8, width: 64, heads: 4, image_size: 40}"
+    common = ["data.train=probe", model, probe]
+    train("runs/untrained", *common, "length=1it", "optim.lr=0", "optim.warmup=0it")
+    train(
+        "runs/mae", *common, "length=250it", "batch_size=64", "optim.lr=1.2e-2", "optim.warmup=20it"
+    )
+    before, after = (
+        json.loads(Path(f"runs/{name}/results.json").read_text())["linear/probe"]["top1"]
+        for name in ("untrained", "mae")
+    )
+    assert after > before + 3, (before, after)
 
 
 def test_a_run_is_not_continued_with_another_config_and_the_keys_that_differ_are_named(

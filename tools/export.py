@@ -1,6 +1,7 @@
 """Writes a run's encoder as safetensors under timm's names, with the options that make it again."""
 
 import argparse
+import sys
 from pathlib import Path
 
 from prepretrain import run
@@ -10,9 +11,12 @@ def main() -> None:
     """Reads the command line and exports."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("source", metavar="RUN", help="a run's folder or a weights file")
-    parser.add_argument("--out", required=True, metavar="FOLDER", type=Path)
+    parser.add_argument("--out", metavar="FOLDER", type=Path, help="default: RUN/export")
     asked = parser.parse_args()
-    print(run.export(asked.source, asked.out))
+    try:
+        print(run.export(asked.source, asked.out or Path(asked.source) / "export"))
+    except (ValueError, OSError) as error:
+        sys.exit(f"export: {error}")
 
 
 if __name__ == "__main__":

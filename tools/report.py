@@ -1,6 +1,7 @@
 """Curves, tables and reconstructions of runs, as files to look at."""
 
 import argparse
+import sys
 
 from prepretrain import report
 
@@ -25,12 +26,15 @@ def main() -> None:
     pictures.add_argument("--images", type=int, default=8)
     pictures.add_argument("--out", required=True, metavar="PNG")
     asked = parser.parse_args()
-    if asked.command == "curves":
-        report.curves(asked.runs, asked.out, asked.keys)
-    elif asked.command == "table":
-        print(report.table(report.rows(asked.runs)))
-    else:
-        report.reconstruct(asked.run, asked.data, asked.images, asked.out)
+    try:
+        if asked.command == "curves":
+            report.curves(asked.runs, asked.out, asked.keys)
+        elif asked.command == "table":
+            print(report.table(report.rows(asked.runs)))
+        else:
+            report.reconstruct(asked.run, asked.data, asked.images, asked.out)
+    except (ValueError, OSError) as error:
+        sys.exit(f"report: {error}")
 
 
 if __name__ == "__main__":
