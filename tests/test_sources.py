@@ -528,11 +528,11 @@ def test_scenes_have_clean_labels_and_noisy_long_tailed_tags():
     assert sum(n == 1 for n in tags.values()) > 20
     named = [source[i]["text"].find(source.classes[source[i]["label"]]) >= 0 for i in range(40)]
     assert all(named)
-    stars = [i for i in range(2000) if source.label(i) == source.classes.index("star")]
+    bees = [i for i in range(2000) if source.label(i) == source.classes.index("bee")]
     right = np.mean(
         [
-            bool({"star", "stars", "stella"} & {canonical(t) for t in source.hashtags(i)})
-            for i in stars
+            bool({"bee", "bees", "honeybee"} & {canonical(t) for t in source.hashtags(i)})
+            for i in bees
         ]
     )
     assert 0.5 < right < 0.9
@@ -542,11 +542,3 @@ def test_scenes_refuse_what_cannot_be_drawn():
     for options in ({"images": 0}, {"images": 5, "size": 4}, {"images": 5, "noise": 0.9}):
         with pytest.raises(ValueError, match="source"):
             plugin.build("sources", "synthetic", **options)
-
-
-def test_scenes_are_made_fast_enough():
-    source = plugin.build("sources", "synthetic", images=100, size=48)
-    start = time.process_time()
-    for i in range(60):
-        source[i]
-    assert time.process_time() - start < 1
