@@ -25,7 +25,7 @@ SIZES = {
     "vit_s16": dict(patch_size=16, width=384, depth=12, heads=6),
     "vit_ti16": dict(patch_size=16, width=192, depth=12, heads=3),
     "vit_mini4": dict(patch_size=4, width=96, depth=4, heads=3, image_size=32),
-    "vit_mini8": dict(patch_size=8, width=128, depth=4, heads=4, image_size=64),
+    "vit_mini8": dict(patch_size=8, width=96, depth=4, heads=3, image_size=64),
     "vit_test8": dict(patch_size=8, width=32, depth=2, heads=2, image_size=32),
 }
 

@@ -131,11 +131,11 @@ def draw(facts: dict, size: int, rng: np.random.Generator) -> np.ndarray:
     for shape in facts["others"]:
         colour = list(COLOURS)[rng.integers(len(COLOURS))]
         texture = TEXTURES[rng.integers(len(TEXTURES))]
-        canvas = _with_object(canvas, shape, colour, texture, rng.uniform(0.09, 0.14), rng)
+        canvas = _with_object(canvas, shape, colour, texture, rng.uniform(0.07, 0.11), rng)
     canvas = _with_object(canvas, facts["shape"], facts["colour"], facts["texture"],
-                          rng.uniform(0.26, 0.4), rng)
-    canvas = (canvas - 128) * rng.uniform(0.7, 1.1) + 128 + rng.uniform(-25, 25)
-    canvas += rng.standard_normal(canvas.shape, dtype=np.float32) * rng.uniform(2, 9)
+                          rng.uniform(0.3, 0.42), rng)
+    canvas = (canvas - 128) * rng.uniform(0.85, 1.1) + 128 + rng.uniform(-15, 15)
+    canvas += rng.standard_normal(canvas.shape, dtype=np.float32) * rng.uniform(2, 6)
     return canvas.clip(0, 255).astype(np.uint8)
 
 
@@ -145,7 +145,7 @@ def _background(colours: tuple, size: int, rng: np.random.Generator) -> np.ndarr
     horizon = rng.uniform(0.3, 0.75) + rng.uniform(-0.25, 0.25) * (x - 0.5)
     ground = (1 / (1 + np.exp((horizon - y) * rng.uniform(15, 60))))[..., None]
     sky, floor = (np.float32(colour) + rng.normal(0, 14, 3) for colour in colours)
-    mottle = rng.normal(0, 22, (7, 7, 3)).astype(np.float32)
+    mottle = rng.normal(0, 14, (7, 7, 3)).astype(np.float32)
     smooth = [np.asarray(Image.fromarray(mottle[..., c]).resize((size, size), Image.BICUBIC))
               for c in range(3)]
     return (sky * (1 - ground) + floor * ground).astype(np.float32) + np.stack(smooth, -1)
@@ -155,7 +155,7 @@ def _clutter(canvas: np.ndarray, size: int, rng: np.random.Generator) -> np.ndar
     """Strokes and blots that belong to no class."""
     image = Image.fromarray(canvas.clip(0, 255).astype(np.uint8))
     pen = ImageDraw.Draw(image)
-    for _ in range(rng.integers(4, 12)):
+    for _ in range(rng.integers(2, 8)):
         x, y, dx, dy = rng.uniform(0, 1, 4) * (size, size, 0.3 * size, 0.3 * size)
         colour = tuple(int(c) for c in rng.integers(20, 235, 3))
         kind = rng.integers(3)
@@ -201,7 +201,7 @@ def _fill(colour: tuple, texture: str, size: int, angle: float,
     second = base * 0.45 + rng.choice((0.0, 110.0))
     y, x = np.mgrid[:size, :size].astype(np.float32) / size
     u, v = x * math.cos(angle) + y * math.sin(angle), y * math.cos(angle) - x * math.sin(angle)
-    pitch = rng.uniform(6, 10)
+    pitch = rng.uniform(5, 7)
     mix = {"striped": lambda: (u * pitch) % 1 < 0.5,
            "checked": lambda: ((u * pitch) % 1 < 0.5) ^ ((v * pitch) % 1 < 0.5),
            "dotted": lambda: ((u * pitch) % 1 - 0.5) ** 2 + ((v * pitch) % 1 - 0.5) ** 2 < 0.09,
