@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import shutil
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -200,7 +201,9 @@ def open_tensors(
         target = {
             prefix + name: torch.empty(metadata[name].size, dtype=metadata[name].properties.dtype)
         }
-        dcp.load(target, storage_reader=dcp.FileSystemReader(str(saved)), no_dist=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that it loads in this process alone, as meant
+            dcp.load(target, storage_reader=dcp.FileSystemReader(str(saved)), no_dist=True)
         return target[prefix + name]
 
     return {k: tuple(m.size) for k, m in metadata.items()}, read, state(saved)

@@ -36,7 +36,10 @@ class _Terminal(logging.StreamHandler):
     """Writes through tqdm, so that a line does not tear the progress bar."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        tqdm.write(self.format(record), file=sys.stderr)
+        try:
+            tqdm.write(self.format(record), file=sys.stderr)
+        except OSError:  # the terminal is gone; the run and its log.txt go on
+            pass
 
 
 class Metrics:
@@ -47,10 +50,13 @@ class Metrics:
         """Opens the log for a run that continues after `step`; later lines, from a run cut off, are
         removed."""
         self.file = self.board = None
+        self.measured: list[str] = []  # evaluations that were made after this very step
         if not distributed.is_main():
             return
         rows = _rewind(folder / "metrics.jsonl", step)
-        self.seconds = rows[-1].get("seconds", 0.0) if rows else 0.0
+        self.seconds = max((row.get("seconds", 0.0) for row in rows), default=0.0)
+        names = {key.rpartition("/")[0] for row in rows if row["step"] == step for key in row}
+        self.measured = sorted(names - {""})
         self.file = (folder / "metrics.jsonl").open("a")
         self.replaced = folder / "quarantine.jsonl"
         _rewind(self.replaced, step)

@@ -47,7 +47,7 @@ def fit(
         },
     )
     if found.nit >= iterations:
-        logger.info(
+        logger.debug(
             "logistic regression with l2 = %g stopped after %d iterations, gradient %.1e",
             l2,
             found.nit,

@@ -1,7 +1,9 @@
 """Makes a module real on its devices: precision, recomputation, compilation, sharding, initial
 values."""
 
+import logging
 import zlib
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -17,6 +19,9 @@ PRECISIONS = {
     "bf16": MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32),
     "fp32": MixedPrecisionPolicy(),
 }
+
+
+logger = logging.getLogger(__name__)
 
 
 def shard(
@@ -39,6 +44,10 @@ def shard(
     mesh = _mesh(group)
     roots = find_roots(module)
     device = distributed.device()
+    if device.type == "cpu" and precision == "bf16" and not _has_bf16():
+        logger.warning(
+            "this CPU emulates bf16, many times slower than float32: use shard.precision=fp32."
+        )
     # The order matters: recomputation inside of compilation inside of sharding. The other ways
     # either compile
     # the checkpoint's own bookkeeping, or gather parameters again within a recomputed block.
@@ -52,6 +61,13 @@ def shard(
                 fully_shard(blocks[i], mesh=mesh, mp_policy=PRECISIONS[precision])
         fully_shard(root, mesh=mesh, mp_policy=PRECISIONS[precision])
     module.to_empty(device=device)
+
+
+def _has_bf16() -> bool:
+    """Whether the CPU multiplies bf16 in hardware (AMX or AVX512-BF16; other makes are not known)."""
+    flags = Path("/proc/cpuinfo")
+    known = flags.read_text() if flags.exists() else ""
+    return "flags" not in known or "amx_bf16" in known or "avx512_bf16" in known
 
 
 def _mesh(group: int | None):

@@ -67,12 +67,10 @@ def fit(
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     step, bad = _resume(saved, objective, optimizer, data)
-    if step >= schedule.steps:
-        logger.info("%s: has all of its %d steps", folder, step)
-        return
     metrics, progress, asked = Metrics(folder, step), Progress(schedule.steps, step), _Signals()
     stream = data.batches(step * data.batch_size)
     meter, before = _Meter(data.batch_size), metrics.seconds if distributed.is_main() else 0.0
+    _evaluate(evals, step, schedule.steps, metrics, skip=distributed.from_main(metrics.measured))
     objective.train()
     gc.disable()  # a collection at a random time on one of many processes stops them all
     try:
@@ -93,50 +91,39 @@ def fit(
             _check_bad(bad, step * data.batch_size, data.max_bad)
             progress.advance()
             if clock.due(step, log_every, schedule.steps):
-                row = {
-                    "step": step,
-                    "images": step * data.batch_size,
-                    "seconds": round(before + meter.total(), 3),
-                    **vote.figures,
-                    "lr": rate,
-                    "grad_norm": vote.norm,
-                    **meter.rates(),
-                    **({"bad_images": sum(bad.values())} if bad else {}),
-                }
+                row = {"step": step, "images": step * data.batch_size}
+                row |= {"seconds": round(before + meter.total(), 3), **vote.figures, "lr": rate}
+                row |= {"grad_norm": vote.norm, **meter.rates()}
+                row |= {"bad_images": sum(bad.values())} if bad else {}
                 metrics.write(row)
                 progress.show(*_texts(row, schedule.steps))
-            for one in evals:
-                if clock.due(step, one.every, schedule.steps):
-                    metrics.write(
-                        {"step": step, **{f"{one.name}/{k}": v for k, v in one.run().items()}}
-                    )
-                    objective.train()
             if vote.stop or clock.due(step, save_every, schedule.steps):
                 gc.collect()
-                checkpoint.save(
-                    folder,
-                    step,
-                    objective,
-                    optimizer,
-                    keep=keep,
-                    state={
-                        "step": step,
-                        "images": step * data.batch_size,
-                        "data": data.fingerprint,
-                        "bad": dict(bad),
-                        "options": options,
-                    },
-                )
+                state = {"step": step, "images": step * data.batch_size, "bad": dict(bad)}
+                state |= {"data": data.fingerprint, "options": options}
+                checkpoint.save(folder, step, objective, optimizer, state, keep=keep)
             if vote.stop and step < schedule.steps:
                 raise Stopped(
                     f"{folder}: stopped by a signal after step {step} and saved. "
                     f"The same command continues it."
                 )
+            _evaluate(evals, step, schedule.steps, metrics)
+            objective.train()
     finally:
         gc.enable()
         asked.restore()
         metrics.close()
         progress.close()
+
+
+def _evaluate(
+    evals: Sequence[Evaluation], step: int, steps: int, metrics: Metrics, skip: Sequence[str] = ()
+) -> None:
+    """Runs what is due after a step; `skip` names what a run that was cut off had measured by then."""
+    for one in evals:
+        if step and clock.due(step, one.every, steps) and one.name not in skip:
+            found = one.run()
+            metrics.write({"step": step, **{f"{one.name}/{k}": v for k, v in found.items()}})
 
 
 def _resume(

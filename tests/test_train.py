@@ -236,26 +236,6 @@ def test_photos_without_a_known_hashtag_are_replaced_and_counted(place, group):
     assert "no known tag" in Path("runs/a/quarantine.jsonl").read_text()
 
 
-def test_masked_autoencoding_makes_features_that_a_linear_probe_reads_better(place, group):
-    Path("datasets/probe.yaml").write_text(
-        "description: made scenes\nlicence: none\n"
-        "train: {source: synthetic, images: 600, size: 40, seed: 0}\n"
-        "val: {source: synthetic, images: 300, size: 40, seed: 1}\n"
-    )
-    probe = "evaluators=[{name: linear, data: probe, every: 100%, solver: lbfgs, pool: mean}]"
-    model = "model={encoder: vit_test8, width: 64, heads: 4, image_size: 40}"
-    common = ["data.train=probe", model, probe]
-    train("runs/untrained", *common, "length=1it", "optim.lr=0", "optim.warmup=0it")
-    train(
-        "runs/mae", *common, "length=250it", "batch_size=64", "optim.lr=1.2e-2", "optim.warmup=20it"
-    )
-    before, after = (
-        json.loads(Path(f"runs/{name}/results.json").read_text())["linear/probe"]["top1"]
-        for name in ("untrained", "mae")
-    )
-    assert after > before + 3, (before, after)
-
-
 def test_a_run_is_not_continued_with_another_config_and_the_keys_that_differ_are_named(
     place, group
 ):

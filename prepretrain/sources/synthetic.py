@@ -9,10 +9,20 @@ from PIL import Image, ImageDraw
 from prepretrain.sources.base import Source, fingerprint_of
 from prepretrain.transforms import Random
 
-WARM = {"red": (205, 45, 45), "orange": (235, 140, 40), "yellow": (235, 215, 70),
-        "pink": (235, 130, 175), "brown": (135, 85, 50)}
-COOL = {"green": (60, 160, 70), "teal": (45, 165, 165), "blue": (55, 85, 200),
-        "purple": (135, 65, 170), "grey": (130, 135, 145)}
+WARM = {
+    "red": (205, 45, 45),
+    "orange": (235, 140, 40),
+    "yellow": (235, 215, 70),
+    "pink": (235, 130, 175),
+    "brown": (135, 85, 50),
+}
+COOL = {
+    "green": (60, 160, 70),
+    "teal": (45, 165, 165),
+    "blue": (55, 85, 200),
+    "purple": (135, 65, 170),
+    "grey": (130, 135, 145),
+}
 COLOURS = WARM | COOL
 TEXTURES = ("plain", "striped", "dotted", "checked", "shaded")
 # A class is a texture with a family of colours, and has one of two shapes: no cue alone tells it.
@@ -30,14 +40,22 @@ THINGS = {
     "wave": (("wave", "waves", "surf"), COOL, "shaded", ("arrow", "star")),
 }
 SCENES = {  # sky, ground
-    "beach": ((150, 205, 235), (225, 205, 150)), "forest": ((95, 140, 110), (50, 85, 45)),
-    "desert": ((235, 200, 150), (205, 150, 90)), "snow": ((185, 200, 215), (240, 243, 248)),
-    "city": ((160, 165, 175), (95, 95, 100)), "night": ((20, 25, 55), (40, 40, 60)),
-    "sea": ((170, 200, 230), (40, 95, 145)), "meadow": ((160, 205, 240), (110, 170, 80)),
+    "beach": ((150, 205, 235), (225, 205, 150)),
+    "forest": ((95, 140, 110), (50, 85, 45)),
+    "desert": ((235, 200, 150), (205, 150, 90)),
+    "snow": ((185, 200, 215), (240, 243, 248)),
+    "city": ((160, 165, 175), (95, 95, 100)),
+    "night": ((20, 25, 55), (40, 40, 60)),
+    "sea": ((170, 200, 230), (40, 95, 145)),
+    "meadow": ((160, 205, 240), (110, 170, 80)),
 }
 CHATTER = ("photooftheday", "love", "art", "nofilter", "happy", "follow", "instagood", "weekend")
-TEMPLATES = ("a {texture} {colour} {thing} {where}", "{colour} {thing}, {texture}, {where}",
-             "a {thing} like a {shape} {where}", "{where}: one {colour} {thing}, {texture}")
+TEMPLATES = (
+    "a {texture} {colour} {thing} {where}",
+    "{colour} {thing}, {texture}, {where}",
+    "a {thing} like a {shape} {where}",
+    "{where}: one {colour} {thing}, {texture}",
+)
 
 _RARE = 2000  # kinds of rare tags, their frequency falling as a power of their rank
 
@@ -68,10 +86,13 @@ class Synthetic(Source):
         facts = _facts(rng("facts"))
         file = io.BytesIO()
         Image.fromarray(draw(facts, self.size, rng("picture"))).save(file, "JPEG", quality=90)
-        return {"key": f"{index:09d}", "image": file.getvalue(),
-                "label": self.classes.index(facts["thing"]),
-                "hashtags": _hashtags(facts, self.noise, rng("hashtags")),
-                "text": _caption(facts, rng("caption"))}
+        return {
+            "key": f"{index:09d}",
+            "image": file.getvalue(),
+            "label": self.classes.index(facts["thing"]),
+            "hashtags": _hashtags(facts, self.noise, rng("hashtags")),
+            "text": _caption(facts, rng("caption")),
+        }
 
     def label(self, index: int) -> int:
         return self.classes.index(_facts(Random(self.seed, 0, index)("facts"))["thing"])
@@ -86,8 +107,14 @@ def _facts(rng: np.random.Generator) -> dict:
     pick = lambda options: list(options)[rng.integers(len(options))]
     thing = pick(THINGS)
     _, colours, texture, shapes = THINGS[thing]
-    return {"thing": thing, "colour": pick(colours), "texture": texture, "shape": pick(shapes),
-            "scene": pick(SCENES), "others": [pick(OUTLINES) for _ in range(rng.integers(0, 3))]}
+    return {
+        "thing": thing,
+        "colour": pick(colours),
+        "texture": texture,
+        "shape": pick(shapes),
+        "scene": pick(SCENES),
+        "others": [pick(OUTLINES) for _ in range(rng.integers(0, 3))],
+    }
 
 
 def _caption(facts: dict, rng: np.random.Generator) -> str:
@@ -98,14 +125,17 @@ def _caption(facts: dict, rng: np.random.Generator) -> str:
 
 def _hashtags(facts: dict, noise: float, rng: np.random.Generator) -> list[str]:
     words = [_word(facts["thing"], noise, rng)]
-    for fact, choices in (("colour", COLOURS), ("texture", TEXTURES), ("shape", OUTLINES),
-                          ("scene", SCENES)):
+    for fact, choices in (
+        ("colour", COLOURS),
+        ("texture", TEXTURES),
+        ("shape", OUTLINES),
+        ("scene", SCENES),
+    ):
         wrong = rng.random() < noise
         words.append(list(choices)[rng.integers(len(choices))] if wrong else facts[fact])
     tags = [word for word in words if rng.random() >= 2 * noise]
     tags += [shape for shape in facts["others"] if rng.random() < noise]
-    tags += [CHATTER[min(rng.geometric(0.35), len(CHATTER)) - 1]
-             for _ in range(rng.poisson(0.7))]
+    tags += [CHATTER[min(rng.geometric(0.35), len(CHATTER)) - 1] for _ in range(rng.poisson(0.7))]
     tags += [f"{facts['scene']}{min(rng.zipf(1.5), _RARE)}" for _ in range(rng.poisson(0.5))]
     return [_as_written(tag, rng) for tag in tags]
 
@@ -132,8 +162,9 @@ def draw(facts: dict, size: int, rng: np.random.Generator) -> np.ndarray:
         colour = list(COLOURS)[rng.integers(len(COLOURS))]
         texture = TEXTURES[rng.integers(len(TEXTURES))]
         canvas = _with_object(canvas, shape, colour, texture, rng.uniform(0.07, 0.11), rng)
-    canvas = _with_object(canvas, facts["shape"], facts["colour"], facts["texture"],
-                          rng.uniform(0.3, 0.42), rng)
+    canvas = _with_object(
+        canvas, facts["shape"], facts["colour"], facts["texture"], rng.uniform(0.3, 0.42), rng
+    )
     canvas = (canvas - 128) * rng.uniform(0.85, 1.1) + 128 + rng.uniform(-15, 15)
     canvas += rng.standard_normal(canvas.shape, dtype=np.float32) * rng.uniform(2, 6)
     return canvas.clip(0, 255).astype(np.uint8)
@@ -146,8 +177,10 @@ def _background(colours: tuple, size: int, rng: np.random.Generator) -> np.ndarr
     ground = (1 / (1 + np.exp((horizon - y) * rng.uniform(15, 60))))[..., None]
     sky, floor = (np.float32(colour) + rng.normal(0, 14, 3) for colour in colours)
     mottle = rng.normal(0, 14, (7, 7, 3)).astype(np.float32)
-    smooth = [np.asarray(Image.fromarray(mottle[..., c]).resize((size, size), Image.BICUBIC))
-              for c in range(3)]
+    smooth = [
+        np.asarray(Image.fromarray(mottle[..., c]).resize((size, size), Image.BICUBIC))
+        for c in range(3)
+    ]
     return (sky * (1 - ground) + floor * ground).astype(np.float32) + np.stack(smooth, -1)
 
 
@@ -160,18 +193,31 @@ def _clutter(canvas: np.ndarray, size: int, rng: np.random.Generator) -> np.ndar
         colour = tuple(int(c) for c in rng.integers(20, 235, 3))
         kind = rng.integers(3)
         if kind == 0:
-            pen.line((x, y, x + dx - 0.15 * size, y + dy - 0.15 * size), colour,
-                     width=int(1 + rng.integers(0, 3) * size / 64))
+            pen.line(
+                (x, y, x + dx - 0.15 * size, y + dy - 0.15 * size),
+                colour,
+                width=int(1 + rng.integers(0, 3) * size / 64),
+            )
         elif kind == 1:
             pen.ellipse((x, y, x + dx / 3, y + dy / 3), colour)
         else:
-            pen.arc((x, y, x + dx, y + dy), *rng.uniform(0, 360, 2), fill=colour,
-                    width=max(1, size // 32))
+            pen.arc(
+                (x, y, x + dx, y + dy),
+                *rng.uniform(0, 360, 2),
+                fill=colour,
+                width=max(1, size // 32),
+            )
     return np.asarray(image).astype(np.float32)
 
 
-def _with_object(canvas: np.ndarray, shape: str, colour: str, texture: str, radius: float,
-                 rng: np.random.Generator) -> np.ndarray:
+def _with_object(
+    canvas: np.ndarray,
+    shape: str,
+    colour: str,
+    texture: str,
+    radius: float,
+    rng: np.random.Generator,
+) -> np.ndarray:
     size = len(canvas)
     angle, stretch = rng.uniform(-0.45, 0.45), rng.uniform(0.85, 1.18)
     x, y = rng.uniform(radius * 0.9, 1 - radius * 0.9, 2)
@@ -192,8 +238,9 @@ def _cover(shape: str, place, size: int) -> np.ndarray:
     return np.asarray(image.reduce(2), dtype=np.float32) / 255
 
 
-def _fill(colour: tuple, texture: str, size: int, angle: float,
-          rng: np.random.Generator) -> np.ndarray:
+def _fill(
+    colour: tuple, texture: str, size: int, angle: float, rng: np.random.Generator
+) -> np.ndarray:
     """The colour with its texture: float32 [size, size, 3]."""
     base = np.float32(colour) + rng.normal(0, 12, 3).astype(np.float32)
     if texture == "plain":
@@ -202,10 +249,12 @@ def _fill(colour: tuple, texture: str, size: int, angle: float,
     y, x = np.mgrid[:size, :size].astype(np.float32) / size
     u, v = x * math.cos(angle) + y * math.sin(angle), y * math.cos(angle) - x * math.sin(angle)
     pitch = rng.uniform(5, 7)
-    mix = {"striped": lambda: (u * pitch) % 1 < 0.5,
-           "checked": lambda: ((u * pitch) % 1 < 0.5) ^ ((v * pitch) % 1 < 0.5),
-           "dotted": lambda: ((u * pitch) % 1 - 0.5) ** 2 + ((v * pitch) % 1 - 0.5) ** 2 < 0.09,
-           "shaded": lambda: (u + v - rng.uniform(0, 1)).clip(0, 1)}[texture]()
+    mix = {
+        "striped": lambda: (u * pitch) % 1 < 0.5,
+        "checked": lambda: ((u * pitch) % 1 < 0.5) ^ ((v * pitch) % 1 < 0.5),
+        "dotted": lambda: ((u * pitch) % 1 - 0.5) ** 2 + ((v * pitch) % 1 - 0.5) ** 2 < 0.09,
+        "shaded": lambda: (u + v - rng.uniform(0, 1)).clip(0, 1),
+    }[texture]()
     mix = mix.astype(np.float32)[..., None]
     return base * (1 - mix) + second * mix
 
@@ -239,12 +288,38 @@ OUTLINES = {
     "box": [(np.array([[-1, -1], [1, -1], [1, 1], [-1, 1]]) * 0.78, 255)],
     "tent": [(np.array([[0, -0.9], [1, 0.8], [-1, 0.8]]), 255)],
     "star": [(_polar([1.1, 0.45] * 5), 255)],
-    "plus": [(np.array([[-3, -9], [3, -9], [3, -3], [9, -3], [9, 3], [3, 3], [3, 9], [-3, 9],
-                        [-3, 3], [-9, 3], [-9, -3], [-3, -3]]) / 9.5, 255)],
+    "plus": [
+        (
+            np.array(
+                [
+                    [-3, -9],
+                    [3, -9],
+                    [3, -3],
+                    [9, -3],
+                    [9, 3],
+                    [3, 3],
+                    [3, 9],
+                    [-3, 9],
+                    [-3, 3],
+                    [-9, 3],
+                    [-9, -3],
+                    [-3, -3],
+                ]
+            )
+            / 9.5,
+            255,
+        )
+    ],
     "heart": [(_heart(), 255)],
     "ring": [(_circle(0.95), 255), (_circle(0.5), 0)],
     "moon": [(_circle(0.95), 255), (_circle(0.8, (0.45, -0.1)), 0)],
-    "arrow": [(np.array([[0, -1], [0.8, -0.1], [0.3, -0.1], [0.3, 1], [-0.3, 1], [-0.3, -0.1],
-                         [-0.8, -0.1]]), 255)],
+    "arrow": [
+        (
+            np.array(
+                [[0, -1], [0.8, -0.1], [0.3, -0.1], [0.3, 1], [-0.3, 1], [-0.3, -0.1], [-0.8, -0.1]]
+            ),
+            255,
+        )
+    ],
     "leaf": [(_leaf(), 255)],
 }
