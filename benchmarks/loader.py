@@ -1,7 +1,7 @@
 """Images per second of one core, from shards of JPEGs to a batch: ours beside the usual pipeline.
 
     python benchmarks/loader.py                               photo-like textures, 500 x 375
-    python benchmarks/loader.py --images ../shared/data/coco/images
+    python benchmarks/loader.py --images FOLDER                 real photos
 
 The usual one is webdataset, PIL, torchvision's RandomResizedCrop (bicubic), flip, ToTensor and
 Normalize, to float32; ours ends in uint8, as the rest happens on the device. Both with one

@@ -170,7 +170,7 @@ def with_model_options(config: Training, folder: Path | None = None) -> Training
     if known.get("encoder", asked) != asked:
         raise ValueError(
             f"model.encoder: the config asks for {asked}, and {config.init or folder} holds "
-            f"{known['encoder']}. Leave model.encoder out, or give another --init."
+            f"{known['encoder']}. Leave model.encoder out, or give another --init or --out."
         )
     return replace(config, model={**known, **config.model})
 

@@ -130,12 +130,13 @@ def test_logistic_regression_in_parts_is_that_in_one(monkeypatch):
 
 def test_lowshot_mean_and_deviation_equal_a_computation_by_hand(card):
     (train, labels), (val, answers) = clouds(120, 3, 1.0, 0), clouds(90, 3, 1.0, 1)
-    found = Lowshot(data=card, shots=(4,), seeds=3).measure(train, labels, val, answers, 3)
+    rows = [choose(labels, 3, 4, seed) for seed in range(3)]
+    chosen = {(4, seed): (rows[seed], labels[rows[seed]]) for seed in range(3)}
+    found = Lowshot(data=card, shots=(4,), seeds=3).measure(train, chosen, val, answers, 3)
     each = []
     for seed in range(3):
-        rows = choose(labels, 3, 4, seed)
         other = LogisticRegression(C=1 / 0.0025, fit_intercept=False, tol=1e-8, max_iter=5000)
-        other.fit(_scaled(train[rows]).numpy(), labels[rows].numpy())
+        other.fit(_scaled(train[rows[seed]]).numpy(), labels[rows[seed]].numpy())
         each.append(100 * other.score(_scaled(val).numpy(), answers.numpy()))
     assert found == {
         "top1_4shot": pytest.approx(statistics.fmean(each)),

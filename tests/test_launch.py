@@ -104,12 +104,12 @@ def test_files_named_as_base_come_first_and_overrides_last(place):
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_every_stage_that_we_ship_passes_a_dry_run_or_says_which_data_it_lacks(
-    stage, capsys, monkeypatch
+    stage, capsys, monkeypatch, tmp_path
 ):
     monkeypatch.chdir(ROOT)
     overrides = [] if config.load(stage, []).model.get("encoder") else ["model.encoder=vit_b16"]
     try:
-        assert facts(capsys, stage, *overrides)["stage"] == stage
+        assert facts(capsys, stage, *overrides, out=str(tmp_path))["stage"] == stage
     except ValueError as error:  # data and vocabularies that are made or brought by the user
         assert "there is nothing at" in str(error) or "hashtags.json" in str(error)
 
