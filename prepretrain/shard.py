@@ -137,7 +137,9 @@ def initialise(module: nn.Module, seed: int) -> None:
     for name, parameter in module.named_parameters():
         parameter.fill_(float("nan"))
         full = torch.empty(parameter.shape)
-        generator = torch.Generator().manual_seed(zlib.crc32(plain(name).encode()) ^ (seed << 32))
+        # into one hash, since torch's CPU generator takes 32 bits of a seed and drops the others
+        mixed = zlib.crc32(f"{seed} {plain(name)}".encode())
+        generator = torch.Generator().manual_seed(mixed)
         _fill(module, name, full, generator)
         put(parameter, full)
     for name, buffer in module.named_buffers():

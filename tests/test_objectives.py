@@ -129,6 +129,8 @@ def test_initial_values_depend_on_seed_and_name_only():
     again = MAE(Model(encoder="vit_test8"), decoder_depth=1, decoder_width=32, decoder_heads=2)
     shard.initialise(again, 0)
     assert all(torch.equal(p, names[n]) for n, p in again.named_parameters())
+    shard.initialise(again, 1)
+    assert not torch.equal(again.decoder.pred.weight, names["decoder.pred.weight"])
     blocks = (
         names["model.encoder.blocks.0.attn.qkv.weight"],
         names["model.encoder.blocks.1.attn.qkv.weight"],
