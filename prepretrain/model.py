@@ -1,7 +1,6 @@
 """`Model`, the noun that travels: an image encoder that knows the options that made it; and how one
 is loaded."""
 
-import hashlib
 import json
 import os
 from collections.abc import Sequence
@@ -83,7 +82,7 @@ def write(model: Model, state: dict[str, Tensor], folder: Path, source: str) -> 
     state = {k.removeprefix("encoder."): v.contiguous() for k, v in state.items()}
     path = folder / "model.safetensors"
     save_file(state, f"{path}.tmp", metadata={"format": "pt"})
-    sha256 = hashlib.sha256(Path(f"{path}.tmp").read_bytes()).hexdigest()
+    sha256 = checkpoint.describe(Path(f"{path}.tmp"))["sha256"]
     os.replace(f"{path}.tmp", path)
     _write_json(
         folder / "model.json", {"options": model.options, "source": source, "sha256": sha256}

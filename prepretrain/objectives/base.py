@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from prepretrain.model import Model
+from prepretrain.transforms import decode, flip, random_resized_crop, resize_center_crop
 
 
 class Objective(nn.Module):
@@ -58,3 +59,12 @@ class Objective(nn.Module):
 def blank_images(count: int, size: int) -> Tensor:
     """uint8 [count, 3, size, size] without storage."""
     return torch.empty(count, 3, size, size, dtype=torch.uint8, device="meta")
+
+
+def picture(sample: dict[str, Any], size: int, crop_scale: tuple[float, float] | None) -> Tensor:
+    """A sample's image as uint8 [3, size, size]: a random resized crop and flip, by the sample's own
+    randomness; with crop_scale None the fixed centre crop of validation."""
+    random, image = sample["random"], decode(sample["image"])
+    if crop_scale is None:
+        return resize_center_crop(image, size)
+    return flip(random_resized_crop(image, size, random("crop"), scale=crop_scale), random("flip"))

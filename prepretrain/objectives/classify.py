@@ -12,8 +12,7 @@ from torch import Tensor
 from prepretrain.encoders.base import pool as pool_tokens
 from prepretrain.heads import HEADS
 from prepretrain.model import Model
-from prepretrain.objectives.base import Objective, blank_images
-from prepretrain.transforms import decode, flip, random_resized_crop, resize_center_crop
+from prepretrain.objectives.base import Objective, blank_images, picture
 
 
 class Classify(Objective):
@@ -123,8 +122,5 @@ class Transform:
             raise ValueError(
                 f"{sample['key']}: label {sample['label']} is none of the {self.classes} classes."
             )
-        random, image = sample["random"], decode(sample["image"])
-        if self.crop_scale is None:
-            return {"image": resize_center_crop(image, self.size), "label": sample["label"]}
-        image = random_resized_crop(image, self.size, random("crop"), scale=self.crop_scale)
-        return {"image": flip(image, random("flip")), "label": sample["label"]}
+        image = picture(sample, self.size, self.crop_scale)
+        return {"image": image, "label": sample["label"]}

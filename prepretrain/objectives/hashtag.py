@@ -12,8 +12,8 @@ from prepretrain.encoders.base import pool as pool_tokens
 from prepretrain.hashtags import Vocabulary
 from prepretrain.heads import HEADS
 from prepretrain.model import Model
-from prepretrain.objectives.base import Objective, blank_images
-from prepretrain.transforms import BadImage, decode, flip, random_resized_crop, resize_center_crop
+from prepretrain.objectives.base import Objective, blank_images, picture
+from prepretrain.transforms import BadImage
 
 
 class Hashtag(Objective):
@@ -130,8 +130,4 @@ class Transform:
         ids = self.vocabulary.ids(sample["hashtags"])
         if not ids:
             raise BadImage("no known tag")
-        random, image = sample["random"], decode(sample["image"])
-        if self.crop_scale is None:
-            return {"image": resize_center_crop(image, self.size), "tags": ids}
-        image = random_resized_crop(image, self.size, random("crop"), scale=self.crop_scale)
-        return {"image": flip(image, random("flip")), "tags": ids}
+        return {"image": picture(sample, self.size, self.crop_scale), "tags": ids}

@@ -14,8 +14,7 @@ from torch import Tensor, nn
 
 from prepretrain.encoders.vit import Block, patchify, sincos, take, unpatchify
 from prepretrain.model import Model
-from prepretrain.objectives.base import Objective, blank_images
-from prepretrain.transforms import decode, flip, random_resized_crop, resize_center_crop
+from prepretrain.objectives.base import Objective, blank_images, picture
 
 
 class MAE(Objective):
@@ -110,7 +109,7 @@ class MAE(Objective):
         shown = original.scatter(1, place, predicted)
         grey = original.scatter(1, place, torch.zeros_like(predicted))
         return {
-            name: self.model.denormalise(picture(rows, size))
+            name: self.model.denormalise(assemble(rows, size))
             for name, rows in (("original", original), ("masked", grey), ("reconstructed", shown))
         }
 
@@ -124,16 +123,9 @@ class Transform:
 
     def __call__(self, sample: dict[str, Any]) -> dict[str, Any]:
         """crop_scale None: the fixed centre crop of validation."""
-        random, image = sample["random"], decode(sample["image"])
-        if self.crop_scale is None:
-            image = resize_center_crop(image, self.size)
-        else:
-            image = random_resized_crop(image, self.size, random("crop"), scale=self.crop_scale)
-            image = flip(image, random("flip"))
-        return {
-            "image": image,
-            "noise": torch.from_numpy(random("mask").random(self.patches, dtype="float32")),
-        }
+        noise = sample["random"]("mask").random(self.patches, dtype="float32")
+        image = picture(sample, self.size, self.crop_scale)
+        return {"image": image, "noise": torch.from_numpy(noise)}
 
 
 class Decoder(nn.Module):
@@ -200,6 +192,6 @@ def pixels(image: Tensor, size: int, places: Tensor | None = None) -> Tensor:
     return patches.unflatten(-1, (3, -1)).transpose(-1, -2).flatten(-2)
 
 
-def picture(rows: Tensor, size: int) -> Tensor:
+def assemble(rows: Tensor, size: int) -> Tensor:
     """The inverse of `pixels`, for all patches of a square grid: [B, N, P P 3] to [B, 3, H, W]."""
     return unpatchify(rows.unflatten(-1, (-1, 3)).transpose(-1, -2).flatten(-2), size)
