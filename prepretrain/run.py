@@ -381,7 +381,7 @@ class Plan:
                     False  # plain matrix products, so that they are counted on every device
                 )
         with FlopCounterMode(display=False) as counter, torch.no_grad():
-            objective.eval()(objective.example(1))
+            objective.eval().requires_grad_(False)(objective.example(1))
         return counter.get_total_flops()
 
     def summary(self) -> str:
