@@ -17,6 +17,7 @@ def extract(
     source: Any,
     *,
     pool: str = "class",
+    layer: int | None = None,
     batch_size: int = 256,
     workers: int = 0,
     image_size: int | None = None,
@@ -24,8 +25,8 @@ def extract(
 ) -> tuple[Tensor, Tensor]:
     """Features float32 [n, D] and labels int64 [n] in the source's order, the same on every rank.
 
-    `batch_size` is per rank; `image_size` defaults to the encoder's own; `name` is what errors call
-    the source.
+    `batch_size` is per rank; `image_size` defaults to the encoder's own; `layer`: of tokens after that
+    many blocks; `name` is what errors call the source.
     """
     if "label" not in source.fields:
         raise ValueError(
@@ -37,7 +38,7 @@ def extract(
     rows = _Rows(len(source), name)
     with frozen(model):
         for batch in evaluation_batches(source, centre, batch_size=batch_size, workers=workers):
-            features = model.features(batch["image"].to(device), pool=pool).float().cpu()
+            features = model.features(batch["image"].to(device), pool, layer).float().cpu()
             real = batch["mask"]
             mine = torch.tensor(batch["position"])[real], features[real], batch["label"][real]
             for part in distributed.all_gather_object(mine):

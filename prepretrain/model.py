@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from prepretrain import checkpoint, plugin, shard, weights
 from prepretrain.encoders import base as encoders
+from prepretrain.encoders.base import Encoder
 from prepretrain.weights import Weights
 
 # sources of weights beside runs and files: what comes before the slash, and the family that fetches
@@ -149,7 +150,7 @@ def _locate(place: str) -> Weights:
     path = Path(place)
     library, _, name = place.partition("/")
     if library in LIBRARIES and not path.exists():
-        return _downloaded(LIBRARIES[library], name, place)
+        return _fetched(plugin.find("encoders", LIBRARIES[library]), name, place)
     if path.is_file():
         return weights.open_file(path)
     if path.is_dir():
@@ -168,16 +169,26 @@ def _locate(place: str) -> Weights:
     )
 
 
-def _downloaded(family: str, name: str, place: str) -> Weights:
+def _fetched(family: type[Encoder], name: str, place: str) -> Weights:
+    options = family.offered(name)
     try:
-        state, options = plugin.find("encoders", family).download(name)
+        state = family.fetch(name)
     except (OSError, RuntimeError) as error:
         raise ValueError(
             f"{place}: could not be fetched ({str(error)[:300]}). Without a network, give its file "
-            f"and the options encoder={place.partition('/')[0]} architecture=…."
+            f"instead, with encoder={options['encoder']} architecture={options['architecture']}."
         ) from error
     shapes = {k: tuple(v.shape) for k, v in state.items()}
     return Weights(place, shapes, state.__getitem__, options)
+
+
+def options_of(source: str) -> dict[str, Any]:
+    """The options of the Model that a source's weights are of, as far as it says them; nothing is
+    fetched."""
+    library, _, name = source.partition(":")[0].partition("/")
+    if library in LIBRARIES and not Path(source).exists():
+        return plugin.find("encoders", LIBRARIES[library]).offered(name)
+    return open_weights(source).options or {}
 
 
 def load(source: str, **changes: Any) -> Model:
@@ -192,13 +203,8 @@ def load(source: str, **changes: Any) -> Model:
             f"{source}: does not say which encoder it is. Add encoder='vit_b16', or the like."
         )
     with torch.device("meta"):
-        model = made_from(found, changes)
+        model = Model(**encoders.follow(found.options or {}, changes))
     model.to_empty(device="cpu")
     shard.fill_buffers(model)
     weights.fill(model, found)
     return model.eval()
-
-
-def made_from(found: Weights, changes: dict[str, Any]) -> Model:
-    """The Model that weights say they are of, with other options; it does not hold them yet."""
-    return Model(**encoders.follow(found.options or {}, changes))

@@ -5,17 +5,18 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 from torch import Tensor
-from torch.utils.data import Subset
 
 from prepretrain import plugin
 from prepretrain.card import open_source
 from prepretrain.loader import evaluation_batches
 from prepretrain.run import load_objective
+from prepretrain.validation import spread
 
 # Okabe and Ito's colours, told apart with any kind of colour vision; past eight the dashes differ.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
@@ -47,13 +48,21 @@ def results(run: str | Path) -> dict:
     return json.loads(path.read_text())
 
 
-def curves(runs: Sequence[str | Path], path: str | Path, keys: Sequence[str] = ("loss",)) -> None:
-    """Draws one panel a key, one line a run, over images seen; the smooth line over its own
-    values."""
+def curves(
+    runs: Sequence[str | Path],
+    path: str | Path,
+    keys: Sequence[str] = ("loss",),
+    names: Sequence[str] = (),
+) -> None:
+    """Draws one panel a key, one line a run, over images seen; where there are many points, the
+    smooth line over its own values. names: of the runs, by default their folders'."""
     if not runs:
         raise ValueError("report: no runs to draw. Name at least one run's folder.")
+    if names and len(names) != len(runs):
+        raise ValueError(f"--names: {len(names)} names for {len(runs)} runs.")
     figure = _figure(6.4 * len(keys), 4.2)
-    read = [(Path(run).resolve().name, metrics(run)) for run in runs]
+    called = names or [Path(run).resolve().name for run in runs]
+    read = [(name, metrics(run)) for name, run in zip(called, runs)]
     for axes, key in zip(_row(figure, len(keys)), keys):
         for number, (name, rows) in enumerate(read):
             _curve(axes, number, name, _points(rows, key), key)
@@ -85,7 +94,7 @@ def smooth(values: np.ndarray, share: float = 0.03) -> np.ndarray:
 
     In logarithms, because a plain average bends a loss upwards where it falls fast.
     """
-    half = max(1, round(len(values) * share / 2)) if len(values) > 2 else 0
+    half = round(len(values) * share / 2)
     safe = bool((values > 0).all())
     sums = np.concatenate([[0.0], np.cumsum(np.log(values) if safe else values)])
     middle = np.arange(len(values))
@@ -132,41 +141,61 @@ def table(rows: Sequence[dict[str, str]]) -> str:
     return "\n".join([lines[0], rule, *lines[1:]])
 
 
-def reconstruct(run: str | Path, data: str, images: int, path: str | Path) -> None:
-    """Draws `images` images of a card, spread evenly over it, as a run's objective sees and
-    rebuilds them."""
-    objective = load_objective(run)
+def reconstruct(
+    runs: Sequence[str | Path], data: str, images: int, path: str | Path, names: Sequence[str] = ()
+) -> None:
+    """Draws `images` images of a card, spread evenly over it, as the objectives of one or several
+    runs see and rebuild them.
+
+    Masks are drawn by each image's place: runs with equal masks share a column for them. names: of
+    the runs, by default their folders'. Raises ValueError for runs of other image sizes, or that
+    predict no pixels.
+    """
     source = open_source(data)
     if not 1 <= images <= len(source):
         raise ValueError(f"--images: {images} does not fit; '{data}' has {len(source)} images.")
-    some = Subset(source, [i * len(source) // images for i in range(images)])
-    batch = next(iter(evaluation_batches(some, objective.transform(False), batch_size=images)))
-    versions = objective.reconstruct(batch)
-    reconstructions(versions["original"], versions["masked"], versions["reconstructed"], path)
+    if names and len(names) != len(runs):
+        raise ValueError(f"--names: {len(names)} names for {len(runs)} runs.")
+    some = spread(source, images)
+    columns: dict[str, Tensor] = {}
+    masked: Tensor | None = None
+    for run, name in zip(runs, names or [Path(run).resolve().name for run in runs]):
+        objective = load_objective(run)
+        batch = next(iter(evaluation_batches(some, objective.transform(False), batch_size=images)))
+        versions = objective.reconstruct(batch)
+        original = columns.setdefault("original", versions["original"])
+        if original.shape != versions["original"].shape:
+            raise ValueError(
+                f"{run}: sees images of {versions['original'].shape[-1]} pixels, and {runs[0]} of "
+                f"{original.shape[-1]}: they cannot be drawn side by side."
+            )
+        if masked is None or not torch.equal(masked, versions["masked"]):
+            masked = versions["masked"]
+            title = "masked" if "masked" not in columns else f"masked for {name}"
+            columns[title] = masked
+        columns["reconstructed" if len(runs) == 1 else name] = versions["reconstructed"]
+    reconstructions(columns, path)
 
 
-def reconstructions(
-    images: Tensor, masked: Tensor, reconstructed: Tensor, path: str | Path
-) -> None:
-    """Draws a grid: a row an image, its three versions side by side. All uint8 [N, 3, H, W]."""
-    versions = {"original": images, "masked": masked, "reconstructed": reconstructed}
-    for name, version in versions.items():
-        if version.dtype.is_floating_point or version.shape != images.shape or images.shape[1] != 3:
+def reconstructions(columns: dict[str, Tensor], path: str | Path) -> None:
+    """Draws a grid: a row an image, its versions side by side. All uint8 [N, 3, H, W]."""
+    first = next(iter(columns.values()))
+    for name, version in columns.items():
+        if version.dtype.is_floating_point or version.shape != first.shape or first.shape[1] != 3:
             raise ValueError(
                 f"report: '{name}' must be uint8 of shape [N, 3, H, W] like the originals, "
                 f"and is {version.dtype} of shape {list(version.shape)}."
             )
-    sets = (
-        1 if len(images) < 4 else 2
-    )  # triples beside each other, so that many images stay on a page
-    deep = -(-len(images) // sets)
-    figure = _figure(1.6 * (3 * sets + 0.15 * (sets - 1)), 1.6 * deep + 0.3)
+    # sets beside each other, so that many images stay on a page
+    sets, wide = 1 if len(first) < 4 or len(columns) > 4 else 2, len(columns)
+    deep = -(-len(first) // sets)
+    figure = _figure(1.6 * (wide * sets + 0.15 * (sets - 1)), 1.6 * deep + 0.3)
     outer = figure.add_gridspec(
         1, sets, wspace=0.06, left=0.01, right=0.99, bottom=0.01, top=1 - 0.3 / (1.6 * deep + 0.3)
     )
-    for i in range(len(images)):
-        inner = outer[i // deep].subgridspec(deep, 3, wspace=0.03, hspace=0.03)
-        for column, (name, version) in enumerate(versions.items()):
+    for i in range(len(first)):
+        inner = outer[i // deep].subgridspec(deep, wide, wspace=0.03, hspace=0.03)
+        for column, (name, version) in enumerate(columns.items()):
             axes = figure.add_subplot(inner[i % deep, column])
             axes.imshow(version[i].permute(1, 2, 0).numpy(), interpolation="nearest")
             axes.set_axis_off()

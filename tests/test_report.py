@@ -93,11 +93,16 @@ def test_a_run_without_results_is_named(run):
         report.rows([run("a")])
 
 
+def versions(*images: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The columns of a picture."""
+    return dict(zip(("original", "masked", "reconstructed"), images))
+
+
 @pytest.mark.parametrize("count", [1, 3, 5, 8])
 def test_reconstructions_show_every_image_three_times(count, tmp_path):
     colours = [torch.randint(20, 230, (3, 1, 1), dtype=torch.uint8) for _ in range(count)]
     images = torch.stack([colour.expand(3, 16, 16) for colour in colours])
-    report.reconstructions(images, images, images, tmp_path / "r.png")
+    report.reconstructions(versions(images, images, images), tmp_path / "r.png")
     picture = np.asarray(Image.open(tmp_path / "r.png").convert("RGB")).reshape(-1, 3).astype(int)
     for colour in colours:
         same = (abs(picture - colour.flatten().numpy()) <= 1).all(1).sum()
@@ -107,6 +112,6 @@ def test_reconstructions_show_every_image_three_times(count, tmp_path):
 def test_reconstructions_of_other_shapes_or_types_are_refused(tmp_path):
     images = torch.zeros(2, 3, 8, 8, dtype=torch.uint8)
     with pytest.raises(ValueError, match="'masked' must be uint8"):
-        report.reconstructions(images, images.float(), images, tmp_path / "r.png")
+        report.reconstructions(versions(images, images.float(), images), tmp_path / "r.png")
     with pytest.raises(ValueError, match="'reconstructed' must be uint8"):
-        report.reconstructions(images, images, images[:1], tmp_path / "r.png")
+        report.reconstructions(versions(images, images, images[:1]), tmp_path / "r.png")

@@ -17,22 +17,24 @@ def main() -> None:
     table = commands.add_parser("table", help="the headline metric of each evaluation, in Markdown")
     table.add_argument("runs", nargs="+", metavar="RUN")
     pictures = commands.add_parser(
-        "reconstructions", help="original, masked, reconstructed, as a PNG"
+        "reconstructions", help="original, masked, and what each run makes of it, as a PNG"
     )
-    pictures.add_argument("run", metavar="RUN")
+    pictures.add_argument("runs", nargs="+", metavar="RUN")
     pictures.add_argument(
         "--data", required=True, metavar="CARD", help='a card, or a split: "demo:val"'
     )
     pictures.add_argument("--images", type=int, default=8)
     pictures.add_argument("--out", required=True, metavar="PNG")
+    for command in (curves, pictures):
+        command.add_argument("--names", nargs="+", default=[], help="of the runs, in the picture")
     asked = parser.parse_args()
     try:
         if asked.command == "curves":
-            report.curves(asked.runs, asked.out, asked.keys)
+            report.curves(asked.runs, asked.out, asked.keys, asked.names)
         elif asked.command == "table":
             print(report.table(report.rows(asked.runs)))
         else:
-            report.reconstruct(asked.run, asked.data, asked.images, asked.out)
+            report.reconstruct(asked.runs, asked.data, asked.images, asked.out, asked.names)
     except (ValueError, OSError) as error:
         sys.exit(f"report: {error}")
 

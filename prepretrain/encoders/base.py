@@ -74,9 +74,14 @@ class Encoder(nn.Module):
         return {n: n for n in names}
 
     @staticmethod
-    def download(name: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """(tensors, options of a Model) of what another library offers by name; see
-        model.open_weights."""
+    def offered(name: str) -> dict[str, Any]:
+        """The options of a Model for weights that another library offers by name. Raises ValueError
+        if it does not."""
+        raise NotImplementedError
+
+    @staticmethod
+    def fetch(name: str) -> dict[str, Tensor]:
+        """Those weights, through the library's own hub and cache."""
         raise NotImplementedError
 
     def only_whole(self, keep: Any, hide: Any, layer: Any) -> None:

@@ -76,7 +76,9 @@ class OpenClip(Encoder):
             output_fmt="NLC",
             output_extra_tokens=True,
         )
-        return torch.cat([found["image_intermediates_prefix"][0], found["image_intermediates"][0]], 1)
+        return torch.cat(
+            [found["image_intermediates_prefix"][0], found["image_intermediates"][0]], 1
+        )
 
     def adapt(self, name: str, tensor: Tensor) -> Tensor:
         """Positions for another image size."""
@@ -101,13 +103,18 @@ class OpenClip(Encoder):
         }
 
     @staticmethod
-    def download(name: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """See Encoder.download: `ViT-B-16/laion2b_s34b_b88k`, architecture and tag."""
+    def offered(name: str) -> dict[str, Any]:
+        """See Encoder.offered: `ViT-B-16/laion2b_s34b_b88k`, an architecture and a tag."""
         architecture, _, tag = name.partition("/")
         if tag not in open_clip.list_pretrained_tags_by_model(architecture):
             raise ValueError(
-                f"open_clip/{name}: open_clip has no such weights. Write "
+                f"open_clip/{name}: open_clip offers no such weights. Write "
                 f"open_clip/ARCHITECTURE/TAG, as open_clip.list_pretrained() has them."
             )
-        net = open_clip.create_model(architecture, pretrained=tag)
-        return net.state_dict(), {"encoder": "open_clip", "architecture": architecture}
+        return {"encoder": "open_clip", "architecture": architecture}
+
+    @staticmethod
+    def fetch(name: str) -> dict[str, Tensor]:
+        """See Encoder.fetch."""
+        architecture, _, tag = name.partition("/")
+        return open_clip.create_model(architecture, pretrained=tag).state_dict()

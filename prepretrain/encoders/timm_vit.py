@@ -63,7 +63,15 @@ class TimmViT(Encoder):
         return {n: None if n.startswith("head.") else f"net.{n}" for n in names}
 
     @staticmethod
-    def download(name: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """See Encoder.download: `vit_base_patch16_224.dino`, through timm's hub."""
-        net = timm.create_model(name, pretrained=True, num_classes=0)
-        return net.state_dict(), {"encoder": "timm", "architecture": name}
+    def offered(name: str) -> dict[str, Any]:
+        """See Encoder.offered: `vit_base_patch16_224.dino`."""
+        if not timm.is_model_pretrained(name):
+            raise ValueError(
+                f"timm/{name}: timm offers no such weights. See timm.list_pretrained()."
+            )
+        return {"encoder": "timm", "architecture": name}
+
+    @staticmethod
+    def fetch(name: str) -> dict[str, Tensor]:
+        """See Encoder.fetch."""
+        return timm.create_model(name, pretrained=True, num_classes=0).state_dict()

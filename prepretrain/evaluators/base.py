@@ -39,17 +39,10 @@ def require(fits: bool, option: str, value: Any, rule: str) -> None:
 
 
 def labelled_features(
-    card: Any, split: str, model: nn.Module, *, pool: str, feature_batch: int, workers: int
+    card: Any, split: str, model: nn.Module, **reading: Any
 ) -> tuple[Tensor, Tensor]:
-    """Features and labels of a card's split, with errors that name both."""
-    return extract(
-        model,
-        card.open(split),
-        pool=pool,
-        batch_size=feature_batch,
-        workers=workers,
-        name=f"{card.name}:{split}",
-    )
+    """Features and labels of a card's split, with errors that name both; reading: extract's."""
+    return extract(model, card.open(split), name=f"{card.name}:{split}", **reading)
 
 
 def class_count(card: Any, *labels: Tensor) -> int:

@@ -25,6 +25,8 @@ class Linear(Evaluator):
 
     data           the card; its splits `train` and `val` are used
     pool           "class" (the class token) or "mean" (of the patch tokens)
+    layer          read the tokens after that many blocks; None: after the last, and its norm (SimMIM
+                   probes layer 8 of a ViT-B, mean pool: its issue 14)
     solver         "sgd": BatchNorm without affine, then a linear layer, trained with LARS and a cosine,
                    as MAE does. "lbfgs": logistic regression on standardised features, its L2 strength
                    chosen on a tenth of `train`; the better choice for small sets, and needs no tuning
@@ -42,6 +44,7 @@ class Linear(Evaluator):
         *,
         data: str,
         pool: Literal["class", "mean"] = "class",
+        layer: int | None = None,
         solver: Literal["sgd", "lbfgs"] = "sgd",
         epochs: int = 90,
         batch_size: int = 16384,
@@ -67,6 +70,7 @@ class Linear(Evaluator):
         require(weight_decay >= 0, "linear.weight_decay", weight_decay, "must not be negative")
         require(feature_batch >= 1, "linear.feature_batch", feature_batch, "must be at least 1")
         require(workers >= 0, "linear.workers", workers, "must not be negative")
+        self.layer = layer
         self.pool, self.solver, self.seed = pool, solver, seed
         self.epochs, self.batch_size, self.lr = epochs, batch_size, lr
         self.warmup, self.weight_decay = warmup, weight_decay
@@ -75,7 +79,12 @@ class Linear(Evaluator):
     def run(self, model: nn.Module, folder: Path) -> dict[str, float]:
         """Top-1 (and top-5) on `val`, with the numbers of images that it was measured and trained
         on."""
-        reading = {"pool": self.pool, "feature_batch": self.feature_batch, "workers": self.workers}
+        reading = {
+            "pool": self.pool,
+            "layer": self.layer,
+            "batch_size": self.feature_batch,
+            "workers": self.workers,
+        }
         train, train_labels = labelled_features(self.card, "train", model, **reading)
         val, val_labels = labelled_features(self.card, "val", model, **reading)
         classes = class_count(self.card, train_labels, val_labels)

@@ -21,12 +21,14 @@ class Lowshot(Evaluator):
     on features from which each one's own mean is taken and which are then scaled to length 1.
 
     data           the card; images are chosen from `train` and accuracy is measured on all of `val`
-    pool           "class" (the class token) or "mean" (of the patch tokens) shots          the
-    numbers of images a class. The choice for fewer is part of that for more seeds          the
-    number of choices; seed s of one run is seed s of any other at_most        take all images of a
-    class that has fewer than K (iNaturalist 2018), not an error l2             of the summed loss:
-    sum of cross-entropies + l2/2 |W|^2 feature_batch  images at once a process, while features are
-    computed;  workers: decoding processes
+    pool           "class" (the class token) or "mean" (of the patch tokens)
+    layer          read the tokens after that many blocks; None: after the last, and its norm
+    shots          the numbers of images a class. The choice for fewer is part of that for more
+    seeds          the number of choices; seed s of one run is seed s of any other
+    at_most        take all images of a class that has fewer than K (iNaturalist 2018), not an error
+    l2             of the summed loss: sum of cross-entropies + l2/2 |W|^2
+    feature_batch  images at once a process, while features are computed
+    workers        decoding processes
 
     Results are `top1_{K}shot` and `top1_{K}shot_std` (from two seeds on; over n - 1), `top5_…`
     where there are more than five classes; the headline is top-1 of the largest K.
@@ -39,6 +41,7 @@ class Lowshot(Evaluator):
         *,
         data: str,
         pool: Literal["class", "mean"] = "class",
+        layer: int | None = None,
         shots: tuple[int, ...] = (1, 5, 10),
         seeds: int = 5,
         at_most: bool = False,
@@ -58,6 +61,7 @@ class Lowshot(Evaluator):
         require(l2 > 0, "lowshot.l2", l2, "must be above 0")
         require(feature_batch >= 1, "lowshot.feature_batch", feature_batch, "must be at least 1")
         require(workers >= 0, "lowshot.workers", workers, "must not be negative")
+        self.layer = layer
         self.pool, self.shots, self.seeds = pool, sorted(shots), seeds
         self.at_most, self.l2 = at_most, l2
         self.feature_batch, self.workers = feature_batch, workers
@@ -75,7 +79,12 @@ class Lowshot(Evaluator):
         if "label" not in source.fields:
             raise ValueError(f"{self.card.name}:train: has no labels, by which images are chosen.")
         labels = torch.tensor([source.label(i) for i in range(len(source))])
-        reading = {"pool": self.pool, "batch_size": self.feature_batch, "workers": self.workers}
+        reading = {
+            "pool": self.pool,
+            "layer": self.layer,
+            "batch_size": self.feature_batch,
+            "workers": self.workers,
+        }
         val, val_labels = extract(
             model, self.card.open("val"), name=f"{self.card.name}:val", **reading
         )

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from prepretrain import model as models
 from prepretrain import weights
 from prepretrain.decoder import Decoder
+from prepretrain.encoders import base as encoders
 from prepretrain.model import Model
 from prepretrain.objectives.base import Masked
 
@@ -49,15 +50,15 @@ class FeatureMAE(Masked):
         student's grid where theirs differs; without, another grid is refused.
         """
         super().__init__(model, mask_ratio=mask_ratio, crop_scale=crop_scale)
-        self.source = models.open_weights(teacher)
-        options = dict(teacher_options or {})
-        if "encoder" not in {**(self.source.options or {}), **options}:
+        self.source = teacher
+        options = encoders.follow(models.options_of(teacher), teacher_options or {})
+        if "encoder" not in options:
             raise ValueError(
                 f"objective.teacher: {teacher} does not say which encoder it is. Add "
                 f"objective.teacher_options={{encoder: vit_b16}}, or the like."
             )
         with torch.device("meta"):
-            found = models.made_from(self.source, options)
+            found = Model(**options)
         # in a tuple, so that it is no part of this module: neither initialised, trained nor saved
         self._teacher = (found.requires_grad_(False).eval(),)
         encoder = found.encoder
@@ -91,7 +92,7 @@ class FeatureMAE(Masked):
     def prepare(self, shard: Callable[[nn.Module], None]) -> None:
         """See Objective.prepare: shards the teacher and loads its weights."""
         shard(self.teacher)
-        weights.fill(self.teacher, self.source)
+        weights.fill(self.teacher, models.open_weights(self.source))
         self.teacher.eval()
 
     def losses(self, batch: dict[str, Any]) -> Tensor:
