@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from prepretrain import checkpoint, plugin, weights
+from prepretrain import checkpoint, plugin, weights, zoo
 from prepretrain.encoders import base as encoders
 from prepretrain.weights import Weights
 
@@ -119,8 +119,8 @@ def _write_json(path: Path, value: dict) -> None:
 
 
 def open_weights(source: str) -> Weights:
-    """The weights of a run's folder, of an exported folder or of a file, as keys of a Model
-    (`encoder.…`).
+    """The weights of a run's folder, of an exported folder, of a file or of a released model
+    (`maws/vit_l16`, downloaded if it is not here), as keys of a Model (`encoder.…`).
 
     `source:encoder` takes a part. Raises ValueError naming the source and what is wrong with it.
     """
@@ -150,13 +150,19 @@ def _locate(place: str) -> Weights:
         raise ValueError(
             f"{place}: holds no complete checkpoint and no export. Was the run cut off before its first?"
         )
+    if place in zoo.releases():
+        row = zoo.find(place)
+        found = weights.open_file(zoo.fetch(place)).renamed(row.rename, row.unused)
+        return replace(found, source=place, options=row.model)
     raise ValueError(
-        f"{place}: no such run or file. Give a run's folder (runs/…), a .safetensors or a .pt file."
+        f"{place}: no such run or file. Give a run's folder (runs/…), a .safetensors or a .pt file, "
+        f"or a released model. {zoo.nearest(place)}"
     )
 
 
 def load(source: str, **changes: Any) -> Model:
-    """The model of a run, an export or a file, with its weights, on the CPU.
+    """The model of a run, an export, a file or a release (`maws/vit_l16`), with its weights, on the
+    CPU.
 
     changes: options to make it with instead, as in `load("runs/mae", image_size=448)`. A file that
     does not say what it is needs `encoder=`.

@@ -18,7 +18,6 @@ MAWS = f"{_GITHUB}/facebookresearch/maws/blob/cce939c47bd8f905bdb50732b445772690
 MAE = f"{_GITHUB}/facebookresearch/mae/blob/efb2a8062c206524e35e47d04501ed4f544c0ae8"
 SWAG = f"{_GITHUB}/facebookresearch/SWAG/blob/77b98f5dd4cab6ad81ea67ce0fbbdbb150ed32f4/README.md"
 SIMMIM = f"{_GITHUB}/microsoft/Swin-Transformer/blob/f82860bfb5225915aca09c3227159ee9e1df874d/MODELHUB.md"
-TORCHVISION = "https://docs.pytorch.org/vision/stable/models/vision_transformer.html"
 
 # The mean and deviation with which every one of these releases is evaluated in its own code.
 IMAGENET = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
@@ -223,12 +222,12 @@ def _swag() -> list[Release]:
     torchvision's, on the same weights."""
     files = "https://dl.fbaipublicfiles.com/SWAG"
     table = (
-        ("vit_b16", 81.886, 384, 85.29),
-        ("vit_l16", 85.146, 512, 88.07),
-        ("vit_h14", 85.708, 518, 88.55),
+        ("vit_b16", "ViT_B_16", 81.886, 384, 85.29),
+        ("vit_l16", "ViT_L_16", 85.146, 512, 88.07),
+        ("vit_h14", "ViT_H_14", 85.708, 518, 88.55),
     )
     rows = []
-    for size, linear, pixels, tuned in table:
+    for size, weights, linear, pixels, tuned in table:
         plain = {"encoder": size, "licence": _NC, "rename": SWAG_NAMES}
         rows += [
             Release(
@@ -237,7 +236,8 @@ def _swag() -> list[Release]:
                 options={},
                 preprocessing=_preprocessing(224, 224),
                 metric=_metric(f"{TOP1}, linear probe at 224", linear),
-                source=TORCHVISION,
+                source=f"{SWAG}; the metric: torchvision.models, {weights}_Weights."
+                "IMAGENET1K_SWAG_LINEAR_V1",
                 **plain,
             ),
             Release(

@@ -10,8 +10,8 @@ PACKAGE = ROOT / "prepretrain"
 
 # A file imports only from rows above its own.
 ROWS = [
-    {"plugin", "clock", "distributed", "transforms", "hashtags", "heads", "index"},
-    {"log", "config", "weights", "sources", "encoders", "shard", "checkpoint"},
+    {"plugin", "clock", "distributed", "download", "transforms", "hashtags", "heads", "index"},
+    {"log", "config", "weights", "sources", "encoders", "shard", "checkpoint", "zoo"},
     {"model", "card", "optim", "logistic"},
     {"loader", "objectives"},
     {"train", "features"},

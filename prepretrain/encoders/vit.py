@@ -119,7 +119,9 @@ class ViT(Encoder):
 
     def adapt(self, name: str, tensor: Tensor) -> Tensor:
         """Resamples the position table (bicubic, as timm and MAE's users do) for another image
-        size."""
+        size; SWAG's has its axes in the order [1 + N, 1, D]."""
+        if name == "pos_embed" and tensor.ndim == 3 and tensor.shape[1] == 1 < tensor.shape[0]:
+            tensor = tensor.transpose(0, 1)
         if (
             name == "pos_embed"
             and tensor.shape[1:2] != self.pos_embed.shape[1:2]
