@@ -12,9 +12,12 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from prepretrain import checkpoint, plugin, weights, zoo
+from prepretrain import checkpoint, plugin, shard, weights, zoo
 from prepretrain.encoders import base as encoders
 from prepretrain.weights import Weights
+
+# sources of weights beside runs and files: what comes before the slash, and the family that fetches
+LIBRARIES = {"timm": "timm_vit", "open_clip": "openclip"}
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -28,16 +31,22 @@ class Model(nn.Module):
         self,
         *,
         encoder: str,
-        mean: Sequence[float] = IMAGENET_MEAN,
-        std: Sequence[float] = IMAGENET_STD,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
         **options: Any,
     ):
         """encoder: a size's name, as in `vit_l16`; options: those of its family (image_size,
-        drop_path, …)."""
+        drop_path, …).
+
+        mean, std: of each colour, 0 to 1; by default those that the encoder states (of another
+        library's weights), else ImageNet's.
+        """
         super().__init__()
-        self.mean, self.std = _colour(mean, "mean"), _colour(std, "std")
-        self.options = {"encoder": encoder, "mean": list(mean), "std": list(std), **options}
         self.encoder = encoders.build(encoder, **options)
+        self.mean = _colour(mean or getattr(self.encoder, "mean", IMAGENET_MEAN), "mean")
+        self.std = _colour(std or getattr(self.encoder, "std", IMAGENET_STD), "std")
+        colours = {"mean": list(self.mean), "std": list(self.std)}
+        self.options = {"encoder": encoder, **colours, **options}
 
     def normalise(self, image: Tensor) -> Tensor:
         """uint8 [B, 3, H, W] to float32, by mean and std, on the image's device."""
@@ -51,13 +60,13 @@ class Model(nn.Module):
         std = torch.tensor(self.std, device=image.device).view(3, 1, 1) * 255
         return (image.float() * std + mean).round().clamp(0, 255).to(torch.uint8)
 
-    def forward(self, image: Tensor) -> Tensor:
-        """uint8 [B, 3, H, W] to tokens [B, prefix + N, D]."""
-        return self.encoder(self.normalise(image))
+    def forward(self, image: Tensor, layer: int | None = None) -> Tensor:
+        """uint8 [B, 3, H, W] to tokens [B, prefix + N, D]; layer: as Encoder.forward's."""
+        return self.encoder(self.normalise(image), layer=layer)
 
-    def features(self, image: Tensor, pool: str = "class") -> Tensor:
+    def features(self, image: Tensor, pool: str = "class", layer: int | None = None) -> Tensor:
         """uint8 [B, 3, H, W] to one float32 feature [B, D] an image."""
-        return encoders.pool(self(image), self.encoder.prefix, pool).float()
+        return encoders.pool(self(image, layer), self.encoder.prefix, pool).float()
 
     def save(self, folder: Path, source: str) -> Path:
         """Writes `model.safetensors`, `model.json` and, for timm, `config.json`; returns the
@@ -119,8 +128,9 @@ def _write_json(path: Path, value: dict) -> None:
 
 
 def open_weights(source: str) -> Weights:
-    """The weights of a run's folder, of an exported folder, of a file or of a released model
-    (`maws/vit_l16`, downloaded if it is not here), as keys of a Model (`encoder.…`).
+    """The weights of a run's folder, of an exported folder or of a file, as keys of a Model
+    (`encoder.…`); or of a released model (`maws/vit_l16`, see zoo.py), or those that timm
+    (`timm/NAME`) or open_clip (`open_clip/ARCHITECTURE/TAG`) fetches.
 
     `source:encoder` takes a part. Raises ValueError naming the source and what is wrong with it.
     """
@@ -137,6 +147,9 @@ def open_weights(source: str) -> Weights:
 
 def _locate(place: str) -> Weights:
     path = Path(place)
+    library, _, name = place.partition("/")
+    if library in LIBRARIES and not path.exists():
+        return _downloaded(LIBRARIES[library], name, place)
     if path.is_file():
         return weights.open_file(path)
     if path.is_dir():
@@ -160,6 +173,18 @@ def _locate(place: str) -> Weights:
     )
 
 
+def _downloaded(family: str, name: str, place: str) -> Weights:
+    try:
+        state, options = plugin.find("encoders", family).download(name)
+    except (OSError, RuntimeError) as error:
+        raise ValueError(
+            f"{place}: could not be fetched ({str(error)[:300]}). Without a network, give its file "
+            f"and the options encoder={place.partition('/')[0]} architecture=…."
+        ) from error
+    shapes = {k: tuple(v.shape) for k, v in state.items()}
+    return Weights(place, shapes, state.__getitem__, options)
+
+
 def load(source: str, **changes: Any) -> Model:
     """The model of a run, an export, a file or a release (`maws/vit_l16`), with its weights, on the
     CPU.
@@ -168,13 +193,18 @@ def load(source: str, **changes: Any) -> Model:
     does not say what it is needs `encoder=`.
     """
     found = open_weights(source)
-    options = {**(found.options or {}), **changes}
-    if "encoder" not in options:
+    if "encoder" not in {**(found.options or {}), **changes}:
         raise ValueError(
             f"{source}: does not say which encoder it is. Add encoder='vit_b16', or the like."
         )
     with torch.device("meta"):
-        model = Model(**options)
+        model = made_from(found, changes)
     model.to_empty(device="cpu")
+    shard.fill_buffers(model)
     weights.fill(model, found)
     return model.eval()
+
+
+def made_from(found: Weights, changes: dict[str, Any]) -> Model:
+    """The Model that weights say they are of, with other options; it does not hold them yet."""
+    return Model(**encoders.follow(found.options or {}, changes))

@@ -18,6 +18,7 @@ from prepretrain import card, checkpoint, clock, distributed, log, optim, plugin
 from prepretrain import config as configs
 from prepretrain import model as models
 from prepretrain.config import Config, Evaluating, Training
+from prepretrain.encoders import base as encoders
 from prepretrain.evaluators.base import Evaluator
 from prepretrain.loader import Stream
 from prepretrain.model import Model
@@ -49,13 +50,9 @@ def train(config: Training, folder: Path) -> None:
     source = plan.open_data()
     _record(config, folder)
     objective = plan.objective
-    shard.shard(
-        objective,
-        group=config.shard.group,
-        precision=config.shard.precision,
-        recompute=config.shard.recompute,
-        compile=config.shard.compile,
-    )
+    spread = {"group": config.shard.group, "precision": config.shard.precision}
+    shard.shard(objective, **spread, recompute=config.shard.recompute, compile=config.shard.compile)
+    objective.prepare(partial(shard.shard, **spread))
     saved = checkpoint.newest(folder)
     if saved is None:
         shard.initialise(objective, config.seed)
@@ -172,7 +169,7 @@ def with_model_options(config: Training, folder: Path | None = None) -> Training
             f"model.encoder: the config asks for {asked}, and {config.init or folder} holds "
             f"{known['encoder']}. Leave model.encoder out, or give another --init or --out."
         )
-    return replace(config, model={**known, **config.model})
+    return replace(config, model=encoders.follow(known, config.model))
 
 
 def _record(config: Training, folder: Path) -> None:
@@ -386,6 +383,7 @@ def load_objective(folder: Path) -> Objective:
     with torch.device("meta"):
         objective = build_objective(given)
     objective.to_empty(device="cpu")
+    shard.fill_buffers(objective)
     saved = checkpoint.newest(Path(folder))
     if saved is None:
         raise ValueError(f"{folder}: holds no complete checkpoint.")

@@ -61,6 +61,18 @@ def shard(
                 fully_shard(blocks[i], mesh=mesh, mp_policy=PRECISIONS[precision])
         fully_shard(root, mesh=mesh, mp_policy=PRECISIONS[precision])
     module.to_empty(device=device)
+    fill_buffers(module)
+    for buffer in module.buffers():
+        if precision == "bf16" and buffer.is_floating_point():
+            buffer.data = buffer.data.bfloat16()  # as autocast would, where they meet parameters
+
+
+def fill_buffers(module: nn.Module) -> None:
+    """Computes again the buffers that follow from a module's options (SwinV2's position tables),
+    which building on the meta device left without values. timm's convention."""
+    for one in module.modules():
+        if hasattr(one, "init_non_persistent_buffers"):
+            one.init_non_persistent_buffers()
 
 
 def _has_bf16() -> bool:
@@ -142,10 +154,14 @@ def initialise(module: nn.Module, seed: int) -> None:
         generator = torch.Generator().manual_seed(mixed)
         _fill(module, name, full, generator)
         put(parameter, full)
-    for name, buffer in module.named_buffers():
-        raise ValueError(
-            f"{name}: buffers are not initialised. Make it from the options in forward instead."
-        )
+    for name, _ in module.named_buffers():
+        if not hasattr(
+            module.get_submodule(name.rpartition(".")[0]), "init_non_persistent_buffers"
+        ):
+            raise ValueError(
+                f"{name}: nothing gives this buffer its values. Give its module an "
+                f"`init_non_persistent_buffers()`, or make it from the options in forward."
+            )
 
 
 def plain(name: str) -> str:

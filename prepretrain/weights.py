@@ -58,7 +58,7 @@ class Weights:
         """
         origin: dict[str, str] = {}
         dropped = [k for k in self.shapes if any(re.fullmatch(p, k) for p in unused)]
-        for key in self.shapes.keys() - set(dropped):
+        for key in [k for k in self.shapes if k not in dropped]:
             name = key
             for pattern, replacement in rules:
                 if match := re.fullmatch(pattern, name):
@@ -139,7 +139,8 @@ def _open_torch(path: Path) -> tuple[dict, Callable[[str], Tensor]]:
 def fill(module: nn.Module, weights: Weights) -> None:
     """Copies weights into every parameter and buffer of a module, sharded or not; raises as `check`
     does."""
-    check(module, weights)
+    weights = _renamed(module, weights)
+    _check(module, weights)
     targets = module.state_dict(keep_vars=True)
     for name, target in targets.items():
         put(target, _adapted(module, name, weights.read(name)))
@@ -155,6 +156,32 @@ def check(module: nn.Module, weights: Weights) -> None:
 
     Nothing is read but names and shapes. Keys may be left over only where a part was asked for.
     """
+    _check(module, _renamed(module, weights))
+
+
+def _renamed(module: nn.Module, weights: Weights) -> Weights:
+    """The weights under the names of the module's encoder, which knows those of released files."""
+    names: dict[str, str | None] = {name: name for name in weights.shapes}
+    for place, owner in module.named_modules():
+        if hasattr(owner, "released"):
+            dot = f"{place}." if place else ""
+            inside = [n.removeprefix(dot) for n in weights.shapes if n.startswith(dot)]
+            for old, new in owner.released(inside).items():
+                names[dot + old] = None if new is None else dot + new
+    unused = [old for old, new in names.items() if new is None]
+    if unused:
+        logger.info(
+            "%s: %d tensors that are not the encoder's: %s",
+            weights.source,
+            len(unused),
+            ", ".join(unused[:8]),
+        )
+    origin = {new: old for old, new in names.items() if new is not None}
+    shapes = {new: weights.shapes[old] for new, old in origin.items()}
+    return replace(weights, shapes=shapes, read=lambda name: weights.read(origin[name]))
+
+
+def _check(module: nn.Module, weights: Weights) -> None:
     targets = module.state_dict(keep_vars=True)
     problems = []
     if weights.whole:

@@ -12,7 +12,7 @@ PACKAGE = ROOT / "prepretrain"
 ROWS = [
     {"plugin", "clock", "distributed", "download", "transforms", "hashtags", "heads", "index"},
     {"log", "config", "weights", "sources", "encoders", "shard", "checkpoint", "zoo"},
-    {"model", "card", "optim", "logistic"},
+    {"model", "card", "optim", "logistic", "decoder"},
     {"loader", "objectives"},
     {"train", "features"},
     {"evaluators"},
@@ -73,10 +73,11 @@ def test_only_run_and_launch_read_the_config():
     assert {noun(p) for p in FILES if "config" in ours(p)} == READERS_OF_CONFIG
 
 
-def test_only_the_encoders_import_timms_models():
+def test_only_the_encoders_import_timms_and_open_clips_models():
     for path in FILES:
         if noun(path) != "encoders":
-            assert not any(name.startswith("timm.models") for name in imported(path)), path
+            names = imported(path)
+            assert not any(n.startswith("timm.models") or n == "open_clip" for n in names), path
 
 
 def test_nothing_imports_the_tools():

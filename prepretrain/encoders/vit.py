@@ -8,11 +8,10 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from timm.layers import resample_abs_pos_embed
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from prepretrain.encoders.base import Encoder
+from prepretrain.encoders.base import Encoder, resample_positions
 
 SIZES = {
     # MAWS's five (recipes of arXiv 2303.13496): patch, width, depth, heads.
@@ -21,6 +20,8 @@ SIZES = {
     "vit_h14": dict(patch_size=14, width=1280, depth=32, heads=16),
     "vit_2b14": dict(patch_size=14, width=2560, depth=24, heads=32),
     "vit_6.5b14": dict(patch_size=14, width=4096, depth=32, heads=32),
+    # "Delving Deeper into Data Scaling in Masked Image Modeling", section 3.2
+    "vit_h16": dict(patch_size=16, width=1280, depth=32, heads=16),
     # For CPUs, demonstrations and tests: # not from the paper
     "vit_s16": dict(patch_size=16, width=384, depth=12, heads=6),
     "vit_ti16": dict(patch_size=16, width=192, depth=12, heads=3),
@@ -46,8 +47,13 @@ class ViT(Encoder):
         image_size: int = 224,
         drop_path: float = 0.0,
         positions: Literal["fixed", "learned"] = "learned",
+        final_norm: bool = True,
     ):
-        """positions: the table starts as 2-d sines and cosines; "fixed" (MAE) keeps it so."""
+        """positions: the table starts as 2-d sines and cosines; "fixed" (MAE) keeps it so.
+
+        final_norm: SimMIM leaves out a ViT's last norm; with it, the features that it learns cannot
+        be read by a linear probe (microsoft/SimMIM, issue 14).
+        """
         super().__init__()
         if image_size % patch_size or image_size < patch_size:
             raise ValueError(
@@ -60,7 +66,8 @@ class ViT(Encoder):
         if not 0 <= drop_path < 1:
             raise ValueError(f"model.drop_path: {drop_path} must lie in [0, 1).")
         self.width, self.stride, self.image_size = width, patch_size, image_size
-        self.depth, self.heads = depth, heads
+        self.patch, self.patch_width = patch_size, width
+        self.depth, self.heads, self.final_norm = depth, heads, final_norm
         self.cls_token = nn.Parameter(torch.empty(1, 1, width))
         self.pos_embed = nn.Parameter(
             torch.empty(1, 1 + self.grid**2, width), requires_grad=positions == "learned"
@@ -73,7 +80,7 @@ class ViT(Encoder):
             Block(width, heads, mlp_ratio=4, qkv_bias=True, drop_path=rate, norm_layer=norm)
             for rate in rates
         )
-        self.norm = norm(width)
+        self.norm = norm(width) if final_norm else nn.Identity()
 
     def forward(
         self,
@@ -81,12 +88,13 @@ class ViT(Encoder):
         *,
         keep: Tensor | None = None,
         hide: tuple[Tensor, Tensor] | None = None,
+        layer: int | None = None,
     ) -> Tensor:
-        """See Encoder.forward. Raises ValueError for an image of another size."""
-        if tuple(image.shape[-2:]) != (self.image_size,) * 2:
-            raise ValueError(
-                f"model.image_size is {self.image_size} and an image is {tuple(image.shape[-2:])}."
-            )
+        """See Encoder.forward. Raises ValueError for an image of another size, or a layer that
+        there is not."""
+        self.check(image)
+        if layer is not None and not 1 <= layer <= self.depth:
+            raise ValueError(f"layer: {layer} is none of this encoder's {self.depth} blocks.")
         patches, positions = patchify(image, self.stride), self.pos_embed[:, 1:]
         if keep is not None:  # gather before embedding: the hidden patches cost nothing
             patches = take(patches, keep)
@@ -98,9 +106,9 @@ class ViT(Encoder):
             tokens = torch.where(mask[..., None], token.to(tokens.dtype), tokens)
         first = (self.cls_token + self.pos_embed[:, :1]).expand(len(image), -1, -1)
         tokens = torch.cat([first, tokens + positions], 1)
-        for block in self.blocks:
+        for block in self.blocks[:layer]:
             tokens = block(tokens)
-        return self.norm(tokens)
+        return self.norm(tokens) if layer is None else tokens
 
     def initialise(self, name: str, tensor: Tensor, generator: torch.Generator) -> bool:
         """MAE's initialisation (its section 4 and code): the projection as a linear layer, sin-cos
@@ -118,21 +126,12 @@ class ViT(Encoder):
         return True
 
     def adapt(self, name: str, tensor: Tensor) -> Tensor:
-        """Resamples the position table (bicubic, as timm and MAE's users do) for another image
-        size; SWAG's has its axes in the order [1 + N, 1, D]."""
-        if name == "pos_embed" and tensor.ndim == 3 and tensor.shape[1] == 1 < tensor.shape[0]:
+        """Resamples the position table for another image size; SWAG's lies as [1 + N, 1, D]."""
+        if name != "pos_embed":
+            return tensor
+        if tensor.ndim == 3 and tensor.shape[1] == 1 < tensor.shape[0]:
             tensor = tensor.transpose(0, 1)
-        if (
-            name == "pos_embed"
-            and tensor.shape[1:2] != self.pos_embed.shape[1:2]
-            and tensor.ndim == 3
-        ):
-            old = round((tensor.shape[1] - 1) ** 0.5)
-            if old**2 + 1 == tensor.shape[1]:
-                return resample_abs_pos_embed(
-                    tensor, [self.grid] * 2, [old] * 2, num_prefix_tokens=1
-                )
-        return tensor
+        return resample_positions(tensor, self.grid, 1)
 
     def no_weight_decay(self) -> set[str]:
         """timm's name for the parameters without weight decay, beside all 1-d ones."""
@@ -155,6 +154,7 @@ class ViT(Encoder):
                 "embed_dim": self.width,
                 "depth": self.depth,
                 "num_heads": self.heads,
+                **({} if self.final_norm else {"final_norm": False}),
             },
         }
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from prepretrain.encoders.vit import ViT
 from prepretrain.model import Model
 from prepretrain.transforms import decode, flip, random_resized_crop, resize_center_crop
 
@@ -32,7 +33,16 @@ class Objective(nn.Module):
 
     def forward(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         """A batch to {"loss": scalar, …}; all but the loss is only logged."""
+        return {"loss": self.losses(batch).mean()}
+
+    def losses(self, batch: dict[str, Any]) -> Tensor:
+        """A batch to each image's own loss [B], for objectives that have one; what a validation
+        loss is measured with."""
         raise NotImplementedError
+
+    def prepare(self, shard: Callable[[nn.Module], None]) -> None:
+        """Makes ready what is neither trained nor saved, at each start of a run; `shard` puts a
+        module that was built on the meta device on this run's devices."""
 
     def example(self, images: int) -> dict[str, Tensor]:
         """A batch of the shapes that `forward` takes, on the meta device, to count its FLOPs
@@ -68,3 +78,60 @@ def picture(sample: dict[str, Any], size: int, crop_scale: tuple[float, float] |
     if crop_scale is None:
         return resize_center_crop(image, size)
     return flip(random_resized_crop(image, size, random("crop"), scale=crop_scale), random("flip"))
+
+
+class Masked(Objective):
+    """An objective whose encoder sees a random part of the patches, and only that. N patches, K
+    kept, M masked."""
+
+    def __init__(
+        self, model: Model, *, mask_ratio: float, crop_scale: tuple[float, float] = (0.2, 1.0)
+    ):
+        super().__init__(model)
+        encoder = model.encoder
+        if encoder.prefix != 1 or not isinstance(encoder, ViT):
+            raise ValueError(
+                f"model.encoder: a {type(encoder).__name__} cannot encode a part of the patches. Take "
+                f"a vit_…, or objective 'simmim', which encodes all."
+            )
+        self.patches = encoder.grid**2
+        self.kept = int(self.patches * (1 - mask_ratio))
+        if not 0 < self.kept < self.patches:
+            raise ValueError(
+                f"objective.mask_ratio: {mask_ratio} keeps {self.kept} of {self.patches} patches. "
+                f"At least one must be kept and one masked."
+            )
+        self.crop_scale = crop_scale
+
+    def transform(self, train: bool) -> Callable[[dict[str, Any]], dict[str, Any]]:
+        """A random resized crop and flip (a centre crop for validation), and the noise that orders
+        the patches."""
+        size = self.model.encoder.image_size
+        return Masking(size, self.patches, self.crop_scale if train else None)
+
+    def example(self, images: int) -> dict[str, Tensor]:
+        """See Objective.example."""
+        return {
+            "image": blank_images(images, self.model.encoder.image_size),
+            "noise": torch.empty(images, self.patches, device="meta"),
+        }
+
+    def split(self, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """Noise [B, N] to the kept [B, K] and the masked [B, M] patches: the smallest noise is
+        kept."""
+        order = noise.argsort(1)
+        return order[:, : self.kept], order[:, self.kept :]
+
+
+class Masking:
+    """A sample to {"image": uint8 [3, S, S], "noise": float32 [places]}, by the sample's own
+    randomness; the noise's order says what is masked."""
+
+    def __init__(self, size: int, places: int, crop_scale: tuple[float, float] | None):
+        """crop_scale None: the fixed centre crop of validation."""
+        self.size, self.places, self.crop_scale = size, places, crop_scale
+
+    def __call__(self, sample: dict[str, Any]) -> dict[str, Any]:
+        noise = sample["random"]("mask").random(self.places, dtype="float32")
+        image = picture(sample, self.size, self.crop_scale)
+        return {"image": image, "noise": torch.from_numpy(noise)}
