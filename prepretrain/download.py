@@ -282,7 +282,7 @@ class _Download:
                 raise _Cut(what) from error
             raise OSError(self.by_hand(what)) from error
         except urllib.error.URLError as error:
-            raise _Cut(f"cannot be reached ({error.reason}); is there a network?") from error
+            raise _Cut(f"cannot be reached (no network? {error.reason})") from error
         except (OSError, http.client.HTTPException) as error:
             raise _Cut(f"the connection failed ({error!r})") from error
 
@@ -337,7 +337,8 @@ class _Download:
 
     def by_hand(self, what: str) -> str:
         """An error text with the way out."""
-        known = [f"{k} {v}" for k, v in vars(self.expected).items() if v is not None]
+        known = [f"{k} {v}" for k, v in vars(self.expected).items() if v is not None and k != "md5"]
+        known += [f"md5 {self.expected.md5}…"] if self.expected.md5 else []
         return (
             f"{self.url}: {what}. Download it by hand and put it at {self.path}"
             f"{' (' + ', '.join(known) + ')' if known else ''}."

@@ -343,7 +343,7 @@ def find(name: str) -> Release:
 
 
 def nearest(name: str) -> str:
-    """Text that offers the name that comes nearest to an unknown one."""
+    """A sentence that offers the name that comes nearest to an unknown one."""
     near = difflib.get_close_matches(name, releases(), n=1)
     text = f"Did you mean '{near[0]}'? " if near else ""
     return f"{text}`python tools/zoo.py list` shows all {len(releases())} released models."

@@ -12,7 +12,7 @@ PACKAGE = ROOT / "prepretrain"
 ROWS = [
     {"plugin", "clock", "distributed", "download", "transforms", "hashtags", "heads", "index"},
     {"log", "config", "weights", "sources", "encoders", "shard", "checkpoint", "zoo"},
-    {"model", "card", "optim", "logistic", "decoder"},
+    {"model", "card", "optim", "logistic", "decoder", "catalogue"},
     {"loader", "objectives"},
     {"train", "features"},
     {"evaluators"},
