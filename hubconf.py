@@ -9,7 +9,10 @@ from functools import partial
 
 from prepretrain import load, zoo
 
-dependencies = ["torch", "timm", "safetensors", "filelock", "tqdm"]
+dependencies = [
+    *("torch", "torchvision", "timm", "open_clip", "numpy", "PIL"),
+    *("safetensors", "filelock", "tqdm"),
+]
 
 
 def _entry(row: zoo.Release) -> partial:

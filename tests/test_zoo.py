@@ -26,7 +26,7 @@ import torchvision
 from torch.testing import assert_close
 
 import prepretrain
-from prepretrain import catalogue, download, plugin, weights, zoo
+from prepretrain import catalogue, download, weights, zoo
 from prepretrain import model as models
 from prepretrain.download import Expected
 from prepretrain.launch import launch
@@ -90,7 +90,7 @@ class Handler(BaseHTTPRequestHandler):
         if "untagged" not in fault:
             self.send_header("ETag", server.tag)
         self.end_headers()
-        cut = fault == "always cuts" or (fault.startswith(("cuts", "changes")) and before == 0)
+        cut = "always cuts" in fault or (fault.startswith(("cuts", "changes")) and before == 0)
         self.wfile.write(rest[: len(rest) // 2] if cut else rest)
         self.close_connection = True
 
@@ -203,12 +203,11 @@ def test_a_later_process_continues_where_an_earlier_one_gave_up(server):
         ("404", "the server answered 404 Not Found"),
         ("403", "the server answered 403 Forbidden"),
         ("500", "the server answered 500"),
-        ("ignores ranges, always cuts", None),
+        ("always cuts, ignores ranges", "the connection ended after"),
     ],
 )
 def test_an_error_names_the_address_and_where_to_put_the_file(server, fault, said):
-    url = server.put("/a/x.pt", BODY, "always cuts" if said is None else fault)
-    said = said or "the connection ended after"
+    url = server.put("/a/x.pt", BODY, fault)
     with pytest.raises(OSError, match=said) as raised:
         download.fetch(url)
     assert f"{url}: " in str(raised.value)
@@ -694,10 +693,9 @@ def test_the_command_writes_the_page(command, tmp_path):
     assert (tmp_path / "page.md").read_text() == catalogue.markdown()
 
 
-def test_torch_hub_loads_a_release(tiny, monkeypatch):
+def test_torch_hub_loads_a_release(tiny):
     model = vit()
     tiny(model.encoder.state_dict())
-    assert "tiny_vit" in torch.hub.list(str(ROOT), source="local")
     loaded = torch.hub.load(str(ROOT), "tiny_vit", source="local")
     assert_close(loaded.features(images()), model.features(images()))
     loaded = torch.hub.load(str(ROOT), "load", "tiny/vit", source="local", image_size=64)
@@ -706,13 +704,14 @@ def test_torch_hub_loads_a_release(tiny, monkeypatch):
 
 def test_torch_hubs_dependencies_are_what_loading_imports():
     code = (
-        "import sys; before = set(sys.modules); import torch; torch_s = set(sys.modules)\n"
-        "import prepretrain.model, prepretrain.encoders.vit, prepretrain.encoders.swinv2\n"
-        "print(*{m.split('.')[0] for m in set(sys.modules) - torch_s})"
+        "import sys, torch; before = set(sys.modules)\n"
+        "import prepretrain.model; prepretrain.model.encoders.sizes()\n"
+        "print(*{m.partition('.')[0] for m in set(sys.modules) - before})"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    setup = (ROOT / "setup.py").read_text()
-    required = set(re.findall(r'"([a-z_]+)[">=]', setup.partition("install_requires")[2]))
+    setup = (ROOT / "setup.py").read_text().partition("install_requires")[2].partition("]")[0]
+    modules = {"open_clip_torch": "open_clip", "pillow": "PIL", "scikit-learn": "sklearn"}
+    required = {modules.get(n, n) for n in re.findall(r'"([a-z_-]+)', setup)}
     spec = importlib.util.spec_from_file_location("hubconf", ROOT / "hubconf.py")
     hub = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(hub)
@@ -721,5 +720,4 @@ def test_torch_hubs_dependencies_are_what_loading_imports():
 
 def test_only_the_two_classes_of_settings_are_stood_in_for():
     assert {name for _, name in weights._INERT} == {"yacs.config.CfgNode", "argparse.Namespace"}
-    assert plugin.names("encoders")  # the stand-in is of no use to a bomb: it makes a dict
-    assert weights._Inert("x", "y") == {}
+    assert weights._Inert("touch exploded") == {}
