@@ -60,7 +60,9 @@ class Release:
         return download.place(self.url)
 
     def describe(self) -> dict[str, Any]:
-        """The row as plain values: what `tools/zoo.py list --json` prints."""
+        """The row as plain values: what `tools/zoo.py list --json` prints. Size and sha256 are those
+        published, else those recorded when the file came, else None."""
+        known = download.recorded(self.place) or {}
         size = {"image_size": self.preprocessing["image_size"]}
         architecture = {"encoder": self.encoder, **size, **self.options, "pool": self.pool}
         return {
@@ -71,8 +73,8 @@ class Release:
             "licence": self.licence,
             "metric": self.metric,
             "source": self.source,
-            "size": self.expected.size,
-            "sha256": self.expected.sha256,
+            "size": self.expected.size or known.get("size"),
+            "sha256": self.expected.sha256 or known.get("sha256"),
             "note": self.note,
         }
 
