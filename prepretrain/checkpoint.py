@@ -7,7 +7,7 @@ import logging
 import os
 import shutil
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +33,10 @@ def save(
     state: dict[str, Any],
     *,
     keep: int,
+    always: Sequence[int] = (),
 ) -> Path:
     """Saves all processes' shards as `<folder>/checkpoints/<step>`, then removes all but the newest
-    `keep`.
+    `keep`, and those of the steps in `always`.
 
     state: what is no tensor, as JSON. Raises OSError, on every process, if it cannot be written (no
     space, for one); what was there before is untouched, and nothing half-written is left under a
@@ -68,7 +69,7 @@ def save(
             os.rename(final, final.with_name(f"{final.name}{TEMPORARY}damaged"))
         os.rename(temporary, final)
         _sync(final.parent)
-        _clean(folder, keep)
+        _clean(folder, keep, always)
     distributed.barrier()
     return final
 
@@ -111,10 +112,10 @@ def _sync(path: Path) -> None:
         os.close(handle)
 
 
-def _clean(folder: Path, keep: int) -> None:
+def _clean(folder: Path, keep: int, always: Sequence[int]) -> None:
     """Removes old checkpoints, each under a temporary name first, and what killed processes left
     behind."""
-    done = listed(folder)
+    done = [p for p in listed(folder) if int(p.name) not in always]
     for old in done[:-keep]:
         gone = old.with_name(f"{old.name}{TEMPORARY}old")
         os.rename(old, gone)
@@ -127,18 +128,19 @@ def listed(folder: Path) -> list[Path]:
     return sorted(p for p in (folder / "checkpoints").glob("*") if p.name.isdigit())
 
 
-def newest(folder: Path) -> Path | None:
-    """The newest checkpoint that passes its manifest; those that do not are named in the log. None
-    if there is none.
+def newest(folder: Path, step: int | None = None) -> Path | None:
+    """The newest checkpoint (of one step alone, if given) that passes its manifest; those that do
+    not are named in the log. None if there is none.
 
     Every process verifies its share of the files and all agree.
     """
-    for candidate in reversed(distributed.from_main(listed(folder))):
+    candidates = [p for p in listed(folder) if step is None or int(p.name) == step]
+    for candidate in reversed(distributed.from_main(candidates)):
         wrong = [w for part in distributed.all_gather_object(_damage(candidate)) for w in part]
         if not wrong:
             return candidate
         logger.warning(
-            "%s: damaged, so the one before it is used: %s",
+            "%s: damaged, so it is not used: %s",
             candidate,
             "; ".join(sorted(set(wrong))),
         )

@@ -67,6 +67,15 @@ class Checkpoint:
 
 
 @dataclass
+class Validation:
+    """The loss on a fixed set, with fixed crops and masks."""
+
+    data: str | None = None  # a card's split, as cifar10:val; null measures none
+    every: str = "5%"
+    images: int | None = None  # so many, spread evenly over it; null takes all
+
+
+@dataclass
 class Training:
     """A run that trains: `objective:` says for what."""
 
@@ -86,6 +95,9 @@ class Training:
     shard: Shard = field(default_factory=Shard)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     evaluators: list[dict[str, Any]] = field(default_factory=list)  # {name, data, every, options}
+    validation: Validation = field(default_factory=Validation)
+    branches: tuple[str, ...] = ()  # shorter lengths that will branch off this run: see `branch`
+    branch: str | None = None  # set by --branch: the run whose constant rate this one continues
     init: str | None = None  # set by --init: weights to start from
 
 
@@ -114,10 +126,14 @@ CHANGEABLE = (
     "log_every",
     "checkpoint",
     "evaluators",
+    "validation",
+    "branches",
 )
 
 
-def load(stage: str, overrides: list[str], init: str | None = None) -> Config:
+def load(
+    stage: str, overrides: list[str], init: str | None = None, branch: str | None = None
+) -> Config:
     """A stage's config: its file over the files that it names as `base`, then `a.b=value`
     overrides.
 
@@ -125,8 +141,7 @@ def load(stage: str, overrides: list[str], init: str | None = None) -> Config:
     """
     given = _overrides(overrides)
     merged = merge(_read(find(stage), bases=given.pop("base", None)), given)
-    if init is not None:
-        merged["init"] = init
+    merged |= {k: v for k, v in (("init", init), ("branch", branch)) if v is not None}
     schema = Evaluating if "evaluator" in merged else Training
     return check(schema, merged, "")
 
@@ -257,14 +272,16 @@ def read(path: Path) -> dict[str, Any]:
     return OmegaConf.to_container(OmegaConf.load(path))
 
 
-def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """'optim.lr: 0.1 -> 0.2' for every key that differs and may not."""
+def differences(
+    old: dict[str, Any], new: dict[str, Any], free: tuple[str, ...] = CHANGEABLE
+) -> list[str]:
+    """'optim.lr: 0.1 -> 0.2' for every key that differs and is not `free` to."""
     before, after = dict(_flat(old)), dict(_flat(new))
     keys = [k for k in sorted({*before, *after}) if before.get(k) != after.get(k)]
     return [
         f"{k}: {before.get(k)} -> {after.get(k)}"
         for k in keys
-        if not any(k == c or k.startswith(c + ".") for c in CHANGEABLE)
+        if not any(k == c or k.startswith(c + ".") for c in free)
     ]
 
 

@@ -12,7 +12,7 @@ import submitit
 
 from prepretrain import config as configs
 from prepretrain import log, run
-from prepretrain.config import Config, Evaluating
+from prepretrain.config import Config, Evaluating, Training
 
 logger = logging.getLogger(__name__)
 
@@ -22,6 +22,7 @@ def launch(
     overrides: list[str],
     *,
     init: str | None = None,
+    branch: str | None = None,
     out: str | None = None,
     nodes: int = 1,
     procs: int = 1,
@@ -34,7 +35,7 @@ def launch(
     slurm: a partition. hours: time limit of a SLURM job. Raises ValueError for what the user can
     mend, before anything is started.
     """
-    config = configs.load(stage, overrides, init)
+    config = configs.load(stage, overrides, init, branch)
     folder = _folder(config, stage, out)
     inherited = "RANK" in os.environ and "WORLD_SIZE" in os.environ
     world = int(os.environ["WORLD_SIZE"]) if inherited else nodes * procs
@@ -60,9 +61,11 @@ def launch(
 
 
 def _folder(config: Config, stage: str, out: str | None) -> Path:
-    """--out; or the run that is evaluated; or runs/<stage>."""
+    """--out; or the run that is evaluated; or the trunk and a branch's length; or runs/<stage>."""
     if out is not None:
         return Path(out)
+    if isinstance(config, Training) and config.branch is not None:
+        return Path(f"{config.branch.rstrip('/')}_{config.length}")
     if (
         isinstance(config, Evaluating)
         and config.init

@@ -195,11 +195,13 @@ def evaluation_batches(
     rank: int | None = None,
     world: int | None = None,
     seed: int = 0,
+    leave_out: bool = False,
 ) -> Iterator[dict]:
     """Each image once, over all ranks, in the source's order; as many batches on every rank.
 
     Rank r gets the r-th contiguous share. "mask" is False for rows that only fill the last batch;
-    their "position" is -1. A bad image raises: an evaluation never substitutes.
+    their "position" is -1. An evaluation never substitutes: a bad image raises, or with leave_out
+    is a row whose "mask" is False.
     """
     rank = distributed.rank() if rank is None else rank
     world = distributed.world() if world is None else world
@@ -210,30 +212,35 @@ def evaluation_batches(
     shares = []
     for first in range(rank * share, (rank + 1) * share, size):
         shares.append(np.arange(first, min(first + size, end)))
-    return iter(_load(_Evaluation(source, transform, size, seed), shares, workers))
+    return iter(_load(_Evaluation(source, transform, size, seed, leave_out), shares, workers))
 
 
 class _Evaluation(Dataset):
     """Indexes to a batch of a fixed size, filled up with copies of a row."""
 
-    def __init__(self, source: Source, transform: Transform, size: int, seed: int):
+    def __init__(self, source: Source, transform: Transform, size: int, seed: int, leave_out: bool):
         self.source, self.transform, self.size, self.seed = source, transform, size, seed
+        self.leave_out = leave_out
 
     def __getitem__(self, indexes: np.ndarray) -> dict:
         pairs = [self._read(int(index)) for index in indexes]
         missing = self.size - len(pairs)
-        filler = pairs[-1] if pairs else self._read(0)
-        rows = [row for _, row in pairs] + [filler[1]] * missing
+        filler = next((row for _, row in reversed(pairs) if row is not None), None)
+        if filler is None:
+            filler = next(row for i in range(len(self.source)) if (row := self._read(i)[1]))
+        rows = [filler if row is None else row for _, row in pairs] + [filler] * missing
         return collate(rows) | {
             "key": [key for key, _ in pairs] + [""] * missing,
             "position": indexes.tolist() + [-1] * missing,
-            "mask": torch.arange(self.size) < len(pairs),
+            "mask": torch.tensor([row is not None for _, row in pairs] + [False] * missing),
         }
 
-    def _read(self, index: int) -> tuple[str, dict]:
+    def _read(self, index: int) -> tuple[str, dict | None]:
         try:
             return _transformed(self.source, self.transform, index, Random(self.seed, 0, index))
         except BadImage as error:
+            if self.leave_out:
+                return error.key or "", None
             raise ValueError(
                 f"{error}. An evaluation counts every image: repair this one, or "
                 "remove it from the data."

@@ -50,13 +50,12 @@ class Metrics:
         """Opens the log for a run that continues after `step`; later lines, from a run cut off, are
         removed."""
         self.file = self.board = None
-        self.measured: list[str] = []  # evaluations that were made after this very step
+        self.measured: list[str] = []  # figures that were logged of this very step
         if not distributed.is_main():
             return
         rows = _rewind(folder / "metrics.jsonl", step)
         self.seconds = max((row.get("seconds", 0.0) for row in rows), default=0.0)
-        names = {key.rpartition("/")[0] for row in rows if row["step"] == step for key in row}
-        self.measured = sorted(names - {""})
+        self.measured = sorted({key for row in rows if row["step"] == step for key in row})
         self.file = (folder / "metrics.jsonl").open("a")
         self.replaced = folder / "quarantine.jsonl"
         _rewind(self.replaced, step)

@@ -14,7 +14,18 @@ import torch
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.utils.flop_counter import FlopCounterMode
 
-from prepretrain import card, checkpoint, clock, distributed, log, optim, plugin, shard, weights
+from prepretrain import (
+    card,
+    checkpoint,
+    clock,
+    distributed,
+    log,
+    optim,
+    plugin,
+    shard,
+    validation,
+    weights,
+)
 from prepretrain import config as configs
 from prepretrain import model as models
 from prepretrain.config import Config, Evaluating, Training
@@ -53,7 +64,7 @@ def train(config: Training, folder: Path) -> None:
     spread = {"group": config.shard.group, "precision": config.shard.precision}
     shard.shard(objective, **spread, recompute=config.shard.recompute, compile=config.shard.compile)
     objective.prepare(partial(shard.shard, **spread))
-    saved = checkpoint.newest(folder)
+    saved = checkpoint.newest(folder) or plan.branch_point()
     if saved is None:
         shard.initialise(objective, config.seed)
         if config.init is not None:
@@ -78,9 +89,14 @@ def train(config: Training, folder: Path) -> None:
     )
     logger.info("%s", plan.summary())
     evals = [
-        Evaluation(name, every, partial(_measure, name, evaluator, objective.model, folder))
+        Evaluation(f"{name}/", every, partial(_measure, name, evaluator, objective.model, folder))
         for name, every, evaluator in plan.evaluators()
     ]
+    if config.validation.data is not None:
+        sets = plan.open_validation(), source
+        batch = config.batch_size // plan.world // plan.accumulate
+        run = partial(_validate, objective, *sets, batch, config.data.workers, folder)
+        evals.append(Evaluation("val_", plan.steps_of("validation.every"), run))
     fit(
         objective,
         data,
@@ -94,6 +110,7 @@ def train(config: Training, folder: Path) -> None:
         log_every=plan.steps_of("log_every"),
         save_every=plan.steps_of("checkpoint.every"),
         keep=config.checkpoint.keep,
+        always=plan.branches(),
         evals=evals,
     )
     _finish(plan, folder)
@@ -104,6 +121,20 @@ def _measure(name: str, evaluator: Evaluator, model: Model, folder: Path) -> dic
     logger.info("%s: %s", name, ", ".join(f"{k} {v:g}" for k, v in results.items()))
     add_results(folder, {name: results})
     return results
+
+
+def _validate(
+    objective: Objective, held: Any, trained: Any, batch_size: int, workers: int, folder: Path
+) -> dict[str, float]:
+    """The loss on held-out images, and how far it lies above that on as many training images seen in
+    the same way."""
+    loss, images = validation.measure(objective, held, batch_size=batch_size, workers=workers)
+    some = validation.spread(trained, images)
+    seen, _ = validation.measure(objective, some, batch_size=batch_size, workers=workers)
+    found = {"loss": loss, "gap": loss - seen, "images": images}
+    logger.info("validation: %s", ", ".join(f"{k} {v:.6g}" for k, v in found.items()))
+    add_results(folder, {f"val_{k}": v for k, v in found.items()})
+    return found
 
 
 def _finish(plan: "Plan", folder: Path) -> None:
@@ -156,6 +187,8 @@ def with_model_options(config: Training, folder: Path | None = None) -> Training
     known: dict[str, Any] = {}
     if recorded is not None and recorded.exists():
         known = configs.read(recorded).get("model", {})
+    elif config.branch is not None:
+        known = _recorded(config.branch).get("model", {})
     elif config.init is not None:
         known = models.open_weights(config.init).options or {}
     asked = config.model.get("encoder", known.get("encoder"))
@@ -170,6 +203,14 @@ def with_model_options(config: Training, folder: Path | None = None) -> Training
             f"{known['encoder']}. Leave model.encoder out, or give another --init or --out."
         )
     return replace(config, model=encoders.follow(known, config.model))
+
+
+def _recorded(run: str) -> dict[str, Any]:
+    """The config that a run was started with."""
+    path = Path(run) / "config.yaml"
+    if not path.exists():
+        raise ValueError(f"branch: {run} is no run's folder: it holds no config.yaml.")
+    return configs.read(path)
 
 
 def _record(config: Training, folder: Path) -> None:
@@ -212,20 +253,27 @@ class Plan:
         return source
 
     def _schedule(self, images: int | None) -> None:
-        config, self.images = self.config, images
-        batch = config.batch_size
-        if images is None and clock.parse(config.length, "length")[1] == "ep":
+        self.images = images
+        if images is None and clock.parse(self.config.length, "length")[1] == "ep":
             self.schedule = None  # known once the data are open
             return
-        total = clock.steps(config.length, "length", batch_size=batch, images=images)
+        self.schedule = self.schedule_of(self.config.length, "length")
+        self._steps = partial(
+            clock.steps,
+            batch_size=self.config.batch_size,
+            images=images,
+            total=self.schedule.steps,
+        )
+
+    def schedule_of(self, length: str, where: str) -> Schedule:
+        """The schedule that a run of this config has at some length."""
+        batch, given = self.config.batch_size, self.config.optim
+        total = clock.steps(length, where, batch_size=batch, images=self.images)
         if total < 1:
-            raise ValueError(f"length: {config.length!r} is less than a step.")
-
-        def steps(duration: str, where: str) -> int:
-            return clock.steps(duration, where, batch_size=batch, images=images, total=total)
-
-        scale, given = batch / 256, config.optim
-        self.schedule = Schedule(
+            raise ValueError(f"{where}: {length!r} is less than a step.")
+        steps = partial(clock.steps, batch_size=batch, images=self.images, total=total)
+        scale = batch / 256
+        return Schedule(
             given.lr * scale,
             total,
             steps(given.warmup, "optim.warmup"),
@@ -234,11 +282,64 @@ class Plan:
             tuple(steps(m, "optim.milestones") for m in given.milestones),
             given.decay,
         )
-        self._steps = steps
+
+    def branches(self) -> list[int]:
+        """The steps at which shorter runs will branch off this one: where each one's rate first
+        falls."""
+        found = [self.schedule_of(length, "branches") for length in self.config.branches]
+        for length, schedule in zip(self.config.branches, found):
+            _check_trunk(self.schedule, schedule, f"branches: {length}")
+        return [schedule.milestones[0] for schedule in found]
+
+    def branch_point(self) -> Path | None:
+        """The trunk's checkpoint that `branch` starts from, verified; None without one.
+
+        A branch is the run that would have been trained straight to its length: the same config, but
+        for the length, and the same rates up to its first milestone. Raises ValueError otherwise.
+        """
+        trunk = self.config.branch
+        if trunk is None:
+            return None
+        before = _recorded(trunk)
+        free = (*configs.CHANGEABLE, "length", "branch", "init")
+        changed = configs.differences(before, configs.plain(self.config), free)
+        if changed:
+            raise ValueError(
+                f"branch: {trunk} was trained with another config:\n  "
+                + "\n  ".join(changed)
+                + "\nA branch continues it exactly; only length may differ."
+            )
+        old = Plan(configs.check(Training, before, ""), self.world)
+        old._schedule(self.images)
+        _check_trunk(old.schedule, self.schedule, f"branch: {trunk}, length: {self.config.length}")
+        step = self.schedule.milestones[0]
+        found = checkpoint.newest(Path(trunk), step)
+        if found is None:
+            there = [int(p.name) for p in checkpoint.listed(Path(trunk))]
+            raise ValueError(
+                f"branch: {trunk} holds no checkpoint of step {step}, where a run of "
+                f"length={self.config.length} leaves it. It holds {there}. Name the length in the "
+                f"trunk's `branches`, and let it train that far."
+            )
+        return found
+
+    def open_validation(self) -> Any:
+        """The validation set, or as many images of it as asked for; None if there is none."""
+        given = self.config.validation
+        if given.data is None:
+            return None
+        if given.images is not None and given.images < 1:
+            raise ValueError(f"validation.images: {given.images} must be at least 1.")
+        split, found = _split(given.data)
+        source = found.open(split)
+        validation.check(self.objective, source, given.data)
+        return validation.spread(source, given.images)
 
     def steps_of(self, key: str) -> int:
-        """The duration at `log_every` or `checkpoint.every` in steps, at least one."""
-        value = self.config.log_every if key == "log_every" else self.config.checkpoint.every
+        """The duration at `log_every`, `checkpoint.every`, … in steps, at least one."""
+        value = self.config
+        for part in key.split("."):
+            value = getattr(value, part)
         return max(1, self._steps(value, key))
 
     def evaluators(self) -> list[tuple[str, int, Evaluator]]:
@@ -280,7 +381,7 @@ class Plan:
                     False  # plain matrix products, so that they are counted on every device
                 )
         with FlopCounterMode(display=False) as counter, torch.no_grad():
-            objective.eval()(objective.example(1))
+            objective.eval().requires_grad_(False)(objective.example(1))
         return counter.get_total_flops()
 
     def summary(self) -> str:
@@ -290,6 +391,25 @@ class Plan:
             f"{s.steps} steps of {self.config.batch_size} images ({self.world} processes, "
             f"{self.accumulate} at a time each step), peak lr {s.peak:.3g} = {optim_.lr:g} x batch / 256, "
             f"warm-up {s.warmup} steps, {self.images} images an epoch"
+        )
+
+
+def _check_trunk(trunk: Schedule, branch: Schedule, where: str) -> None:
+    """Raises ValueError unless a schedule follows another up to its own first milestone."""
+    if not branch.milestones:
+        raise ValueError(
+            f"{where}: only optim.schedule=step has a constant part that runs of several lengths share."
+        )
+    point = branch.milestones[0]
+    if point >= trunk.steps:
+        raise ValueError(
+            f"{where}: would leave at step {point}, and the trunk ends at step {trunk.steps}."
+        )
+    differing = next((s for s in range(point) if trunk.lr(s) != branch.lr(s)), None)
+    if differing is not None:
+        raise ValueError(
+            f"{where}: its rate differs from the trunk's at step {differing}, before it leaves at step "
+            f"{point}. Give optim.warmup in steps (6250it), not as a share of the length."
         )
 
 
@@ -334,6 +454,9 @@ def check(config: Config, folder: Path, world: int) -> "Plan | None":
     config = with_model_options(config, folder)
     plan = Plan(config, world)
     plan.open_data()
+    plan.open_validation()
+    plan.branches()
+    plan.branch_point()
     if config.init is not None:
         weights.check(plan.objective.model, models.open_weights(config.init))
     plan.evaluators()

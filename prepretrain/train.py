@@ -34,9 +34,12 @@ class Stopped(Exception):
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Something to measure during a run: `run()` returns named numbers, on every process."""
+    """Something to measure during a run: `run()` returns named numbers, on every process.
 
-    name: str
+    prefix: of their names in metrics.jsonl, as `linear/cifar10/` or `val_`.
+    """
+
+    prefix: str
     every: int
     run: Callable[[], dict[str, float]]
 
@@ -55,13 +58,14 @@ def fit(
     log_every: int = 10,
     save_every: int = 0,
     keep: int = 2,
+    always: Sequence[int] = (),
     evals: Sequence[Evaluation] = (),
 ) -> None:
     """Trains to `schedule.steps` optimizer steps, from a checkpoint of the run if there is one.
 
     saved: that checkpoint, verified. options: what made the model, kept in checkpoints so that they
     describe themselves. clip: largest gradient norm. save_every: steps between checkpoints, one is
-    always saved at the end. Raises FloatingPointError, on every process and before the weights
+    always saved at the end. always: steps that are saved, and never removed. Raises FloatingPointError, on every process and before the weights
     change, for a loss or gradient that is not finite; ValueError for too many bad images or data
     that are not the run's; Stopped after a signal.
     """
@@ -97,11 +101,11 @@ def fit(
                 row |= {"bad_images": sum(bad.values())} if bad else {}
                 metrics.write(row)
                 progress.show(*_texts(row, schedule.steps))
-            if vote.stop or clock.due(step, save_every, schedule.steps):
+            if vote.stop or step in always or clock.due(step, save_every, schedule.steps):
                 gc.collect()
                 state = {"step": step, "images": step * data.batch_size, "bad": dict(bad)}
                 state |= {"data": data.fingerprint, "options": options}
-                checkpoint.save(folder, step, objective, optimizer, state, keep=keep)
+                checkpoint.save(folder, step, objective, optimizer, state, keep=keep, always=always)
             if vote.stop and step < schedule.steps:
                 raise Stopped(
                     f"{folder}: stopped by a signal after step {step} and saved. "
@@ -121,9 +125,10 @@ def _evaluate(
 ) -> None:
     """Runs what is due after a step; `skip` names what a run that was cut off had measured by then."""
     for one in evals:
-        if step and clock.due(step, one.every, steps) and one.name not in skip:
+        known = any(name.startswith(one.prefix) for name in skip)
+        if step and clock.due(step, one.every, steps) and not known:
             found = one.run()
-            metrics.write({"step": step, **{f"{one.name}/{k}": v for k, v in found.items()}})
+            metrics.write({"step": step, **{f"{one.prefix}{k}": v for k, v in found.items()}})
 
 
 def _resume(

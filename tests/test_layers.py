@@ -15,7 +15,7 @@ ROWS = [
     {"model", "card", "optim", "logistic", "decoder", "catalogue"},
     {"loader", "objectives"},
     {"train", "features"},
-    {"evaluators"},
+    {"evaluators", "validation"},
     {"run"},
     {"launch", "report"},
 ]

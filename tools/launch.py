@@ -1,12 +1,11 @@
 """Runs a stage of the pipeline.
 
-python tools/launch.py --stage mae                                    one process, here python
-tools/launch.py --stage mae --procs 8                          eight local processes python
-tools/launch.py --stage mae --nodes 8 --procs 8 --slurm gpu    SLURM partition "gpu" torchrun
---nproc-per-node 8 tools/launch.py --stage mae               processes that are there already python
-tools/launch.py --stage wsp --init runs/mae optim.lr=1e-4      from a run's weights, with another
-option python tools/launch.py --stage mae --dry-run                          checks everything,
-trains nothing
+python tools/launch.py --stage mae                                  one process, here
+python tools/launch.py --stage mae --procs 8                        eight local processes
+python tools/launch.py --stage mae --nodes 8 --procs 8 --slurm gpu  SLURM partition "gpu"
+torchrun --nproc-per-node 8 tools/launch.py --stage mae             processes that are there
+python tools/launch.py --stage wsp --init runs/mae optim.lr=1e-4    from weights; another option
+python tools/launch.py --stage mae --dry-run                        checks all, trains nothing
 """
 
 import argparse
@@ -26,6 +25,11 @@ def main() -> None:
     )
     parser.add_argument(
         "--init", help="weights to start from, or to evaluate: a run's folder or a file, [:encoder]"
+    )
+    parser.add_argument(
+        "--branch",
+        metavar="RUN",
+        help="continue a run of a step schedule as if it had been trained to another length",
     )
     parser.add_argument(
         "--out", help="the run's folder (default: runs/<stage>, or the run that is evaluated)"

@@ -4,8 +4,9 @@ measured beside our own."""
 from typing import Any
 
 import open_clip
+import torch
 from open_clip.timm_model import TimmModel
-from torch import Tensor, cat, nn
+from torch import Tensor, nn
 
 from prepretrain.encoders.base import Encoder, resample_positions
 
@@ -25,7 +26,12 @@ class OpenClip(Encoder):
             raise ValueError(
                 f"model.architecture: open_clip has no '{architecture}'. See open_clip.list_models()."
             )
-        tower = open_clip.create_model(architecture, force_image_size=image_size).visual
+        tower = open_clip.create_model(
+            architecture,
+            force_image_size=image_size,
+            load_weights=False,
+            device=torch.get_default_device(),
+        ).visual
         self.mean, self.std = tower.image_mean, tower.image_std
         self.image_size = tower.image_size[0]
         if isinstance(tower, TimmModel):
@@ -70,7 +76,7 @@ class OpenClip(Encoder):
             output_fmt="NLC",
             output_extra_tokens=True,
         )
-        return cat([found["image_intermediates_prefix"][0], found["image_intermediates"][0]], 1)
+        return torch.cat([found["image_intermediates_prefix"][0], found["image_intermediates"][0]], 1)
 
     def adapt(self, name: str, tensor: Tensor) -> Tensor:
         """Positions for another image size."""
