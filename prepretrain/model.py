@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from prepretrain import checkpoint, plugin, shard, weights
+from prepretrain import checkpoint, plugin, shard, weights, zoo
 from prepretrain.encoders import base as encoders
 from prepretrain.encoders.base import Encoder
 from prepretrain.weights import Weights
@@ -130,8 +130,8 @@ def _write_json(path: Path, value: dict) -> None:
 
 def open_weights(source: str) -> Weights:
     """The weights of a run's folder, of an exported folder or of a file, as keys of a Model
-    (`encoder.…`); or those that timm (`timm/NAME`) or open_clip (`open_clip/ARCHITECTURE/TAG`)
-    fetches.
+    (`encoder.…`); or of a released model (`maws/vit_l16`, see zoo.py), or those that timm
+    (`timm/NAME`) or open_clip (`open_clip/ARCHITECTURE/TAG`) fetches.
 
     `source:encoder` takes a part. Raises ValueError naming the source and what is wrong with it.
     """
@@ -164,8 +164,13 @@ def _locate(place: str) -> Weights:
         raise ValueError(
             f"{place}: holds no complete checkpoint and no export. Was the run cut off before its first?"
         )
+    if place in zoo.releases():
+        row = zoo.find(place)
+        found = weights.open_file(zoo.fetch(place)).renamed(row.rename, row.unused)
+        return replace(found, source=place, options=row.model)
     raise ValueError(
-        f"{place}: no such run or file. Give a run's folder (runs/…), a .safetensors or a .pt file."
+        f"{place}: no such run or file. Give a run's folder (runs/…), a .safetensors or a .pt file, "
+        f"or a released model. {zoo.nearest(place)}"
     )
 
 
@@ -192,7 +197,8 @@ def options_of(source: str) -> dict[str, Any]:
 
 
 def load(source: str, **changes: Any) -> Model:
-    """The model of a run, an export or a file, with its weights, on the CPU.
+    """The model of a run, an export, a file or a release (`maws/vit_l16`), with its weights, on the
+    CPU.
 
     changes: options to make it with instead, as in `load("runs/mae", image_size=448)`. A file that
     does not say what it is needs `encoder=`.

@@ -2,7 +2,10 @@
 
 import json
 import logging
-from collections.abc import Callable
+import re
+import zipfile
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -47,6 +50,27 @@ class Weights:
             read=lambda name: self.read(name.removeprefix(dot)),
         )
 
+    def renamed(self, rules: Sequence[tuple[str, str]], unused: Sequence[str] = ()) -> "Weights":
+        """The tensors under the names that rules of (pattern, replacement), applied in order, give
+        them, without those whose own name a pattern of `unused` matches.
+
+        A pattern must match a whole key. Raises ValueError if two keys get the same name.
+        """
+        origin: dict[str, str] = {}
+        dropped = [k for k in self.shapes if any(re.fullmatch(p, k) for p in unused)]
+        for key in [k for k in self.shapes if k not in dropped]:
+            name = key
+            for pattern, replacement in rules:
+                if match := re.fullmatch(pattern, name):
+                    name = match.expand(replacement)
+            if name in origin:
+                raise ValueError(f"{self.source}: {key} and {origin[name]} both become {name}.")
+            origin[name] = key
+        if dropped:
+            logger.info("%s: not taken: %s", self.source, ", ".join(dropped[:8]))
+        shapes = {name: self.shapes[key] for name, key in origin.items()}
+        return replace(self, shapes=shapes, read=lambda name: self.read(origin[name]))
+
 
 def open_file(path: Path) -> Weights:
     """A .safetensors file, or a .pt / .pth file of plain tensors (read with weights_only, never
@@ -56,7 +80,7 @@ def open_file(path: Path) -> Weights:
     """
     if path.suffix == ".safetensors":
         shapes, read = _open_safetensors(path)
-    elif path.suffix in (".pt", ".pth", ".bin"):
+    elif path.suffix in (".pt", ".pth", ".bin", ".torch"):
         shapes, read = _open_torch(path)
     else:
         raise ValueError(f"{path}: is neither .safetensors nor .pt / .pth.")
@@ -75,9 +99,24 @@ def _open_safetensors(path: Path) -> tuple[dict, Callable[[str], Tensor]]:
     return {k: tuple(file.get_slice(k).get_shape()) for k in file.keys()}, file.get_tensor
 
 
+class _Inert:
+    """Stands in for a class that a file names beside its tensors; nothing of that class runs."""
+
+    def __new__(cls, *arguments: Any) -> OrderedDict:
+        """A dictionary, the one thing besides tensors that weights_only fills."""
+        return OrderedDict()
+
+
+# Settings that training code saves beside the weights: SimMIM's (a dict) and MAE's.
+_INERT = [(_Inert, name) for name in ("yacs.config.CfgNode", "argparse.Namespace")]
+
+
 def _open_torch(path: Path) -> tuple[dict, Callable[[str], Tensor]]:
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        with torch.serialization.safe_globals(_INERT):
+            content = torch.load(
+                path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
+            )  # torch's format from before 1.6 is no zip, and cannot be mapped
     except Exception as error:
         raise ValueError(
             f"{path}: cannot be read with weights_only ({error}). A file that holds more than "

@@ -10,9 +10,9 @@ PACKAGE = ROOT / "prepretrain"
 
 # A file imports only from rows above its own.
 ROWS = [
-    {"plugin", "clock", "distributed", "transforms", "hashtags", "heads", "index"},
-    {"log", "config", "weights", "sources", "encoders", "shard", "checkpoint"},
-    {"model", "card", "optim", "logistic", "decoder"},
+    {"plugin", "clock", "distributed", "download", "transforms", "hashtags", "heads", "index"},
+    {"log", "config", "weights", "sources", "encoders", "shard", "checkpoint", "zoo"},
+    {"model", "card", "optim", "logistic", "decoder", "catalogue"},
     {"loader", "objectives"},
     {"train", "features"},
     {"evaluators", "validation"},

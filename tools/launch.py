@@ -24,7 +24,8 @@ def main() -> None:
         "--stage", required=True, help="a config: mae, wsp, eval/linear, … or a path to a .yaml"
     )
     parser.add_argument(
-        "--init", help="weights to start from, or to evaluate: a run's folder or a file, [:encoder]"
+        "--init",
+        help="weights to start from, or to evaluate: a run, a file or maws/vit_l16, [:encoder]",
     )
     parser.add_argument(
         "--branch",

@@ -126,8 +126,12 @@ class ViT(Encoder):
         return True
 
     def adapt(self, name: str, tensor: Tensor) -> Tensor:
-        """Resamples the position table for another image size."""
-        return resample_positions(tensor, self.grid, 1) if name == "pos_embed" else tensor
+        """Resamples the position table for another image size; SWAG's lies as [1 + N, 1, D]."""
+        if name != "pos_embed":
+            return tensor
+        if tensor.ndim == 3 and tensor.shape[1] == 1 < tensor.shape[0]:
+            tensor = tensor.transpose(0, 1)
+        return resample_positions(tensor, self.grid, 1)
 
     def no_weight_decay(self) -> set[str]:
         """timm's name for the parameters without weight decay, beside all 1-d ones."""
