@@ -190,9 +190,12 @@ def _fetched(family: type[Encoder], name: str, place: str) -> Weights:
 def options_of(source: str) -> dict[str, Any]:
     """The options of the Model that a source's weights are of, as far as it says them; nothing is
     fetched."""
-    library, _, name = source.partition(":")[0].partition("/")
-    if library in LIBRARIES and not Path(source).exists():
+    place = source.partition(":")[0]
+    library, _, name = place.partition("/")
+    if not Path(place).exists() and library in LIBRARIES:
         return plugin.find("encoders", LIBRARIES[library]).offered(name)
+    if not Path(place).exists() and place in zoo.releases():
+        return zoo.find(place).model
     return open_weights(source).options or {}
 
 

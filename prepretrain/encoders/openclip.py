@@ -3,9 +3,7 @@ measured beside our own."""
 
 from typing import Any
 
-import open_clip
 import torch
-from open_clip.timm_model import TimmModel
 from torch import Tensor, nn
 
 from prepretrain.encoders.base import Encoder, resample_positions
@@ -21,6 +19,8 @@ class OpenClip(Encoder):
 
     def __init__(self, *, architecture: str, image_size: int | None = None):
         """architecture: open_clip's name, as `ViT-B-16`; image_size: its own if None."""
+        import open_clip  # slow to import, and only its own models need it
+
         super().__init__()
         if architecture not in open_clip.list_models():
             raise ValueError(
@@ -34,7 +34,7 @@ class OpenClip(Encoder):
         ).visual
         self.mean, self.std = tower.image_mean, tower.image_std
         self.image_size = tower.image_size[0]
-        if isinstance(tower, TimmModel):
+        if isinstance(tower, open_clip.timm_model.TimmModel):
             self.net = nn.Module()
             self.net.trunk = net = tower.trunk
             if not hasattr(net, "patch_embed") or not hasattr(net, "num_prefix_tokens"):
@@ -105,6 +105,8 @@ class OpenClip(Encoder):
     @staticmethod
     def offered(name: str) -> dict[str, Any]:
         """See Encoder.offered: `ViT-B-16/laion2b_s34b_b88k`, an architecture and a tag."""
+        import open_clip
+
         architecture, _, tag = name.partition("/")
         if tag not in open_clip.list_pretrained_tags_by_model(architecture):
             raise ValueError(
@@ -116,5 +118,7 @@ class OpenClip(Encoder):
     @staticmethod
     def fetch(name: str) -> dict[str, Tensor]:
         """See Encoder.fetch."""
+        import open_clip
+
         architecture, _, tag = name.partition("/")
         return open_clip.create_model(architecture, pretrained=tag).state_dict()
