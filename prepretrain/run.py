@@ -518,3 +518,16 @@ def load_objective(folder: Path) -> Objective:
 def export(source: str, folder: Path) -> Path:
     """Writes a run's or file's encoder for others to load; returns the weights' path."""
     return models.load(source).save(folder, source)
+
+
+def export_released(run: Path, folder: Path) -> Path:
+    """Writes a run's tensors as `released.pth`, under the names of the files that the objective's
+    authors released; returns its path. Raises ValueError for an objective without such files."""
+    objective = load_objective(run)
+    if not hasattr(objective, "release"):
+        raise ValueError(f"--released: {run} is of an objective without released files of its own.")
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "released.pth"
+    torch.save({"model": objective.release()}, f"{path}.tmp")
+    os.replace(f"{path}.tmp", path)
+    return path

@@ -12,9 +12,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("source", metavar="RUN", help="a run's folder or a weights file")
     parser.add_argument("--out", metavar="FOLDER", type=Path, help="default: RUN/export")
+    parser.add_argument(
+        "--released",
+        action="store_true",
+        help="a SimMIM run's file under the released files' names, decoder included",
+    )
     asked = parser.parse_args()
+    write = run.export_released if asked.released else run.export
     try:
-        print(run.export(asked.source, asked.out or Path(asked.source) / "export"))
+        print(write(asked.source, asked.out or Path(asked.source) / "export"))
     except (ValueError, OSError) as error:
         sys.exit(f"export: {error}")
 

@@ -151,6 +151,26 @@ class SimMIM(Objective):
         }
         return {k: self.model.denormalise(unpatchify(v, size)) for k, v in versions.items()}
 
+    def release(self) -> dict[str, Tensor]:
+        """The trained tensors under the names of the released SimMIM files, decoder included.
+
+        Raises ValueError for an encoder or a decoder that those files do not know.
+        """
+        encoder, size = self.model.encoder, self.model.encoder.stride
+        if not hasattr(encoder, "release") or len(self.decoder.blocks):
+            raise ValueError(
+                "--released: SimMIM's files hold a SwinV2 and a linear decoder, and this run has a "
+                f"{type(encoder).__name__} and {len(self.decoder.blocks)} decoder blocks."
+            )
+        state = {f"encoder.{k}": v for k, v in encoder.release(encoder.state_dict()).items()}
+        weight, bias = self.decoder.pred.weight, self.decoder.pred.bias
+        return {
+            **state,
+            "encoder.mask_token": self.mask_token.token.detach(),
+            "decoder.0.weight": weight.detach().view(3 * size**2, -1, 1, 1),
+            "decoder.0.bias": bias.detach(),
+        }
+
 
 class MaskToken(nn.Module):
     """The learned token, a module of its own so that it can be sharded."""
