@@ -59,8 +59,18 @@ def shard(
                 if compile:
                     blocks[i].compile(fullgraph=recompute == "none")
                 fully_shard(blocks[i], mesh=mesh, mp_policy=PRECISIONS[precision])
-        fully_shard(root, mesh=mesh, mp_policy=PRECISIONS[precision])
+        own = getattr(root, "precision", precision)  # small parts that need float32 say so
+        fully_shard(root, mesh=mesh, mp_policy=PRECISIONS[own])
     module.to_empty(device=device)
+    fill_buffers(module)
+
+
+def fill_buffers(module: nn.Module) -> None:
+    """Recomputes the buffers that no checkpoint holds, which `to_empty` leaves without values: calls
+    every submodule's `init_non_persistent_buffers`, timm's name for it."""
+    for one in module.modules():
+        if hasattr(one, "init_non_persistent_buffers"):
+            one.init_non_persistent_buffers()
 
 
 def _has_bf16() -> bool:
@@ -101,11 +111,14 @@ def find_roots(module: nn.Module) -> list[nn.Module]:
     return roots
 
 
+BLOCKS = ("blocks", "resblocks", "layer")  # as timm, open_clip and transformers call their lists
+
+
 def _block_lists(root: nn.Module) -> list[nn.ModuleList]:
     return [
         m
         for name, m in root.named_modules()
-        if name.rpartition(".")[2] == "blocks" and isinstance(m, (nn.ModuleList, nn.Sequential))
+        if name.rpartition(".")[2] in BLOCKS and isinstance(m, (nn.ModuleList, nn.Sequential))
     ]
 
 
@@ -142,10 +155,14 @@ def initialise(module: nn.Module, seed: int) -> None:
         generator = torch.Generator().manual_seed(mixed)
         _fill(module, name, full, generator)
         put(parameter, full)
-    for name, buffer in module.named_buffers():
-        raise ValueError(
-            f"{name}: buffers are not initialised. Make it from the options in forward instead."
-        )
+    for name, _ in module.named_buffers():
+        parts = name.split(".")
+        above = (module.get_submodule(".".join(parts[:i])) for i in range(len(parts)))
+        if not any(hasattr(one, "init_non_persistent_buffers") for one in above):
+            raise ValueError(
+                f"{name}: buffers are not initialised. Make it from the options in forward instead, "
+                f"or give its module an `init_non_persistent_buffers()`."
+            )
 
 
 def plain(name: str) -> str:

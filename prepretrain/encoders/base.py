@@ -53,6 +53,11 @@ class Encoder(nn.Module):
         """{"architecture": …, "model_args": …} with which timm builds the same encoder."""
         raise NotImplementedError
 
+    def open_clip(self, state: dict[str, Tensor], pool: str) -> tuple[dict[str, Any], dict]:
+        """open_clip's `vision_cfg` of the same encoder, pooled by `pool`, and the state under its
+        names, without a projection. Raises ValueError where open_clip has no such tower."""
+        raise ValueError(f"open_clip has no image tower like {type(self).__name__}.")
+
 
 def pool(tokens: Tensor, prefix: int, how: str) -> Tensor:
     """[B, prefix + N, D] tokens to [B, D]: the class token, or the mean over the grid."""
