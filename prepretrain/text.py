@@ -183,9 +183,7 @@ class OpenClip(Tower):
         Its image tower, projection and temperature are not part of the tower, and left out.
         """
         other = ("visual.", "logit_scale", "logit_bias", "text_projection", "text.text_projection")
-        names = {
-            f"tower.{k.removeprefix('text.')}": k for k in shapes if not k.startswith(other)
-        }
+        names = {f"tower.{k.removeprefix('text.')}": k for k in shapes if not k.startswith(other)}
         return {n: shapes[k] for n, k in names.items()}, lambda name: read(names[name])
 
     def open_clip(self) -> dict[str, Any]:
@@ -329,7 +327,10 @@ class XLMR(Tower):
         The head and the pooler are left out. The one row of token types is added to every position,
         which is what it does in the model.
         """
-        types, places = "embeddings.token_type_embeddings.weight", "embeddings.position_embeddings.weight"
+        types, places = (
+            "embeddings.token_type_embeddings.weight",
+            "embeddings.position_embeddings.weight",
+        )
         other = ("lm_head.", "pooler.", "embeddings.position_ids", types)
         bare = {k.removeprefix("roberta."): k for k in shapes}
         names = {f"tower.{b}": k for b, k in bare.items() if not b.startswith(other)}

@@ -10,9 +10,9 @@ PACKAGE = ROOT / "prepretrain"
 
 # A file imports only from rows above its own.
 ROWS = [
-    {"plugin", "clock", "distributed", "transforms", "hashtags", "heads", "index"},
+    {"plugin", "clock", "distributed", "transforms", "hashtags", "heads", "index", "text"},
     {"log", "config", "weights", "sources", "encoders", "shard", "checkpoint"},
-    {"model", "card", "optim", "logistic"},
+    {"model", "card", "optim", "logistic", "contrastive"},
     {"loader", "objectives"},
     {"train", "features"},
     {"evaluators"},
@@ -77,6 +77,12 @@ def test_only_the_encoders_import_timms_models():
     for path in FILES:
         if noun(path) != "encoders":
             assert not any(name.startswith("timm.models") for name in imported(path)), path
+
+
+def test_only_the_text_towers_and_zero_shot_import_open_clip():
+    for path in FILES:
+        if path.stem not in ("text", "zeroshot"):
+            assert not any(name.split(".")[0] == "open_clip" for name in imported(path)), path
 
 
 def test_nothing_imports_the_tools():

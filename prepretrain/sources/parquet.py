@@ -28,6 +28,7 @@ class Parquet(Source):
         image: str = "image",
         label: str = "label",
         text: str = "text",
+        captions: str = "captions",
         hashtags: str = "hashtags",
         key: str = "path",
     ):
@@ -39,7 +40,8 @@ class Parquet(Source):
             self._files = [pq.ParquetFile(file, memory_map=True) for file in self.paths]
         except pa.ArrowException as error:
             raise ValueError(f"{path}: not readable as Parquet: {error}") from error
-        asked = {"image": image, "label": label, "text": text, "hashtags": hashtags, "key": key}
+        asked = {"image": image, "label": label, "text": text, "captions": captions}
+        asked |= {"hashtags": hashtags, "key": key}
         self.columns = self._present(asked)
         self.fields = tuple(name for name in self.columns if name != "key")
         self._index()
@@ -97,6 +99,8 @@ class Parquet(Source):
             values["hashtags"] = values["hashtags"] or []
         if "text" in values:
             values["text"] = values["text"] or ""
+        if "captions" in values:
+            values["captions"] = values["captions"] or []
         return {"key": key, **values}
 
     def label(self, index: int) -> int:
