@@ -49,8 +49,8 @@ class Model(nn.Module):
         self.encoder = encoders.build(encoder, **options)
         self.text = self.joint = None
         if text is not None:
-            self.options |= {"text": dict(text), "joint": dict(joint or {})}
             self.text = _tower(text)
+            self.options |= {"text": dict(text), "joint": dict(joint or {})}
             asked = plugin.check(Joint, dict(joint or {}), "model.joint")
             self.joint = Joint(self.encoder.width, self.text.width, **asked)
         elif joint is not None:
@@ -112,7 +112,9 @@ class Model(nn.Module):
 
 
 def _tower(given: Any) -> texts.Tower:
-    given = dict(given) if isinstance(given, dict) else {"name": given}
+    if not isinstance(given, dict):
+        raise ValueError(f"model.text: {given!r} is no section. It has a name, as in {{name: xlmr}}.")
+    given = dict(given)
     name = str(given.pop("name", None))
     if name not in texts.TOWERS:
         known = sorted(texts.TOWERS)

@@ -197,7 +197,9 @@ def test_a_released_clip_files_every_key_is_accounted_for(clip, tmp_path):
     state = released(tensors) | {"text_encoder.pooler.weight": torch.zeros(2)}
     del state["text_encoder.encoder.transformer.layers.layers.1.linear2.bias"]
     torch.save(state, tmp_path / "clip.pt")
-    said = r"(?s)2 keys.*left over text_encoder.pooler.weight.*missing text.*layer.1.output.dense.bias"
+    said = (
+        r"(?s)2 keys.*left over text_encoder.pooler.weight.*missing text.*layer.1.output.dense.bias"
+    )
     with pytest.raises(ValueError, match=said):
         load_clip(tmp_path / "clip.pt", dims)
 
