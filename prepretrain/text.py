@@ -294,7 +294,8 @@ class XLMR(Tower):
         # is made on the meta device.
         hidden = self.tower.embeddings(input_ids=tokens)
         mask = (tokens != PAD)[:, None, None, :]
-        return self.tower.encoder(hidden, attention_mask=mask).last_hidden_state[:, 0]
+        # a copy, not a view: FSDP hooks what a module returns, and changes in place would lose them
+        return self.tower.encoder(hidden, attention_mask=mask).last_hidden_state[:, 0].clone()
 
     def tokenizer(self) -> Tokenizer:
         """See Tower.tokenizer."""

@@ -37,6 +37,8 @@ MODEL = f"model={{encoder: vit_test8, {TEXT}, joint: {{width: 16}}}}"
 STAGE = ["objective={name: clip, chunk: 3}", "data.train=scenes", MODEL, "length=6it"]
 STAGE += ["checkpoint.every=2it", "optim.lr=2e-2"]
 
+LIT = ["objective={name: lit}", *STAGE[1:]]
+
 
 def features(count: int, seed: int, width: int = 8) -> torch.Tensor:
     """Rows of length 1."""
@@ -121,15 +123,20 @@ def _in_two(rank_: int, where: str) -> None:
     distributed.init()
     train("runs/two_sharded", *STAGE, "shard.group=null")
     train("runs/two_replicated", *STAGE, "shard.group=1")
+    train("runs/two_lit", *LIT, init="runs/mae")
     distributed.shutdown()
 
 
-def test_clip_is_the_same_run_on_one_process_two_sharded_and_two_replicated_and_resumes(
+def test_clip_and_lit_are_the_same_runs_on_one_process_and_on_two_and_resume(
     place,
     group,  # noqa: F811
 ):
     train("runs/one", *STAGE)
+    train("runs/mae", "length=1it", "optim.warmup=0it")
+    train("runs/lit", *LIT, init="runs/mae")
     processes(2, _in_two, str(place))
+    locked = [row["loss"] for row in rows("runs/lit")]
+    assert [row["loss"] for row in rows("runs/two_lit")] == pytest.approx(locked, rel=1e-4)
     want = rows("runs/one")
     assert len(want) == 6 and want[-1]["loss"] < want[0]["loss"]
     for name in ("two_sharded", "two_replicated"):
@@ -179,6 +186,10 @@ def test_lit_trains_all_but_the_image_tower(place, group, pieces):  # noqa: F811
     assert rows("runs/again") == rows("runs/lit")
     with pytest.raises(ValueError, match="--init: is missing; objective 'lit'"):
         launch("small.yaml", [*stage, MODEL], dry_run=True)
+    train("runs/bf16", *stage, "shard.precision=bf16", init="runs/mae")
+    figures = [[row[0]["loss"], row[0]["scale"]] for row in (rows("runs/bf16"), rows("runs/lit"))]
+    assert figures[0][0] == pytest.approx(figures[1][0], rel=0.02)
+    assert figures[0][1] == figures[1][1]  # the scale is not rounded to bf16
     objective = LiT(small(TINY_XLMR | {"dropout": 0.0}))
     objective.train()
     assert not objective.model.encoder.training and objective.model.text.training
