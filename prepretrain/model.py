@@ -113,7 +113,9 @@ class Model(nn.Module):
 
 def _tower(given: Any) -> texts.Tower:
     if not isinstance(given, dict):
-        raise ValueError(f"model.text: {given!r} is no section. It has a name, as in {{name: xlmr}}.")
+        raise ValueError(
+            f"model.text: {given!r} is no section. It has a name, as in {{name: xlmr}}."
+        )
     given = dict(given)
     name = str(given.pop("name", None))
     if name not in texts.TOWERS:
@@ -149,6 +151,7 @@ def write(model: Model, state: dict[str, Tensor], folder: Path, source: str) -> 
     else:
         _save(folder / "open_clip", "open_clip_model.safetensors", tensors)
         _write_json(folder / "open_clip" / "open_clip_config.json", config)
+        model.text.save_tokenizer(folder / "open_clip")
     return _write_ours(model.options, state, folder, source)
 
 

@@ -49,6 +49,9 @@ class Tower(nn.Module):
         """What makes this tower's tokens; raises ValueError where its file is missing."""
         raise NotImplementedError
 
+    def save_tokenizer(self, folder: Path) -> None:
+        """Writes what open_clip's loader of a folder needs beside the weights, if anything."""
+
     def init_non_persistent_buffers(self) -> None:
         """Recomputes what no checkpoint holds, after the tower was moved from the meta device."""
 
@@ -145,6 +148,11 @@ class OpenClip(Tower):
         """See Tower.tokenizer; open_clip's own BPE comes with it, others need `tokenizer`."""
         return OpenClipTokenizer(self.architecture, self.given, self.context, self.source)
 
+    def save_tokenizer(self, folder: Path) -> None:
+        """See Tower: the files of a Hugging Face tokenizer; open_clip's own BPE has none."""
+        if "hf_tokenizer_name" in self.given:
+            self.tokenizer().inner.save_pretrained(folder)
+
     def init_non_persistent_buffers(self) -> None:
         """See Tower: the causal mask."""
         if self.tower.attn_mask is not None:
@@ -200,17 +208,22 @@ class OpenClipTokenizer(Tokenizer):
     """open_clip's own BPE, or the Hugging Face tokenizer that a config names."""
 
     def __init__(self, architecture: str, given: dict[str, Any], context: int, source: str | None):
-        import open_clip
+        from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
 
         self.context, self.ours = context, "hf_tokenizer_name" not in given
+        if source is not None and (self.ours or not Path(source).is_dir()):
+            why = "it has open_clip's own BPE" if self.ours else f"there is no folder {source}"
+            raise ValueError(
+                f"model.text.tokenizer: {source!r} does not fit '{architecture}': {why}."
+            )
         options = given.get("tokenizer_kwargs", {})
         try:
             if self.ours:
-                self.inner = open_clip.SimpleTokenizer(context_length=context, **options)
+                self.inner = SimpleTokenizer(context_length=context, **options)
             else:
                 place = given["hf_tokenizer_name"] if source is None else source
                 mode = given.get("tokenizer_mode")
-                self.inner = open_clip.HFTokenizer(place, context, tokenizer_mode=mode, **options)
+                self.inner = HFTokenizer(place, context, tokenizer_mode=mode, **options)
         except (OSError, ValueError) as error:
             raise ValueError(
                 f"model.text.tokenizer: '{source or given.get('hf_tokenizer_name')}', the tokenizer "

@@ -8,26 +8,30 @@ from io import BytesIO
 from pathlib import Path
 
 import open_clip
+import pyarrow
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import processes
 from open_clip.loss import SigLipLoss
 from PIL import Image
+from pyarrow import parquet
 from test_text import BPE, TINY_XLMR, images, pieces, small  # noqa: F401
 from test_train import group, rows, train  # noqa: F401
 from torch.testing import assert_close
 
-from prepretrain import contrastive, distributed, run
+from prepretrain import contrastive, distributed, run, shard
 from prepretrain.config import load as load_config
 from prepretrain.contrastive import Captioned, captions, sigmoid_loss, softmax_loss
 from prepretrain.distributed import rank, world
 from prepretrain.heads import LARGEST
 from prepretrain.launch import launch
 from prepretrain.loader import Stream
-from prepretrain.model import load
+from prepretrain.model import Model, load
 from prepretrain.objectives.clip import CLIP
 from prepretrain.objectives.lit import LiT
+from prepretrain.objectives.mae import MAE
+from prepretrain.sources.parquet import Parquet
 from prepretrain.sources.shards import Shards
 from prepretrain.sources.synthetic import Synthetic
 from prepretrain.transforms import BadImage, Random
@@ -69,6 +73,21 @@ def test_the_losses_and_their_gradients_are_open_clips(chunk):
     for name, peer in (("softmax", open_clip.ClipLoss()), ("sigmoid", SigLipLoss())):
         for got, want in zip(*both(name, chunk, slice(None), peer)):
             assert_close(got, want, rtol=1e-5, atol=1e-6)
+
+
+def test_chunks_change_the_loss_by_rounding_only_and_keep_no_row_of_products():
+    found, kept = {}, {}
+    for chunk in (None, 2):
+        image, text = (features(16, s).requires_grad_() for s in (1, 2))
+        sizes = []
+        pack = lambda tensor: sizes.append(tensor.numel()) or tensor  # noqa: E731
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            loss, _ = softmax_loss(image, text, torch.tensor([20.0]), torch.zeros(1), chunk)
+        loss.backward()
+        found[chunk], kept[chunk] = (loss.detach(), image.grad, text.grad), max(sizes)
+    for one, other in zip(found[None], found[2]):
+        assert_close(one, other, rtol=0, atol=1e-6)
+    assert kept[None] == 16 * 16 and kept[2] == 16 * 8  # all products; the features alone
 
 
 def _losses_in_two(rank_: int) -> None:
@@ -241,6 +260,29 @@ def test_a_dry_run_counts_both_towers(place, capsys):
     assert said["parameters"] > said["encoder_parameters"] + 49408 * width and text
 
 
+@pytest.mark.parametrize("text", [BPE, TINY_XLMR | {"dropout": 0.0}], ids=["open_clip", "xlmr"])
+def test_both_towers_are_sharded_by_block_and_recomputed_in_either_precision(group, text):  # noqa: F811
+    batch = {"image": images(4), "tokens": torch.randint(4, 100, (4, 77)), "cut": torch.zeros(4)}
+    found = {}
+    for precision in ("fp32", "bf16"):
+        for recompute in ("none", "block"):
+            with torch.device("meta"):
+                model = Model(encoder="vit_test8", text=text, joint={"width": 16})
+                objective = CLIP(model, chunk=2)
+            shard.shard(objective, precision=precision, recompute=recompute)
+            shard.initialise(objective, 0)
+            blocks = [m for m in objective.modules() if hasattr(m, "set_requires_gradient_sync")]
+            assert len(blocks) == 3 + 2 + 2  # encoder, text, joint; two blocks of each tower
+            loss = objective(batch)["loss"]
+            loss.backward()
+            grad = model.text.tower.get_parameter(
+                next(iter(dict(model.text.tower.named_parameters())))
+            )
+            found[precision, recompute] = loss.item(), grad.grad.full_tensor().norm().item()
+        assert found[precision, "block"] == pytest.approx(found[precision, "none"], rel=1e-6)
+    assert found["bf16", "none"] == pytest.approx(found["fp32", "none"], rel=0.05)
+
+
 class Words:
     """A tokenizer of words, which knows 4 places."""
 
@@ -316,6 +358,31 @@ def test_captions_in_json_are_read_as_they_are(tmp_path):
         shard_of(tmp_path / "1.tar", [["a"], [1, 2]])[1]
     with pytest.raises(BadImage, match="text: .* is no text"):
         Shards(path=str(tmp_path / "0.tar"), text="json.captions")[0]
+
+
+def test_data_with_hashtags_alone_serves_only_where_they_may_be_captions():
+    class Tagged:
+        fields = ("image", "hashtags")
+
+    class Card:
+        name = "tagged"
+
+    with pytest.raises(ValueError, match="data.train=tagged: has no text or captions"):
+        CLIP(small(BPE)).check(Card, Tagged)
+    CLIP(small(BPE), hashtags=True).check(Card, Tagged)
+
+
+def test_captions_of_a_parquet_column_are_a_list(tmp_path):
+    rows_ = [{"image": sample()["image"], "captions": c} for c in (["one", "two"], None)]
+    parquet.write_table(pyarrow.Table.from_pylist(rows_), tmp_path / "a.parquet")
+    source = Parquet(path=str(tmp_path / "a.parquet"))
+    assert source.fields == ("image", "captions")
+    assert [source.texts(i) for i in range(2)] == [{"captions": ["one", "two"]}, {"captions": []}]
+
+
+def test_an_objective_without_captions_refuses_a_text_tower(tmp_path):
+    with pytest.raises(ValueError, match="objective 'mae' does not train a text tower.*:encoder"):
+        MAE(small(BPE))
 
 
 def test_bad_captions_are_replaced_and_counted_by_cause(tmp_path):

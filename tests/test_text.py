@@ -266,3 +266,50 @@ def test_the_encoder_alone_of_a_model_with_text_is_taken_by_name(tmp_path):
 def test_a_tower_with_quickgelu_is_not_exported_to_open_clip_beside_a_tower_without():
     with pytest.raises(ValueError, match="'ViT-B-32-quickgelu' uses QuickGELU"):
         OpenClip(architecture="ViT-B-32-quickgelu", width=32, layers=1, heads=2).open_clip()
+
+
+@pytest.fixture(scope="module")
+def hub_tokenizer(tmp_path_factory) -> str:
+    """A folder of a Hugging Face tokenizer of words, with an end token and padding 1."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    words = {word: i for i, word in enumerate(["</s>", "<pad>", "<unk>", *sorted(set(WORDS))])}
+    made = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    made.pre_tokenizer = pre_tokenizers.Whitespace()
+    made.post_processor = processors.TemplateProcessing(
+        single="$A </s>", special_tokens=[("</s>", 0)]
+    )
+    folder = tmp_path_factory.mktemp("words")
+    whole = PreTrainedTokenizerFast(
+        tokenizer_object=made, eos_token="</s>", pad_token="<pad>", unk_token="<unk>"
+    )
+    whole.save_pretrained(folder)
+    return str(folder)
+
+
+def test_a_config_with_a_tokenizer_of_the_hub_takes_a_local_folder_and_exports_it(
+    hub_tokenizer, tmp_path
+):
+    text = {"name": "open_clip", "architecture": "ViT-B-16-SigLIP", "width": 32, "layers": 1}
+    text |= {"heads": 2, "tokenizer": hub_tokenizer}
+    model = small(text, bias=True)
+    tokenizer = model.text.tokenizer()
+    tokens = tokenizer(["The lazy dog!", "cats " * 200])
+    assert tokens.shape == (2, 64) and tokenizer.room == 63
+    assert tokenizer.count("The lazy dog!") == 3 and tokenizer.count("cats " * 200) == 200
+    model.save(tmp_path, "test")
+    place = f"local-dir:{tmp_path / 'open_clip'}"
+    peer = open_clip.create_model(place).eval()
+    assert torch.equal(
+        open_clip.get_tokenizer(place)(["the lazy dog"]), tokenizer(["the lazy dog"])
+    )
+    assert_close(peer.encode_text(tokens, normalize=True), model.text_features(tokens))
+    for wrong, said in (
+        ({"tokenizer": "none"}, "'none' does not fit 'ViT-B-16-SigLIP': there is no folder none"),
+        ({"tokenizer": str(tmp_path)}, "the tokenizer of 'ViT-B-16-SigLIP', cannot be read"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            small({**text, **wrong}).text.tokenizer()
+    with pytest.raises(ValueError, match="it has open_clip's own BPE"):
+        small({**BPE, "tokenizer": hub_tokenizer}).text.tokenizer()

@@ -24,9 +24,19 @@ class Objective(nn.Module):
     fields: tuple[str, ...] = ("image",)  # what it needs from a sample
     whole_batch = False  # compares all images of a batch, so a process must take its share at once
     needs_init = False  # makes no sense without weights to start from
+    takes_text = False  # trains a text tower beside the encoder
 
     def __init__(self, model: Model):
         super().__init__()
+        if (model.text is not None) != self.takes_text:
+            name = type(self).__module__.rpartition(".")[2]
+            raise ValueError(
+                f"model.text: is missing; objective '{name}' trains a text tower. Name one, as in "
+                f"model.text={{name: open_clip, architecture: ViT-B-32}}."
+                if self.takes_text
+                else f"model.text: objective '{name}' does not train a text tower. Start from the "
+                f"image tower alone, as in --init runs/wsp_clip:encoder."
+            )
         self.model = model
 
     def transform(self, train: bool) -> Callable[[dict[str, Any]], dict[str, Any]]:
@@ -83,7 +93,7 @@ class Contrastive(Objective):
     every image with every caption of the whole batch, over all processes."""
 
     fields = ("image", "text")
-    whole_batch = True
+    whole_batch = takes_text = True
     locked = False  # the image tower learns nothing
 
     def __init__(
@@ -101,11 +111,6 @@ class Contrastive(Objective):
         sample has no caption, its hashtags are one. text_weights: where the text tower starts from:
         a run, or a checkpoint of open_clip's or Hugging Face's; null starts it from scratch."""
         super().__init__(model)
-        if model.text is None:
-            raise ValueError(
-                "model.text: is missing; this objective trains a text tower. Name one, as in "
-                "model.text={name: open_clip, architecture: ViT-B-32}."
-            )
         if (loss == "sigmoid") != (model.joint.logit_bias is not None):
             raise ValueError(
                 f"objective.loss: {loss} and model.joint.bias={model.joint.logit_bias is not None} do "
