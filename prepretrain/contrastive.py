@@ -109,12 +109,17 @@ class Captioned:
         self.crop_scale, self.hashtags = crop_scale, hashtags
 
     def __call__(self, sample: dict[str, Any]) -> dict[str, Any]:
-        """Raises BadImage("no caption"), which the loader substitutes and counts."""
+        """Raises BadImage("no caption"), or "bad metadata" for one that is no Unicode text, which the
+        loader substitutes and counts."""
         found = captions(sample, self.hashtags)
         if not found:
             raise BadImage("no caption")
         train, random = self.crop_scale is not None, sample["random"]
         caption = found[int(random("caption").integers(len(found))) if train else 0]
+        try:
+            caption.encode()  # json may hold halves of a sign, which no tokenizer takes
+        except UnicodeEncodeError as error:
+            raise BadImage("bad metadata", f"caption: {error}") from error
         count = self.tokenizer.count(caption)
         if count == 0:
             raise BadImage("no caption", f"{caption[:40]!r} has no token")

@@ -373,11 +373,25 @@ def test_data_with_hashtags_alone_serves_only_where_they_may_be_captions():
 
 
 def test_captions_of_a_parquet_column_are_a_list(tmp_path):
-    rows_ = [{"image": sample()["image"], "captions": c} for c in (["one", "two"], None)]
+    given = (["one", None, "two"], None)
+    rows_ = [{"image": sample()["image"], "captions": c} for c in given]
     parquet.write_table(pyarrow.Table.from_pylist(rows_), tmp_path / "a.parquet")
     source = Parquet(path=str(tmp_path / "a.parquet"))
     assert source.fields == ("image", "captions")
     assert [source.texts(i) for i in range(2)] == [{"captions": ["one", "two"]}, {"captions": []}]
+
+
+def test_text_that_is_not_unicode_is_a_bad_sample_wherever_it_comes_from(tmp_path):
+    raw = pyarrow.array([b"\xff\xfe", b"a bee"]).view(pyarrow.string())
+    table = pyarrow.table({"image": [sample()["image"]] * 2, "text": raw, "path": ["a", "b"]})
+    parquet.write_table(table, tmp_path / "a.parquet")
+    source = Parquet(path=str(tmp_path / "a.parquet"))
+    with pytest.raises(BadImage, match="a: bad metadata: text: .*utf-8"):
+        source[0]
+    assert source[1]["text"] == "a bee" and source[1]["key"] == "b"
+    made = Captioned(16, Words(), (0.5, 1.0), hashtags=False)
+    with pytest.raises(BadImage, match="bad metadata: caption"):
+        made(sample(captions=["half \ud83d"]))
 
 
 def test_an_objective_without_captions_refuses_a_text_tower(tmp_path):
