@@ -11,7 +11,7 @@ setup(
     install_requires=[
         "torch>=2.11", "torchvision", "timm>=1.0.20", "fairscale", "open_clip_torch", "webdataset", "submitit",
         "fvcore", "omegaconf>=2.3", "safetensors", "pyarrow", "pillow", "numpy", "scikit-learn", "tqdm", "matplotlib",
-        "tensorboard", "torchcodec", "filelock",
+        "tensorboard", "torchcodec", "filelock", "transformers>=5", "sentencepiece",
     ],
     extras_require={"test": ["pytest", "pytest-timeout"]},
 )

@@ -31,6 +31,8 @@ def members(number: int, sample: dict) -> dict:
     details = {"key": sample["key"]}
     if "hashtags" in sample:
         details["hashtags"] = sample["hashtags"]
+    if "captions" in sample:
+        details["captions"] = sample["captions"]
     files = {"__key__": f"{number:09d}", EXTENSIONS[start]: sample["image"], "json": details}
     if "text" in sample:
         files["txt"] = sample["text"]

@@ -29,6 +29,8 @@ class Card:
     classes: list[str] | None
     vocabulary: Path | None
     splits: dict[str, dict]
+    names: dict[str, list[list[str]]]  # for zero-shot, by language: each class's synonyms
+    templates: dict[str, list[str]]  # for zero-shot, by language
 
     @property
     def images(self) -> dict[str, int | None]:
@@ -137,6 +139,8 @@ def _card(path: Path, content: dict) -> Card:
     texts = {key: str(content.pop(key, "")) for key in _TEXTS}
     classes = _classes(path, content.pop("classes", None))
     vocabulary = content.pop("vocabulary", None)
+    names = _names(path, content.pop("names", None), classes)
+    templates = _templates(path, content.pop("templates", None))
     for split, options in content.items():
         _check_split(f"{path}: {split}", options)
     if not content:
@@ -152,6 +156,8 @@ def _card(path: Path, content: dict) -> Card:
         classes,
         data_folder() / vocabulary if vocabulary else None,
         content,
+        names,
+        templates,
     )
 
 
@@ -166,12 +172,77 @@ def _classes(path: Path, classes: object) -> list[str] | None:
     return classes
 
 
+def _names(path: Path, given: object, classes: list[str] | None) -> dict[str, list[list[str]]]:
+    """{language: [[synonym, …] of each class]}; a list alone is English."""
+    names = {}
+    for language, rows in _by_language(given).items():
+        where = f"{path}: names" + (f".{language}" if isinstance(given, dict) else "")
+        if not isinstance(rows, list):
+            raise ValueError(f"{where}: {rows!r} is not a list of names, in label order.")
+        names[language] = [row if isinstance(row, list) else [row] for row in rows]
+        check_names(names[language], where)
+        if classes is not None and len(rows) != len(classes):
+            raise ValueError(
+                f"{where}: holds {len(rows)} names, and there are {len(classes)} classes. Name each, "
+                f"in label order."
+            )
+    return names
+
+
+def check_names(names: list[list[str]], where: str) -> None:
+    """Raises ValueError for a class without a name, or a name of two classes, which no text could
+    tell apart."""
+    if not names:
+        raise ValueError(f"{where}: there are no names.")
+    seen: dict[str, int] = {}
+    for number, synonyms in enumerate(names):
+        for name in synonyms or [""]:
+            if not isinstance(name, str) or not name.strip():
+                raise ValueError(
+                    f"{where}: class {number} has the name {name!r}, which is empty or no text."
+                )
+            if seen.setdefault(name.strip().casefold(), number) != number:
+                raise ValueError(
+                    f"{where}: classes {seen[name.strip().casefold()]} and {number} are both called "
+                    f"{name!r}, so no text tells them apart. Name them differently."
+                )
+
+
+def _templates(path: Path, given: object) -> dict[str, list[str]]:
+    """{language: [template with {} for the name, …]}; a list alone is English."""
+    templates = _by_language(given)
+    for language, rows in templates.items():
+        where = f"{path}: templates" + (f".{language}" if isinstance(given, dict) else "")
+        if not isinstance(rows, list) or not rows:
+            raise ValueError(f"{where}: {rows!r} is not a list of templates.")
+        check_templates(rows, where)
+    return templates
+
+
+def check_templates(templates: list[str], where: str) -> None:
+    """Raises ValueError for a template without exactly one place, {}, for the name."""
+    for template in templates:
+        if not isinstance(template, str) or template.count("{}") != 1:
+            raise ValueError(
+                f"{where}: {template!r} must hold {{}} once, where the name goes, as in "
+                f"'a photo of a {{}}.'."
+            )
+
+
+def _by_language(given: object) -> dict[str, object]:
+    if given is None:
+        return {}
+    if isinstance(given, dict):
+        return {str(language): rows for language, rows in given.items()}
+    return {"en": given}
+
+
 def _check_split(where: str, options: object) -> None:
     if not isinstance(options, dict) or "source" not in options:
         raise ValueError(
             f"{where}: a split is a mapping with a source, such as {{source: shards, "
             f"path: …}}, not {options!r}. Other keys of a card: "
-            "description, licence, classes, vocabulary."
+            "description, licence, classes, names, templates, vocabulary."
         )
     images = options.get("images")
     if images is not None and (

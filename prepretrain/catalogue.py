@@ -116,15 +116,21 @@ def markdown() -> str:
 
 def _group(title: str, about: str, rows: list[Release], body: Callable) -> str:
     first = rows[0]
-    part, pool = (
-        (":encoder" if first.text else ""),
-        (", pool='mean'" if first.pool != "class" else ""),
+    pixels, pool = (
+        first.preprocessing["image_size"],
+        ", pool='mean'" if first.pool != "class" else "",
     )
-    example = (
-        f'    model = prepretrain.load("{first.name}{part}")\n'
-        f"    features = model.features(images{pool})    "
-        f"# uint8 [B, 3, {first.preprocessing['image_size']}, {first.preprocessing['image_size']}]"
-    )
+    if first.text:  # the text tower needs its tokenizer's file, which is released beside it
+        tokenizer = "text={'tokenizer': 'xlmr.sentencepiece.bpe.model'}"
+        example = (
+            f'    model = prepretrain.load("{first.name}", {tokenizer})\n'
+            f'    features = model.features(images, pool="joint")    # of length 1, as text_features'
+        )
+    else:
+        example = (
+            f'    model = prepretrain.load("{first.name}")\n'
+            f"    features = model.features(images{pool})    # uint8 [B, 3, {pixels}, {pixels}]"
+        )
     source = f"Licence: {first.licence}. Source: {first.source.partition(';')[0]}"
     return f"## {title}\n\n{about}\n\n{example}\n\n{source}\n\n{body(rows)}\n"
 

@@ -75,6 +75,29 @@ def all_sum(tensor: Tensor) -> Tensor:
     return total
 
 
+def all_rows(tensor: Tensor) -> Tensor:
+    """Every process's [B, …], in order of rank, as [world x B, …]; gradients flow back to all of
+    them, so that a loss may compare rows of different processes."""
+    if world() == 1 or tensor.is_meta:  # meta: a plan that counts, for which one process is enough
+        return tensor
+    return _AllRows.apply(tensor)
+
+
+class _AllRows(torch.autograd.Function):
+    """Gathers; its gradient is the sum of what all processes have for this one's rows."""
+
+    @staticmethod
+    def forward(context: Any, tensor: Tensor) -> Tensor:
+        parts = [torch.empty_like(tensor) for _ in range(world())]
+        dist.all_gather(parts, tensor.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(context: Any, gradient: Tensor) -> Tensor:
+        # not reduce_scatter, which gloo lacks; the rows are a few hundred numbers an image
+        return all_sum(gradient.contiguous()).chunk(world())[rank()]
+
+
 def all_gather_object(value: Any) -> list:
     """Every process's value, in order of rank. Values come from our own processes, never from
     data."""

@@ -22,18 +22,21 @@ def extract(
     workers: int = 0,
     image_size: int | None = None,
     name: str = "the source",
+    share: float = 0.875,
+    labelled: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """Features float32 [n, D] and labels int64 [n] in the source's order, the same on every rank.
 
-    `batch_size` is per rank; `image_size` defaults to the encoder's own; `layer`: of tokens after that
-    many blocks; `name` is what errors call the source.
+    `batch_size` is per rank; `image_size` defaults to the encoder's own; `layer`: of tokens after
+    that many blocks; `name` is what errors call the source; `share` is how much of the short side
+    is seen; not `labelled` needs no labels, and gives zeros.
     """
-    if "label" not in source.fields:
+    if labelled and "label" not in source.fields:
         raise ValueError(
             f"{name}: has no labels (its fields: {', '.join(source.fields)}). "
             "This evaluation needs a card whose source gives them."
         )
-    centre = _Centre(image_size or model.encoder.image_size)
+    centre = _Centre(image_size or model.encoder.image_size, share, labelled)
     device = next(model.parameters()).device
     rows = _Rows(len(source), name)
     with frozen(model):
@@ -44,6 +47,35 @@ def extract(
             for part in distributed.all_gather_object(mine):
                 rows.put(*part)
     return rows.finish()
+
+
+def extract_texts(
+    model: nn.Module, texts: list[str], *, batch_size: int = 256
+) -> tuple[Tensor, int]:
+    """Features float32 [n, J] of length 1 of texts, the same on every rank, and how many texts were
+    longer than the tower reads, and so cut.
+
+    `batch_size` is per rank; each rank computes its share. Raises ValueError for a text without
+    content, or features that are not finite.
+    """
+    tokenizer = model.text.tokenizer()
+    counts = [tokenizer.count(text) for text in texts]
+    if 0 in counts:
+        raise ValueError(f"text {counts.index(0)}: {texts[counts.index(0)]!r} is empty.")
+    device = next(model.parameters()).device
+    share = -(-len(texts) // distributed.world())
+    mine = texts[distributed.rank() * share : (distributed.rank() + 1) * share]
+    rows = []
+    with frozen(model):
+        # as many and as large batches on every rank, since a sharded tower runs on all at once
+        for first in range(0, share, batch_size):
+            part = mine[first : first + batch_size]
+            filled = part + texts[:1] * (min(batch_size, share - first) - len(part))
+            rows.append(model.text_features(tokenizer(filled).to(device)).cpu()[: len(part)])
+    features = torch.cat([row for part in distributed.all_gather_object(rows) for row in part])
+    if not features.isfinite().all():
+        raise RuntimeError("the features of texts are not finite. Did the training stay finite?")
+    return features, sum(count > tokenizer.room for count in counts)
 
 
 @contextlib.contextmanager
@@ -65,14 +97,14 @@ class _Centre:
     """The transform of an evaluation: decode and take the centre; a class, so that workers can
     pickle it."""
 
-    def __init__(self, size: int):
-        self.size = size
+    def __init__(self, size: int, share: float, labelled: bool):
+        self.size, self.share, self.labelled = size, share, labelled
 
     def __call__(self, sample: dict) -> dict:
-        if sample.get("label") is None:
+        if self.labelled and sample.get("label") is None:
             raise BadImage("no label")
-        image = resize_center_crop(decode(sample["image"]), self.size)
-        return {"image": image, "label": int(sample["label"])}
+        image = resize_center_crop(decode(sample["image"]), self.size, share=self.share)
+        return {"image": image, "label": int(sample["label"]) if self.labelled else 0}
 
 
 class _Rows:

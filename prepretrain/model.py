@@ -1,7 +1,8 @@
-"""`Model`, the noun that travels: an image encoder that knows the options that made it; and how one
-is loaded."""
+"""`Model`, the noun that travels: an image encoder, and a text tower if it has one, that knows the
+options that made it; and how one is loaded."""
 
 import json
+import logging
 import os
 from collections.abc import Sequence
 from dataclasses import replace
@@ -13,9 +14,13 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from prepretrain import checkpoint, plugin, shard, weights, zoo
+from prepretrain import text as texts
 from prepretrain.encoders import base as encoders
 from prepretrain.encoders.base import Encoder
+from prepretrain.heads import LARGEST, Joint
 from prepretrain.weights import Weights
+
+logger = logging.getLogger(__name__)
 
 # sources of weights beside runs and files: what comes before the slash, and the family that fetches
 LIBRARIES = {"timm": "timm_vit", "open_clip": "openclip"}
@@ -24,7 +29,8 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 class Model(nn.Module):
-    """An image encoder, its preprocessing and its options. B images, N patches, D channels."""
+    """An image encoder, its preprocessing and its options; with captions, also a text tower and the
+    space that both share. B images or texts, N patches, D channels, L tokens, J shared channels."""
 
     container = True  # its children are sharded, not it (see shard.find_roots)
 
@@ -34,20 +40,32 @@ class Model(nn.Module):
         encoder: str,
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
+        text: dict[str, Any] | None = None,
+        joint: dict[str, Any] | None = None,
         **options: Any,
     ):
         """encoder: a size's name, as in `vit_l16`; options: those of its family (image_size,
-        drop_path, …).
-
-        mean, std: of each colour, 0 to 1; by default those that the encoder states (of another
-        library's weights), else ImageNet's.
-        """
+        drop_path, …). mean, std: of each colour, 0 to 1; by default those that the encoder states
+        (of another library's weights), else ImageNet's. text: {name: open_clip | xlmr, options of
+        that class in text.py}, and joint: the options of heads.Joint; a model without `text` has
+        neither."""
         super().__init__()
         self.encoder = encoders.build(encoder, **options)
         self.mean = _colour(mean or getattr(self.encoder, "mean", IMAGENET_MEAN), "mean")
         self.std = _colour(std or getattr(self.encoder, "std", IMAGENET_STD), "std")
         colours = {"mean": list(self.mean), "std": list(self.std)}
         self.options = {"encoder": encoder, **colours, **options}
+        self.text = self.joint = None
+        if text is not None:
+            self.text = _tower(text)
+            self.options |= {"text": dict(text), "joint": dict(joint or {})}
+            asked = plugin.check(Joint, dict(joint or {}), "model.joint")
+            self.joint = Joint(self.encoder.width, self.text.width, **asked)
+        elif joint is not None:
+            raise ValueError(
+                "model.joint: there is nothing to join without a text tower. Give model.text, as in "
+                "model.text={name: open_clip, architecture: ViT-B-32}."
+            )
 
     def normalise(self, image: Tensor) -> Tensor:
         """uint8 [B, 3, H, W] to float32, by mean and std, on the image's device."""
@@ -66,15 +84,54 @@ class Model(nn.Module):
         return self.encoder(self.normalise(image), layer=layer)
 
     def features(self, image: Tensor, pool: str = "class", layer: int | None = None) -> Tensor:
-        """uint8 [B, 3, H, W] to one float32 feature [B, D] an image."""
+        """uint8 [B, 3, H, W] to one float32 feature [B, D] an image; pool "joint": [B, J] of length
+        1, in the space of the texts."""
+        if pool == "joint":
+            self.require_text("features")
+            return self.joint(self._pooled(image), None)[0]
         return encoders.pool(self(image, layer), self.encoder.prefix, pool).float()
 
+    def text_features(self, tokens: Tensor) -> Tensor:
+        """int64 [B, L] to float32 [B, J] of length 1, in the space of the images."""
+        self.require_text("text_features")
+        return self.joint(None, self.text(tokens))[1]
+
+    def pairs(self, image: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """uint8 [B, 3, H, W] and int64 [B, L] to the features of both, [B, J] each of length 1, the
+        scale [1] and the bias [1] of their products."""
+        return self.joint(self._pooled(image), self.text(tokens))
+
+    def _pooled(self, image: Tensor) -> Tensor:
+        return encoders.pool(self(image), self.encoder.prefix, self.joint.pool)
+
+    def require_text(self, who: str) -> None:
+        """Raises ValueError, saying which stage makes one, if there is no text tower."""
+        if self.text is None:
+            raise ValueError(
+                f"{who}: this model has no text tower. Stage two with captions makes one: "
+                f"--stage wsp_clip or --stage wsp_lit, from this model with --init."
+            )
+
     def save(self, folder: Path, source: str) -> Path:
-        """Writes `model.safetensors`, `model.json` and, for timm, `config.json`; returns the
-        weights' path."""
+        """See `write`; returns the weights' path."""
         return write(
             self, {k: v.detach().cpu() for k, v in self.state_dict().items()}, folder, source
         )
+
+
+def _tower(given: Any) -> texts.Tower:
+    if not isinstance(given, dict):
+        raise ValueError(
+            f"model.text: {given!r} is no section. It has a name, as in {{name: xlmr}}."
+        )
+    given = dict(given)
+    name = str(given.pop("name", None))
+    if name not in texts.TOWERS:
+        known = sorted(texts.TOWERS)
+        raise ValueError(
+            "model.text.name: " + plugin.unknown("no text tower", name, known, quote=True)
+        )
+    return texts.TOWERS[name](**plugin.check(texts.TOWERS[name], given, "model.text"))
 
 
 def _colour(values: Any, name: str) -> tuple[float, float, float]:
@@ -82,23 +139,83 @@ def _colour(values: Any, name: str) -> tuple[float, float, float]:
 
 
 def write(model: Model, state: dict[str, Tensor], folder: Path, source: str) -> Path:
-    """Writes a whole state dict of a Model under timm's key names, with the options that make it
-    again.
+    """Writes a whole state dict of a Model, with the options that make it again; returns its path.
 
-    `timm.create_model("local-dir:<folder>")` loads the result with strict keys. Files appear
-    complete or not at all.
+    `model.safetensors` and `model.json` are for `load`. An image encoder is under timm's key names,
+    so that `timm.create_model("local-dir:<folder>")` loads it with strict keys. A model with a text
+    tower keeps its own names; its encoder for timm is in `timm/`, and in `open_clip/`, where
+    open_clip has such towers, both for `open_clip.create_model("local-dir:<folder>/open_clip")`.
+    Files appear complete or not at all.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    state = {k.removeprefix("encoder."): v.contiguous() for k, v in state.items()}
-    path = folder / "model.safetensors"
-    save_file(state, f"{path}.tmp", metadata={"format": "pt"})
-    sha256 = checkpoint.describe(Path(f"{path}.tmp"))["sha256"]
-    os.replace(f"{path}.tmp", path)
-    _write_json(
-        folder / "model.json", {"options": model.options, "source": source, "sha256": sha256}
-    )
+    state = {k: v.contiguous() for k, v in state.items()}
+    if model.text is None:
+        return _write_encoder(model, state, folder, source)
+    encoder = {k: v for k, v in state.items() if k.startswith("encoder.")}
+    _write_encoder(model, encoder, folder / "timm", source)
+    try:
+        config, tensors = _for_open_clip(model, state)
+    except ValueError as error:
+        logger.info("%s: not written for open_clip: %s", folder, error)
+    else:
+        _save(folder / "open_clip", "open_clip_model.safetensors", tensors)
+        _write_json(folder / "open_clip" / "open_clip_config.json", config)
+        model.text.save_tokenizer(folder / "open_clip")
+    return _write_ours(model.options, state, folder, source)
+
+
+def _write_encoder(model: Model, state: dict[str, Tensor], folder: Path, source: str) -> Path:
+    named = {k.removeprefix("encoder."): v for k, v in state.items()}
+    path = _write_ours(_without_text(model.options), named, folder, source)
     _write_json(folder / "config.json", _timm_config(model))
     return path
+
+
+def _write_ours(
+    options: dict[str, Any], state: dict[str, Tensor], folder: Path, source: str
+) -> Path:
+    path = _save(folder, "model.safetensors", state)
+    sha256 = checkpoint.describe(path)["sha256"]
+    _write_json(folder / "model.json", {"options": options, "source": source, "sha256": sha256})
+    return path
+
+
+def _save(folder: Path, name: str, state: dict[str, Tensor]) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / name
+    save_file(state, f"{path}.tmp", metadata={"format": "pt"})
+    os.replace(f"{path}.tmp", path)
+    return path
+
+
+def _without_text(options: dict[str, Any]) -> dict[str, Any]:
+    return {k: v for k, v in options.items() if k not in ("text", "joint")}
+
+
+def _for_open_clip(
+    model: Model, state: dict[str, Tensor]
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """open_clip's config and tensors. Raises ValueError where it has no such tower."""
+    text_cfg = model.text.open_clip()
+    encoder = {k.removeprefix("encoder."): v for k, v in state.items() if k.startswith("encoder.")}
+    vision_cfg, visual = model.encoder.open_clip(encoder, model.joint.pool)
+    tensors = {f"visual.{k}": v for k, v in visual.items()}
+    tensors["visual.proj"] = state["joint.vision_projection"]
+    for key, value in state.items():
+        if key.startswith("text.tower."):
+            tensors[f"text.{key.removeprefix('text.tower.')}"] = value
+    tensors["text.text_projection"] = state["joint.text_projection"]
+    tensors["logit_scale"] = state["joint.logit_scale"].clamp(max=LARGEST).reshape(())
+    config = {
+        "embed_dim": model.joint.width,
+        "custom_text": True,
+        "vision_cfg": vision_cfg,
+        "text_cfg": text_cfg,
+    }
+    if model.joint.logit_bias is not None:
+        tensors["logit_bias"] = state["joint.logit_bias"].reshape(())
+        config["init_logit_bias"] = -10.0  # makes the parameter; the value is the checkpoint's
+    preprocess = {"mean": list(model.mean), "std": list(model.std), "interpolation": "bicubic"}
+    return {"model_cfg": config, "preprocess_cfg": preprocess}, tensors
 
 
 def _timm_config(model: Model) -> dict[str, Any]:
@@ -130,20 +247,45 @@ def _write_json(path: Path, value: dict) -> None:
 
 def open_weights(source: str) -> Weights:
     """The weights of a run's folder, of an exported folder or of a file, as keys of a Model
-    (`encoder.…`); or of a released model (`maws/vit_l16`, see zoo.py), or those that timm
-    (`timm/NAME`) or open_clip (`open_clip/ARCHITECTURE/TAG`) fetches.
+    (`encoder.…`, `text.…`, `joint.…`); or of a released model (`maws/vit_l16`, see zoo.py), or
+    those that timm (`timm/NAME`) or open_clip (`open_clip/ARCHITECTURE/TAG`) fetches.
 
     `source:encoder` takes a part. Raises ValueError naming the source and what is wrong with it.
     """
     place, _, part = source.partition(":")
     found = _locate(place)
+    if texts.is_released(found.shapes):
+        shapes, read = texts.released(found.shapes, found.read)
+        found = replace(found, shapes=shapes, read=read)
     if not any(
         k.startswith("encoder.") for k in found.shapes
     ):  # timm's, MAE's and MAWS's files hold an encoder
         found = found.under("encoder")
     if part:
-        found = replace(found.part(part).under(part), whole=False)
+        options = _without_text(found.options) if found.options and part == "encoder" else None
+        found = replace(found.part(part).under(part), whole=False, options=options or found.options)
     return replace(found, source=source)
+
+
+def open_text(source: str, tower: texts.Tower) -> Weights:
+    """The weights of a text tower alone: a model's with one (a run, an export, a released CLIP
+    model), or a public checkpoint of the tower's family (open_clip's, Hugging Face's).
+
+    Raises ValueError naming the source.
+    """
+    found = _locate(source)
+    if texts.is_released(found.shapes) or any(k.startswith("text.tower.") for k in found.shapes):
+        return replace(open_weights(source).part("text"), source=source)
+    shapes, read = tower.adopt(found.shapes, found.read)
+    return replace(found, shapes=shapes, read=read)
+
+
+def fitting(model: Model, found: Weights) -> tuple[nn.Module, Weights]:
+    """What of a model these weights are for: all of it, or its encoder where they hold no text
+    tower, as those of stage one."""
+    if model.text is not None and all(k.startswith("encoder.") for k in found.shapes):
+        return model.encoder, found.part("encoder")
+    return model, found
 
 
 def _locate(place: str) -> Weights:
@@ -203,10 +345,15 @@ def load(source: str, **changes: Any) -> Model:
     """The model of a run, an export, a file or a release (`maws/vit_l16`), with its weights, on the
     CPU.
 
-    changes: options to make it with instead, as in `load("runs/mae", image_size=448)`. A file that
-    does not say what it is needs `encoder=`.
+    changes: options to make it with instead, as in `load("runs/mae", image_size=448)`; those of
+    `text` and `joint` one by one, as in `load("runs/clip", text={"tokenizer": "there.model"})`. A
+    file that does not say what it is needs `encoder=`, and for its text tower `text=` and `joint=`.
     """
     found = open_weights(source)
+    changes = dict(changes)
+    for key in ("text", "joint"):
+        if isinstance(changes.get(key), dict):
+            changes[key] = {**((found.options or {}).get(key) or {}), **changes[key]}
     if "encoder" not in {**(found.options or {}), **changes}:
         raise ValueError(
             f"{source}: does not say which encoder it is. Add encoder='vit_b16', or the like."

@@ -30,12 +30,14 @@ from prepretrain import config as configs
 from prepretrain import model as models
 from prepretrain.config import Config, Evaluating, Training
 from prepretrain.encoders import base as encoders
+from prepretrain.evaluators import zeroshot
 from prepretrain.evaluators.base import Evaluator
 from prepretrain.loader import Stream
 from prepretrain.model import Model
 from prepretrain.objectives.base import Objective
 from prepretrain.optim import Schedule
 from prepretrain.train import Evaluation, fit
+from prepretrain.transforms import BadImage, decode, resize_center_crop
 
 logger = logging.getLogger(__name__)
 
@@ -67,8 +69,8 @@ def train(config: Training, folder: Path) -> None:
     saved = checkpoint.newest(folder) or plan.branch_point()
     if saved is None:
         shard.initialise(objective, config.seed)
-        if config.init is not None:
-            weights.fill(objective.model, models.open_weights(config.init))
+        for module, found in starting(config, objective):
+            weights.fill(module, found)
     optimizer = optim.build(
         objective,
         lr=plan.schedule.peak,
@@ -116,6 +118,22 @@ def train(config: Training, folder: Path) -> None:
     _finish(plan, folder)
 
 
+def starting(config: Training, objective: Objective) -> list[tuple[Any, weights.Weights]]:
+    """(module, weights) of all that a fresh run starts from: --init, then what the objective names.
+
+    Raises ValueError if there is no --init and the objective makes no sense without.
+    """
+    if config.init is None and objective.needs_init:
+        raise ValueError(
+            f"--init: is missing; objective '{config.objective['name']}' leaves the image tower as it "
+            f"is, so it must have been trained before: --init runs/wsp, or the like."
+        )
+    found = []
+    if config.init is not None:
+        found.append(models.fitting(objective.model, models.open_weights(config.init)))
+    return found + objective.starting()
+
+
 def _measure(name: str, evaluator: Evaluator, model: Model, folder: Path) -> dict[str, float]:
     results = evaluator.run(model, folder)
     logger.info("%s: %s", name, ", ".join(f"{k} {v:g}" for k, v in results.items()))
@@ -152,6 +170,7 @@ def evaluate(config: Evaluating, folder: Path) -> dict[str, float]:
     "<evaluator>/<card>"."""
     name, evaluator = build_evaluator(config.evaluator, config.data)
     model = models.load(config.init, **config.model).to(distributed.device())
+    evaluator.check(model)
     return _measure(name, evaluator, model, folder)
 
 
@@ -242,6 +261,13 @@ class Plan:
         with torch.device("meta"):
             self.objective = build_objective(config)
         self.accumulate = accumulation(config.batch_size, world, config.batch_per_process)
+        if self.objective.whole_batch and self.accumulate > 1:
+            raise ValueError(
+                f"batch_per_process: {config.batch_per_process} takes a process's share of "
+                f"{config.batch_size // world} images in {self.accumulate} parts, and objective "
+                f"'{config.objective['name']}' compares all of a batch with each other. Leave it out; to "
+                f"save memory take more processes, shard.recompute=block or a smaller batch_size."
+            )
         declared = self.card.images[self.split] if self.split in self.card.images else None
         self._schedule(declared)
 
@@ -351,9 +377,11 @@ class Plan:
                 if key not in options:
                     raise ValueError(f"evaluators[{i}].{key}: is missing.")
             every, data = options.pop("every"), options.pop("data")
+            name, evaluator = build_evaluator(options, data)
+            evaluator.check(self.objective.model)
             built.append(
                 (
-                    build_evaluator(options, data),
+                    (name, evaluator),
                     max(1, self._steps(every, f"evaluators[{i}].every")),
                 )
             )
@@ -457,8 +485,8 @@ def check(config: Config, folder: Path, world: int) -> "Plan | None":
     plan.open_validation()
     plan.branches()
     plan.branch_point()
-    if config.init is not None:
-        weights.check(plan.objective.model, models.open_weights(config.init))
+    for module, found in starting(config, plan.objective):
+        weights.check(module, found)
     plan.evaluators()
     return plan
 
@@ -471,7 +499,9 @@ def dry_run(config: Config, folder: Path, stage: str, world: int) -> dict[str, A
     """
     if isinstance(config, Evaluating):
         check(config, folder, world)
-        encoder = models.load(config.init, **config.model).encoder
+        model = models.load(config.init, **config.model)
+        build_evaluator(config.evaluator, config.data)[1].check(model)
+        encoder = model.encoder
         return {
             "stage": stage,
             "encoder": type(encoder).__name__,
@@ -513,6 +543,24 @@ def load_objective(folder: Path) -> Objective:
     shapes, read, _ = checkpoint.open_tensors(saved)
     weights.fill(objective, weights.Weights(str(folder), shapes, read))
     return objective.eval()
+
+
+def classify(
+    source: str, images: list[Path], names: list[str], templates: list[str]
+) -> list[dict[str, float]]:
+    """{name: probability} of each image file, by a model with a text tower.
+
+    Raises ValueError naming an image that cannot be read, or names that are empty or not different.
+    """
+    model, rows = models.load(source), []
+    for path in images:
+        try:
+            pixels = decode(path.read_bytes())
+        except (OSError, BadImage) as error:
+            raise ValueError(f"{path}: {error}") from error
+        rows.append(resize_center_crop(pixels, model.encoder.image_size, share=1.0))
+    found = zeroshot.probabilities(model, torch.stack(rows), names, templates)
+    return [dict(zip(names, row.tolist())) for row in found]
 
 
 def export(source: str, folder: Path) -> Path:

@@ -59,7 +59,8 @@ def shard(
                 if compile:
                     blocks[i].compile(fullgraph=recompute == "none")
                 fully_shard(blocks[i], mesh=mesh, mp_policy=PRECISIONS[precision])
-        fully_shard(root, mesh=mesh, mp_policy=PRECISIONS[precision])
+        own = getattr(root, "precision", precision)  # small parts that need float32 say so
+        fully_shard(root, mesh=mesh, mp_policy=PRECISIONS[own])
     module.to_empty(device=device)
     fill_buffers(module)
     for buffer in module.buffers():
@@ -68,8 +69,8 @@ def shard(
 
 
 def fill_buffers(module: nn.Module) -> None:
-    """Computes again the buffers that follow from a module's options (SwinV2's position tables),
-    which building on the meta device left without values. timm's convention."""
+    """Computes again the buffers that no checkpoint holds (SwinV2's position tables), which
+    `to_empty` leaves without values: every submodule's `init_non_persistent_buffers`, timm's name."""
     for one in module.modules():
         if hasattr(one, "init_non_persistent_buffers"):
             one.init_non_persistent_buffers()
@@ -113,11 +114,14 @@ def find_roots(module: nn.Module) -> list[nn.Module]:
     return roots
 
 
+BLOCKS = ("blocks", "resblocks", "layer")  # as timm, open_clip and transformers call their lists
+
+
 def _block_lists(root: nn.Module) -> list[nn.ModuleList]:
     return [
         m
         for name, m in root.named_modules()
-        if name.rpartition(".")[2] == "blocks" and isinstance(m, (nn.ModuleList, nn.Sequential))
+        if name.rpartition(".")[2] in BLOCKS and isinstance(m, (nn.ModuleList, nn.Sequential))
     ]
 
 
@@ -155,12 +159,12 @@ def initialise(module: nn.Module, seed: int) -> None:
         _fill(module, name, full, generator)
         put(parameter, full)
     for name, _ in module.named_buffers():
-        if not hasattr(
-            module.get_submodule(name.rpartition(".")[0]), "init_non_persistent_buffers"
-        ):
+        parts = name.split(".")
+        above = (module.get_submodule(".".join(parts[:i])) for i in range(len(parts)))
+        if not any(hasattr(one, "init_non_persistent_buffers") for one in above):
             raise ValueError(
-                f"{name}: nothing gives this buffer its values. Give its module an "
-                f"`init_non_persistent_buffers()`, or make it from the options in forward."
+                f"{name}: buffers are not initialised. Make it from the options in forward instead, "
+                f"or give its module an `init_non_persistent_buffers()`."
             )
 
 

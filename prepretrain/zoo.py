@@ -38,7 +38,8 @@ class Release:
     metric: dict[str, Any]  # {"name", "value"}, as published
     source: str  # where url and metric are published
     pool: str = "class"  # which tokens its authors pool: class or mean
-    text: str | None = None  # the text tower's name
+    text: str | None = None  # the text tower, xlmr_b or xlmr_l
+    joint: int | None = None  # channels of the space that images and texts share
     rename: tuple[tuple[str, str], ...] = ()  # (pattern, replacement), applied in order
     unused: tuple[str, ...] = ()  # patterns of the keys that are no part of the encoder
     note: str = ""
@@ -52,7 +53,11 @@ class Release:
     @property
     def model(self) -> dict[str, Any]:
         """The options that make its Model."""
-        return {"encoder": self.encoder, **self.options, **IMAGENET}
+        options = {"encoder": self.encoder, **self.options, **IMAGENET}
+        if self.text is None:
+            return options
+        text = {"name": "xlmr", "size": {"xlmr_b": "base", "xlmr_l": "large"}[self.text]}
+        return {**options, "text": text, "joint": {"width": self.joint}}
 
     @property
     def place(self) -> Path:
@@ -143,7 +148,7 @@ def _maws() -> list[Release]:
                     preprocessing=_preprocessing(224, 224),
                     metric=_metric(f"{TOP1}, zero-shot at 224", zeroshot),
                     text=text,
-                    rename=((r"vision_encoder\.(.+)", r"encoder.\1"),),
+                    joint={"vit_b16": 768, "vit_2b14": 2048}.get(size, 1024),
                     **plain,
                 )
             )

@@ -11,6 +11,7 @@ import torch
 from conftest import processes
 from sklearn.linear_model import LogisticRegression
 from test_features import tiny_model
+from test_text import BPE
 
 from prepretrain import distributed, logistic, plugin
 from prepretrain.card import load_card
@@ -53,13 +54,17 @@ def test_every_evaluator_documents_its_options_and_quotes_a_metric_that_it_retur
     for option, parameter in plugin.options(kind).items():
         assert (parameter.default is parameter.empty) == (option == "data")
     evaluator = plugin.build("evaluators", name, data=card)
-    results = evaluator.run(tiny_model(), tmp_path)
+    model = tiny_model(text=BPE)
+    evaluator.check(model)
+    results = evaluator.run(model, tmp_path)
     assert results["images"] == 37
     assert evaluator.headline in results and kind.quoted(results) == evaluator.headline
     assert all(
         isinstance(value, (int, float)) and math.isfinite(value) for value in results.values()
     )
-    assert results == evaluator.run(tiny_model(), tmp_path), "a second run gives other numbers"
+    assert results == evaluator.run(tiny_model(text=BPE), tmp_path), (
+        "a second run gives other numbers"
+    )
 
 
 def measured(card: str) -> list[dict[str, float]]:

@@ -31,8 +31,8 @@ class Pictures(Source):
         return {"key": f"k{index}", "image": file.getvalue(), "label": index, **self.changed}
 
 
-def tiny_model() -> Model:
-    model = Model(encoder="vit_test8")
+def tiny_model(**options: object) -> Model:
+    model = Model(encoder="vit_test8", **options)
     generator = torch.Generator().manual_seed(1)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.1, generator=generator)

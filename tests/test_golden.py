@@ -1,5 +1,6 @@
 """Our objectives against numbers computed with the papers' reference code."""
 
+import json
 import os
 from ast import literal_eval
 from pathlib import Path
@@ -9,9 +10,9 @@ import torch
 from safetensors import safe_open
 from torch.testing import assert_close
 
-from prepretrain import weights
+from prepretrain import text, weights
 from prepretrain.encoders.vit import patchify, take
-from prepretrain.model import Model
+from prepretrain.model import Model, load
 from prepretrain.objectives.mae import MAE
 from prepretrain.objectives.simmim import SimMIM, window_statistics
 
@@ -211,3 +212,105 @@ def test_a_released_simmim_file_and_ours_go_into_each_other(simmim):
     assert released.keys() == state.keys()
     for name, tensor in released.items():
         assert_close(tensor, state[name], rtol=1e-6, atol=1e-6)
+
+
+@pytest.fixture(scope="module")
+def clip():
+    """(tensors, a model with MAWS-CLIP's weights from a file under the released key names)."""
+    with safe_open(GOLDEN / "maws_clip_reference.safetensors", "pt") as file:
+        dims = {key: json.loads(value) for key, value in file.metadata().items()}
+        tensors = {k: file.get_tensor(k) for k in file.keys()}
+    return tensors, dims
+
+
+def released(tensors: dict) -> dict:
+    """The weights of the released file's form."""
+    return {k.removeprefix("state."): v for k, v in tensors.items() if k.startswith("state.")}
+
+
+def load_clip(path: Path, dims: dict) -> Model:
+    """The model that the file's dims describe."""
+    vit, roberta = dims["vit"], dims["roberta"]
+    return load(
+        str(path),
+        encoder="vit_test8",
+        patch_size=vit["patch_size"],
+        width=vit["embed_dim"],
+        depth=vit["depth"],
+        heads=vit["num_heads"],
+        image_size=vit["img_size"],
+        text={
+            "name": "xlmr",
+            "width": roberta["embedding_dim"],
+            "depth": roberta["num_encoder_layers"],
+            "heads": roberta["num_attention_heads"],
+            "hidden": roberta["ffn_dimension"],
+            "vocabulary": roberta["vocab_size"],
+            "positions": roberta["max_seq_len"],
+            "context": roberta["max_seq_len"] - 2,
+        },
+        joint={"width": dims["clip"]["embed_dim"]},
+    )
+
+
+def before_torchtext_12(key: str) -> str:
+    """A key of a text tower by the names that torchtext had before 0.12."""
+    for new, old in (
+        ("layers.layers.", "layers."),
+        ("self_attn.in_proj_", "attention.input_projection."),
+        ("self_attn.out_proj", "attention.output_projection"),
+        ("linear1", "residual_mlp.mlp.0"),
+        ("linear2", "residual_mlp.mlp.3"),
+        (".norm1", ".attention_layer_norm"),
+        (".norm2", ".final_layer_norm"),
+    ):
+        key = key.replace(new, old) if key.startswith("text_encoder") else key
+    return key
+
+
+@pytest.mark.parametrize("rename_key", [str, before_torchtext_12])
+def test_a_released_clip_file_loads_and_gives_the_same_features_and_logits(
+    clip, tmp_path, rename_key
+):
+    tensors, dims = clip
+    torch.save({rename_key(k): v for k, v in released(tensors).items()}, tmp_path / "clip.pt")
+    model = load_clip(tmp_path / "clip.pt", dims)
+    with torch.no_grad():
+        pooled = model.encoder(tensors["images"])[:, 0]
+        text = model.text(tensors["tokens"])
+        image_features, text_features, scale, _ = model.joint(pooled, text)
+    assert_close(pooled, tensors["vision_pooled"], rtol=0, atol=1e-4)
+    assert_close(text, tensors["text_cls"], rtol=0, atol=1e-4)
+    assert_close(image_features, tensors["image_features"], rtol=0, atol=1e-4)
+    assert_close(text_features, tensors["text_features"], rtol=0, atol=1e-4)
+    assert_close(scale * image_features @ text_features.T, tensors["logits"], rtol=0, atol=1e-4)
+
+
+def test_a_released_clip_files_every_key_is_accounted_for(clip, tmp_path):
+    tensors, dims = clip
+    state = released(tensors) | {"text_encoder.pooler.weight": torch.zeros(2)}
+    del state["text_encoder.encoder.transformer.layers.layers.1.linear2.bias"]
+    torch.save(state, tmp_path / "clip.pt")
+    said = (
+        r"(?s)2 keys.*left over text_encoder.pooler.weight.*missing text.*layer.1.output.dense.bias"
+    )
+    with pytest.raises(ValueError, match=said):
+        load_clip(tmp_path / "clip.pt", dims)
+
+
+def test_the_released_clip_models_have_our_architectures_keys_and_shapes():
+    path = GOLDEN / "maws_manifest.json"
+    if not path.exists():
+        pytest.skip("the manifest of MAWS's released files is not in PREPRETRAIN_GOLDEN")
+    rows = {k: r for k, r in json.loads(path.read_text()).items() if k.startswith("maws_clip/")}
+    for name, row in rows.items():
+        vit, _, size = name.removeprefix("maws_clip/").partition("_xlmr_")
+        shapes, _ = text.released({k: tuple(s) for k, s in row["shapes"].items()}, torch.empty)
+        with torch.device("meta"):
+            model = Model(
+                encoder=vit,
+                text={"name": "xlmr", "size": {"b": "base", "l": "large"}[size]},
+                joint={"width": row["shapes"]["text_projection"][1]},
+            )
+        assert {k: tuple(v.shape) for k, v in model.state_dict().items()} == shapes, name
+        assert sum(p.numel() for p in model.parameters()) == row["params"], name

@@ -96,6 +96,11 @@ class Encoder(nn.Module):
         """{"architecture": …, "model_args": …} with which timm builds the same encoder."""
         raise NotImplementedError
 
+    def open_clip(self, state: dict[str, Tensor], pool: str) -> tuple[dict[str, Any], dict]:
+        """open_clip's `vision_cfg` of the same encoder, pooled by `pool`, and the state under its
+        names, without a projection. Raises ValueError where open_clip has no such tower."""
+        raise ValueError(f"open_clip has no image tower like {type(self).__name__}.")
+
 
 def resample_positions(table: Tensor, grid: int, prefix: int) -> Tensor:
     """Positions [1, prefix + N, D] of a square grid resampled to another (bicubic, as timm and MAE's

@@ -158,6 +158,48 @@ class ViT(Encoder):
             },
         }
 
+    def open_clip(self, state: dict[str, Tensor], pool: str) -> tuple[dict[str, Any], dict]:
+        """See Encoder.open_clip. Its ViT embeds patches without a bias, so that is added to their
+        positions, which is the same."""
+        config = {
+            "image_size": self.image_size,
+            "patch_size": self.stride,
+            "width": self.width,
+            "layers": self.depth,
+            "head_width": self.width // self.heads,
+            "no_ln_pre": True,
+            "norm_kwargs": {"eps": 1e-6},
+            "pool_type": "tok" if pool == "class" else "avg",
+        }
+        positions = state["pos_embed"][0].clone()
+        positions[1:] += state["patch_embed.proj.bias"]
+        renamed = {
+            "class_embedding": state["cls_token"].flatten(),
+            "positional_embedding": positions,
+            "conv1.weight": state["patch_embed.proj.weight"],
+            "ln_post.weight": state["norm.weight"],
+            "ln_post.bias": state["norm.bias"],
+        }
+        for key, value in state.items():
+            if key.startswith("blocks."):
+                _, number, rest = key.split(".", 2)
+                renamed[f"transformer.resblocks.{number}.{_open_clips(rest)}"] = value
+        return config, renamed
+
+
+def _open_clips(name: str) -> str:
+    """open_clip's name for a parameter of a block."""
+    for ours, theirs in (
+        ("norm", "ln_"),
+        ("attn.qkv.", "attn.in_proj_"),
+        ("attn.proj", "attn.out_proj"),
+        ("mlp.fc1", "mlp.c_fc"),
+        ("mlp.fc2", "mlp.c_proj"),
+    ):
+        if name.startswith(ours):
+            return theirs + name.removeprefix(ours)
+    raise ValueError(f"open_clip's blocks have nothing like {name}.")
+
 
 def patchify(image: Tensor, size: int) -> Tensor:
     """[B, C, H, W] to [B, N, C P P]: each patch flattened as a convolution's weight is."""

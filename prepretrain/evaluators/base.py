@@ -22,6 +22,9 @@ class Evaluator:
         self.data = data
         self.card = load_card(data)
 
+    def check(self, model: nn.Module) -> None:
+        """Raises ValueError if this model cannot be measured, before any time is spent."""
+
     def run(self, model: nn.Module, folder: Path) -> dict[str, float]:
         """Named numbers, the same on every rank; called on every rank. `folder` is the run's."""
         raise NotImplementedError

@@ -3,14 +3,15 @@
 import hashlib
 from collections.abc import Iterable
 
-FIELDS = ("image", "label", "hashtags", "text")
+FIELDS = ("image", "label", "hashtags", "text", "captions")
 
 
 class Source:
     """A map-style set of samples: a length, and a sample for each number; order is the loader's.
 
     A sample holds "key" (str), "image" (the file's bytes), and, where the source has them, "label"
-    (int), "hashtags" (list of str) and "text" (str); `fields` names those it has. `groups` are the
+    (int), "hashtags" (list of str), "text" (str) and "captions" (list of str, several texts that each
+    say what is in the image); `fields` names those it has. `groups` are the
     sizes of the parts that are cheap to read together (shards). `fingerprint` says what the data
     is, wherever it lies.
     """
@@ -34,6 +35,11 @@ class Source:
         """The hashtags alone, without reading the image where the source can."""
         return self[index]["hashtags"]
 
+    def texts(self, index: int) -> dict:
+        """{"text", "captions"} as far as there are, without the image where the source can."""
+        sample = self[index]
+        return {name: sample[name] for name in ("text", "captions") if name in sample}
+
 
 class Subset(Source):
     """Some images of a source, in the order of their numbers given."""
@@ -51,6 +57,9 @@ class Subset(Source):
 
     def hashtags(self, index: int) -> list[str]:
         return self.source.hashtags(self.indexes[index])
+
+    def texts(self, index: int) -> dict:
+        return self.source.texts(self.indexes[index])
 
 
 def fingerprint_of(parts: Iterable[object]) -> str:

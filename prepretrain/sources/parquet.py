@@ -28,6 +28,7 @@ class Parquet(Source):
         image: str = "image",
         label: str = "label",
         text: str = "text",
+        captions: str = "captions",
         hashtags: str = "hashtags",
         key: str = "path",
     ):
@@ -39,7 +40,8 @@ class Parquet(Source):
             self._files = [pq.ParquetFile(file, memory_map=True) for file in self.paths]
         except pa.ArrowException as error:
             raise ValueError(f"{path}: not readable as Parquet: {error}") from error
-        asked = {"image": image, "label": label, "text": text, "hashtags": hashtags, "key": key}
+        asked = {"image": image, "label": label, "text": text, "captions": captions}
+        asked |= {"hashtags": hashtags, "key": key}
         self.columns = self._present(asked)
         self.fields = tuple(name for name in self.columns if name != "key")
         self._index()
@@ -84,9 +86,12 @@ class Parquet(Source):
     def __getitem__(self, index: int) -> dict:
         number, row = self._find(index)
         group = self._group(number)
-        values = {name: column[row].as_py() for name, column in group.items()}
-        key = values.pop("key", None)
+        key = group["key"][row].as_py() if "key" in group else None
         key = f"{self.paths[self._places[number][0]].stem}/{index}" if key is None else str(key)
+        try:
+            values = {n: column[row].as_py() for n, column in group.items() if n != "key"}
+        except UnicodeDecodeError as error:
+            raise BadImage("bad metadata", f"text: {error}", key) from error
         image = values["image"]
         values["image"] = image.get("bytes") if isinstance(image, dict) else image
         if not values["image"]:
@@ -97,6 +102,8 @@ class Parquet(Source):
             values["hashtags"] = values["hashtags"] or []
         if "text" in values:
             values["text"] = values["text"] or ""
+        if "captions" in values:
+            values["captions"] = [c for c in values["captions"] or [] if c is not None]
         return {"key": key, **values}
 
     def label(self, index: int) -> int:

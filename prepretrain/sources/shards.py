@@ -25,15 +25,22 @@ class Shards(Source):
 
     A sample is a run of members with one key: the path up to the last dot, so that a.b.jpg and
     a.c.jpg are two images (webdataset would merge them under a). Members of other types than jpg
-    jpeg png webp txt json cls are never read. `hashtags`, `text` and `label` say where those are:
-    a member ("txt") or a value of the json member ("json.hashtags"; a list, or a string separated
-    by spaces or commas). Missing hashtags are [], a missing text is "", a missing label is absent.
+    jpeg png webp txt json cls are never read. `hashtags`, `text`, `captions` and `label` say where
+    those are: a member ("txt") or a value of the json member ("json.hashtags"; a list, or a string
+    separated by spaces or commas; "json.captions": a list, or a string that is one). Missing
+    hashtags and captions are [], a missing text is "", a missing label is absent.
     """
 
     def __init__(
-        self, *, path: str, hashtags: str = "json.hashtags", text: str = "txt", label: str = "cls"
+        self,
+        *,
+        path: str,
+        hashtags: str = "json.hashtags",
+        text: str = "txt",
+        captions: str = "json.captions",
+        label: str = "cls",
     ):
-        self.places = {"label": label, "hashtags": hashtags, "text": text}
+        self.places = {"label": label, "hashtags": hashtags, "text": text, "captions": captions}
         for option, place in self.places.items():
             if place not in FIELDS and not place.startswith("json."):
                 raise ValueError(
@@ -66,12 +73,19 @@ class Shards(Source):
     def hashtags(self, index: int) -> list[str]:
         return self._value(index, "hashtags")
 
-    def _value(self, index: int, field: str):
+    def texts(self, index: int) -> dict:
+        return self._some(index, tuple(f for f in ("text", "captions") if f in self.fields))
+
+    def _some(self, index: int, fields: tuple[str, ...]) -> dict:
         shard, row = self._find(index)
         try:
-            values = self._values(shard, row, (field,))
+            return self._values(shard, row, fields)
         except BadImage as error:
             raise BadImage(error.cause, error.detail, shard.index.key(row)) from error
+
+    def _value(self, index: int, field: str):
+        shard, row = self._find(index)
+        values = self._some(index, (field,))
         if field not in values:
             raise BadImage(f"no {field}", f"in {shard.path}", shard.index.key(row))
         return values[field]
@@ -159,11 +173,21 @@ def _tags(found: object) -> list[str]:
 
 def _text(found: object) -> str:
     if not isinstance(found, bytes):
+        if isinstance(found, (list, dict)):
+            raise BadImage("bad metadata", f"text: {str(found)[:80]!r} is no text")
         return "" if found is None else str(found)
     try:
         return found.decode()
     except UnicodeDecodeError as error:
         raise BadImage("bad metadata", f"text: {error}") from error
+
+
+def _captions(found: object) -> list[str]:
+    if isinstance(found, list) and all(isinstance(caption, str) for caption in found):
+        return found
+    if isinstance(found, list):
+        raise BadImage("bad metadata", f"captions: {str(found)[:80]!r} is no list of texts")
+    return [_text(found)] if found else []
 
 
 def _label(found: object) -> int | None:
@@ -173,7 +197,7 @@ def _label(found: object) -> int | None:
         raise BadImage("bad metadata", f"label: {str(found)[:80]!r} is no number") from error
 
 
-_CONVERT = {"hashtags": _tags, "text": _text, "label": _label}
+_CONVERT = {"hashtags": _tags, "text": _text, "captions": _captions, "label": _label}
 
 
 def find_shards(path: str) -> list[Path]:
