@@ -50,11 +50,18 @@ STAGES = {
 }
 PROBE = "evaluators=[{name: linear, data: probe, every: 100%, solver: lbfgs, pool: mean}]"
 UNTRAINED = ["length=1it", "optim.warmup=0it", "optim.lr=0"]
-# no crops: so that what is memorised are the photos
-OVERFIT = [
-    "objective.crop_scale=[1.0,1.0]",
-    "validation={data: whole:val, every: 2.5%, images: 2000}",
-]
+# Photos of 16 pixels and small batches, so that two cores memorise 500 of them within minutes; no
+# crops, so that what is memorised are the photos.
+OVERFIT = """model: {encoder: vit_mini4, width: 128, depth: 4, heads: 4, image_size: 16, positions: fixed}
+objective: {name: mae, mask_ratio: 0.5, decoder_depth: 1, decoder_width: 128, decoder_heads: 4, crop_scale: [1.0, 1.0]}
+optim: {lr: 8.0e-3, weight_decay: 0.05, betas: [0.9, 0.95], warmup: 5%, clip: 1.0}
+data: {workers: 0}
+validation: {data: 'whole:val', every: 400it, images: 1000}
+batch_size: 50
+shard: {precision: fp32}
+checkpoint: {every: 50%}
+log_every: 50it
+"""
 
 
 def tool(work: Path, script: str, *arguments: str) -> None:
@@ -87,14 +94,13 @@ def prepare(work: Path, data: Path, teacher: Path) -> None:
         (work / "datasets" / f"{name}.yaml").write_text(card)
     for name, text in STAGES.items():
         (work / f"{name}.yaml").write_text(text.replace("TEACHER", str(teacher)) + COMMON)
+    (work / "overfit.yaml").write_text(OVERFIT)
 
 
-def train(work: Path, name: str, stage: str, images: int, *overrides: str) -> None:
+def train(work: Path, name: str, stage: str, *overrides: str) -> None:
     """One model, unless it is there already."""
     if not (work / "runs" / name / "export").exists():
-        data = () if any(o.startswith("data.train") for o in overrides) else ("data.train=whole",)
-        length = () if "length=1it" in overrides else (f"length={images}img",)
-        given = (f"{stage}.yaml", "--out", f"runs/{name}", *data, *length, *overrides, PROBE)
+        given = (f"{stage}.yaml", "--out", f"runs/{name}", *overrides)
         tool(work, "launch.py", "--stage", *given)
 
 
@@ -108,36 +114,39 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("runs/masked"))
     parser.add_argument("--out", type=Path)
     parser.add_argument("--images", type=int, default=50_000, help="that each objective sees")
-    parser.add_argument("--overfit", type=int, default=200_000, help="images of the second part")
+    parser.add_argument("--overfit", type=int, default=400_000, help="images of the second part")
     given = parser.parse_args()
     start, work = time.time(), given.work.resolve()
     prepare(work, given.data.resolve(), given.teacher.resolve())
-    some, many = given.images, given.overfit
+    length = f"length={given.images}img"
     jobs = [
-        ("mae_of_1_percent", "mae", many, "data.train=hundredth", *OVERFIT),
-        ("mae_of_all", "mae", many, *OVERFIT),
-        ("untrained_vit", "mae", some, *UNTRAINED),
-        ("untrained_swinv2", "simmim_swinv2", some, *UNTRAINED),
-        *((name, name, some) for name in STAGES),
+        ("untrained_vit", "mae", "data.train=whole", *UNTRAINED, PROBE),
+        ("untrained_swinv2", "simmim_swinv2", "data.train=whole", *UNTRAINED, PROBE),
+        *((name, name, "data.train=whole", length, PROBE) for name in STAGES),
     ]
+    parts = {"1_percent": "hundredth", "all": "whole"}
+    for part, card in parts.items():
+        jobs.append(
+            (f"overfit_{part}", "overfit", f"data.train={card}", f"length={given.overfit}img")
+        )
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
         list(pool.map(lambda job: train(work, *job), jobs))
     probes, curves = {}, {}
-    for name, *_ in jobs:
+    for name in ("untrained_vit", "untrained_swinv2", *STAGES):
         results = json.loads((work / "runs" / name / "results.json").read_text())
         probes[name] = round(results["linear/probe"]["top1"], 2)
         print(json.dumps({"model": name, "linear_top1": probes[name]}), flush=True)
-    for name in ("mae_of_1_percent", "mae_of_all"):
-        rows = (work / "runs" / name / "metrics.jsonl").read_text().splitlines()
+    for part in parts:
+        rows = (work / "runs" / f"overfit_{part}" / "metrics.jsonl").read_text().splitlines()
         found = [row for row in map(json.loads, rows) if "val_loss" in row]
-        curves[name] = [{k: r[k] for k in ("step", "val_loss", "val_gap")} for r in found]
-        lowest = min(found, key=lambda row: row["val_loss"])
-        print(json.dumps({"model": name, "lowest": lowest, "last": found[-1]}), flush=True)
+        curves[part] = [{k: r[k] for k in ("step", "val_loss", "val_gap")} for r in found]
+        lowest = min(curves[part], key=lambda row: row["val_loss"])
+        print(json.dumps({"photos": part, "lowest": lowest, "last": curves[part][-1]}), flush=True)
     git = ["git", "rev-parse", "--short", "HEAD"]
     commit = subprocess.run(git, cwd=ROOT, capture_output=True, text=True).stdout.strip()
     report = {
         "command": "python benchmarks/cifar10_masked.py --data FOLDER --teacher RUN "
-        f"--images {some} --overfit {many}",
+        f"--images {given.images} --overfit {given.overfit}",
         "teacher": given.teacher.name,
         "date": datetime.date.today().isoformat(),
         "commit": commit,
@@ -147,7 +156,7 @@ def main() -> None:
     }
     if given.out:
         given.out.write_text(json.dumps(report, indent=1) + "\n")
-        runs = [str(work / "runs" / f"mae_of_{part}") for part in ("1_percent", "all")]
+        runs = [str(work / "runs" / f"overfit_{part}") for part in parts]
         keys = ["--keys", "loss", "val_loss", "--names", "1 % of the photos", "all photos"]
         picture = str(given.out.resolve().with_name("cifar10_overfitting.png"))
         tool(work, "report.py", "curves", *runs, "--out", picture, *keys)
