@@ -114,7 +114,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("runs/masked"))
     parser.add_argument("--out", type=Path)
     parser.add_argument("--images", type=int, default=50_000, help="that each objective sees")
-    parser.add_argument("--overfit", type=int, default=400_000, help="images of the second part")
+    parser.add_argument("--overfit", type=int, default=250_000, help="images of the second part")
     given = parser.parse_args()
     start, work = time.time(), given.work.resolve()
     prepare(work, given.data.resolve(), given.teacher.resolve())

@@ -120,10 +120,9 @@ def _group(title: str, about: str, rows: list[Release], body: Callable) -> str:
         first.preprocessing["image_size"],
         ", pool='mean'" if first.pool != "class" else "",
     )
-    if first.text:  # the text tower needs its tokenizer's file, which is released beside it
-        tokenizer = "text={'tokenizer': 'xlmr.sentencepiece.bpe.model'}"
+    if first.text:
         example = (
-            f'    model = prepretrain.load("{first.name}", {tokenizer})\n'
+            f'    model = prepretrain.load("{first.name}")    # its tokenizer is fetched with it\n'
             f'    features = model.features(images, pool="joint")    # of length 1, as text_features'
         )
     else:

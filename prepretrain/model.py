@@ -354,6 +354,10 @@ def load(source: str, **changes: Any) -> Model:
     for key in ("text", "joint"):
         if isinstance(changes.get(key), dict):
             changes[key] = {**((found.options or {}).get(key) or {}), **changes[key]}
+    if source in zoo.releases() and zoo.find(source).text is not None:
+        text = changes.get("text", found.options["text"])
+        if "tokenizer" not in text:  # released beside the model
+            changes["text"] = {**text, "tokenizer": str(zoo.tokenizer(source))}
     if "encoder" not in {**(found.options or {}), **changes}:
         raise ValueError(
             f"{source}: does not say which encoder it is. Add encoder='vit_b16', or the like."

@@ -98,6 +98,7 @@ def _metric(name: str, value: float) -> dict[str, Any]:
 
 _FINE = f"{TOP1}, fine-tuned at"
 _NC = "CC-BY-NC-4.0"
+TOKENIZER = "xlmr.sentencepiece.bpe.model"
 _MAWS_FILES = "https://dl.fbaipublicfiles.com/maws"
 
 
@@ -360,6 +361,14 @@ def fetch(name: str) -> Path:
     """A release's file on this machine, downloaded if it is not here; see download.fetch."""
     row = find(name)
     return download.fetch(row.url, row.expected, accept=check_container)
+
+
+def tokenizer(name: str) -> Path:
+    """The SentencePiece model that a release's text tower reads with, downloaded if it is not
+    here. Raises ValueError for a release without one."""
+    if find(name).text is None:
+        raise ValueError(f"{name}: has no text tower, and so no tokenizer.")
+    return download.fetch(f"{_MAWS_FILES}/pretrain/clip/xlmr_tokenizer/{TOKENIZER}")
 
 
 def verify(source: str) -> dict[str, Any]:

@@ -724,3 +724,16 @@ def test_torch_hubs_dependencies_are_what_loading_imports():
 def test_only_the_two_classes_of_settings_are_stood_in_for():
     assert {name for _, name in weights._INERT} == {"yacs.config.CfgNode", "argparse.Namespace"}
     assert weights._Inert("touch exploded") == {}
+
+
+def test_the_tokenizer_of_a_released_text_tower_is_found_in_the_cache(monkeypatch, tmp_path):
+    monkeypatch.setenv("PREPRETRAIN_CACHE", str(tmp_path))
+    monkeypatch.setenv("PREPRETRAIN_OFFLINE", "1")
+    with pytest.raises((OSError, ValueError), match=zoo.TOKENIZER):
+        zoo.tokenizer("maws_clip/vit_l16_xlmr_l")
+    file = zoo.find("maws_clip/vit_l16_xlmr_l").place.parent / "xlmr_tokenizer" / zoo.TOKENIZER
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_bytes(b"put there by hand")
+    assert zoo.tokenizer("maws_clip/vit_l16_xlmr_l") == file
+    with pytest.raises(ValueError, match="maws/vit_l16: has no text tower"):
+        zoo.tokenizer("maws/vit_l16")
