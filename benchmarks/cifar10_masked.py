@@ -16,15 +16,13 @@ import argparse
 import concurrent.futures
 import datetime
 import json
-import os
 import subprocess
-import sys
 import time
 from pathlib import Path
 
+from cifar10_two_stage import ROOT, tool
 from pyarrow import parquet
 
-ROOT = Path(__file__).resolve().parents[1]
 CARD = """description: CIFAR-10, made by benchmarks/cifar10_masked.py
 licence: as the photos
 classes: [airplane, automobile, bird, cat, deer, dog, frog, horse, ship, truck]
@@ -64,21 +62,6 @@ log_every: 50it
 """
 
 
-def tool(work: Path, script: str, *arguments: str) -> None:
-    """Runs one of the repository's commands in the work folder, with one thread."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "tools" / script), *arguments],
-        cwd=work,
-        env={**environment, "PREPRETRAIN_DATA": "data"},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    if done.returncode:
-        raise RuntimeError(f"{script} {' '.join(arguments)}:\n{done.stderr[-2000:]}")
-
-
 def prepare(work: Path, data: Path, teacher: Path) -> None:
     """The cards: all photos, every hundredth, and every fifth for the probe; and the stages."""
     (work / "datasets").mkdir(parents=True, exist_ok=True)
@@ -101,7 +84,7 @@ def train(work: Path, name: str, stage: str, *overrides: str) -> None:
     """One model, unless it is there already."""
     if not (work / "runs" / name / "export").exists():
         given = (f"{stage}.yaml", "--out", f"runs/{name}", *overrides)
-        tool(work, "launch.py", "--stage", *given)
+        tool(work, "tools/launch.py", "--stage", *given)
 
 
 def main() -> None:
@@ -159,11 +142,11 @@ def main() -> None:
         runs = [str(work / "runs" / f"overfit_{part}") for part in parts]
         keys = ["--keys", "loss", "val_loss", "--names", "1 % of the photos", "all photos"]
         picture = str(given.out.resolve().with_name("cifar10_overfitting.png"))
-        tool(work, "report.py", "curves", *runs, "--out", picture, *keys)
+        tool(work, "tools/report.py", "curves", *runs, "--out", picture, *keys)
         names = [n for n in STAGES if n != "feature_mae"]
         tool(
             work,
-            "report.py",
+            "tools/report.py",
             "reconstructions",
             *(str(work / "runs" / n) for n in names),
             *("--data", "whole:val", "--images", "6", "--names", *names, "--out"),

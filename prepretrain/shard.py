@@ -2,6 +2,7 @@
 values."""
 
 import logging
+import warnings
 import zlib
 from pathlib import Path
 from typing import Literal
@@ -22,6 +23,10 @@ PRECISIONS = {
 
 
 logger = logging.getLogger(__name__)
+
+# FSDP warns of modules that return a view (timm's SwinV2 blocks do), since changing it in place
+# would lose its hook; nothing here does.
+warnings.filterwarnings("ignore", message=".*returned a view tensor")
 
 
 def shard(

@@ -384,6 +384,17 @@ def _feature(teacher: str) -> list[str]:
     return [f"objective={{name: feature_mae, teacher: {teacher}, {decoder}}}"]
 
 
+def test_each_masked_objective_trains_in_bf16_as_in_float32_but_for_rounding(place, group, teacher):
+    stage = Path("small.yaml")
+    stage.write_text(stage.read_text().replace(", positions: fixed", ""))
+    for name, overrides in (KINDS | {"feature": _feature(teacher)}).items():
+        train(f"runs/fp32_{name}", *overrides, "length=3it")
+        train(f"runs/bf16_{name}", *overrides, "length=3it", "shard.precision=bf16")
+        losses = [[r["loss"] for r in rows(f"runs/{p}_{name}")] for p in ("fp32", "bf16")]
+        assert losses[0] != losses[1]
+        assert_close(losses[1], losses[0], rtol=0.03, atol=0)
+
+
 def _in_two(rank: int, where: str, teacher: str) -> None:
     os.chdir(where)
     distributed.init()
