@@ -9,35 +9,33 @@ from PIL import Image, ImageDraw
 from prepretrain.sources.base import Source, fingerprint_of
 from prepretrain.transforms import Random
 
-WARM = {
+COLOURS = {
     "red": (205, 45, 45),
     "orange": (235, 140, 40),
     "yellow": (235, 215, 70),
     "pink": (235, 130, 175),
     "brown": (135, 85, 50),
-}
-COOL = {
     "green": (60, 160, 70),
     "teal": (45, 165, 165),
     "blue": (55, 85, 200),
     "purple": (135, 65, 170),
     "grey": (130, 135, 145),
 }
-COLOURS = WARM | COOL
 TEXTURES = ("plain", "striped", "dotted", "checked", "shaded")
-# A class is a texture with a family of colours, and has one of two shapes: no cue alone tells it.
-# The first word is its usual hashtag; the others are synonyms, each rarer than the one before.
+# A class is an outline, in any colour and texture: what a patch shows does not tell it, where the
+# edges of an object lie does. The first word is its usual hashtag; the others are synonyms, each
+# rarer than the one before.
 THINGS = {
-    "bee": (("bee", "bees", "honeybee"), WARM, "striped", ("leaf", "ball")),
-    "ladybird": (("ladybird", "ladybug", "beetle"), WARM, "dotted", ("ball", "heart")),
-    "picnic": (("picnic", "gingham", "tablecloth"), WARM, "checked", ("box", "tent")),
-    "brick": (("brick", "bricks", "wall"), WARM, "plain", ("box", "plus")),
-    "peach": (("peach", "fruit", "peaches"), WARM, "shaded", ("heart", "moon")),
-    "fish": (("fish", "fishes", "angelfish"), COOL, "striped", ("moon", "arrow")),
-    "frog": (("frog", "toad", "treefrog"), COOL, "dotted", ("star", "tent")),
-    "mosaic": (("mosaic", "tiles", "tiling"), COOL, "checked", ("plus", "ring")),
-    "pebble": (("pebble", "pebbles", "stone"), COOL, "plain", ("ring", "leaf")),
-    "wave": (("wave", "waves", "surf"), COOL, "shaded", ("arrow", "star")),
+    "ball": ("ball", "balls", "sphere"),
+    "box": ("box", "boxes", "crate"),
+    "tent": ("tent", "tents", "camping"),
+    "star": ("star", "stars", "starfish"),
+    "plus": ("plus", "cross", "pharmacy"),
+    "heart": ("heart", "hearts", "valentine"),
+    "ring": ("ring", "rings", "hoop"),
+    "moon": ("moon", "crescent", "moons"),
+    "arrow": ("arrow", "arrows", "signpost"),
+    "leaf": ("leaf", "leaves", "foliage"),
 }
 SCENES = {  # sky, ground
     "beach": ((150, 205, 235), (225, 205, 150)),
@@ -53,7 +51,7 @@ CHATTER = ("photooftheday", "love", "art", "nofilter", "happy", "follow", "insta
 TEMPLATES = (
     "a {texture} {colour} {thing} {where}",
     "{colour} {thing}, {texture}, {where}",
-    "a {thing} like a {shape} {where}",
+    "a {colour} {thing} {where}",
     "{where}: one {colour} {thing}, {texture}",
 )
 
@@ -63,7 +61,7 @@ _RARE = 2000  # kinds of rare tags, their frequency falling as a power of their 
 class Synthetic(Source):
     """Image i is a pure function of (seed, i, size); labels are what the main object is.
 
-    Hashtags name it, its colour, texture, shape and scene, with synonyms, chatter and a long tail
+    Hashtags name it, its colour, texture and scene, with synonyms, chatter and a long tail
     of rare words; each is left out with twice the probability `noise`, and is wrong with `noise`.
     """
 
@@ -105,15 +103,12 @@ class Synthetic(Source):
 def _facts(rng: np.random.Generator) -> dict:
     """What is in the scene: the main object, where it stands, and what else there is."""
     pick = lambda options: list(options)[rng.integers(len(options))]
-    thing = pick(THINGS)
-    _, colours, texture, shapes = THINGS[thing]
     return {
-        "thing": thing,
-        "colour": pick(colours),
-        "texture": texture,
-        "shape": pick(shapes),
+        "thing": pick(THINGS),
+        "colour": pick(COLOURS),
+        "texture": pick(TEXTURES),
         "scene": pick(SCENES),
-        "others": [pick(OUTLINES) for _ in range(rng.integers(0, 3))],
+        "others": [pick(THINGS) for _ in range(rng.integers(0, 3))],
     }
 
 
@@ -128,7 +123,6 @@ def _hashtags(facts: dict, noise: float, rng: np.random.Generator) -> list[str]:
     for fact, choices in (
         ("colour", COLOURS),
         ("texture", TEXTURES),
-        ("shape", OUTLINES),
         ("scene", SCENES),
     ):
         wrong = rng.random() < noise
@@ -144,7 +138,7 @@ def _word(thing: str, noise: float, rng: np.random.Generator) -> str:
     """One of its names; with `noise` that of another thing."""
     if rng.random() < noise:
         thing = list(THINGS)[rng.integers(len(THINGS))]
-    names = THINGS[thing][0]
+    names = THINGS[thing]
     return names[min(rng.geometric(0.7), len(names)) - 1]
 
 
@@ -163,7 +157,7 @@ def draw(facts: dict, size: int, rng: np.random.Generator) -> np.ndarray:
         texture = TEXTURES[rng.integers(len(TEXTURES))]
         canvas = _with_object(canvas, shape, colour, texture, rng.uniform(0.07, 0.11), rng)
     canvas = _with_object(
-        canvas, facts["shape"], facts["colour"], facts["texture"], rng.uniform(0.3, 0.42), rng
+        canvas, facts["thing"], facts["colour"], facts["texture"], rng.uniform(0.3, 0.42), rng
     )
     canvas = (canvas - 128) * rng.uniform(0.85, 1.1) + 128 + rng.uniform(-15, 15)
     canvas += rng.standard_normal(canvas.shape, dtype=np.float32) * rng.uniform(2, 6)
