@@ -127,7 +127,7 @@ def test_a_classs_synonyms_and_all_templates_are_averaged(tmp_path):
     torch.testing.assert_close(weight[0], want)
 
 
-NAMES = "[abeille, coccinelle, nappe, brique, peche, poisson, grenouille, carreaux, galet, vague]"
+NAMES = "[abeille, coccinelle, nappe, brique, peche, coeur, grenouille, carreaux, galet, vague]"
 
 
 def test_a_card_gives_names_and_templates_in_several_languages(tmp_path):
@@ -135,9 +135,9 @@ def test_a_card_gives_names_and_templates_in_several_languages(tmp_path):
     data = card(tmp_path, text)
     french = Zeroshot(data=data, language="fr")
     source = french.card.open("val")
-    assert french.class_names(source)[5] == ["poisson"] and french.prompts() == ["un {}."]
+    assert french.class_names(source)[5] == ["coeur"] and french.prompts() == ["un {}."]
     english = Zeroshot(data=data)
-    assert english.class_names(source)[5] == ["fish"] and english.prompts() == ["a {}."]
+    assert english.class_names(source)[5] == ["heart"] and english.prompts() == ["a {}."]
     assert Zeroshot(data=data, templates="none").prompts() == ["{}"]
     assert len(Zeroshot(data=data, templates="simple").prompts()) == 7
     assert len(Zeroshot(data=data, names="imagenet").class_names(source)) == 1000
