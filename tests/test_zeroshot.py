@@ -127,7 +127,7 @@ def test_a_classs_synonyms_and_all_templates_are_averaged(tmp_path):
     torch.testing.assert_close(weight[0], want)
 
 
-NAMES = "[abeille, coccinelle, nappe, brique, peche, coeur, grenouille, carreaux, galet, vague]"
+NAMES = "[balle, boite, tente, etoile, croix, coeur, anneau, lune, fleche, feuille]"
 
 
 def test_a_card_gives_names_and_templates_in_several_languages(tmp_path):
