@@ -12,11 +12,12 @@ import timm
 import torch
 import torch.nn.functional as F
 from conftest import processes
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from test_train import rows, train
 from torch.testing import assert_close
 
-from prepretrain import config, distributed, run, shard, validation
+from prepretrain import config, distributed, report, run, shard, validation
 from prepretrain.encoders import base as encoders
 from prepretrain.launch import launch
 from prepretrain.model import Model, load
@@ -427,3 +428,19 @@ def test_each_masked_objective_gives_equal_losses_on_one_process_two_sharded_and
             shutil.rmtree(f"runs/again_{name}/checkpoints/{step:09d}")
         train(f"runs/again_{name}", *overrides, *VALIDATED)
         assert rows(f"runs/again_{name}") == rows(f"runs/one_{name}")
+
+
+def test_several_runs_are_drawn_side_by_side_on_the_same_images(place, group, teacher):
+    stage = Path("small.yaml")
+    stage.write_text(stage.read_text().replace(", positions: fixed", ""))
+    train("runs/mae", "length=2it", "optim.warmup=0it")
+    train("runs/swin", *SWIN, "length=2it", "optim.warmup=0it")
+    train("runs/feature", *_feature(teacher), "length=2it", "optim.warmup=0it")
+    report.reconstruct(["runs/mae", "runs/swin"], "colours:val", 3, "both.png", ["a", "b"])
+    report.reconstruct(["runs/mae"], "colours:val", 3, "one.png")
+    both, one = (np.asarray(Image.open(f"{name}.png")).shape for name in ("both", "one"))
+    assert both[0] == one[0] and both[1] > 1.5 * one[1]  # two masks and two reconstructions
+    with pytest.raises(ValueError, match="predicts no pixels"):
+        report.reconstruct(["runs/feature"], "colours:val", 3, "none.png")
+    with pytest.raises(ValueError, match="--names: 1 names for 2 runs"):
+        report.reconstruct(["runs/mae", "runs/swin"], "colours:val", 3, "no.png", ["a"])
