@@ -14,13 +14,11 @@ tools/launch.py, two runs side by side, one thread each. What is done is not don
 
 import argparse
 import concurrent.futures
-import datetime
 import json
-import subprocess
 import time
 from pathlib import Path
 
-from cifar10_two_stage import ROOT, tool
+from cifar10_two_stage import record, tool
 from pyarrow import parquet
 
 CARD = """description: CIFAR-10, made by benchmarks/cifar10_masked.py
@@ -125,20 +123,7 @@ def main() -> None:
         curves[part] = [{k: r[k] for k in ("step", "val_loss", "val_gap")} for r in found]
         lowest = min(curves[part], key=lambda row: row["val_loss"])
         print(json.dumps({"photos": part, "lowest": lowest, "last": curves[part][-1]}), flush=True)
-    git = ["git", "rev-parse", "--short", "HEAD"]
-    commit = subprocess.run(git, cwd=ROOT, capture_output=True, text=True).stdout.strip()
-    report = {
-        "command": "python benchmarks/cifar10_masked.py --data FOLDER --teacher RUN "
-        f"--images {given.images} --overfit {given.overfit}",
-        "teacher": given.teacher.name,
-        "date": datetime.date.today().isoformat(),
-        "commit": commit,
-        "minutes": round((time.time() - start) / 60, 1),
-        "linear_top1": probes,
-        "validation": curves,
-    }
     if given.out:
-        given.out.write_text(json.dumps(report, indent=1) + "\n")
         runs = [str(work / "runs" / f"overfit_{part}") for part in parts]
         keys = ["--keys", "loss", "val_loss", "--names", "1 % of the photos", "all photos"]
         picture = str(given.out.resolve().with_name("cifar10_overfitting.png"))
@@ -152,7 +137,12 @@ def main() -> None:
             *("--data", "whole:val", "--images", "6", "--names", *names, "--out"),
             str(given.out.resolve().with_name("cifar10_reconstructions.png")),
         )
-    print(json.dumps({k: v for k, v in report.items() if k not in ("validation",)}))
+    command = (
+        "cifar10_masked.py --data FOLDER --teacher RUN "
+        f"--images {given.images} --overfit {given.overfit}"
+    )
+    teacher = given.teacher.name
+    record(given.out, command, start, teacher=teacher, linear_top1=probes, validation=curves)
 
 
 if __name__ == "__main__":

@@ -188,6 +188,31 @@ def tags_top1(run: Path, data: Path) -> float:
     return 100 * right / len(source)
 
 
+def over_seeds(rows: list[dict[str, float]]) -> dict[str, dict]:
+    """{"mean", "seeds"} of each figure of one model's rows, a row a seed."""
+    found = {}
+    for key in rows[0]:
+        values = [row[key] for row in rows]
+        mean, seeds = round(statistics.mean(values), 2), [round(v, 2) for v in values]
+        found[key] = {"mean": mean, "seeds": seeds}
+    return found
+
+
+def record(out: Path | None, command: str, start: float, **found: dict) -> None:
+    """Prints how figures came about, and writes it with them."""
+    git = ["git", "rev-parse", "--short", "HEAD"]
+    commit = subprocess.run(git, cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    how = {
+        "command": f"python benchmarks/{command}",
+        "date": datetime.date.today().isoformat(),
+        "commit": commit,
+        "minutes": round((time.time() - start) / 60, 1),
+    }
+    if out:
+        out.write_text(json.dumps(how | found, indent=1) + "\n")
+    print(json.dumps(how))
+
+
 def main() -> None:
     """Trains, evaluates, prints and writes the table."""
     parser = argparse.ArgumentParser(
@@ -233,28 +258,12 @@ def main() -> None:
                 row["tags_top1"] = tags_top1(run, data)
             print(json.dumps({"model": name, "seed": seed, **row}), flush=True)
             rows.append(row)
-        table[name] = {
-            key: {
-                "mean": round(statistics.mean(r[key] for r in rows), 2),
-                "seeds": [round(r[key], 2) for r in rows],
-            }
-            for key in rows[0]
-        }
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True
-    ).stdout
-    report = {
-        "command": "python benchmarks/cifar10_two_stage.py --data FOLDER "
-        f"--mae-epochs {given.mae_epochs:g} --budgets {' '.join(f'{b:g}' for b in given.budgets)} "
-        f"--seeds {given.seeds}",
-        "date": datetime.date.today().isoformat(),
-        "commit": commit.strip(),
-        "minutes": round((time.time() - start) / 60, 1),
-        "table": table,
-    }
-    if given.out:
-        given.out.write_text(json.dumps(report, indent=1) + "\n")
-    print(json.dumps({k: v for k, v in report.items() if k != "table"}))
+        table[name] = over_seeds(rows)
+    command = (
+        f"cifar10_two_stage.py --data FOLDER --mae-epochs {given.mae_epochs:g} "
+        f"--budgets {' '.join(f'{b:g}' for b in given.budgets)} --seeds {given.seeds}"
+    )
+    record(given.out, command, start, table=table)
 
 
 if __name__ == "__main__":

@@ -14,14 +14,11 @@ is done is not trained again.
 
 import argparse
 import concurrent.futures
-import datetime
 import json
-import statistics
-import subprocess
 import time
 from pathlib import Path
 
-from cifar10_two_stage import ROOT, tool
+from cifar10_two_stage import over_seeds, record, tool
 
 CARD = """description: {name}, of which a fifth is held out
 licence: as the photos; not part of this repository
@@ -152,27 +149,12 @@ def main() -> None:
             rows = [figures(work, f"{name}_{kind}_{seed}") for seed in range(given.seeds)]
             for seed, row in enumerate(rows):
                 print(json.dumps({"model": f"{name}_{kind}", "seed": seed, **row}), flush=True)
-            table[f"{name}_{kind}"] = {
-                key: {
-                    "mean": round(statistics.mean(r[key] for r in rows), 2),
-                    "seeds": [round(r[key], 2) for r in rows],
-                }
-                for key in rows[0]
-            }
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True
-    ).stdout
-    report = {
-        "command": f"python benchmarks/flickr_clip.py --data FOLDER --mae {given.mae} "
-        f"--flickr {given.flickr} --fashion {given.fashion} --seeds {given.seeds}",
-        "date": datetime.date.today().isoformat(),
-        "commit": commit.strip(),
-        "minutes": round((time.time() - start) / 60, 1),
-        "table": table,
-    }
-    if given.out:
-        given.out.write_text(json.dumps(report, indent=1) + "\n")
-    print(json.dumps({k: v for k, v in report.items() if k != "table"}))
+            table[f"{name}_{kind}"] = over_seeds(rows)
+    command = (
+        f"flickr_clip.py --data FOLDER --mae {given.mae} --flickr {given.flickr} "
+        f"--fashion {given.fashion} --seeds {given.seeds}"
+    )
+    record(given.out, command, start, table=table)
 
 
 if __name__ == "__main__":

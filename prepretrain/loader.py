@@ -227,13 +227,20 @@ class _Evaluation(Dataset):
         missing = self.size - len(pairs)
         filler = next((row for _, row in reversed(pairs) if row is not None), None)
         if filler is None:
-            filler = next(row for i in range(len(self.source)) if (row := self._read(i)[1]))
+            filler = self._first()
         rows = [filler if row is None else row for _, row in pairs] + [filler] * missing
         return collate(rows) | {
             "key": [key for key, _ in pairs] + [""] * missing,
             "position": indexes.tolist() + [-1] * missing,
             "mask": torch.tensor([row is not None for _, row in pairs] + [False] * missing),
         }
+
+    def _first(self) -> dict:
+        """The source's first row that can be read."""
+        for index in range(len(self.source)):
+            if (row := self._read(index)[1]) is not None:
+                return row
+        raise ValueError(f"none of the {len(self.source)} images can be read.")
 
     def _read(self, index: int) -> tuple[str, dict | None]:
         try:

@@ -65,9 +65,10 @@ def fit(
 
     saved: that checkpoint, verified. options: what made the model, kept in checkpoints so that they
     describe themselves. clip: largest gradient norm. save_every: steps between checkpoints, one is
-    always saved at the end. always: steps that are saved, and never removed. Raises FloatingPointError, on every process and before the weights
-    change, for a loss or gradient that is not finite; ValueError for too many bad images or data
-    that are not the run's; Stopped after a signal.
+    always saved at the end. always: steps that are saved, and never removed. Raises
+    FloatingPointError, on every process and before the weights change, for a loss or gradient that
+    is not finite; ValueError for too many bad images or data that are not the run's; Stopped after
+    a signal.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     step, bad = _resume(saved, objective, optimizer, data)

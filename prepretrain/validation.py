@@ -68,6 +68,4 @@ def measure(
             len(source),
             images,
         )
-    if not images:
-        raise ValueError(f"validation.data: none of its {len(source)} images can be read.")
     return loss / images, int(images)

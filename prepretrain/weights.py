@@ -56,18 +56,28 @@ class Weights:
 
         A pattern must match a whole key. Raises ValueError if two keys get the same name.
         """
-        origin: dict[str, str] = {}
-        dropped = [k for k in self.shapes if any(re.fullmatch(p, k) for p in unused)]
-        for key in [k for k in self.shapes if k not in dropped]:
+        names: dict[str, str | None] = {}
+        for key in self.shapes:
             name = key
             for pattern, replacement in rules:
                 if match := re.fullmatch(pattern, name):
                     name = match.expand(replacement)
-            if name in origin:
+            names[key] = None if any(re.fullmatch(p, key) for p in unused) else name
+        return self.named(names)
+
+    def named(self, names: dict[str, str | None]) -> "Weights":
+        """The tensors under other names; None leaves one out, which is logged.
+
+        Raises ValueError if two keys get the same name.
+        """
+        origin: dict[str, str] = {}
+        for key, name in names.items():
+            if name is not None and origin.setdefault(name, key) != key:
                 raise ValueError(f"{self.source}: {key} and {origin[name]} both become {name}.")
-            origin[name] = key
+        dropped = [key for key, name in names.items() if name is None]
         if dropped:
-            logger.info("%s: not taken: %s", self.source, ", ".join(dropped[:8]))
+            count, some = len(dropped), ", ".join(dropped[:8])
+            logger.info("%s: %d tensors are not taken: %s", self.source, count, some)
         shapes = {name: self.shapes[key] for name, key in origin.items()}
         return replace(self, shapes=shapes, read=lambda name: self.read(origin[name]))
 
@@ -168,17 +178,7 @@ def _renamed(module: nn.Module, weights: Weights) -> Weights:
             inside = [n.removeprefix(dot) for n in weights.shapes if n.startswith(dot)]
             for old, new in owner.released(inside).items():
                 names[dot + old] = None if new is None else dot + new
-    unused = [old for old, new in names.items() if new is None]
-    if unused:
-        logger.info(
-            "%s: %d tensors that are not the encoder's: %s",
-            weights.source,
-            len(unused),
-            ", ".join(unused[:8]),
-        )
-    origin = {new: old for old, new in names.items() if new is not None}
-    shapes = {new: weights.shapes[old] for new, old in origin.items()}
-    return replace(weights, shapes=shapes, read=lambda name: weights.read(origin[name]))
+    return weights.named(names)
 
 
 def _check(module: nn.Module, weights: Weights) -> None:

@@ -370,6 +370,11 @@ def test_an_image_that_cannot_be_read_is_left_out_of_the_validation_loss_and_cou
     loss, images = validation.measure(objective, source.open_validation(), batch_size=8)
     assert images == 58 and "2 of 60 images could not be read" in caplog.text
     assert np.isfinite(loss) and abs(loss - whole) < 0.2
+    for photo in Path("data/photos").rglob("*.png"):
+        photo.write_bytes(b"no picture")
+    for workers in (0, 1):
+        with pytest.raises(ValueError, match="none of the 60 images can be read"):
+            validation.measure(objective, source.open_validation(), batch_size=8, workers=workers)
 
 
 def test_an_objective_without_a_loss_per_image_has_no_validation_loss(place):

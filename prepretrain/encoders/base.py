@@ -84,12 +84,19 @@ class Encoder(nn.Module):
         """Those weights, through the library's own hub and cache."""
         raise NotImplementedError
 
-    def only_whole(self, keep: Any, hide: Any, layer: Any) -> None:
-        """Raises ValueError for what an encoder of another library does not offer."""
-        if keep is not None or hide is not None or layer is not None:
+    def refuse(self, **given: Any) -> None:
+        """Raises ValueError for arguments of `forward` that this encoder does not offer, if they are
+        given."""
+        what = {
+            "keep": "leave patches out (objective mae)",
+            "hide": "hide patches (objective simmim)",
+            "layer": "stop at a layer",
+        }
+        asked = [what[name] for name, value in given.items() if value is not None]
+        if asked:
             raise ValueError(
-                f"model.encoder: a {type(self).__name__} encodes whole images, to the last layer. For "
-                f"masked training, or a probe of a layer, take one of our own sizes, as vit_b16."
+                f"model.encoder: a {type(self).__name__} cannot {' and '.join(asked)}. Take one of the "
+                f"ViT sizes, as vit_b16."
             )
 
     def timm(self) -> dict[str, Any]:

@@ -64,7 +64,7 @@ class OpenClip(Encoder):
         layer: int | None = None,
     ) -> Tensor:
         """See Encoder.forward. Raises ValueError for anything but whole images and the last layer."""
-        self.only_whole(keep, hide, layer)
+        self.refuse(keep=keep, hide=hide, layer=layer)
         self.check(image)
         if hasattr(self.net, "trunk"):
             return self.net.trunk.forward_features(image)

@@ -99,11 +99,7 @@ class SwinV2(Encoder):
         layer: int | None = None,
     ) -> Tensor:
         """See Encoder.forward. Raises ValueError for `keep`, which windows do not allow."""
-        if keep is not None or layer is not None:
-            raise ValueError(
-                "model.encoder: a SwinV2 encodes whole images (no objective 'mae') and gives its last "
-                "stage alone (no evaluator.layer). Take objective 'simmim', or a vit_…."
-            )
+        self.refuse(keep=keep, layer=layer)
         self.check(image)
         tokens = self.patch_embed(image)
         if hide is not None:

@@ -44,7 +44,7 @@ class TimmViT(Encoder):
         layer: int | None = None,
     ) -> Tensor:
         """See Encoder.forward. Raises ValueError for anything but whole images and the last layer."""
-        self.only_whole(keep, hide, layer)
+        self.refuse(keep=keep, hide=hide, layer=layer)
         self.check(image)
         return self.net.forward_features(image)
 

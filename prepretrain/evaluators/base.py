@@ -35,6 +35,43 @@ class Evaluator:
         return cls.headline
 
 
+class Contrasting(Evaluator):
+    """A protocol that compares images with texts, in the space that they share.
+
+    data           the card
+    split          its split, of which each image is counted once
+    share          of the image's short side that the centre crop shows
+    feature_batch  images or texts at once a process;  workers: decoding processes
+    """
+
+    def __init__(self, *, data: str, split: str, share: float, feature_batch: int, workers: int):
+        super().__init__(data=data)
+        kind = type(self).__module__.rpartition(".")[2]
+        require(0 < share <= 1, f"{kind}.share", share, "must lie above 0 and up to 1")
+        require(feature_batch >= 1, f"{kind}.feature_batch", feature_batch, "must be at least 1")
+        require(workers >= 0, f"{kind}.workers", workers, "must not be negative")
+        self.kind, self.split, self.share = kind, split, share
+        self.feature_batch, self.workers = feature_batch, workers
+
+    def check(self, model: nn.Module) -> None:
+        """See Evaluator.check: a text tower is needed, and its tokenizer."""
+        model.require_text(f"{self.kind}/{self.data}")
+        model.text.tokenizer()
+
+    def images(self, model: nn.Module, source: Any, **reading: Any) -> tuple[Tensor, Tensor]:
+        """The shared features [n, J] of a source's images, and their labels; reading: extract's."""
+        return extract(
+            model,
+            source,
+            pool="joint",
+            batch_size=self.feature_batch,
+            workers=self.workers,
+            name=f"{self.card.name}:{self.split}",
+            share=self.share,
+            **reading,
+        )
+
+
 def require(fits: bool, option: str, value: Any, rule: str) -> None:
     """Raises ValueError naming the option, the value and the rule, unless it fits."""
     if not fits:

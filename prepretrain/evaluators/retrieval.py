@@ -7,13 +7,13 @@ from torch import Tensor, nn
 
 from prepretrain import distributed
 from prepretrain.contrastive import captions
-from prepretrain.evaluators.base import Evaluator, require
-from prepretrain.features import extract, extract_texts
+from prepretrain.evaluators.base import Contrasting
+from prepretrain.features import extract_texts
 
 AT = (1, 5, 10)
 
 
-class Retrieval(Evaluator):
+class Retrieval(Contrasting):
     """Recall at 1, 5 and 10 over all images and captions of a split, as on Flickr30k and COCO (CLIP,
     arXiv 2103.00020, appendix).
 
@@ -39,17 +39,9 @@ class Retrieval(Evaluator):
         feature_batch: int = 256,
         workers: int = 0,
     ):
-        super().__init__(data=data)
-        require(0 < share <= 1, "retrieval.share", share, "must lie above 0 and up to 1")
-        require(feature_batch >= 1, "retrieval.feature_batch", feature_batch, "must be at least 1")
-        require(workers >= 0, "retrieval.workers", workers, "must not be negative")
-        self.split, self.share = split, share
-        self.feature_batch, self.workers = feature_batch, workers
-
-    def check(self, model: nn.Module) -> None:
-        """See Evaluator.check: a text tower is needed, and its tokenizer."""
-        model.require_text(f"retrieval/{self.data}")
-        model.text.tokenizer()
+        super().__init__(
+            data=data, split=split, share=share, feature_batch=feature_batch, workers=workers
+        )
 
     def run(self, model: nn.Module, folder: Path) -> dict[str, float]:
         """Recalls on the split, each image and each caption counted once."""
@@ -58,16 +50,7 @@ class Retrieval(Evaluator):
         name = f"{self.card.name}:{self.split}"
         texts, owner = self.read(source, name)
         text, cut = extract_texts(model, texts, batch_size=self.feature_batch)
-        image, _ = extract(
-            model,
-            source,
-            pool="joint",
-            batch_size=self.feature_batch,
-            workers=self.workers,
-            name=name,
-            share=self.share,
-            labelled=False,
-        )
+        image, _ = self.images(model, source, labelled=False)
         found = recalls(image, text, torch.tensor(owner))
         counts = {"images": len(image), "captions": len(texts), "cut_captions": cut}
         return distributed.from_main(found | counts)

@@ -9,12 +9,12 @@ from torch import Tensor, nn
 
 from prepretrain import distributed
 from prepretrain.card import check_names, check_templates
-from prepretrain.evaluators.base import Evaluator, accuracy, class_count, require
-from prepretrain.features import extract, extract_texts
+from prepretrain.evaluators.base import Contrasting, accuracy, class_count, require
+from prepretrain.features import extract_texts
 from prepretrain.log import logger
 
 
-class Zeroshot(Evaluator):
+class Zeroshot(Contrasting):
     """CLIP's protocol (arXiv 2103.00020, section 3.1.4; MAWS, arXiv 2303.13496, section 4.3): every
     template with every name of a class, the mean of their unit features, at length 1 again.
 
@@ -46,19 +46,12 @@ class Zeroshot(Evaluator):
         feature_batch: int = 256,
         workers: int = 0,
     ):
-        super().__init__(data=data)
-        require(0 < share <= 1, "zeroshot.share", share, "must lie above 0 and up to 1")
-        require(feature_batch >= 1, "zeroshot.feature_batch", feature_batch, "must be at least 1")
-        require(workers >= 0, "zeroshot.workers", workers, "must not be negative")
+        super().__init__(
+            data=data, split=split, share=share, feature_batch=feature_batch, workers=workers
+        )
         known = sorted({"en", *self.card.names, *self.card.templates})
         require(language in known, "zeroshot.language", language, f"is one of {', '.join(known)}")
-        self.split, self.names, self.templates, self.language = split, names, templates, language
-        self.share, self.feature_batch, self.workers = share, feature_batch, workers
-
-    def check(self, model: nn.Module) -> None:
-        """See Evaluator.check: a text tower is needed, and its tokenizer."""
-        model.require_text(f"zeroshot/{self.data}")
-        model.text.tokenizer()
+        self.names, self.templates, self.language = names, templates, language
 
     def run(self, model: nn.Module, folder: Path) -> dict[str, float]:
         """Accuracies on the split, each image counted once."""
@@ -66,15 +59,7 @@ class Zeroshot(Evaluator):
         source = self.card.open(self.split)
         names, templates = self.class_names(source), self.prompts()
         weight, cut = classifier(model, names, templates, batch_size=self.feature_batch)
-        features, labels = extract(
-            model,
-            source,
-            pool="joint",
-            batch_size=self.feature_batch,
-            workers=self.workers,
-            name=f"{self.card.name}:{self.split}",
-            share=self.share,
-        )
+        features, labels = self.images(model, source)
         if int(labels.max()) >= len(names) or class_count(self.card, labels) > len(names):
             raise ValueError(
                 f"zeroshot.names: '{self.names}' names {len(names)} classes, and the labels of "
