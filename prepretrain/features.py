@@ -1,15 +1,18 @@
 """Pooled features of a split: frozen encoder, no augmentation, each image exactly once."""
 
 import contextlib
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from prepretrain import distributed
 from prepretrain.loader import evaluation_batches
-from prepretrain.transforms import BadImage, decode, resize_center_crop
+from prepretrain.transforms import BadImage, decode, resize_center_crop, squash
+
+# An image uint8 [3, S, S] as the encoder sees it, and its generators by purpose, to another like it.
+Change = Callable[[Tensor, Callable], Tensor]
 
 
 def extract(
@@ -23,20 +26,23 @@ def extract(
     image_size: int | None = None,
     name: str = "the source",
     share: float = 0.875,
+    resize: Literal["crop", "squash"] = "crop",
+    change: Change | None = None,
     labelled: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """Features float32 [n, D] and labels int64 [n] in the source's order, the same on every rank.
 
-    `batch_size` is per rank; `image_size` defaults to the encoder's own; `layer`: of tokens after
-    that many blocks; `name` is what errors call the source; `share` is how much of the short side
-    is seen; not `labelled` needs no labels, and gives zeros.
+    `batch_size` is per rank; `image_size` defaults to the encoder's own; `pool`, `layer`: as
+    Model.features'; `name` is what errors call the source; `share` is how much of the short side is
+    seen, where `resize` is "crop": the centre ("squash" shows all, without keeping the aspect);
+    `change` is done to each image then; not `labelled` needs no labels, and gives zeros.
     """
     if labelled and "label" not in source.fields:
         raise ValueError(
             f"{name}: has no labels (its fields: {', '.join(source.fields)}). "
             "This evaluation needs a card whose source gives them."
         )
-    centre = _Centre(image_size or model.encoder.image_size, share, labelled)
+    centre = _Centre(image_size or model.encoder.image_size, share, resize, change, labelled)
     device = next(model.parameters()).device
     rows = _Rows(len(source), name)
     with frozen(model):
@@ -97,13 +103,20 @@ class _Centre:
     """The transform of an evaluation: decode and take the centre; a class, so that workers can
     pickle it."""
 
-    def __init__(self, size: int, share: float, labelled: bool):
-        self.size, self.share, self.labelled = size, share, labelled
+    def __init__(self, size: int, share: float, resize: str, change: Change | None, labelled: bool):
+        self.size, self.share, self.resize = size, share, resize
+        self.change, self.labelled = change, labelled
 
     def __call__(self, sample: dict) -> dict:
         if self.labelled and sample.get("label") is None:
             raise BadImage("no label")
-        image = resize_center_crop(decode(sample["image"]), self.size, share=self.share)
+        image = decode(sample["image"])
+        if self.resize == "squash":
+            image = squash(image, self.size)
+        else:
+            image = resize_center_crop(image, self.size, share=self.share)
+        if self.change is not None:
+            image = self.change(image, sample["random"])
         return {"image": image, "label": int(sample["label"]) if self.labelled else 0}
 
 

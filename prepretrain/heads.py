@@ -23,10 +23,34 @@ class Linear(nn.Module):
 
     def initialise(self, name: str, tensor: Tensor, generator: torch.Generator) -> bool:
         """MAE's fine-tuning head: weights N(0, 2e-5), no bias (its FINETUNE code)."""
-        if name.endswith("weight"):
+        if name == "linear.weight":
             tensor.normal_(std=2e-5, generator=generator)
             return True
         return False
+
+
+class Classifier(Linear):
+    """What a fine-tuned Model ends with: one pooled feature to C scores."""
+
+    def __init__(
+        self,
+        width: int,
+        *,
+        classes: int,
+        pool: Literal["class", "mean"] = "mean",
+        norm: bool = False,
+    ):
+        """pool: how an image's tokens become one feature. norm: after the mean (MAE's fine-tuned
+        ViTs, whose encoder then has no final norm)."""
+        super().__init__(width, classes)
+        if classes < 2:
+            raise ValueError(f"model.head.classes: {classes} leaves nothing to tell apart.")
+        self.classes, self.pool = classes, pool
+        self.norm = nn.LayerNorm(width, eps=1e-6) if norm else nn.Identity()
+
+    def forward(self, feature: Tensor) -> Tensor:
+        """[B, D] to [B, C]."""
+        return super().forward(self.norm(feature))
 
 
 class TwoLayer(nn.Module):

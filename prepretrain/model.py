@@ -17,7 +17,7 @@ from prepretrain import checkpoint, plugin, shard, weights, zoo
 from prepretrain import text as texts
 from prepretrain.encoders import base as encoders
 from prepretrain.encoders.base import Encoder
-from prepretrain.heads import LARGEST, Joint
+from prepretrain.heads import LARGEST, Classifier, Joint
 from prepretrain.weights import Weights
 
 logger = logging.getLogger(__name__)
@@ -29,8 +29,9 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 class Model(nn.Module):
-    """An image encoder, its preprocessing and its options; with captions, also a text tower and the
-    space that both share. B images or texts, N patches, D channels, L tokens, J shared channels."""
+    """An image encoder, its preprocessing and its options; fine-tuned, also a classifier; with
+    captions, also a text tower and the space that both share. B images or texts, N patches, D
+    channels, C classes, L tokens, J shared channels."""
 
     container = True  # its children are sharded, not it (see shard.find_roots)
 
@@ -42,20 +43,25 @@ class Model(nn.Module):
         std: Sequence[float] | None = None,
         text: dict[str, Any] | None = None,
         joint: dict[str, Any] | None = None,
+        head: dict[str, Any] | None = None,
         **options: Any,
     ):
         """encoder: a size's name, as in `vit_l16`; options: those of its family (image_size,
         drop_path, …). mean, std: of each colour, 0 to 1; by default those that the encoder states
         (of another library's weights), else ImageNet's. text: {name: open_clip | xlmr, options of
         that class in text.py}, and joint: the options of heads.Joint; a model without `text` has
-        neither."""
+        neither. head: the options of heads.Classifier; a model without has none."""
         super().__init__()
         self.encoder = encoders.build(encoder, **options)
         self.mean = _colour(mean or getattr(self.encoder, "mean", IMAGENET_MEAN), "mean")
         self.std = _colour(std or getattr(self.encoder, "std", IMAGENET_STD), "std")
         colours = {"mean": list(self.mean), "std": list(self.std)}
         self.options = {"encoder": encoder, **colours, **options}
-        self.text = self.joint = None
+        self.text = self.joint = self.head = None
+        if head is not None:
+            self.options |= {"head": dict(head)}
+            asked = plugin.check(Classifier, dict(head), "model.head")
+            self.head = Classifier(self.encoder.width, **asked)
         if text is not None:
             self.text = _tower(text)
             self.options |= {"text": dict(text), "joint": dict(joint or {})}
@@ -85,11 +91,18 @@ class Model(nn.Module):
 
     def features(self, image: Tensor, pool: str = "class", layer: int | None = None) -> Tensor:
         """uint8 [B, 3, H, W] to one float32 feature [B, D] an image; pool "joint": [B, J] of length
-        1, in the space of the texts."""
+        1, in the space of the texts; "scores": [B, C] of its classifier."""
+        if pool == "scores":
+            return self.scores(image)
         if pool == "joint":
             self.require_text("features")
-            return self.joint(self._pooled(image), None)[0]
+            return self.joint(self._pooled(image, self.joint.pool), None)[0]
         return encoders.pool(self(image, layer), self.encoder.prefix, pool).float()
+
+    def scores(self, image: Tensor) -> Tensor:
+        """uint8 [B, 3, H, W] to float32 [B, C], by the classifier of a fine-tuned model."""
+        self.require_head("scores")
+        return self.head(self._pooled(image, self.head.pool)).float()
 
     def text_features(self, tokens: Tensor) -> Tensor:
         """int64 [B, L] to float32 [B, J] of length 1, in the space of the images."""
@@ -99,10 +112,18 @@ class Model(nn.Module):
     def pairs(self, image: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """uint8 [B, 3, H, W] and int64 [B, L] to the features of both, [B, J] each of length 1, the
         scale [1] and the bias [1] of their products."""
-        return self.joint(self._pooled(image), self.text(tokens))
+        return self.joint(self._pooled(image, self.joint.pool), self.text(tokens))
 
-    def _pooled(self, image: Tensor) -> Tensor:
-        return encoders.pool(self(image), self.encoder.prefix, self.joint.pool)
+    def _pooled(self, image: Tensor, pool: str) -> Tensor:
+        return encoders.pool(self(image), self.encoder.prefix, pool)
+
+    def require_head(self, who: str) -> None:
+        """Raises ValueError, saying which stage makes one, if there is no classifier."""
+        if self.head is None:
+            raise ValueError(
+                f"{who}: this model has no classifier. Fine-tuning makes one: --stage finetune, from "
+                f"this model with --init."
+            )
 
     def require_text(self, who: str) -> None:
         """Raises ValueError, saying which stage makes one, if there is no text tower."""

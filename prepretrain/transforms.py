@@ -221,6 +221,11 @@ def resize_center_crop(image: Tensor, size: int, *, share: float = 0.875) -> Ten
     return _resize(image, height, width)[:, top : top + size, left : left + size]
 
 
+def squash(image: Tensor, size: int) -> Tensor:
+    """The whole image, its aspect not kept: uint8 [3, size, size] (MAWS's test transform)."""
+    return _resize(image, size, size)
+
+
 def _resize(image: Tensor, height: int, width: int) -> Tensor:
     if image.shape[-2:] == (height, width):
         return image
