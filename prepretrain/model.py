@@ -4,6 +4,7 @@ options that made it; and how one is loaded."""
 import json
 import logging
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -102,7 +103,11 @@ class Model(nn.Module):
     def scores(self, image: Tensor) -> Tensor:
         """uint8 [B, 3, H, W] to float32 [B, C], by the classifier of a fine-tuned model."""
         self.require_head("scores")
-        return self.head(self._pooled(image, self.head.pool)).float()
+        return self.classify(self(image))
+
+    def classify(self, tokens: Tensor) -> Tensor:
+        """[B, prefix + N, D] tokens of the last layer to float32 [B, C]."""
+        return self.head(encoders.pool(tokens, self.encoder.prefix, self.head.pool)).float()
 
     def text_features(self, tokens: Tensor) -> Tensor:
         """int64 [B, L] to float32 [B, J] of length 1, in the space of the images."""
@@ -162,8 +167,9 @@ def _colour(values: Any, name: str) -> tuple[float, float, float]:
 def write(model: Model, state: dict[str, Tensor], folder: Path, source: str) -> Path:
     """Writes a whole state dict of a Model, with the options that make it again; returns its path.
 
-    `model.safetensors` and `model.json` are for `load`. An image encoder is under timm's key names,
-    so that `timm.create_model("local-dir:<folder>")` loads it with strict keys. A model with a text
+    `model.safetensors` and `model.json` are for `load`. An image encoder, with its classifier if it
+    has one, is under timm's key names, so that `timm.create_model("local-dir:<folder>")` loads it
+    with strict keys. A model with a text
     tower keeps its own names; its encoder for timm is in `timm/`, and in `open_clip/`, where
     open_clip has such towers, both for `open_clip.create_model("local-dir:<folder>/open_clip")`.
     Files appear complete or not at all.
@@ -185,10 +191,29 @@ def write(model: Model, state: dict[str, Tensor], folder: Path, source: str) -> 
 
 
 def _write_encoder(model: Model, state: dict[str, Tensor], folder: Path, source: str) -> Path:
-    named = {k.removeprefix("encoder."): v for k, v in state.items()}
-    path = _write_ours(_without_text(model.options), named, folder, source)
+    named = {
+        _timms(k, model.encoder.timm_head).removeprefix("encoder."): v for k, v in state.items()
+    }
+    options = {k: v for k, v in model.options.items() if k not in ("text", "joint")}
+    path = _write_ours(options, named, folder, source)
     _write_json(folder / "config.json", _timm_config(model))
     return path
+
+
+def _timms(key: str, head: str) -> str:
+    """timm's name of a tensor of a Model: those of a classifier stand beside the encoder's."""
+    for ours, theirs in (("head.linear.", f"{head}."), ("head.norm.", "fc_norm.")):
+        if key.startswith(ours):
+            return theirs + key.removeprefix(ours)
+    return key
+
+
+def _ours(key: str) -> str:
+    """The other way round; a head's tensors may also lie under `encoder.`."""
+    key = key.removeprefix("encoder.") if key.startswith("encoder.head.") else key
+    if key.startswith("encoder.fc_norm."):
+        return key.replace("encoder.fc_norm.", "head.norm.")
+    return re.sub(r"^head\.(fc\.)?(?=(weight|bias)$)", "head.linear.", key)
 
 
 def _write_ours(
@@ -208,8 +233,8 @@ def _save(folder: Path, name: str, state: dict[str, Tensor]) -> Path:
     return path
 
 
-def _without_text(options: dict[str, Any]) -> dict[str, Any]:
-    return {k: v for k, v in options.items() if k not in ("text", "joint")}
+def _encoder_options(options: dict[str, Any]) -> dict[str, Any]:
+    return {k: v for k, v in options.items() if k not in ("text", "joint", "head")}
 
 
 def _for_open_clip(
@@ -251,11 +276,17 @@ def _timm_config(model: Model) -> dict[str, Any]:
         "num_classes": 0,
         "fixed_input_size": True,
     }
+    arguments = {**built["model_args"], "num_classes": 0}
+    if model.head is not None:
+        data["num_classes"] = arguments["num_classes"] = model.head.classes
+        arguments["global_pool"] = {"class": "token", "mean": "avg"}[model.head.pool]
+        if isinstance(model.head.norm, nn.LayerNorm):
+            arguments["fc_norm"] = True
     return {
         "architecture": built["architecture"],
-        "num_classes": 0,
+        "num_classes": data["num_classes"],
         "num_features": model.encoder.width,
-        "model_args": {**built["model_args"], "num_classes": 0},
+        "model_args": arguments,
         "pretrained_cfg": data,
     }
 
@@ -282,8 +313,9 @@ def open_weights(source: str) -> Weights:
         k.startswith("encoder.") for k in found.shapes
     ):  # timm's, MAE's and MAWS's files hold an encoder
         found = found.under("encoder")
+    found = found.named({key: _ours(key) for key in found.shapes})
     if part:
-        options = _without_text(found.options) if found.options and part == "encoder" else None
+        options = _encoder_options(found.options) if found.options and part == "encoder" else None
         found = replace(found.part(part).under(part), whole=False, options=options or found.options)
     return replace(found, source=source)
 
@@ -302,11 +334,33 @@ def open_text(source: str, tower: texts.Tower) -> Weights:
 
 
 def fitting(model: Model, found: Weights) -> tuple[nn.Module, Weights]:
-    """What of a model these weights are for: all of it, or its encoder where they hold no text
-    tower, as those of stage one."""
-    if model.text is not None and all(k.startswith("encoder.") for k in found.shapes):
-        return model.encoder, found.part("encoder")
-    return model, found
+    """What of a model these weights are for: all of it, or its encoder where they hold nothing
+    else, as those of stage one.
+
+    Raises ValueError for a classifier of other classes, or one that the model has no place for.
+    """
+    _check_head(model, found)
+    more = model.text is not None or model.head is not None
+    if not more or not all(k.startswith("encoder.") for k in found.shapes):
+        return model, found
+    found = found.part("encoder")
+    if model.head is not None and isinstance(model.head.norm, nn.LayerNorm):
+        # the norm before the classifier is another one, and starts anew (MAE's fine-tuning code)
+        found = found.named({k: None if k.startswith("norm.") else k for k in found.shapes})
+    return model.encoder, found
+
+
+def _check_head(model: Model, found: Weights) -> None:
+    if "head.linear.weight" not in found.shapes:
+        return
+    count = found.shapes["head.linear.weight"][0]
+    if model.head is None or model.head.classes != count:
+        asked = "has none" if model.head is None else f"has {model.head.classes} classes"
+        raise ValueError(
+            f"{found.source}: ends with a classifier of {count} classes, and the model asked for "
+            f"{asked} (model.head). To take its encoder alone, write "
+            f"{found.source.partition(':')[0]}:encoder."
+        )
 
 
 def _locate(place: str) -> Weights:
@@ -387,5 +441,6 @@ def load(source: str, **changes: Any) -> Model:
         model = Model(**encoders.follow(found.options or {}, changes))
     model.to_empty(device="cpu")
     shard.fill_buffers(model)
+    _check_head(model, found)
     weights.fill(model, found)
     return model.eval()

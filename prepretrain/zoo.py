@@ -40,8 +40,9 @@ class Release:
     pool: str = "class"  # which tokens its authors pool: class or mean
     text: str | None = None  # the text tower, xlmr_b or xlmr_l
     joint: int | None = None  # channels of the space that images and texts share
+    classes: int | None = None  # of its classifier, if it was fine-tuned
     rename: tuple[tuple[str, str], ...] = ()  # (pattern, replacement), applied in order
-    unused: tuple[str, ...] = ()  # patterns of the keys that are no part of the encoder
+    unused: tuple[str, ...] = ()  # patterns of the keys that are no part of the model
     note: str = ""
     expected: Expected = Expected()
 
@@ -54,6 +55,9 @@ class Release:
     def model(self) -> dict[str, Any]:
         """The options that make its Model."""
         options = {"encoder": self.encoder, **self.options, **IMAGENET}
+        if self.classes is not None:
+            norm = not self.options.get("final_norm", True)
+            options["head"] = {"classes": self.classes, "pool": self.pool, "norm": norm}
         if self.text is None:
             return options
         text = {"name": "xlmr", "size": {"xlmr_b": "base", "xlmr_l": "large"}[self.text]}
@@ -130,7 +134,7 @@ def _maws() -> list[Release]:
                 url=f"{_MAWS_FILES}/finetune/in1k/maws/{size}_{pixels}.pt",
                 preprocessing=_preprocessing(pixels, [pixels, pixels]),
                 metric=_metric(f"{_FINE} {pixels}", tuned),
-                unused=(r"head\.(weight|bias)",),
+                classes=1000,
                 **{**plain, "options": {"image_size": pixels}},
             ),
             Release(
@@ -200,9 +204,9 @@ def _mae() -> list[Release]:
                 pool="mean",
                 metric=_metric(f"{_FINE} 224", tuned),
                 source=f"{MAE}/FINETUNE.md",
-                unused=(r"(head|fc_norm)\.(weight|bias)",),
-                note="no norm after the last block: its one norm (fc_norm) follows the mean over "
-                "the patches, so it belongs to the head, which is not taken",
+                classes=1000,
+                note="no norm after the last block: its one norm follows the mean over the patches, and "
+                "belongs to the classifier",
                 expected=Expected(md5=tuned_md5),
                 **plain,
             ),
@@ -216,6 +220,7 @@ SWAG_NAMES = (
     (r"conv_proj\.(.+)", r"patch_embed.proj.\1"),
     (r"encoder\.pos_embedding", "pos_embed"),
     (r"encoder\.ln\.(.+)", r"norm.\1"),
+    (r"head\.layers\.head\.(.+)", r"head.\1"),
     (r"encoder\.layers\.(?:encoder_)?layer_(\d+)\.(.+)", r"blocks.\1.\2"),
     (r"(blocks\.\d+)\.ln_([12])\.(.+)", r"\1.norm\2.\3"),
     (r"(blocks\.\d+)\.self_attention\.in_proj_(.+)", r"\1.attn.qkv.\2"),
@@ -255,7 +260,7 @@ def _swag() -> list[Release]:
                 preprocessing=_preprocessing(pixels, pixels),
                 metric=_metric(f"{_FINE} {pixels}", tuned),
                 source=SWAG,
-                unused=(r"head\.layers\.head\.(weight|bias)",),
+                classes=1000,
                 **plain,
             ),
         ]
@@ -324,7 +329,7 @@ def _simmim() -> list[Release]:
                     },
                     preprocessing=_preprocessing(224, 256),
                     metric=_metric(f"{_FINE} 224", tuned),
-                    unused=(r"head\.(weight|bias)",),
+                    classes=1000,
                     **plain,
                 ),
             ]

@@ -92,8 +92,8 @@ def test_a_missing_data_folder_is_an_error_before_anything_starts(place):
 
 
 def test_a_section_whose_name_changes_starts_empty(place):
-    merged = config.load("small.yaml", ["objective={name: classify, classes: 3}"])
-    assert merged.objective == {"name": "classify", "classes": 3}
+    merged = config.load("small.yaml", ["objective={name: classify, smoothing: 0.1}"])
+    assert merged.objective == {"name": "classify", "smoothing": 0.1}
 
 
 def test_files_named_as_base_come_first_and_overrides_last(place):
@@ -147,7 +147,7 @@ def trained(place) -> Path:
     return Path("runs/mae")
 
 
-STAGE_TWO = ["objective={name: classify, classes: 3}", "model={positions: learned}"]
+STAGE_TWO = ["objective={name: classify}", "model={positions: learned, head: {classes: 3}}"]
 
 
 def test_init_names_every_key_that_does_not_fit(trained):

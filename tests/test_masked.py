@@ -379,7 +379,7 @@ def test_an_image_that_cannot_be_read_is_left_out_of_the_validation_loss_and_cou
 
 def test_an_objective_without_a_loss_per_image_has_no_validation_loss(place):
     with pytest.raises(ValueError, match="objective 'classify' has no validation loss"):
-        launch("small.yaml", ["objective={name: classify, classes: 3}", *VALIDATED], dry_run=True)
+        launch("small.yaml", ["objective={name: classify}", "model.head={classes: 3}", *VALIDATED], dry_run=True)
 
 
 KINDS = {"swin": SWIN, "vit": SIMMIM}

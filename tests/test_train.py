@@ -284,7 +284,8 @@ def test_compilation_changes_no_loss_but_for_rounding(place, group):
 def test_stage_two_starts_from_stage_ones_encoder_at_another_image_size(place, group):
     train("runs/mae")
     stage_two = [
-        "objective={name: classify, classes: 3}",
+        "objective={name: classify}",
+        "model.head={classes: 3}",
         "model={image_size: 48, positions: learned}",
     ]
     train(

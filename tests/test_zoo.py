@@ -24,6 +24,7 @@ import timm
 import torch
 import torchvision
 from torch.testing import assert_close
+from torchvision import transforms
 
 import prepretrain
 from prepretrain import catalogue, download, weights, zoo
@@ -31,6 +32,7 @@ from prepretrain import model as models
 from prepretrain.download import Expected
 from prepretrain.launch import launch
 from prepretrain.model import Model
+from prepretrain.transforms import squash
 from prepretrain.weights import Weights
 
 ROOT = Path(__file__).parents[1]
@@ -464,15 +466,26 @@ def test_an_unknown_name_offers_the_nearest(monkeypatch):
 
 
 def test_a_key_that_no_pattern_names_is_an_error(tiny):
-    state = {**vit().encoder.state_dict(), "head.weight": torch.zeros(10, 32)}
+    state = {**vit().encoder.state_dict(), "tail.weight": torch.zeros(10, 32)}
     tiny(state)
-    with pytest.raises(ValueError, match="left over encoder.head.weight"):
+    with pytest.raises(ValueError, match="left over encoder.tail.weight"):
         prepretrain.load("tiny/vit")
-    tiny(state, unused=(r"head\.(weight|bias)",))
+    tiny(state, unused=(r"tail\.(weight|bias)",))
     assert prepretrain.load("tiny/vit").encoder.width == 32
-    tiny(state, unused=(r"head",))  # a pattern matches whole keys
-    with pytest.raises(ValueError, match="left over encoder.head.weight"):
+    tiny(state, unused=(r"tail",))  # a pattern matches whole keys
+    with pytest.raises(ValueError, match="left over encoder.tail.weight"):
         prepretrain.load("tiny/vit")
+
+
+def test_a_classifier_that_was_not_asked_for_is_an_error_that_says_how_to_leave_it(tiny):
+    state = vit().encoder.state_dict()
+    tiny({**state, "head.weight": torch.zeros(10, 32), "head.bias": torch.zeros(10)})
+    with pytest.raises(ValueError, match="tiny/vit: ends with a classifier of 10 classes, and the"):
+        prepretrain.load("tiny/vit")
+    assert prepretrain.load("tiny/vit:encoder").encoder.width == 32
+    assert prepretrain.load("tiny/vit", head={"classes": 10}).head.classes == 10
+    with pytest.raises(ValueError, match="of 10 classes, and the model asked for has 7 classes"):
+        prepretrain.load("tiny/vit", head={"classes": 7})
 
 
 def test_two_keys_that_become_one_are_an_error():
@@ -509,14 +522,17 @@ def test_swags_files_give_the_features_of_torchvisions_vit(tiny, ours):
     for parameter in reference.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     row = zoo.releases()["swag/vit_b16_ft_in1k"]
-    tiny(swag(reference.state_dict(), ours), rename=row.rename, unused=row.unused)
+    tiny(swag(reference.state_dict(), ours), rename=row.rename, classes=10)
     model = prepretrain.load("tiny/vit")
+    assert_close(
+        model.scores(images()), reference(model.normalise(images())), rtol=1e-4, atol=1e-4
+    )
     reference.heads = torch.nn.Identity()
     expected = reference(model.normalise(images()))
     assert_close(model.features(images()), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_a_fine_tuned_maes_encoder_gives_what_its_head_takes(tiny):
+def test_a_fine_tuned_mae_gives_the_scores_of_timms_vit(tiny):
     torch.manual_seed(0)
     norm = functools.partial(torch.nn.LayerNorm, eps=1e-6)
     reference = timm.models.VisionTransformer(
@@ -532,13 +548,43 @@ def test_a_fine_tuned_maes_encoder_gives_what_its_head_takes(tiny):
     for parameter in reference.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     row = zoo.releases()["mae/vit_b16_ft_in1k"]
-    tiny({"model": reference.state_dict()}, unused=row.unused, options=row.options, pool=row.pool)
+    tiny({"model": reference.state_dict()}, options=row.options, pool=row.pool, classes=10)
     model = prepretrain.load("tiny/vit")
-    expected = reference.forward_head(
-        reference.forward_features(model.normalise(images())), pre_logits=True
+    assert_close(
+        model.scores(images()), reference(model.normalise(images())), rtol=1e-4, atol=1e-4
     )
-    actual = reference.fc_norm(model.features(images(), pool=row.pool))
-    assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_maws_fine_tuned_files_at_512_px_give_timms_logits_with_its_scripts_preprocessing(tiny):
+    """The architecture and shapes of maws/vit_b16_ft_in1k, weights drawn at random; the script
+    resizes to 512 x 512 without keeping the aspect."""
+    shapes = manifest()["maws/vit_b16_ft_in1k"]["shapes"]
+    generator = torch.Generator().manual_seed(0)
+    state = {k: torch.randn(s, generator=generator) * 0.03 for k, s in shapes.items()}
+    reference = timm.create_model("vit_base_patch16_224", img_size=512, num_classes=1000).eval()
+    reference.load_state_dict(state, strict=True)
+    row = zoo.releases()["maws/vit_b16_ft_in1k"]
+    given = {"encoder": "vit_b16", "options": row.options, "classes": row.classes}
+    tiny(state, **given)
+    model = prepretrain.load("tiny/vit")
+    size = row.preprocessing["resize"]
+    assert size == [512, 512] and row.preprocessing["crop"] is None
+    photo = torch.randint(0, 256, (3, 300, 700), generator=generator, dtype=torch.uint8)
+    script = transforms.Compose(
+        [
+            transforms.Resize(size, interpolation=transforms.InterpolationMode.BICUBIC),
+            transforms.ToTensor(),
+            transforms.Normalize(row.preprocessing["mean"], row.preprocessing["std"]),
+        ]
+    )
+    theirs = script(transforms.ToPILImage()(photo))[None]
+    ours = squash(photo, 512)[None]
+    with torch.no_grad():
+        exact = model.classify(model.encoder(theirs))
+        assert_close(exact, reference(theirs), rtol=1e-4, atol=1e-4)
+        pixels = (model.normalise(ours) - theirs).abs() * 255 * 0.225
+        assert pixels.max() <= 2.1  # both resize in two passes, each rounded to a level of 8 bits
+        assert_close(model.scores(ours), exact, rtol=0, atol=0.05 * exact.std().item())
 
 
 @pytest.mark.parametrize("tuned", [False, True])
@@ -550,15 +596,19 @@ def test_simmims_files_load_under_their_own_names(tiny, monkeypatch, tuned):
     state = model.encoder.release(model.encoder.state_dict())
     state = {k.replace("cpb_mlp", "rpe_mlp"): v.clone() for k, v in state.items()}
     if tuned:
-        state |= {"head.weight": torch.zeros(10, model.encoder.width), "head.bias": torch.zeros(10)}
+        state |= {"head.weight": torch.ones(10, model.encoder.width), "head.bias": torch.zeros(10)}
     else:
         state = {
             f"encoder.{k}": v for k, v in {**state, "mask_token": torch.zeros(1, 1, 16)}.items()
         }
         state |= {"decoder.0.weight": torch.zeros(3, 32, 1, 1), "decoder.0.bias": torch.zeros(3)}
     row = zoo.releases()["simmim/swinv2_b_1k_125k" + ("_ft_in1k" if tuned else "")]
-    tiny({"model": state, **settings(monkeypatch)}, encoder="swinv2_test8", unused=row.unused)
+    given = {"unused": row.unused, "pool": row.pool, "classes": 10 if tuned else None}
+    tiny({"model": state, **settings(monkeypatch)}, encoder="swinv2_test8", **given)
     loaded = prepretrain.load("tiny/vit")
+    if tuned:
+        mean = model.features(images(), "mean")
+        assert_close(loaded.scores(images()), mean.sum(1, keepdim=True).expand(-1, 10))
     assert_close(loaded.features(images(), "mean"), model.features(images(), "mean"))
 
 
@@ -580,7 +630,11 @@ def manifest() -> dict:
 def test_the_architecture_has_exactly_the_keys_and_shapes_of_maws_files(name, monkeypatch):
     known = manifest()[name]
     (row,) = [r for r in zoo.releases().values() if r.url == known["url"]]
-    shapes = {k: tuple(s) for k, s in known["shapes"].items()}
+    check_release(row, {k: tuple(s) for k, s in known["shapes"].items()}, monkeypatch)
+
+
+def check_release(row: zoo.Release, shapes: dict[str, tuple], monkeypatch) -> None:
+    """Checks a release's model against a file of such keys and shapes."""
     found = Weights(row.url, shapes, lambda k: torch.empty(shapes[k], device="meta"))
     monkeypatch.setattr(zoo, "fetch", lambda _: Path("file.pt"))
     monkeypatch.setattr(weights, "open_file", lambda _: found)
@@ -589,15 +643,14 @@ def test_the_architecture_has_exactly_the_keys_and_shapes_of_maws_files(name, mo
 
 @pytest.mark.parametrize("size", ["vit_b_16", "vit_l_16", "vit_h_14"])
 @pytest.mark.parametrize("tuned", [False, True])
-def test_the_architecture_has_the_keys_of_swags_vits(size, tuned):
+def test_the_architecture_has_the_keys_of_swags_vits(size, tuned, monkeypatch):
     row = zoo.releases()["swag/" + size[:5] + size[6:] + ("_ft_in1k" if tuned else "")]
     with torch.device("meta"):
         reference = getattr(torchvision.models, size)(image_size=row.preprocessing["image_size"])
     if not tuned:
         reference.heads = torch.nn.Identity()
     state = swag(reference.state_dict(), True)
-    found = Weights(row.name, {k: tuple(v.shape) for k, v in state.items()}, state.__getitem__)
-    weights.check(built(row), found.renamed(row.rename, row.unused).under("encoder"))
+    check_release(row, {k: tuple(v.shape) for k, v in state.items()}, monkeypatch)
 
 
 def test_the_figures_of_swags_probes_are_torchvisions():

@@ -23,6 +23,7 @@ class Encoder(nn.Module):
     prefix: int  # tokens before the grid (a ViT's class token: 1)
     image_size: int  # pixels, square
     blocks: nn.ModuleList  # what is recomputed, compiled and sharded as a unit
+    timm_head = "head"  # what timm calls the last linear layer of such a model
 
     @property
     def grid(self) -> int:

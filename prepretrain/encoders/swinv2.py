@@ -35,6 +35,7 @@ class SwinV2(Encoder):
     """
 
     prefix = 0
+    timm_head = "head.fc"
 
     def __init__(
         self,
@@ -170,7 +171,7 @@ class SwinV2(Encoder):
 def _ours(name: str) -> str | None:
     if name.endswith(("relative_position_index", "relative_coords_table", "attn_mask")):
         return None
-    if name == "mask_token" or name.startswith("head."):
+    if name == "mask_token":
         return None
     return _moved(name.replace(".rpe_mlp.", ".cpb_mlp."), 1)
 

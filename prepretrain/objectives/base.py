@@ -26,9 +26,19 @@ class Objective(nn.Module):
     whole_batch = False  # compares all images of a batch, so a process must take its share at once
     needs_init = False  # makes no sense without weights to start from
     takes_text = False  # trains a text tower beside the encoder
+    takes_head = False  # trains a classifier on top of the encoder
 
     def __init__(self, model: Model):
         super().__init__()
+        if (model.head is not None) != self.takes_head:
+            name = type(self).__module__.rpartition(".")[2]
+            raise ValueError(
+                f"model.head: is missing; objective '{name}' trains a classifier. Give its number of "
+                f"classes, as in model.head.classes=1000."
+                if self.takes_head
+                else f"model.head: objective '{name}' does not train a classifier. Start from the "
+                f"encoder alone, as in --init runs/finetune:encoder."
+            )
         if (model.text is not None) != self.takes_text:
             name = type(self).__module__.rpartition(".")[2]
             raise ValueError(

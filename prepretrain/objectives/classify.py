@@ -1,41 +1,43 @@
 """Supervised classification: what fine-tuning trains (MAE, appendix A.1, Table 9)."""
 
+import random
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from timm.data import Mixup
+from timm.data.auto_augment import rand_augment_transform
 from timm.data.random_erasing import RandomErasing
 from torch import Tensor
 
-from prepretrain.encoders.base import pool as pool_tokens
-from prepretrain.heads import HEADS
 from prepretrain.model import Model
 from prepretrain.objectives.base import Objective, blank_images, picture
 
 
 class Classify(Objective):
-    """Cross-entropy over the classes of a card, with mixup, cutmix, label smoothing and random
-    erasing."""
+    """Cross-entropy over the classes of a card (`model.head.classes`), with RandAugment, mixup, cutmix,
+    label smoothing and random erasing."""
 
     fields = ("image", "label")
+    takes_head = True
 
     def __init__(
         self,
         model: Model,
         *,
-        classes: int,
-        head: Literal["linear", "mlp"] = "linear",
-        pool: Literal["class", "mean"] = "mean",
         mixup: float = 0.0,
         cutmix: float = 0.0,
         smoothing: float = 0.0,
         erasing: float = 0.0,
+        augment: str | None = None,
         crop_scale: tuple[float, float] = (0.08, 1.0),
     ):
         """mixup, cutmix: alpha of the beta distribution, 0 for none; one of the two is drawn for a
-        batch. smoothing: label smoothing. erasing: probability of erasing a rectangle."""
+        batch. smoothing: label smoothing. erasing: probability of erasing a rectangle. augment:
+        timm's RandAugment by its description, as rand-m9-mstd0.5-inc1."""
         super().__init__(model)
         for name, value in (("smoothing", smoothing), ("erasing", erasing)):
             if not 0 <= value < 1:
@@ -44,33 +46,30 @@ class Classify(Objective):
             raise ValueError(
                 f"objective.mixup, objective.cutmix: {mixup}, {cutmix} must not be negative."
             )
-        self.classes, self.pool, self.smoothing, self.crop_scale = (
-            classes,
-            pool,
-            smoothing,
-            crop_scale,
-        )
+        self.classes, self.smoothing, self.crop_scale = model.head.classes, smoothing, crop_scale
         self.mix = (
-            Mixup(mixup, cutmix, label_smoothing=smoothing, num_classes=classes)
+            Mixup(mixup, cutmix, label_smoothing=smoothing, num_classes=self.classes)
             if mixup or cutmix
             else None
         )
         self.erasing = RandomErasing(erasing, mode="pixel", device="cpu") if erasing else None
-        self.head = HEADS[head](model.encoder.width, classes)
+        self.augment = RandAugment(augment, model) if augment is not None else None
 
     def check(self, card: Any, source: Any) -> None:
         """Also refuses a number of classes that is not the card's."""
         super().check(card, source)
         if card.classes and len(card.classes) != self.classes:
             raise ValueError(
-                f"objective.classes: {self.classes}, and the card '{card.name}' has {len(card.classes)}."
+                f"model.head.classes: {self.classes}, and the card '{card.name}' has {len(card.classes)}."
             )
 
     def transform(self, train: bool) -> Callable[[dict[str, Any]], dict[str, Any]]:
-        """A random resized crop and flip, or the centre crop of validation, and the label."""
-        return Transform(
-            self.model.encoder.image_size, self.classes, self.crop_scale if train else None
-        )
+        """A random resized crop and flip and RandAugment, or the centre crop of validation, and the
+        label."""
+        size = self.model.encoder.image_size
+        if not train:
+            return Transform(size, self.classes, None, None)
+        return Transform(size, self.classes, self.crop_scale, self.augment)
 
     def example(self, images: int) -> dict[str, Tensor]:
         """See Objective.example."""
@@ -106,15 +105,56 @@ class Classify(Objective):
 
     def logits(self, image: Tensor) -> Tensor:
         """Normalised [B, 3, H, W] to float32 [B, classes]."""
-        tokens = self.model.encoder(image)
-        return self.head(pool_tokens(tokens, self.model.encoder.prefix, self.pool)).float()
+        return self.model.classify(self.model.encoder(image))
+
+
+class RandAugment:
+    """timm's RandAugment (Cubuk et al. 2020), drawn by the sample's own randomness."""
+
+    def __init__(self, description: str, model: Model):
+        """Raises ValueError for a description that timm does not read."""
+        if not description.startswith("rand"):
+            raise ValueError(
+                f"objective.augment: {description!r} must be a RandAugment, as rand-m9-mstd0.5-inc1."
+            )
+        # what moves out of the picture is filled with the mean colour, as MAE's and SimMIM's do
+        grey = tuple(round(255 * value) for value in model.mean)
+        given = {"translate_const": int(model.encoder.image_size * 0.45), "img_mean": grey}
+        try:
+            self.apply = rand_augment_transform(
+                description, {**given, "interpolation": Image.BICUBIC}
+            )
+        except (AssertionError, ValueError, KeyError) as error:
+            raise ValueError(
+                f"objective.augment: {description!r} is not understood ({error})."
+            ) from error
+
+    def __call__(self, image: Tensor, generator: np.random.Generator) -> Tensor:
+        """uint8 [3, S, S] to uint8 [3, S, S]."""
+        # timm draws from the two global generators, which other parts of the process also use
+        before = random.getstate(), np.random.get_state()
+        random.seed(int(generator.integers(2**32)))
+        np.random.seed(int(generator.integers(2**32)))
+        try:
+            changed = self.apply(Image.fromarray(image.permute(1, 2, 0).numpy()))
+        finally:
+            random.setstate(before[0])
+            np.random.set_state(before[1])
+        return torch.from_numpy(np.array(changed)).permute(2, 0, 1)
 
 
 class Transform:
     """A sample to {"image": uint8 [3, S, S], "label": int}."""
 
-    def __init__(self, size: int, classes: int, crop_scale: tuple[float, float] | None):
-        self.size, self.classes, self.crop_scale = size, classes, crop_scale
+    def __init__(
+        self,
+        size: int,
+        classes: int,
+        crop_scale: tuple[float, float] | None,
+        augment: RandAugment | None,
+    ):
+        self.size, self.classes = size, classes
+        self.crop_scale, self.augment = crop_scale, augment
 
     def __call__(self, sample: dict[str, Any]) -> dict[str, Any]:
         """Raises ValueError for a label that is no class."""
@@ -123,4 +163,6 @@ class Transform:
                 f"{sample['key']}: label {sample['label']} is none of the {self.classes} classes."
             )
         image = picture(sample, self.size, self.crop_scale)
+        if self.augment is not None:
+            image = self.augment(image, sample["random"]("augment"))
         return {"image": image, "label": sample["label"]}
