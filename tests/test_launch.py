@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from prepretrain import config, distributed, run
+from prepretrain import config, distributed, plan, run
 from prepretrain.launch import launch
 
 ROOT = Path(__file__).parents[1]
@@ -132,9 +132,9 @@ def test_a_dry_run_of_the_largest_model_counts_it_right(capsys, monkeypatch):
 
 
 def test_the_batch_is_divided_in_the_fewest_equal_parts():
-    assert [run.accumulation(4096, 8, most) for most in (None, 512, 256, 200)] == [1, 1, 2, 4]
+    assert [plan.accumulation(4096, 8, most) for most in (None, 512, 256, 200)] == [1, 1, 2, 4]
     with pytest.raises(ValueError, match="batch_size: 100 does not divide among 8 processes"):
-        run.accumulation(100, 8, None)
+        plan.accumulation(100, 8, None)
 
 
 @pytest.fixture

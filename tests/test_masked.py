@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from test_train import rows, train
 from torch.testing import assert_close
 
-from prepretrain import config, distributed, report, run, shard, validation
+from prepretrain import config, distributed, plan, report, shard, validation
 from prepretrain.encoders import base as encoders
 from prepretrain.launch import launch
 from prepretrain.model import Model, load
@@ -351,7 +351,7 @@ def test_the_validation_loss_is_logged_beside_the_training_loss(place, group):
     assert rows("runs/two") == [r for r in rows("runs/one") if "val_loss" not in r]
     # the same number by hand: the run's last weights on the same images, crops and masks
     objective = load_objective(Path("runs/one"))
-    source = run.Plan(config.load("small.yaml", VALIDATED), 1).open_validation()
+    source = plan.Plan(config.load("small.yaml", VALIDATED), 1).open_validation()
     again, images = validation.measure(objective, source, batch_size=7)
     assert images == 20
     assert_close(again, results["val_loss"], rtol=1e-6, atol=1e-7)
@@ -362,11 +362,11 @@ def test_an_image_that_cannot_be_read_is_left_out_of_the_validation_loss_and_cou
 ):
     train("runs/one")
     objective = load_objective(Path("runs/one"))
-    source = run.Plan(config.load("small.yaml", VALIDATED), 1).open_validation()
+    source = plan.Plan(config.load("small.yaml", VALIDATED), 1).open_validation()
     whole, _ = validation.measure(objective, source, batch_size=8)
     Path("data/photos/blue/000.png").write_bytes(b"no picture")
     Path("data/photos/red/059.png").write_bytes(b"no picture")
-    source = run.Plan(config.load("small.yaml", ["validation.data=colours:val"]), 1)
+    source = plan.Plan(config.load("small.yaml", ["validation.data=colours:val"]), 1)
     loss, images = validation.measure(objective, source.open_validation(), batch_size=8)
     assert images == 58 and "2 of 60 images could not be read" in caplog.text
     assert np.isfinite(loss) and abs(loss - whole) < 0.2
