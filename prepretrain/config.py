@@ -39,6 +39,7 @@ class Optim:
     eps: float = 1e-8
     layer_decay: float = 1.0  # 1: the same rate for all layers
     clip: float | None = None  # largest norm of the gradient; null does not clip
+    ema: float | None = None  # decay of an average of the weights, which is evaluated and exported
     warmup: str = "5%"
     schedule: Literal["cosine", "linear", "step"] = "cosine"
     lr_end: float = 0.0  # per 256 images, as lr
@@ -64,6 +65,7 @@ class Checkpoint:
 
     every: str = "10%"
     keep: int = 2
+    best: bool = False  # also export, to best/, what the first of `evaluators` found best
 
 
 @dataclass
@@ -94,7 +96,8 @@ class Training:
     log_every: str = "10it"
     shard: Shard = field(default_factory=Shard)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
-    evaluators: list[dict[str, Any]] = field(default_factory=list)  # {name, data, every, options}
+    # {name, data (by default that of training), every, options}
+    evaluators: list[dict[str, Any]] = field(default_factory=list)
     validation: Validation = field(default_factory=Validation)
     branches: tuple[str, ...] = ()  # shorter lengths that will branch off this run: see `branch`
     branch: str | None = None  # set by --branch: the run whose constant rate this one continues

@@ -45,7 +45,7 @@ class Classifier(Linear):
         super().__init__(width, classes)
         if classes < 2:
             raise ValueError(f"model.head.classes: {classes} leaves nothing to tell apart.")
-        self.classes, self.pool = classes, pool
+        self.classes, self.pool, self.normed = classes, pool, norm
         self.norm = nn.LayerNorm(width, eps=1e-6) if norm else nn.Identity()
 
     def forward(self, feature: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from prepretrain import checkpoint, plugin, shard, weights, zoo
 from prepretrain import text as texts
 from prepretrain.encoders import base as encoders
 from prepretrain.encoders.base import Encoder
+from prepretrain.encoders.vit import ViT
 from prepretrain.heads import LARGEST, Classifier, Joint
 from prepretrain.weights import Weights
 
@@ -63,6 +64,11 @@ class Model(nn.Module):
             self.options |= {"head": dict(head)}
             asked = plugin.check(Classifier, dict(head), "model.head")
             self.head = Classifier(self.encoder.width, **asked)
+            if self.head.normed and getattr(self.encoder, "final_norm", True):
+                raise ValueError(
+                    "model.head.norm: the encoder ends with a norm already; with model.final_norm=false "
+                    "the one of the head takes its place."
+                )
         if text is not None:
             self.text = _tower(text)
             self.options |= {"text": dict(text), "joint": dict(joint or {})}
@@ -280,8 +286,10 @@ def _timm_config(model: Model) -> dict[str, Any]:
     if model.head is not None:
         data["num_classes"] = arguments["num_classes"] = model.head.classes
         arguments["global_pool"] = {"class": "token", "mean": "avg"}[model.head.pool]
-        if isinstance(model.head.norm, nn.LayerNorm):
-            arguments["fc_norm"] = True
+        if isinstance(model.encoder, ViT):  # timm's norms the mean, unless it is told
+            arguments["fc_norm"] = model.head.normed
+            if model.head.normed:
+                arguments.pop("final_norm")
     return {
         "architecture": built["architecture"],
         "num_classes": data["num_classes"],
@@ -344,7 +352,7 @@ def fitting(model: Model, found: Weights) -> tuple[nn.Module, Weights]:
     if not more or not all(k.startswith("encoder.") for k in found.shapes):
         return model, found
     found = found.part("encoder")
-    if model.head is not None and isinstance(model.head.norm, nn.LayerNorm):
+    if model.head is not None and model.head.normed:
         # the norm before the classifier is another one, and starts anew (MAE's fine-tuning code)
         found = found.named({k: None if k.startswith("norm.") else k for k in found.shapes})
     return model.encoder, found
@@ -371,13 +379,13 @@ def _locate(place: str) -> Weights:
     if path.is_file():
         return weights.open_file(path)
     if path.is_dir():
+        for file in (path / "model.safetensors", path / "export" / "model.safetensors"):
+            if file.exists():  # a run that is done: its averaged weights, if it kept an average
+                return weights.open_file(file)
         saved = checkpoint.newest(path)
         if saved is not None:
             shapes, read, state = checkpoint.open_tensors(saved)
             return Weights(place, shapes, read, state["options"]).part("model")
-        for file in (path / "model.safetensors", path / "export" / "model.safetensors"):
-            if file.exists():
-                return weights.open_file(file)
         raise ValueError(
             f"{place}: holds no complete checkpoint and no export. Was the run cut off before its first?"
         )

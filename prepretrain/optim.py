@@ -1,12 +1,16 @@
 """AdamW's parameter groups, and the learning rate as a pure function of the step."""
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from functools import partial
+from typing import Any, Literal
 
 import torch
 from fvcore.common.param_scheduler import CosineParamScheduler, LinearParamScheduler
 from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 
 from prepretrain.shard import find_roots
 
@@ -19,20 +23,27 @@ def build(
     betas: tuple[float, float] = (0.9, 0.95),
     eps: float = 1e-8,
     layer_decay: float = 1.0,
+    ema: float | None = None,
 ) -> torch.optim.AdamW:
     """AdamW over an objective's parts. lr is the peak that is used, not "per 256 images".
 
     No weight decay on 1-d parameters, nor on those that a part names in `no_weight_decay()`.
     layer_decay scales the rate of each layer of a part that has a `group_matcher()`, the encoder,
-    as timm does; 1 is none.
+    as timm does; 1 is none. ema: the decay of a moving average of the parameters, which `averaged`
+    puts in their place.
     """
     groups = []
     for root in find_roots(objective):
         names = getattr(root, "no_weight_decay", set)()
         if layer_decay != 1.0 and hasattr(root, "group_matcher"):
-            groups += param_groups_layer_decay(root, weight_decay, names, layer_decay)
+            found = param_groups_layer_decay(
+                root, weight_decay, no_weight_decay_list=names, layer_decay=layer_decay
+            )
+            # the layer above an encoder's last block is its norm; without one, what stands on it
+            above = 1.0 if getattr(root, "final_norm", True) else layer_decay
+            groups += [g | {"lr_scale": g["lr_scale"] * above} for g in found]
         else:
-            groups += param_groups_weight_decay(root, weight_decay, names)
+            groups += param_groups_weight_decay(root, weight_decay, no_weight_decay_list=names)
     groups = [
         {
             "params": list(g["params"]),
@@ -43,7 +54,47 @@ def build(
         if g["params"]
     ]
     # fused: one pass over the state, a third of the time of the default loop on a CPU (benchmarks/)
-    return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=True)
+    optimizer = torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=True)
+    if ema is not None:
+        optimizer.register_step_post_hook(partial(_average, decay=ema))
+    return optimizer
+
+
+@torch.no_grad()
+def _average(optimizer: torch.optim.Optimizer, *_: Any, decay: float) -> None:
+    """Moves each parameter's average towards it. Kept as the optimizer's state, so that it is
+    sharded, saved and resumed with it."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    step = float(optimizer.state[parameters[0]]["step"])
+    weight = 1 - min(decay, (1 + step) / (10 + step))  # faster at first # not from the paper
+    for parameter in parameters:
+        state = optimizer.state[parameter]
+        if "average" not in state:
+            state["average"] = parameter.detach().clone()
+        state["average"].lerp_(parameter.detach(), weight)
+
+
+@contextlib.contextmanager
+def averaged(objective: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """Within it the parameters are their moving averages, if the optimizer keeps them."""
+    _swap(objective, optimizer)
+    try:
+        yield
+    finally:
+        _swap(objective, optimizer)
+
+
+@torch.no_grad()
+def _swap(objective: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    averages = [(p, s) for p, s in optimizer.state.items() if "average" in s]
+    for parameter, state in averages:
+        now = parameter.detach().clone()
+        parameter.copy_(state["average"])
+        state["average"].copy_(now)
+    if averages:  # what FSDP gathered for the last forward pass is of the other ones
+        for module in objective.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
 
 
 @dataclass(frozen=True)

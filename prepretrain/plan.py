@@ -144,10 +144,11 @@ class Plan:
         built = []
         for i, given in enumerate(self.config.evaluators):
             options = dict(given)
-            for key in ("name", "data", "every"):
+            for key in ("name", "every"):
                 if key not in options:
                     raise ValueError(f"evaluators[{i}].{key}: is missing.")
-            every, data = options.pop("every"), options.pop("data")
+            every = options.pop("every")
+            data = options.pop("data", self.config.data.train.partition(":")[0])
             name, evaluator = build_evaluator(options, data)
             evaluator.check(self.objective.model)
             built.append(
@@ -156,6 +157,8 @@ class Plan:
                     max(1, self._steps(every, f"evaluators[{i}].every")),
                 )
             )
+        if self.config.checkpoint.best and not built:
+            raise ValueError("checkpoint.best: nothing is measured. Name one in `evaluators`.")
         return [(name, every, evaluator) for (name, evaluator), every in built]
 
     def size(self) -> dict[str, int]:

@@ -3,7 +3,10 @@ all below do not."""
 
 import json
 import logging
+import math
 import os
+from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -72,6 +75,7 @@ def train(config: Training, folder: Path) -> None:
         betas=config.optim.betas,
         eps=config.optim.eps,
         layer_decay=config.optim.layer_decay,
+        ema=config.optim.ema,
     )
     data = Stream(
         source,
@@ -84,10 +88,14 @@ def train(config: Training, folder: Path) -> None:
         window=config.data.window,
     )
     logger.info("%s", plan.summary())
+    evaluators = plan.evaluators()
     evals = [
         Evaluation(f"{name}/", every, partial(_measure, name, evaluator, objective.model, folder))
-        for name, every, evaluator in plan.evaluators()
+        for name, every, evaluator in evaluators
     ]
+    if config.checkpoint.best:
+        quoted = evaluators[0][2].quoted
+        evals[0] = replace(evals[0], run=partial(_best, evals[0], quoted, objective.model, folder))
     if config.validation.data is not None:
         sets = plan.open_validation(), source
         batch = config.batch_size // plan.world // plan.accumulate
@@ -109,7 +117,8 @@ def train(config: Training, folder: Path) -> None:
         always=plan.branches(),
         evals=evals,
     )
-    _finish(plan, folder)
+    with optim.averaged(objective, optimizer):
+        _finish(plan, folder)
 
 
 def starting(config: Training, objective: Objective) -> list[tuple[Any, weights.Weights]]:
@@ -149,12 +158,27 @@ def _validate(
     return found
 
 
-def _finish(plan: Plan, folder: Path) -> None:
+def _best(evaluation: Evaluation, quoted: Callable, model: Model, folder: Path) -> dict[str, float]:
+    """Measures, and exports the model to best/ if it is the best of the run so far."""
+    found = evaluation.run()
+    key = quoted(found)
+    name = f"best {evaluation.prefix}{key}"
+    if distributed.from_main(read_results(folder).get(name, -math.inf)) < found[key]:
+        _export(model, folder, "best")
+        add_results(folder, {name: found[key]})
+    return found
+
+
+def _export(model: Model, folder: Path, name: str) -> None:
     state = get_model_state_dict(
-        plan.objective.model, options=StateDictOptions(full_state_dict=True, cpu_offload=True)
+        model, options=StateDictOptions(full_state_dict=True, cpu_offload=True)
     )
     if distributed.is_main():
-        models.write(plan.objective.model, state, folder / "export", str(folder))
+        models.write(model, state, folder / name, str(folder))
+
+
+def _finish(plan: Plan, folder: Path) -> None:
+    _export(plan.objective.model, folder, "export")
     add_results(folder, {"images": plan.schedule.steps * plan.config.batch_size, **plan.size()})
     logger.info("%s: done. Its weights: %s", folder, folder / "export" / "model.safetensors")
 
@@ -168,11 +192,16 @@ def evaluate(config: Evaluating, folder: Path) -> dict[str, float]:
     return _measure(name, evaluator, model, folder)
 
 
+def read_results(folder: Path) -> dict[str, Any]:
+    """A run's results.json; {} without one."""
+    path = folder / "results.json"
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
 def add_results(folder: Path, results: dict[str, Any]) -> None:
     """Adds to a run's results.json, whole or not at all."""
     if distributed.is_main():
-        path = folder / "results.json"
-        known = json.loads(path.read_text()) if path.exists() else {}
+        path, known = folder / "results.json", read_results(folder)
         path.with_suffix(".tmp").write_text(json.dumps({**known, **results}, indent=1) + "\n")
         os.replace(path.with_suffix(".tmp"), path)
     distributed.barrier()

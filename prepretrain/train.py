@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from prepretrain import checkpoint, clock, distributed
+from prepretrain import checkpoint, clock, distributed, optim
 from prepretrain.loader import Stream
 from prepretrain.log import Metrics, Progress
 from prepretrain.optim import Schedule
@@ -75,7 +75,8 @@ def fit(
     metrics, progress, asked = Metrics(folder, step), Progress(schedule.steps, step), _Signals()
     stream = data.batches(step * data.batch_size)
     meter, before = _Meter(data.batch_size), metrics.seconds if distributed.is_main() else 0.0
-    _evaluate(evals, step, schedule.steps, metrics, skip=distributed.from_main(metrics.measured))
+    with optim.averaged(objective, optimizer):
+        _evaluate(evals, step, schedule.steps, metrics, distributed.from_main(metrics.measured))
     objective.train()
     gc.disable()  # a collection at a random time on one of many processes stops them all
     try:
@@ -112,7 +113,8 @@ def fit(
                     f"{folder}: stopped by a signal after step {step} and saved. "
                     f"The same command continues it."
                 )
-            _evaluate(evals, step, schedule.steps, metrics)
+            with optim.averaged(objective, optimizer):
+                _evaluate(evals, step, schedule.steps, metrics)
             objective.train()
     finally:
         gc.enable()

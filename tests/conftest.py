@@ -9,6 +9,7 @@ import pytest
 import torch.multiprocessing as multiprocessing
 from PIL import Image
 
+from prepretrain import distributed
 from prepretrain.card import load_card
 from prepretrain.hashtags import Vocabulary
 
@@ -56,6 +57,14 @@ def place(tmp_path, monkeypatch) -> Path:
     tags = (scenes.hashtags(i) for i in range(len(scenes)))
     Vocabulary.count(tags, source=scenes.fingerprint, min_count=2).save(Path("data/tags.json"))
     return tmp_path
+
+
+@pytest.fixture
+def group():
+    """A process group of this process alone."""
+    distributed.init()
+    yield
+    distributed.shutdown()
 
 
 def processes(count: int, function, *arguments) -> None:

@@ -17,7 +17,7 @@ from open_clip.loss import SigLipLoss
 from PIL import Image
 from pyarrow import parquet
 from test_text import BPE, TINY_XLMR, images, pieces, small  # noqa: F401
-from test_train import group, rows, train  # noqa: F401
+from test_train import rows, train
 from torch.testing import assert_close
 
 from prepretrain import contrastive, distributed, run, shard
@@ -148,7 +148,7 @@ def _in_two(rank_: int, where: str) -> None:
 
 def test_clip_and_lit_are_the_same_runs_on_one_process_and_on_two_and_resume(
     place,
-    group,  # noqa: F811
+    group,
 ):
     train("runs/one", *STAGE)
     train("runs/mae", "length=1it", "optim.warmup=0it")
@@ -177,7 +177,7 @@ def test_clip_and_lit_are_the_same_runs_on_one_process_and_on_two_and_resume(
     assert run.load_objective(Path("runs/one")).model.text_features(tokens).isfinite().all()
 
 
-def test_stage_two_on_captions_starts_from_stage_ones_encoder_alone(place, group):  # noqa: F811
+def test_stage_two_on_captions_starts_from_stage_ones_encoder_alone(place, group):
     train("runs/mae", "length=2it", "optim.warmup=0it")
     train("runs/clip", *STAGE[:2], f"model={{positions: learned, {TEXT}}}", "length=1it",
           "optim.lr=0", "optim.warmup=0it", init="runs/mae")  # fmt: skip
@@ -188,7 +188,7 @@ def test_stage_two_on_captions_starts_from_stage_ones_encoder_alone(place, group
     assert load("runs/tags").text is None
 
 
-def test_lit_trains_all_but_the_image_tower(place, group, pieces):  # noqa: F811
+def test_lit_trains_all_but_the_image_tower(place, group, pieces):
     train("runs/mae", "length=2it", "optim.warmup=0it", "model.drop_path=0.5")
     tower = f"text: {{name: xlmr, width: 32, depth: 2, heads: 2, hidden: 64, vocabulary: 120, tokenizer: {pieces}}}"
     stage = ["objective={name: lit}", f"model={{{tower}, joint: {{width: 8, pool: mean}}}}"]
@@ -219,7 +219,7 @@ def test_lit_trains_all_but_the_image_tower(place, group, pieces):  # noqa: F811
     assert all(p.grad is not None for p in learned)
 
 
-def test_a_text_tower_starts_from_a_checkpoint_that_the_objective_names(place, group):  # noqa: F811
+def test_a_text_tower_starts_from_a_checkpoint_that_the_objective_names(place, group):
     peer = small(BPE)
     torch.save({f"text.{k}": v + 1 for k, v in peer.text.tower.state_dict().items()}, "peer.pt")
     still = ["optim.lr=0", "optim.warmup=0it", "length=1it"]
@@ -261,7 +261,7 @@ def test_a_dry_run_counts_both_towers(place, capsys):
 
 
 @pytest.mark.parametrize("text", [BPE, TINY_XLMR | {"dropout": 0.0}], ids=["open_clip", "xlmr"])
-def test_both_towers_are_sharded_by_block_and_recomputed_in_either_precision(group, text):  # noqa: F811
+def test_both_towers_are_sharded_by_block_and_recomputed_in_either_precision(group, text):
     batch = {"image": images(4), "tokens": torch.randint(4, 100, (4, 77)), "cut": torch.zeros(4)}
     found = {}
     for precision in ("fp32", "bf16"):

@@ -45,14 +45,6 @@ def photos(count: int = 2, size: int = 32) -> torch.Tensor:
 
 
 @pytest.fixture
-def group():
-    """A process group of this process alone."""
-    distributed.init()
-    yield
-    distributed.shutdown()
-
-
-@pytest.fixture
 def teacher(tmp_path) -> str:
     """An exported ViT with other values than a student of seed 0 has."""
     model = Model(encoder="vit_test8", mean=(0.2, 0.3, 0.4), width=16)
@@ -379,7 +371,11 @@ def test_an_image_that_cannot_be_read_is_left_out_of_the_validation_loss_and_cou
 
 def test_an_objective_without_a_loss_per_image_has_no_validation_loss(place):
     with pytest.raises(ValueError, match="objective 'classify' has no validation loss"):
-        launch("small.yaml", ["objective={name: classify}", "model.head={classes: 3}", *VALIDATED], dry_run=True)
+        launch(
+            "small.yaml",
+            ["objective={name: classify}", "model.head={classes: 3}", *VALIDATED],
+            dry_run=True,
+        )
 
 
 KINDS = {"swin": SWIN, "vit": SIMMIM}

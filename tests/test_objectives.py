@@ -206,7 +206,11 @@ def test_the_hashtag_head_trains_on_ids(vocabulary):
 
 def test_mixing_and_erasing_train_and_evaluation_is_plain():
     objective = Classify(
-        Model(encoder="vit_test8", head={"classes": 3}), mixup=0.8, cutmix=1.0, smoothing=0.1, erasing=0.5
+        Model(encoder="vit_test8", head={"classes": 3}),
+        mixup=0.8,
+        cutmix=1.0,
+        smoothing=0.1,
+        erasing=0.5,
     )
     shard.initialise(objective, 0)
     batch = {

@@ -41,14 +41,6 @@ def train(folder: str, *overrides: str, init: str | None = None) -> None:
     run.train(config.load("small.yaml", list(overrides), init), Path(folder))
 
 
-@pytest.fixture
-def group():
-    """A process group of this process alone."""
-    distributed.init()
-    yield
-    distributed.shutdown()
-
-
 MODES = {"sharded": "shard.group=null", "replicated": "shard.group=1"}
 HASHTAG = [
     "objective={name: hashtag, vocabulary: tags.json}",

@@ -524,9 +524,7 @@ def test_swags_files_give_the_features_of_torchvisions_vit(tiny, ours):
     row = zoo.releases()["swag/vit_b16_ft_in1k"]
     tiny(swag(reference.state_dict(), ours), rename=row.rename, classes=10)
     model = prepretrain.load("tiny/vit")
-    assert_close(
-        model.scores(images()), reference(model.normalise(images())), rtol=1e-4, atol=1e-4
-    )
+    assert_close(model.scores(images()), reference(model.normalise(images())), rtol=1e-4, atol=1e-4)
     reference.heads = torch.nn.Identity()
     expected = reference(model.normalise(images()))
     assert_close(model.features(images()), expected, rtol=1e-4, atol=1e-4)
@@ -550,9 +548,7 @@ def test_a_fine_tuned_mae_gives_the_scores_of_timms_vit(tiny):
     row = zoo.releases()["mae/vit_b16_ft_in1k"]
     tiny({"model": reference.state_dict()}, options=row.options, pool=row.pool, classes=10)
     model = prepretrain.load("tiny/vit")
-    assert_close(
-        model.scores(images()), reference(model.normalise(images())), rtol=1e-4, atol=1e-4
-    )
+    assert_close(model.scores(images()), reference(model.normalise(images())), rtol=1e-4, atol=1e-4)
 
 
 def test_maws_fine_tuned_files_at_512_px_give_timms_logits_with_its_scripts_preprocessing(tiny):
