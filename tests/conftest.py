@@ -1,7 +1,9 @@
 """A folder with a small real data set of photos, its cards and configs, to run stages in."""
 
+import faulthandler
 import os
 import socket
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -68,15 +70,24 @@ def group():
 
 
 def processes(count: int, function, *arguments) -> None:
-    """Runs function(rank, *arguments) in `count` processes that can find each other; raises if one
-    fails."""
+    """Runs function(rank, *arguments) in `count` processes that can find each other; raises, with
+    what they printed, if one fails."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    multiprocessing.spawn(_joined, (count, port, function, arguments), nprocs=count)
+    with tempfile.TemporaryDirectory() as place:
+        given = (count, port, place, function, arguments)
+        try:
+            multiprocessing.spawn(_joined, given, nprocs=count)
+        except Exception as error:
+            printed = [f"{p.name} printed:\n{p.read_text()[-6000:]}" for p in Path(place).iterdir()]
+            raise RuntimeError("\n".join(sorted(printed))) from error
 
 
-def _joined(rank: int, count: int, port: int, function, arguments: tuple) -> None:
+def _joined(rank: int, count: int, port: int, place: str, function, arguments: tuple) -> None:
+    printed = os.open(Path(place, f"process {rank}"), os.O_CREAT | os.O_WRONLY | os.O_APPEND)
+    os.dup2(printed, 2)
+    faulthandler.enable()  # a process that is aborted says where it was
     os.environ.update(
         RANK=str(rank),
         LOCAL_RANK=str(rank),

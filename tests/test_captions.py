@@ -188,7 +188,7 @@ def test_stage_two_on_captions_starts_from_stage_ones_encoder_alone(place, group
     assert load("runs/tags").text is None
 
 
-def test_lit_trains_all_but_the_image_tower(place, group, pieces):
+def test_lit_trains_all_but_the_image_tower(place, group, pieces):  # noqa: F811
     train("runs/mae", "length=2it", "optim.warmup=0it", "model.drop_path=0.5")
     tower = f"text: {{name: xlmr, width: 32, depth: 2, heads: 2, hidden: 64, vocabulary: 120, tokenizer: {pieces}}}"
     stage = ["objective={name: lit}", f"model={{{tower}, joint: {{width: 8, pool: mean}}}}"]
