@@ -12,12 +12,12 @@ PACKAGE = ROOT / "prepretrain"
 ROWS = [
     {
         *("plugin", "clock", "distributed", "download", "transforms", "hashtags", "heads"),
-        *("index", "text"),
+        *("index", "text", "store"),
     },
     {"log", "config", "weights", "sources", "encoders", "shard", "checkpoint", "zoo"},
     {"model", "card", "optim", "logistic", "decoder", "catalogue", "contrastive"},
     {"loader", "objectives"},
-    {"train", "features"},
+    {"train", "features", "probes"},
     {"evaluators", "validation"},
     {"run"},
     {"launch", "report"},
