@@ -53,7 +53,7 @@ def _save(rank: int, folder: str) -> None:
     store.ROWS = 5
     source = Pictures(13)
     found = extract(tiny_model(), source, batch_size=2, cache=Path(folder) / "cache")
-    torch.save((*found, source.read), f"{folder}/cached{rank}.pt")
+    torch.save((*found, source.read, fingerprints()), f"{folder}/cached{rank}.pt")
     distributed.shutdown()
 
 
@@ -66,16 +66,19 @@ def test_features_come_in_the_sources_order_with_their_labels():
 
 
 @pytest.mark.parametrize("world", [2, 3])
-def test_more_ranks_give_the_same_features_as_one_where_nothing_divides(world, tmp_path):
+def test_more_ranks_give_the_same_features_and_hash_as_one_where_nothing_divides(world, tmp_path):
     alone, labels = extract(tiny_model(), Pictures(13), batch_size=4)
     processes(world, _save, str(tmp_path))
-    read = []
+    distributed.init()
+    hashes, read = fingerprints(), []
+    distributed.shutdown()
+    assert len(set(hashes)) == 1 and hashes[0] != fingerprint(tiny_model())
     for rank in range(world):
         features, found = torch.load(tmp_path / f"{rank}.pt")
         assert found.tolist() == labels.tolist()
         torch.testing.assert_close(features, alone)
-        features, found, mine = torch.load(tmp_path / f"cached{rank}.pt")
-        assert found.tolist() == labels.tolist()
+        features, found, mine, others = torch.load(tmp_path / f"cached{rank}.pt")
+        assert others == hashes and found.tolist() == labels.tolist()
         torch.testing.assert_close(features, alone)
         read += mine
     # a rank without an image of its own takes a chunk's first to fill its batch
@@ -193,7 +196,7 @@ def _killed(folder: Path) -> None:
 
 
 def test_a_pass_that_was_killed_goes_on_from_its_last_whole_chunk(tmp_path, monkeypatch):
-    child = multiprocessing.get_context("spawn").Process(target=_killed, args=(tmp_path,))
+    child = multiprocessing.get_context("fork").Process(target=_killed, args=(tmp_path,))
     child.start()
     child.join()
     assert child.exitcode == -signal.SIGKILL
@@ -263,26 +266,18 @@ def test_features_of_changed_images_are_not_kept(tmp_path):
         extract(tiny_model(), Pictures(3), change=lambda image, random: 255 - image, cache=tmp_path)
 
 
-def _fingerprints(rank: int, folder: str) -> None:
-    distributed.init()
-    for group in (1, None):
+def fingerprints() -> list[str]:
+    """Of one model, replicated, sharded over all ranks, and recomputing its blocks."""
+    found = []
+    for group, recompute in ((1, "none"), (None, "none"), (None, "block")):
         with torch.device("meta"):
             objective = MAE(
                 Model(encoder="vit_test8"), decoder_depth=1, decoder_width=32, decoder_heads=2
             )
-        shard.shard(objective, precision="fp32", group=group, recompute="block")
+        shard.shard(objective, precision="fp32", group=group, recompute=recompute)
         shard.initialise(objective, 0)
-        name = f"{distributed.world()}_{rank}_{group}"
-        Path(folder, name).write_text(fingerprint(objective.model))
-    distributed.shutdown()
-
-
-def test_a_models_fingerprint_is_the_same_however_it_is_sharded(tmp_path):
-    processes(1, _fingerprints, str(tmp_path))
-    processes(2, _fingerprints, str(tmp_path))
-    found = [path.read_text() for path in tmp_path.iterdir()]
-    assert len(found) == 6 and len(set(found)) == 1
-    assert found[0] != fingerprint(tiny_model())
+        found.append(fingerprint(objective.model))
+    return found
 
 
 def test_two_evaluations_of_a_run_share_its_features(tmp_path):
