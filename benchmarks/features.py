@@ -21,10 +21,8 @@ from loader import textures
 from prepretrain import distributed, probes
 from prepretrain.evaluators.knn import Knn
 from prepretrain.features import extract
-from prepretrain.loader import evaluation_batches
 from prepretrain.model import Model
 from prepretrain.sources.base import Source
-from prepretrain.transforms import decode, resize_center_crop
 
 WIDTH, CLASSES = 192, 10
 CARD = "train: {source: synthetic, images: 2}\nval: {source: synthetic, images: 2}\n"
@@ -56,42 +54,32 @@ def report(figure: str, spent: float, **setting: object) -> None:
     print(json.dumps(line | {"torch": torch.__version__}), flush=True)
 
 
-def centre(sample: dict) -> dict:
-    """An evaluation's transform."""
-    return {"image": resize_center_crop(decode(sample["image"]), 224)}
-
-
 def feature_pass(images: int, batch: int) -> None:
-    """The model, reading, and the pass with all its bookkeeping, each alone."""
-    source, model = Textures(images), Model(encoder="vit_ti16").eval()
+    """A pass without a cache, one that fills it and one that finds it, with the share of each that
+    is spent in the model."""
+    source, model = Textures(images), Model(encoder="vit_ti16")
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.02)
-    inputs: list[torch.Tensor] = []
+    inside, whole = [], model.features
 
-    def reading() -> None:
-        batches = evaluation_batches(source, centre, batch_size=batch)
-        inputs.extend(one["image"] for one in batches)
+    def timed(*given: object) -> torch.Tensor:
+        before = time.process_time()
+        found = whole(*given)
+        inside.append(time.process_time() - before)
+        return found
 
-    def compute() -> None:
-        with torch.no_grad():
-            for image in inputs:
-                model.features(image)
-
-    read = seconds(reading)
-    compute()  # a first time is slower
-    alone = seconds(compute)
+    model.features = timed
     setting = {"images": images, "batch": batch, "encoder": "vit_ti16", "threads": 1}
-    report("features_model_alone", alone, **setting)
-    report("features_reading_alone", read, **setting)
+    extract(model, Textures(batch), batch_size=batch)  # a first time is slower
     with tempfile.TemporaryDirectory() as folder:
         for figure, cache in (
             ("features_pass", None),
             ("features_pass_kept", Path(folder)),
             ("features_found", Path(folder)),
         ):
+            inside.clear()
             spent = seconds(lambda: extract(model, source, batch_size=batch, cache=cache))
-            share = {} if figure == "features_found" else {"model_share": round(alone / spent, 3)}
-            report(figure, spent, **share, **setting)
+            report(figure, spent, model_share=round(sum(inside) / spent, 3), **setting)
 
 
 def probing(rows: int) -> None:

@@ -25,7 +25,7 @@ class Linear(Probing):
                    `train` is then trained on all of it.
                    "lbfgs": logistic regression, its L2 strength chosen on a held-out tenth of `train`;
                    the better choice for small sets, and needs no tuning. "ridge": least squares in
-                   closed form, its L2 strength chosen so too; the quickest.
+                   closed form, its L2 strength chosen so too.
                    "attentive": attention pooling of all tokens, then a linear layer, by AdamW
     pool           "class" (the class token), "mean" (of the patch tokens) or, for "attentive" alone,
                    "tokens", which are first written to <run folder>/features: n x T x D x 2 bytes
