@@ -150,6 +150,7 @@ class Plan:
             every = options.pop("every")
             data = options.pop("data", self.config.data.train.partition(":")[0])
             name, evaluator = build_evaluator(options, data)
+            evaluator.cache = False  # at the next evaluation the weights are others
             evaluator.check(self.objective.model)
             built.append(
                 (

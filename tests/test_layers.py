@@ -12,12 +12,12 @@ PACKAGE = ROOT / "prepretrain"
 ROWS = [
     {
         *("plugin", "clock", "distributed", "download", "transforms", "hashtags", "heads"),
-        *("index", "labels", "text"),
+        *("index", "labels", "store", "text"),
     },
     {"log", "config", "weights", "sources", "encoders", "shard", "checkpoint", "zoo"},
     {"model", "card", "optim", "logistic", "decoder", "catalogue", "contrastive"},
     {"loader", "objectives"},
-    {"train", "features"},
+    {"train", "features", "probes"},
     {"evaluators", "validation"},
     {"plan"},
     {"run"},
