@@ -6,12 +6,14 @@ from pathlib import Path
 
 import yaml
 
-from prepretrain import plugin
+from prepretrain import labels, plugin
 from prepretrain.sources.base import Source
 
 _HERE = Path(__file__).resolve().parents[1] / "datasets"
 _TEXTS = ("description", "licence")
 _PATTERN = "*?[{"
+_PATHS = ("path", "listing")  # options of sources that start at the data folder
+_VARIANTS = ("corruption", "severity")
 
 
 class MissingData(ValueError):
@@ -31,23 +33,32 @@ class Card:
     splits: dict[str, dict]
     names: dict[str, list[list[str]]]  # for zero-shot, by language: each class's synonyms
     templates: dict[str, list[str]]  # for zero-shot, by language
+    groups: labels.Groups | None  # where its classes are some of another card's, or groups of them
+    answers: Path | None  # the right classes of each image of `val`, several or none
 
     @property
     def images(self) -> dict[str, int | None]:
         """The declared number of images of each split; None where it is left to the data."""
         return {split: options.get("images") for split, options in self.splits.items()}
 
-    def open(self, split: str) -> Source:
-        """The source of one split, checked against what the card declares."""
+    def open(
+        self, split: str, *, corruption: str | None = None, severity: int | None = None
+    ) -> Source:
+        """The source of one split, checked against what the card declares.
+
+        A split with `corruptions` is opened with one of them and a severity. Raises MissingData
+        where there is nothing, and ValueError for what is not as declared.
+        """
         where = f"{self.path}: {split}"
-        if split not in self.splits:
-            raise ValueError(
-                plugin.unknown(f"{self.path}: no split", split, list(self.splits), quote=True)
-            )
-        options = dict(self.splits[split])
+        options = self._options(split)
         declared, name = options.get("images"), options.pop("source")
-        if "path" in options:
-            options["path"] = self._located(str(options["path"]), split)
+        if any(key in options for key in _VARIANTS) or (corruption, severity) != (None, None):
+            options["path"] = self._variant(split, corruption, severity)
+        for key in _VARIANTS:
+            options.pop(key, None)
+        for key in _PATHS:
+            if key in options:
+                options[key] = self._located(str(options[key]), split)
         try:
             if "images" not in plugin.options(plugin.find("sources", name)):
                 options.pop("images", None)  # a source that makes its images takes it itself
@@ -59,12 +70,83 @@ class Card:
                 f"{where}: the card declares images: {declared}, and the data holds "
                 f"{len(source)}. Correct the card, or complete the data."
             )
-        if self.classes and source.classes and len(self.classes) != len(source.classes):
-            raise ValueError(
-                f"{where}: the card names {len(self.classes)} classes, and the data "
-                f"has {len(source.classes)}: labels would not mean the same."
-            )
+        if source.classes:
+            self._check_classes(where, len(source.classes))
         return source
+
+    def corruptions(self, split: str = "val") -> dict[str, list[int]]:
+        """{corruption: its severities}, which a split declares; {} for one without."""
+        options = self._options(split)
+        return {name: list(options["severity"]) for name in options.get("corruption", ())}
+
+    def missing(self, split: str = "val") -> list[Path]:
+        """The folders of the split's corruptions that are not there."""
+        declared = self.corruptions(split)
+        places = [self._path(split, name, level) for name in declared for level in declared[name]]
+        return [place for place in map(data_folder().joinpath, places) if not place.is_dir()]
+
+    def open_answers(self, split: str) -> list[list[int]]:
+        """The classes that are right for each image of a split, in the order of its source.
+
+        An image without one is left out of the score ("Are we done with ImageNet?", Beyer et al.
+        2020). Raises MissingData without the file or the images, and ValueError for an image whose
+        name has no number, or one that the file does not reach.
+        """
+        where = f"{self.path}: {split}"
+        if self.answers is None:
+            raise ValueError(f"{where}: the card has no answers, such as answers: real.json.")
+        self._require(self.answers, f"{self.path}: answers")
+        source = self.open(split)
+        try:
+            return labels.answers(self.answers, map(source.key, range(len(source))))
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from error
+
+    def _options(self, split: str) -> dict:
+        if split not in self.splits:
+            raise ValueError(
+                plugin.unknown(f"{self.path}: no split", split, list(self.splits), quote=True)
+            )
+        return dict(self.splits[split])
+
+    def _path(self, split: str, corruption: str, severity: int) -> str:
+        path = str(self.splits[split]["path"])
+        return path.replace("{corruption}", corruption).replace("{severity}", str(severity))
+
+    def _variant(self, split: str, corruption: str | None, severity: int | None) -> str:
+        """The path of one corruption and severity that the split declares, and that is there."""
+        where, declared = f"{self.path}: {split}", self.corruptions(split)
+        if not declared:
+            raise ValueError(
+                f"{where}: has no corruptions, so there is no {corruption!r} of severity "
+                f"{severity!r}."
+            )
+        if corruption not in declared:
+            raise ValueError(
+                plugin.unknown(f"{where}: no corruption", str(corruption), [*declared], quote=True)
+            )
+        if severity not in declared[corruption]:
+            raise ValueError(
+                f"{where}: no severity {severity!r}. There are: "
+                f"{', '.join(map(str, declared[corruption]))}."
+            )
+        path, missing = self._path(split, corruption, severity), self.missing(split)
+        if data_folder() / path in missing:
+            raise MissingData(
+                f"{where}: there is nothing at {data_folder() / path}. In all, {len(missing)} "
+                f"folders are missing: {', '.join(map(str, missing))}."
+            )
+        return path
+
+    def _check_classes(self, where: str, count: int) -> None:
+        """Raises ValueError where the data has another number of classes than the card."""
+        named = self.classes if self.groups is None else self.groups.classes
+        if named and len(named) != count:
+            verb = "names" if self.groups is None else "groups"
+            raise ValueError(
+                f"{where}: the card {verb} {len(named)} classes, and the data has {count}: labels "
+                "would not mean the same."
+            )
 
     def _located(self, path: str, split: str) -> str:
         if "://" in path:
@@ -73,13 +155,16 @@ class Card:
         solid = located
         while any(sign in solid.name for sign in _PATTERN):
             solid = solid.parent
-        if not solid.exists():
-            raise MissingData(
-                f"{self.path}: {split}: there is nothing at {located}. Put the data of card "
-                f"'{self.name}' there, or set PREPRETRAIN_DATA, the folder that relative paths "
-                f"start from (now '{data_folder()}')."
-            )
+        self._require(located, f"{self.path}: {split}", solid)
         return str(located)
+
+    def _require(self, located: Path, where: str, solid: Path | None = None) -> None:
+        if not (solid or located).exists():
+            raise MissingData(
+                f"{where}: there is nothing at {located}. Put the data of card '{self.name}' there, "
+                f"or set PREPRETRAIN_DATA, the folder that relative paths start from (now "
+                f"'{data_folder()}')."
+            )
 
 
 def data_folder() -> Path:
@@ -141,6 +226,8 @@ def _card(path: Path, content: dict) -> Card:
     vocabulary = content.pop("vocabulary", None)
     names = _names(path, content.pop("names", None), classes)
     templates = _templates(path, content.pop("templates", None))
+    groups = _groups(path, content.pop("groups", None), classes)
+    answers = content.pop("answers", None)
     for split, options in content.items():
         _check_split(f"{path}: {split}", options)
     if not content:
@@ -158,6 +245,8 @@ def _card(path: Path, content: dict) -> Card:
         content,
         names,
         templates,
+        groups,
+        data_folder() / answers if answers else None,
     )
 
 
@@ -229,6 +318,18 @@ def check_templates(templates: list[str], where: str) -> None:
             )
 
 
+def _groups(path: Path, given: object, classes: list[str] | None) -> labels.Groups | None:
+    if given is None:
+        return None
+    groups = labels.read_groups(given, f"{path}: groups")
+    _find(groups.of)  # raises where there is no such card
+    if classes is not None and len(classes) != len(groups.classes):
+        raise ValueError(
+            f"{path}: groups.classes: there are {len(groups.classes)}, and {len(classes)} classes."
+        )
+    return groups
+
+
 def _by_language(given: object) -> dict[str, object]:
     if given is None:
         return {}
@@ -242,8 +343,9 @@ def _check_split(where: str, options: object) -> None:
         raise ValueError(
             f"{where}: a split is a mapping with a source, such as {{source: shards, "
             f"path: …}}, not {options!r}. Other keys of a card: "
-            "description, licence, classes, names, templates, vocabulary."
+            "description, licence, classes, names, templates, vocabulary, groups, answers."
         )
+    _check_variants(where, options)
     images = options.get("images")
     if images is not None and (
         not isinstance(images, int) or isinstance(images, bool) or images < 1
@@ -252,3 +354,21 @@ def _check_split(where: str, options: object) -> None:
             f"{where}.images: {images!r} is not a number of images. Leave the key out "
             "to count the data."
         )
+
+
+def _check_variants(where: str, options: dict) -> None:
+    """A path with {corruption} and {severity} wants the lists of both, and they want it."""
+    path = str(options.get("path", ""))
+    if not any(key in options or f"{{{key}}}" in path for key in _VARIANTS):
+        return
+    for key in _VARIANTS:
+        values = options.get(key)
+        if f"{{{key}}}" not in path or not isinstance(values, list) or not values:
+            raise ValueError(
+                f"{where}: {{{key}}} in the path and a list {key}: […] of its values go together; "
+                f"the path is {path!r}, the list {values!r}."
+            )
+    if not all(type(level) is int for level in options["severity"]):
+        raise ValueError(f"{where}.severity: {options['severity']!r} are not all numbers.")
+    if not all(isinstance(name, str) for name in options["corruption"]):
+        raise ValueError(f"{where}.corruption: {options['corruption']!r} are not all texts.")

@@ -74,9 +74,12 @@ def test_every_card_of_the_repository_is_whole_and_says_where_data_is_missing(
 ):
     monkeypatch.setenv("PREPRETRAIN_DATA", str(tmp_path))
     mine = load_card(name)
-    assert mine.description and mine.licence and "train" in mine.splits
-    with pytest.raises(MissingData, match=rf"{name}.yaml: train: there is nothing at {tmp_path}"):
-        mine.open("train")
+    assert mine.description and mine.licence
+    for split in mine.splits:
+        variant = {"corruption": "fog", "severity": 3} if mine.corruptions(split) else {}
+        nothing = rf"{name}.yaml: {split}: there is nothing at {tmp_path}"
+        with pytest.raises(MissingData, match=nothing):
+            mine.open(split, **variant)
 
 
 def test_a_run_can_be_planned_before_the_data_is_there(tmp_path, monkeypatch):
@@ -132,6 +135,241 @@ def test_labels_that_would_mean_other_classes_are_refused(photos):
     path = card(photos, "classes: [cat, dog, owl]\ntrain: {source: folder, path: photos}")
     with pytest.raises(ValueError, match="names 3 classes, and the data has 2"):
         open_source(path)
+
+
+# What labels stand for.
+
+
+def put(folder, *names, size=8):
+    """Small JPEGs at these paths, each of another size of file."""
+    for number, name in enumerate(names):
+        file = folder / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (size + number, size)).save(file, "JPEG")
+
+
+def test_a_cards_classes_can_be_groups_of_another_cards_classes(photos):
+    groups = "groups: {of: imagenet1k, classes: [6, [409, 530]]}\n"
+    mine = load_card(card(photos, groups + "train: {source: folder, path: photos}"))
+    assert mine.groups.of == "imagenet1k" and mine.groups.classes == [[6], [409, 530]]
+    assert len(mine.open("train")) == 3
+    mine = load_card(card(photos, "train: {source: folder, path: photos}"))
+    assert mine.groups is None
+    mine = load_card(
+        card(photos, groups.replace("6, ", "6, 7, ") + "train: {source: folder, path: photos}")
+    )
+    with pytest.raises(ValueError, match="groups 3 classes, and the data has 2"):
+        mine.open("train")
+
+
+@pytest.mark.parametrize(
+    "groups, message",
+    [
+        ("[1, 2]", "mapping with of and classes"),
+        ("{of: imagenet1k}", "mapping with of and classes"),
+        ("{of: imagenet1k, classes: [1], more: 2}", "mapping with of and classes"),
+        ("{of: imagenet1kk, classes: [1]}", "no card 'imagenet1kk'. Did you mean 'imagenet1k'"),
+        ("{of: imagenet1k, classes: []}", r"classes: \[\] is not a list of numbers"),
+        ("{of: imagenet1k, classes: [1, []]}", r"classes\[1\]: \[\]: is no number"),
+        ("{of: imagenet1k, classes: [1, -2]}", r"classes\[1\]: \[-2\]: is no number"),
+        ("{of: imagenet1k, classes: [1, two]}", r"classes\[1\]: \['two'\]: is no number"),
+        ("{of: imagenet1k, classes: [true]}", r"classes\[0\]: \[True\]: is no number"),
+        ("{of: imagenet1k, classes: [7, [8, 7]]}", "class 7 is in group 0 and in group 1"),
+        ("{of: imagenet1k, classes: [7]}", "there are 1, and 2 classes"),
+    ],
+)
+def test_groups_that_mean_nothing_are_refused(photos, groups, message):
+    text = f"groups: {groups}\nclasses: [a, b]\ntrain: {{source: folder, path: photos}}"
+    with pytest.raises(ValueError, match=message):
+        load_card(card(photos, text))
+
+
+ANSWERS = "answers: real.json\nval: {source: folder, path: val}"
+NUMBERED = "ILSVRC2012_val_0000000"
+
+
+def test_answers_come_in_the_order_of_the_source_not_of_the_file(photos):
+    data = photos / "data"
+    put(data / "val", f"n01/{NUMBERED}4.JPEG", f"n02/{NUMBERED}1.JPEG", f"n02/{NUMBERED}3.JPEG")
+    (data / "real.json").write_text("[[1], [2, 20], [], [4, 40], [5]]")
+    mine = load_card(card(photos, ANSWERS))
+    assert mine.answers == data / "real.json"
+    assert mine.open_answers("val") == [[4, 40], [1], []]
+    keys = [mine.open("val").key(i) for i in range(3)]
+    assert [key[-6] for key in keys] == ["4", "1", "3"]
+    (data / "val" / f"n02/{NUMBERED}3.JPEG").rename(data / "val" / f"n01/{NUMBERED}2_n00000001.jpg")
+    assert mine.open_answers("val") == [[2, 20], [4, 40], [1]]
+
+
+@pytest.mark.parametrize(
+    "name, answers, message",
+    [
+        ("cat.JPEG", "[[1]]", "cat.JPEG' is no file name with a number at its end"),
+        (f"{NUMBERED}3.JPEG", "[[1], [2]]", f"{NUMBERED}3.JPEG' has number 3, .* holds 1 to 2"),
+        (f"{NUMBERED}0.JPEG", "[[1], [2]]", "has number 0"),
+        (f"{NUMBERED}1.JPEG", "[[1], [2]]", "have the same number, 1"),
+        (f"{NUMBERED}2.JPEG", "{", "real.json: not readable as JSON"),
+        (f"{NUMBERED}2.JPEG", "[1, 2]", "real.json: is no list that holds a list"),
+        (f"{NUMBERED}2.JPEG", "[[1], [-1]]", "real.json: is no list that holds a list"),
+    ],
+)
+def test_answers_that_cannot_be_matched_are_refused_by_name(photos, name, answers, message):
+    put(photos / "data" / "val", f"n01/{NUMBERED}1.JPEG", f"n02/{name}")
+    (photos / "data" / "real.json").write_text(answers)
+    with pytest.raises(ValueError, match=f"mine.yaml: val: .*{message}"):
+        load_card(card(photos, ANSWERS)).open_answers("val")
+
+
+def test_answers_that_are_not_there_say_where_they_belong(photos):
+    mine = load_card(card(photos, ANSWERS))
+    with pytest.raises(MissingData, match="answers: there is nothing at .*data/real.json"):
+        mine.open_answers("val")
+    mine = load_card(card(photos, "val: {source: folder, path: photos}"))
+    with pytest.raises(ValueError, match="val: the card has no answers"):
+        mine.open_answers("val")
+
+
+def test_rows_of_a_shard_are_not_taken_for_the_numbers_of_files(photos):
+    (photos / "data" / "real.json").write_text("[[1], [2], [3]]")
+    mine = load_card(
+        card(photos, "answers: real.json\nval: {source: synthetic, images: 2, size: 16}")
+    )
+    with pytest.raises(ValueError, match="'000000000' is no file name"):
+        mine.open_answers("val")
+
+
+# Corruptions.
+
+CORRUPTED = """val:
+  source: folder
+  path: c/{corruption}/{severity}
+  corruption: [fog, snow]
+  severity: [1, 2]
+  images: 1
+"""
+
+
+def test_a_split_of_corruptions_is_opened_one_at_a_time(photos):
+    put(photos / "data" / "c", "fog/1/n01/a.JPEG", "fog/2/n01/b.JPEG", "snow/2/n01/c.JPEG")
+    mine = load_card(card(photos, CORRUPTED))
+    assert mine.corruptions() == {"fog": [1, 2], "snow": [1, 2]}
+    assert mine.open("val", corruption="fog", severity=2).key(0) == "n01/b.JPEG"
+    assert mine.open("val", corruption="snow", severity=2).key(0) == "n01/c.JPEG"
+    assert mine.missing() == [photos / "data" / "c" / "snow" / "1"]
+    for options, message in (
+        ({}, "no corruption 'None'.*fog, snow"),
+        ({"corruption": "fgo", "severity": 1}, "no corruption 'fgo'. Did you mean 'fog'"),
+        ({"corruption": "fog", "severity": 3}, "no severity 3. There are: 1, 2"),
+        ({"corruption": "fog"}, "no severity None"),
+    ):
+        with pytest.raises(ValueError, match=f"mine.yaml: val: {message}"):
+            mine.open("val", **options)
+
+
+def test_all_missing_corruptions_are_named_at_once(photos):
+    put(photos / "data" / "c", "fog/2/n01/b.JPEG")
+    mine = load_card(card(photos, CORRUPTED))
+    with pytest.raises(MissingData, match="nothing at .*c/snow/1. In all, 3 .*") as caught:
+        mine.open("val", corruption="snow", severity=1)
+    assert all(f"c/{name}" in str(caught.value) for name in ("fog/1", "snow/1", "snow/2"))
+    assert "c/fog/2" not in str(caught.value)
+
+
+def test_only_a_split_of_corruptions_is_asked_for_one(photos):
+    mine = load_card(card(photos, "val: {source: folder, path: photos}"))
+    assert mine.corruptions() == {} and mine.missing() == []
+    with pytest.raises(ValueError, match="val: has no corruptions, so there is no 'fog'"):
+        mine.open("val", corruption="fog", severity=1)
+
+
+@pytest.mark.parametrize(
+    "old, new, message",
+    [
+        ("{severity}", "1", "{severity} in the path and a list severity"),
+        ("  corruption: [fog, snow]\n", "", "{corruption} in the path and a list corruption"),
+        ("[1, 2]", "[]", "{severity} in the path and a list severity"),
+        ("[1, 2]", "[1, high]", "severity: .* are not all numbers"),
+        ("[fog, snow]", "[fog, off]", "corruption: .* are not all texts"),
+    ],
+)
+def test_corruptions_and_the_path_are_declared_together(photos, old, new, message):
+    with pytest.raises(ValueError, match=f"mine.yaml: val.*{message}"):
+        load_card(card(photos, CORRUPTED.replace(old, new)))
+
+
+# The cards of this repository, compared with the lists that their makers published.
+
+SHARED = Path(os.environ.get("PREPRETRAIN_SHARED_DATA") or REPOSITORY.parent / "shared" / "data")
+META = SHARED / "imagenet_meta"
+published = pytest.mark.skipif(
+    not META.is_dir(), reason="needs the published lists: PREPRETRAIN_SHARED_DATA is not there"
+)
+
+
+@published
+@pytest.mark.parametrize("name", ["imagenet_a", "imagenet_r"])
+def test_the_groups_of_imagenet_a_and_r_are_the_published_lists(name):
+    lines = (META / "timm_info" / f"{name}_indices.txt").read_text().split()
+    groups = load_card(name).groups
+    assert groups.of == "imagenet1k" and groups.classes == [[int(line)] for line in lines]
+    assert len(groups.classes) == 200
+    # Sorted folders are sorted synsets, and these have the order of the indices.
+    synsets = (META / "timm_info" / f"{name}_synsets.txt").read_text().split()
+    assert synsets == sorted(synsets)
+    all_synsets = (META / "timm_info" / "imagenet_synsets.txt").read_text().split()
+    assert [all_synsets.index(one) for one in synsets] == [row[0] for row in groups.classes]
+
+
+@published
+def test_the_groups_of_objectnet_are_the_published_mapping():
+    mapping = json.loads((META / "objectnet" / "folder_to_imagenet_indices.json").read_text())
+    mine = load_card("objectnet")
+    assert dict(zip(mine.classes, mine.groups.classes)) == mapping
+    assert len(mapping) == 113 and mine.splits["val"]["classes"] == mine.classes
+    folders = json.loads((META / "objectnet" / "folder_to_objectnet_label.json").read_text())
+    assert set(mine.classes) < set(folders) and len(folders) == 313
+
+
+@published
+def test_the_published_real_labels_are_read_and_some_are_empty(photos):
+    file = META / "timm_info" / "imagenet_real_labels.json"
+    put(photos / "data" / "val", "n01/ILSVRC2012_val_00000002.JPEG", f"n02/{NUMBERED}1.JPEG")
+    mine = load_card(card(photos, ANSWERS.replace("real.json", str(file))))
+    assert mine.open_answers("val") == [[970, 795], []]
+
+
+def test_imagenet_c_declares_nineteen_corruptions_in_five_severities():
+    corruptions = load_card("imagenet_c").corruptions()
+    assert len(corruptions) == 19 and set(map(tuple, corruptions.values())) == {(1, 2, 3, 4, 5)}
+    assert {"gaussian_noise", "jpeg_compression", "saturate"} < set(corruptions)
+
+
+def test_a_flat_imagenet_val_is_refused_by_what_was_expected_and_found(tmp_path, monkeypatch):
+    monkeypatch.setenv("PREPRETRAIN_DATA", str(tmp_path))
+    put(tmp_path / "imagenet1k" / "val", f"{NUMBERED}1.JPEG", f"{NUMBERED}2.JPEG")
+    expected = (
+        f"val: expected 1,000 folders, one a class, and found none, but 2 images.*{NUMBERED}1"
+    )
+    for name in ("imagenet1k", "imagenet_real"):
+        with pytest.raises(ValueError, match=expected):
+            load_card(name).open("val")
+
+
+def test_imagenet_v2_gives_the_folders_number_as_the_label(tmp_path, monkeypatch):
+    monkeypatch.setenv("PREPRETRAIN_DATA", str(tmp_path))
+    for label in range(1000):
+        (tmp_path / "imagenet_v2" / str(label)).mkdir(parents=True)
+    put(tmp_path / "imagenet_v2", "2/a.jpeg", "10/a.jpeg", "999/a.jpeg")
+    source = load_card("imagenet_v2").splits["val"] | {"images": None}
+    text = f"val: {json.dumps({k: v for k, v in source.items() if v is not None})}"
+    source = load_card(card(tmp_path, text)).open("val")
+    assert {source.key(i): source.label(i) for i in range(3)} == {
+        "2/a.jpeg": 2,
+        "10/a.jpeg": 10,
+        "999/a.jpeg": 999,
+    }
+    with pytest.raises(ValueError, match="declares images: 10000, and the data holds 3"):
+        load_card("imagenet_v2").open("val")
 
 
 # The scripts: the first as a person runs it, the rest in this process, which is faster.
@@ -228,3 +466,57 @@ def test_what_cannot_be_packed_leaves_nothing_behind(tmp_path, script):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["in"]
     wrong = script("datasets/make_shards.py", "synthetic", "images", "--out", str(tmp_path / "o"))
     assert "images: is not key=value" in wrong
+
+
+def lines(path):
+    return [line.rsplit(" ", 1) for line in path.read_text().splitlines()]
+
+
+def test_the_most_frequent_classes_are_split_at_random_into_lists(tmp_path, script):
+    for name, count in {"ape": 3, "bee": 1, "cat": 4, "dog": 3}.items():
+        put(tmp_path / "in", *(f"{name}/{i}.jpg" for i in range(count)))
+    path = card(tmp_path, f"train: {{source: folder, path: {tmp_path}/in}}")
+    call = ("datasets/subset.py", "most_frequent", path, "--classes", "3", "--val", "2", "--out")
+    printed = script(*call, str(tmp_path / "a"))
+    assert "train.txt: 8 of 11 images" in printed and "val.txt: 2 of 11 images" in printed
+    train, val = (lines(tmp_path / "a" / f"{part}.txt") for part in ("train", "val"))
+    whole = {name for name, _ in train} | {name for name, _ in val}
+    assert len(whole) == 10 and not any(name.startswith("bee") for name in whole)
+    assert {name[:3]: label for name, label in train + val} == {"ape": "0", "cat": "1", "dog": "2"}
+    script(*call, str(tmp_path / "again"))
+    script(*call, str(tmp_path / "other"), "--seed", "1")
+    text = [(tmp_path / f / "val.txt").read_text() for f in ("a", "again", "other")]
+    assert text[0] == text[1] != text[2]
+    assert "a: exists already" in script(*call, str(tmp_path / "a"))
+    listed = f"{{source: listed, path: {tmp_path}/in, listing: {tmp_path}/a/train.txt}}"
+    source = open_source(card(tmp_path, f"train: {listed}"))
+    assert [[source.key(i), str(source.label(i))] for i in range(8)] == train
+
+
+def test_uniform_shares_hold_the_same_part_of_each_class_and_nest(tmp_path, script):
+    for name, count in {"ape": 20, "bee": 10, "cat": 3}.items():
+        put(tmp_path / "in", *(f"{name}/{i}.jpg" for i in range(count)))
+    path = card(tmp_path, f"train: {{source: folder, path: {tmp_path}/in}}")
+    call = ("datasets/subset.py", "uniform", path, "--shares", "0.1", "0.5", "--out")
+    assert "0.5.txt: 17 of 33 images, 3 classes" in script(*call, str(tmp_path / "u"))
+    tenth, half = ({name for name, _ in lines(tmp_path / "u" / f)} for f in ("0.1.txt", "0.5.txt"))
+    count = lambda names: [sum(n.startswith(c) for n in names) for c in ("ape", "bee", "cat")]
+    assert count(tenth) == [2, 1, 1] and count(half) == [10, 5, 2]
+    assert tenth < half
+    script(*call, str(tmp_path / "v"), "--seed", "1")
+    assert {name for name, _ in lines(tmp_path / "v" / "0.5.txt")} != half
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (("most_frequent", "--classes", "3", "--val", "1"), "--classes 3: there are 2 classes"),
+        (("most_frequent", "--classes", "2", "--val", "3"), "--val 3: these classes hold 3 images"),
+        (("uniform", "--shares", "1.5"), "--shares 1.5: must lie between 0 and 1"),
+    ],
+)
+def test_a_subset_that_cannot_be_chosen_leaves_nothing_behind(photos, script, arguments, message):
+    path = card(photos, "train: {source: folder, path: photos}")
+    out = photos / "out"
+    said = script("datasets/subset.py", arguments[0], path, *arguments[1:], "--out", str(out))
+    assert message in said and not out.exists()

@@ -12,7 +12,7 @@ PACKAGE = ROOT / "prepretrain"
 ROWS = [
     {
         *("plugin", "clock", "distributed", "download", "transforms", "hashtags", "heads"),
-        *("index", "text"),
+        *("index", "labels", "text"),
     },
     {"log", "config", "weights", "sources", "encoders", "shard", "checkpoint", "zoo"},
     {"model", "card", "optim", "logistic", "decoder", "catalogue", "contrastive"},

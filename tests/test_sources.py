@@ -439,6 +439,174 @@ def test_loose_images_have_no_label_and_do_not_mix_with_classes(tmp_path):
         plugin.build("sources", "folder", path=str(tmp_path / "none"))
 
 
+def put(folder, *names):
+    for number, name in enumerate(names):
+        file = folder / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(jpeg(number))
+
+
+def open_folder(path, **options):
+    return plugin.build("sources", "folder", path=str(path), **options)
+
+
+def test_folders_that_are_numbers_are_never_sorted_as_words(tmp_path):
+    put(tmp_path, *(f"{number}/a.jpg" for number in range(11)))
+    with pytest.raises(ValueError, match="'10' comes before '2'.*source.labels: number"):
+        open_folder(tmp_path)
+    source = open_folder(tmp_path, labels="number", classes=11)
+    assert [(source.key(i), source.label(i)) for i in (2, 10)] == [("2/a.jpg", 2), ("10/a.jpg", 10)]
+    listed = open_folder(tmp_path, classes=["10", "2"])
+    assert [listed.key(i) for i in range(2)] == ["10/a.jpg", "2/a.jpg"]
+    with pytest.raises(ValueError, match="source.labels: number orders the folders, and so does"):
+        open_folder(tmp_path, labels="number", classes=["10", "2"])
+
+
+@pytest.mark.parametrize(
+    "folders, found", [(("0", "1", "3"), "3"), (("0", "n01"), "n01"), (("1", "2"), "2"), ((), "no")]
+)
+def test_labels_by_number_want_the_numbers_from_zero_without_a_gap(tmp_path, folders, found):
+    put(tmp_path, *(f"{name}/a.jpg" for name in folders))
+    with pytest.raises(ValueError, match=f"called 0, 1, 2, … without a gap, and there is {found}"):
+        open_folder(tmp_path, labels="number")
+
+
+@pytest.mark.parametrize(
+    "names, found",
+    [
+        (("a/1.jpg", "b/1.jpg"), r"found 2 \(a, b\)"),
+        (("1.jpg", "2.jpg"), r"found none, but 2 images that lie flat \(1.jpg, …\)"),
+        (("n01.tar", "n02.tar"), r"found none, but 2 other files \(n01.tar, …\)"),
+        ((), "found nothing"),
+    ],
+)
+def test_a_wrong_layout_is_an_error_that_says_what_was_found(tmp_path, names, found):
+    put(tmp_path, *names)
+    with pytest.raises(ValueError, match=f"expected 1,000 folders, one a class, and {found}"):
+        open_folder(tmp_path, classes=1000)
+
+
+def test_the_border_is_cut_off_without_loss_and_counts_as_other_data(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
+    (tmp_path / "chair").mkdir()
+    Image.fromarray(pixels).save(tmp_path / "chair" / "a.png")
+    source = open_folder(tmp_path, border=2)
+    inner = decode(source[0]["image"]).permute(1, 2, 0).numpy()
+    assert (inner == pixels[2:-2, 2:-2]).all() and source[0]["label"] == 0
+    assert source.fingerprint != open_folder(tmp_path).fingerprint
+    with pytest.raises(BadImage, match="chair/a.png: all border"):
+        open_folder(tmp_path, border=10)[0]
+    (tmp_path / "chair" / "a.png").write_bytes(b"junk")
+    with pytest.raises(BadImage, match="chair/a.png: "):
+        open_folder(tmp_path, border=2)[0]
+    with pytest.raises(ValueError, match="source.border: -1"):
+        open_folder(tmp_path, border=-1)
+
+
+# Lists.
+
+
+def open_list(folder, text, name="list.txt", **options):
+    (folder / name).write_text(text)
+    options |= {"path": str(folder / "in"), "listing": str(folder / name)}
+    return plugin.build("sources", "listed", **options)
+
+
+def seen(source):
+    return [(source.key(i), source[i]["label"]) for i in range(len(source))]
+
+
+def test_a_list_of_paths_and_labels_is_read_in_its_order(tmp_path):
+    put(tmp_path / "in", "a/1.jpg", "b/c/2 x.jpg", "d/3.jpg")
+    source = open_list(tmp_path, "/d/3.jpg 7\nb/c/2 x.jpg 0\n\n")
+    assert seen(source) == [("d/3.jpg", 7), ("b/c/2 x.jpg", 0)]
+    assert source.fields == ("image", "label") and source[0]["image"] == jpeg(2)
+    other = open_list(tmp_path, "d/3.jpg 6\nb/c/2 x.jpg 0\n")
+    assert source.fingerprint != other.fingerprint
+
+
+def test_a_list_of_paths_labels_by_folder_as_the_folder_source_does(tmp_path):
+    put(tmp_path / "in", "apple_pie/1.jpg", "beignets/2.jpg", "waffles/3.jpg")
+    source = open_list(tmp_path, "waffles/3\nbeignets/2\n", suffix=".jpg")
+    assert seen(source) == [("waffles/3.jpg", 2), ("beignets/2.jpg", 1)]
+    assert (
+        source.classes
+        == ["apple_pie", "beignets", "waffles"]
+        == open_folder(tmp_path / "in").classes
+    )
+
+
+def naturalist(**changes):
+    content = {
+        "images": [{"id": 5, "file_name": "t/x.jpg"}, {"id": 3, "file_name": "t/y.jpg"}],
+        "annotations": [{"image_id": 3, "category_id": 40}, {"image_id": 5, "category_id": 20}],
+        "categories": [
+            {"id": 40, "name": "owl"},
+            {"id": 10, "name": "ant"},
+            {"id": 20, "name": "bee"},
+        ],
+    }
+    return json.dumps(content | changes)
+
+
+def test_inaturalists_official_files_are_lists(tmp_path):
+    put(tmp_path / "in", "t/x.jpg", "t/y.jpg")
+    source = open_list(tmp_path, naturalist(), "train2018.json")
+    assert seen(source) == [("t/x.jpg", 1), ("t/y.jpg", 2)]
+    assert source.classes == ["ant", "bee", "owl"]
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"annotations": [{"image_id": 5, "category_id": 20}]}, "1 images have no annotation: t/y"),
+        ({"annotations": [{"image_id": 5, "category_id": 20}] * 2}, "image 5 has several annot"),
+        (
+            {"annotations": [{"image_id": 5, "category_id": 2}]},
+            "image 5 is of category 2, which is",
+        ),
+    ],
+)
+def test_annotations_that_are_no_labels_are_refused(tmp_path, changes, message):
+    put(tmp_path / "in", "t/x.jpg", "t/y.jpg")
+    with pytest.raises(ValueError, match=f"train2018.json: {message}"):
+        open_list(tmp_path, naturalist(**changes), "train2018.json")
+
+
+@pytest.mark.parametrize(
+    "text, name, message",
+    [
+        ("a/1.jpg 0\na/2.jpg\n", "list.txt", "'a/2.jpg' has no label, and other lines have one"),
+        ("c/1.jpg\n", "list.txt", "'c/1.jpg' names no folder of .*in, where there are 2: a, b"),
+        ("a/1.jpg\na/1.jpg\n", "list.txt", "names 'a/1.jpg' twice"),
+        ("a/../../1.jpg 0\n", "list.txt", "'a/../../1.jpg' lies outside"),
+        ("\n", "list.txt", "names no image"),
+        ("{", "list.json", "not readable as JSON"),
+        ("[]", "list.json", "is no mapping with images, annotations, categories"),
+    ],
+)
+def test_a_list_that_cannot_be_read_is_refused_by_line(tmp_path, text, name, message):
+    put(tmp_path / "in", "a/1.jpg", "a/2.jpg", "b/1.jpg")
+    with pytest.raises(ValueError, match=f"{name}: {message}"):
+        open_list(tmp_path, text, name)
+
+
+def test_all_missing_images_of_a_list_are_counted_and_some_named(tmp_path):
+    put(tmp_path / "in", "a/1.jpg")
+    text = "".join(f"a/{number}.jpg 0\n" for number in range(1, 7))
+    with pytest.raises(
+        ValueError, match="5 of its 6 images are not below .*: a/2.jpg, a/3.jpg, a/4"
+    ):
+        open_list(tmp_path, text)
+    with pytest.raises(ValueError, match="none.txt: is no file"):
+        plugin.build("sources", "listed", path=str(tmp_path), listing=str(tmp_path / "none.txt"))
+
+
+def test_every_source_gives_a_key_alone(two_shards):
+    source = open_shards(two_shards)
+    assert [source.key(i) for i in range(9)] == [source[i]["key"] for i in range(9)]
+
+
 # Parquet.
 
 

@@ -67,6 +67,10 @@ class Shards(Source):
         except BadImage as error:
             raise BadImage(error.cause, error.detail, key) from error
 
+    def key(self, index: int) -> str:
+        shard, row = self._find(index)
+        return shard.index.key(row)
+
     def label(self, index: int) -> int:
         return self._value(index, "label")
 

@@ -1,0 +1,119 @@
+"""Write lists of some images of a card, which the source `listed` reads: a path and a label a line.
+
+python datasets/subset.py most_frequent imagenet22k --classes 5000 --val 250000 --out data/imagenet5k
+python datasets/subset.py uniform imagenet1k --shares 0.1 0.2 0.5 --out data/imagenet1k/uniform
+"""
+
+import argparse
+import os
+import shutil
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import numpy as np  # noqa: E402
+
+from prepretrain.card import open_source  # noqa: E402
+from prepretrain.sources.base import Files  # noqa: E402
+
+Rows = list[tuple[str, int]]  # the path of an image, from the source's folder, and its label
+
+
+def most_frequent(source: Files, classes: int, val: int, seed: int) -> dict[str, Rows]:
+    """{"train", "val"}: all images of the `classes` classes with the most, split at random.
+
+    Of two classes of the same size the one with the lower label comes first. The labels count
+    anew, in the old ones' order. ("Delving Deeper into Data Scaling in Masked Image Modeling",
+    section 3.5; its own list and seed are not published.)
+    """
+    labels = np.array([source.label(i) for i in range(len(source))])
+    present, counts = np.unique(labels, return_counts=True)
+    if not 1 <= classes <= len(present):
+        raise ValueError(f"--classes {classes}: there are {len(present)} classes.")
+    chosen = np.sort(present[np.argsort(-counts, kind="stable")[:classes]])
+    images = np.flatnonzero(np.isin(labels, chosen))
+    if not 1 <= val < len(images):
+        raise ValueError(f"--val {val}: these classes hold {len(images)} images, to be split.")
+    mixed = np.random.default_rng(seed).permutation(images)
+    parts = {"train": np.sort(mixed[val:]), "val": np.sort(mixed[:val])}
+    anew = {int(label): number for number, label in enumerate(chosen)}
+    return {
+        name: [(source.key(int(i)), anew[int(labels[i])]) for i in part]
+        for name, part in parts.items()
+    }
+
+
+def uniform(source: Files, shares: list[float], seed: int) -> dict[str, Rows]:
+    """{"0.1": …}: the same share of each class, of one image at least; labels as they were.
+
+    A smaller share of the same seed lies within each larger one. ("On Data Scaling in Masked Image
+    Modeling", section 2.1: "uniformly sampled from each category"; its lists are not published.)
+    """
+    for share in shares:
+        if not 0 < share < 1:
+            raise ValueError(f"--shares {share}: must lie between 0 and 1.")
+    labels = np.array([source.label(i) for i in range(len(source))])
+    order = np.argsort(labels, kind="stable")
+    ends = np.flatnonzero(np.diff(labels[order])) + 1
+    mixed = [
+        np.random.default_rng([seed, int(labels[part[0]])]).permutation(part)
+        for part in np.split(order, ends)
+    ]
+    lists = {}
+    for share in shares:
+        kept = [part[: max(1, round(share * len(part)))] for part in mixed]
+        images = np.sort(np.concatenate(kept))
+        lists[f"{share:g}"] = [(source.key(int(i)), int(labels[i])) for i in images]
+    return lists
+
+
+def write(lists: dict[str, Rows], out: Path) -> None:
+    """<out>/<name>.txt for each list; all of them, or none."""
+    if out.exists():
+        raise ValueError(f"{out}: exists already. Choose another --out, or remove it.")
+    draft = out.with_name(f"{out.name}.tmp-{os.getpid()}")
+    draft.mkdir(parents=True)
+    try:
+        for name, rows in lists.items():
+            text = "".join(f"{path} {label}\n" for path, label in rows)
+            (draft / f"{name}.txt").write_text(text)
+        os.rename(draft, out)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+def main() -> None:
+    """Parse, choose, write, and print the counts."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    rules = parser.add_subparsers(dest="rule", required=True)
+    frequent = rules.add_parser("most_frequent", help="the classes with the most images, split")
+    frequent.add_argument("--classes", type=int, required=True, help="how many classes")
+    frequent.add_argument("--val", type=int, required=True, help="how many images val gets")
+    share = rules.add_parser("uniform", help="the same share of each class")
+    share.add_argument("--shares", type=float, nargs="+", required=True, help="such as 0.1 0.5")
+    for rule in (frequent, share):
+        rule.add_argument("card", help="a card, or card:split, of images in files with labels")
+        rule.add_argument("--seed", type=int, default=0)
+        rule.add_argument("--out", type=Path, required=True, help="the folder to make")
+    args = parser.parse_args()
+    source = open_source(args.card)
+    if not isinstance(source, Files) or "label" not in source.fields:
+        raise ValueError(f"{args.card}: a subset is chosen from image files with labels.")
+    if args.rule == "uniform":
+        lists = uniform(source, args.shares, args.seed)
+    else:
+        lists = most_frequent(source, args.classes, args.val, args.seed)
+    write(lists, args.out)
+    for name, rows in lists.items():
+        classes = len({label for _, label in rows})
+        print(f"{args.out / name}.txt: {len(rows):,} of {len(source):,} images, {classes} classes")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except ValueError as error:
+        sys.exit(f"error: {error}")
