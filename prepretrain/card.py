@@ -1,6 +1,7 @@
 """What a dataset is: a YAML card with its splits, licence and class names, and how to open one."""
 
 import os
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -79,10 +80,11 @@ class Card:
         options = self._options(split)
         return {name: list(options["severity"]) for name in options.get("corruption", ())}
 
-    def missing(self, split: str = "val") -> list[Path]:
-        """The folders of the split's corruptions that are not there."""
+    def missing(self, split: str = "val", of: Collection[str] | None = None) -> list[Path]:
+        """The folders of the split's corruptions, or `of` these, that are not there."""
         declared = self.corruptions(split)
-        places = [self._path(split, name, level) for name in declared for level in declared[name]]
+        names = [name for name in declared if of is None or name in of]
+        places = [self._path(split, name, level) for name in names for level in declared[name]]
         return [place for place in map(data_folder().joinpath, places) if not place.is_dir()]
 
     def open_answers(self, split: str) -> list[list[int]]:
