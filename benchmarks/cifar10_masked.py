@@ -44,7 +44,7 @@ STAGES = {
     "simmim_swinv2": "model: {encoder: swinv2_mini8}\n"
     "objective: {name: simmim, cell: 8, target_window: 15, crop_scale: [0.67, 1.0]}\n" + OPTIM,
 }
-PROBE = "evaluators=[{name: linear, data: probe, every: 100%, solver: lbfgs, pool: mean}]"
+PROBE = "evaluators=[{name: linear, data: probe, every: 100%, protocol: lbfgs, pool: mean}]"
 UNTRAINED = ["length=1it", "optim.warmup=0it", "optim.lr=0"]
 # Photos of 16 pixels and small batches, so that two cores memorise 500 of them within minutes; no
 # crops, so that what is memorised are the photos.

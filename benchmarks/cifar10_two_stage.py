@@ -36,7 +36,7 @@ train: {source: parquet, path: probe.parquet, images: 10_000}
 val: {source: parquet, path: "%s/val.parquet"}
 """
 EVALUATORS = (
-    "evaluators=[{name: linear, data: photos, every: 100%%, solver: lbfgs, pool: %s}, "
+    "evaluators=[{name: linear, data: photos, every: 100%%, protocol: lbfgs, pool: %s}, "
     "{name: lowshot, data: photos, every: 100%%, pool: %s}]"
 )
 COMMON = [

@@ -65,7 +65,7 @@ TAGS = [
 ]
 RETRIEVAL = "{name: retrieval, data: %s, every: 100%%}"
 ZEROSHOT = "{name: zeroshot, data: fashion_titles, every: 100%}"
-PROBE = "{name: linear, data: fashion_titles, every: 100%, solver: lbfgs}"
+PROBE = "{name: linear, data: fashion_titles, every: 100%, protocol: lbfgs}"
 WANTED = {  # figures of the table: evaluation, its key
     "retrieval/flickr8k_1k": ("mean_recall", "image_to_text_r10", "text_to_image_r10"),
     "retrieval/fashion_titles": ("mean_recall", "image_to_text_r10", "text_to_image_r10"),

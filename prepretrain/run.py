@@ -378,6 +378,7 @@ class Plan:
                     raise ValueError(f"evaluators[{i}].{key}: is missing.")
             every, data = options.pop("every"), options.pop("data")
             name, evaluator = build_evaluator(options, data)
+            evaluator.cache = False  # at the next evaluation the weights are others
             evaluator.check(self.objective.model)
             built.append(
                 (

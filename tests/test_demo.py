@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PROBE = "evaluators=[{name: linear, data: demo, every: 100%, solver: lbfgs, pool: mean}]"
+PROBE = "evaluators=[{name: linear, data: demo, every: 100%, protocol: lbfgs, pool: mean}]"
 
 
 def together(folder: Path, *commands: tuple[str, ...]) -> None:

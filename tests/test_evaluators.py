@@ -9,15 +9,16 @@ import numpy as np
 import pytest
 import torch
 from conftest import processes
-from sklearn.linear_model import LogisticRegression
+from sklearn.linear_model import LogisticRegression, Ridge
 from test_features import tiny_model
 from test_text import BPE
 
-from prepretrain import distributed, logistic, plugin
+from prepretrain import distributed, logistic, plugin, probes
 from prepretrain.card import load_card
 from prepretrain.evaluators.base import accuracy, class_count
 from prepretrain.evaluators.linear import Linear
 from prepretrain.evaluators.lowshot import Lowshot, _scaled, choose
+from prepretrain.probes import PROTOCOLS
 
 CARD = """
 description: procedural scenes
@@ -68,7 +69,12 @@ def test_every_evaluator_documents_its_options_and_quotes_a_metric_that_it_retur
 
 
 def measured(card: str) -> list[dict[str, float]]:
-    parts = (("linear", {"feature_batch": 8, "epochs": 12}), ("lowshot", {"shots": [1, 2]}))
+    parts = (
+        ("linear", {"feature_batch": 8, "epochs": 12}),
+        ("linear", {"feature_batch": 8, "protocol": "ridge", "pool": "mean"}),
+        ("knn", {"feature_batch": 8, "k": 5}),
+        ("lowshot", {"shots": [1, 2]}),
+    )
     return [
         plugin.build("evaluators", name, data=card, **options).run(tiny_model(), None)
         for name, options in parts
@@ -81,33 +87,144 @@ def _measure(rank: int, card: str, folder: str) -> None:
     distributed.shutdown()
 
 
-def test_two_ranks_give_the_numbers_of_one(card, tmp_path):
-    processes(2, _measure, card, str(tmp_path))
-    for rank in range(2):
+@pytest.mark.parametrize("world", [2, 3])  # of 37 images in batches of 8, the last is never full
+def test_more_ranks_give_the_numbers_of_one(world, card, tmp_path):
+    processes(world, _measure, card, str(tmp_path))
+    for rank in range(world):
         for found, expected in zip(
             torch.load(tmp_path / f"{rank}.pt"), measured(card), strict=True
         ):
             assert found == pytest.approx(expected, abs=1e-9)
 
 
-@pytest.mark.parametrize("solver", ["sgd", "lbfgs"])
-def test_separable_features_are_probed_to_about_100_percent(solver, card):
-    (train, labels), (val, answers) = clouds(600, 8, 6.0, 0), clouds(300, 8, 6.0, 1)
-    found = accuracy(Linear(data=card, solver=solver).fit(train, labels, val, 8), answers)
+FLAT = [name for name in PROTOCOLS if name != "attentive"]
+
+
+def probed(card: str, train, labels, val, answers, classes: int, **options) -> dict[str, float]:
+    """Accuracies on `val` of a probe trained on `train`."""
+    head = Linear(data=card, **options).fit(train, labels, classes)
+    return accuracy(probes.scores(head, val), answers)
+
+
+@pytest.mark.parametrize("protocol", FLAT)
+def test_separable_features_are_probed_to_about_100_percent(protocol, card):
+    both = *clouds(600, 8, 6.0, 0), *clouds(300, 8, 6.0, 1)
+    found = probed(card, *both, 8, protocol=protocol)
     assert found["top1"] > 99 and found["top5"] == 100
 
 
-@pytest.mark.parametrize("solver", ["sgd", "lbfgs"])
-def test_noise_is_probed_to_chance(solver, card):
-    (train, labels), (val, answers) = clouds(500, 4, 0.0, 0), clouds(2000, 4, 0.0, 1)
-    found = accuracy(Linear(data=card, solver=solver).fit(train, labels, val, 4), answers)
+@pytest.mark.parametrize("protocol", FLAT)
+def test_noise_is_probed_to_chance(protocol, card):
+    both = *clouds(500, 4, 0.0, 0), *clouds(2000, 4, 0.0, 1)
+    found = probed(card, *both, 4, protocol=protocol)
     assert abs(found["top1"] - 25) < 4 and "top5" not in found
 
 
 def test_a_training_set_smaller_than_the_batch_is_trained_on_whole(card):
-    (train, labels), (val, answers) = clouds(10, 2, 8.0, 0), clouds(50, 2, 8.0, 1)
-    found = accuracy(Linear(data=card, epochs=200).fit(train, labels, val, 2), answers)
-    assert found["top1"] > 95
+    both = *clouds(10, 2, 8.0, 0), *clouds(50, 2, 8.0, 1)
+    assert probed(card, *both, 2, epochs=200)["top1"] > 95
+
+
+def test_an_attentive_probe_finds_the_token_that_tells_the_classes(card):
+    """One token of nine, elsewhere in each image, says the class, beside which their mean is noisy."""
+
+    def hidden(count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+        generator = torch.Generator().manual_seed(seed)
+        vectors, labels = clouds(count, 4, 3.0, seed)
+        tokens = 6 * torch.randn(count, 9, 16, generator=generator)
+        tokens[:, :, 0], vectors[:, 0] = 0, 20  # a mark that attention can learn to look for
+        tokens[torch.arange(count), torch.randint(9, (count,), generator=generator)] = vectors
+        return tokens, labels
+
+    both = *hidden(600, 0), *hidden(200, 1)
+    options = {"protocol": "attentive", "pool": "tokens", "batch_size": 64, "epochs": 15}
+    found = probed(card, *both, 4, **options, lr=4e-3)["top1"]
+    mean = probed(card, both[0].mean(1), both[1], both[2].mean(1), both[3], 4, protocol="ridge")
+    assert found > mean["top1"] + 10, (found, mean)
+    half = [part.half() if part.ndim == 3 else part for part in both]
+    assert probed(card, *half, 4, **options) == probed(card, *half, 4, **options)
+
+
+def test_the_sweeps_heads_are_those_of_momentum_sgd_at_each_rate():
+    features, labels = clouds(70, 3, 1.0, 0)
+    stack = probes._stacked(features, labels, 3, (0.01, 0.3), 5, epochs=4, batch_size=32)
+    for k, rate in enumerate((0.01, 0.3)):
+        generator = torch.Generator().manual_seed(5)
+        alone = probes._linear(16, 3, generator)
+        optimizer = torch.optim.SGD(
+            alone.parameters(), lr=rate * 32 / 256, momentum=0.9, nesterov=True
+        )
+        probes._train(
+            alone, optimizer, features, labels, generator, epochs=4, batch_size=32, warmup=0
+        )
+        torch.testing.assert_close(stack.weight[k].T, alone.weight)
+        torch.testing.assert_close(stack.bias[k, 0], alone.bias)
+
+
+@pytest.mark.parametrize("protocol", FLAT)
+def test_the_labels_of_val_do_not_influence_the_probe(protocol, card, tmp_path, monkeypatch):
+    fitted = []
+    whole = Linear.fit
+    monkeypatch.setattr(Linear, "fit", lambda *a: fitted.append(whole(*a)) or fitted[-1])
+    features, labels = clouds(100, 3, 1.0, 0)
+    for val_labels in (labels, (labels + 1) % 3):
+        splits = {"train": (features, labels), "val": (features, val_labels)}
+        evaluator = Linear(data=card, protocol=protocol)
+        evaluator.features = lambda model, split, folder, splits=splits: splits[split]
+        evaluator.run(None, tmp_path)
+    for one, other in zip(*(head.state_dict().values() for head in fitted)):
+        assert torch.equal(one, other)
+
+
+def test_the_sweep_takes_another_rate_where_the_held_out_tenth_says_so(caplog):
+    """With the first rate chosen, or the last, the choice was no choice."""
+    chosen = set()
+    for apart, flipped in ((3.0, 0.0), (0.2, 0.4)):
+        features, labels = clouds(300, 3, apart, 0)
+        noisy = torch.rand(300, generator=torch.Generator().manual_seed(0)) < flipped
+        with caplog.at_level("INFO", logger="prepretrain"):
+            probes.fit(
+                "sweep", features, labels.where(~noisy, 0), 3, seed=0, epochs=8, batch_size=64
+            )
+        chosen.add(caplog.messages[-1].split(",")[0])
+    assert len(chosen) == 2, chosen
+
+
+def test_ridge_agrees_with_scikit_learn():
+    features, labels = clouds(300, 5, 0.7, 0)
+    weight = probes.ridge(features, labels, 5, l2=0.1)
+    other = Ridge(alpha=0.1 * 300, tol=1e-12)
+    other.fit(features.double().numpy(), torch.eye(5)[labels].double().numpy())
+    np.testing.assert_allclose(weight[:, :-1].numpy(), other.coef_, atol=1e-8)
+    np.testing.assert_allclose(weight[:, -1].numpy(), other.intercept_, atol=1e-8)
+
+
+def test_a_probe_that_diverges_and_features_that_are_not_finite_are_errors(card):
+    features, labels = clouds(100, 3, 1.0, 0)
+    with pytest.raises(RuntimeError, match="'swag' probe diverged"):
+        Linear(data=card, protocol="swag", lr=1e30).fit(features, labels, 3)
+    features[7, 3] = float("nan")
+    with pytest.raises(ValueError, match="scenes:train: features are not finite"):
+        Linear(data=card).fit(features, labels, 3)
+
+
+def test_labels_that_do_not_fit_the_features_or_the_classes_are_errors(card):
+    features, labels = clouds(30, 3, 1.0, 0)
+    with pytest.raises(ValueError, match="labels run from 0 to 2, of 2 classes"):
+        Linear(data=card).fit(features, labels, 2)
+    with pytest.raises(ValueError, match="30 images with 29 labels"):
+        Linear(data=card).fit(features, labels[1:], 3)
+
+
+def test_of_equal_scores_the_lower_class_comes_first_and_nan_has_no_rank():
+    scores = torch.tensor([[1.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0]] * 3)
+    assert accuracy(scores, torch.tensor([0, 1, 6])) == {
+        "top1": pytest.approx(100 / 3),
+        "top5": pytest.approx(200 / 3),
+    }
+    scores[0, 0] = float("nan")
+    with pytest.raises(RuntimeError, match="scores are NaN"):
+        accuracy(scores, torch.tensor([0, 1, 6]))
 
 
 @pytest.mark.parametrize("l2", [1.0, 1e-2, 1e-4])
@@ -181,7 +298,17 @@ def test_a_label_beyond_the_cards_classes_is_an_error(card):
     ("name", "options", "message"),
     [
         ("linear", {"pool": "max"}, "pool"),
-        ("linear", {"solver": "adam"}, "solver"),
+        ("linear", {"protocol": "adam"}, "protocol"),
+        ("linear", {"protocol": "lbfgs", "lr": 0.1}, "linear.lr: protocol 'lbfgs' has none"),
+        ("linear", {"protocol": "sweep", "lr": 0.1}, "It has: epochs, batch_size"),
+        ("linear", {"protocol": "attentive"}, "linear.pool: 'class' .* tokens for protocol"),
+        ("linear", {"pool": "tokens"}, "linear.pool: 'tokens' .* class or mean for protocol"),
+        ("linear", {"resize": "stretch"}, "resize"),
+        ("linear", {"share": 0.0}, "linear.share"),
+        ("knn", {"pool": "tokens"}, "pool"),
+        ("knn", {"k": 0}, "knn.k"),
+        ("knn", {"temperature": 0.0}, "knn.temperature"),
+        ("knn", {"feature_batch": 0}, "knn.feature_batch"),
         ("linear", {"epochs": 0}, "epochs"),
         ("linear", {"epochs": 5}, "warmup: 10 does not fit; it must be 0 to 4"),
         ("linear", {"lr": -1.0}, "lr"),

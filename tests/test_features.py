@@ -1,15 +1,22 @@
 """Features of a split: each image once, in order, whatever the number of ranks."""
 
 import io
+import multiprocessing
+import os
+import shutil
+import signal
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import processes
+from filelock import FileLock
 from PIL import Image
 
-from prepretrain import distributed, shard
-from prepretrain.features import extract, frozen
+from prepretrain import distributed, shard, store
+from prepretrain.evaluators.linear import Linear
+from prepretrain.features import extract, fingerprint, frozen
 from prepretrain.model import Model
 from prepretrain.objectives.mae import MAE
 from prepretrain.sources.base import Source
@@ -22,9 +29,10 @@ class Pictures(Source):
     fingerprint = "pictures"
 
     def __init__(self, count: int, **changed: object):
-        self.groups, self.changed = [count], changed
+        self.groups, self.changed, self.read = [count], changed, []
 
     def __getitem__(self, index: int) -> dict:
+        self.read.append(index)
         pixels = np.random.default_rng(index).integers(0, 255, (4, 4, 3), dtype=np.uint8)
         file = io.BytesIO()
         Image.fromarray(pixels).resize((40, 36)).save(file, "JPEG")
@@ -42,6 +50,10 @@ def tiny_model(**options: object) -> Model:
 def _save(rank: int, folder: str) -> None:
     distributed.init()
     torch.save(extract(tiny_model(), Pictures(13), batch_size=4), f"{folder}/{rank}.pt")
+    store.ROWS = 5
+    source = Pictures(13)
+    found = extract(tiny_model(), source, batch_size=2, cache=Path(folder) / "cache")
+    torch.save((*found, source.read), f"{folder}/cached{rank}.pt")
     distributed.shutdown()
 
 
@@ -53,13 +65,24 @@ def test_features_come_in_the_sources_order_with_their_labels():
     torch.testing.assert_close(features[:1], one)
 
 
-def test_two_ranks_give_the_same_features_as_one_where_nothing_divides(tmp_path):
+@pytest.mark.parametrize("world", [2, 3])
+def test_more_ranks_give_the_same_features_as_one_where_nothing_divides(world, tmp_path):
     alone, labels = extract(tiny_model(), Pictures(13), batch_size=4)
-    processes(2, _save, str(tmp_path))
-    for rank in range(2):
+    processes(world, _save, str(tmp_path))
+    read = []
+    for rank in range(world):
         features, found = torch.load(tmp_path / f"{rank}.pt")
         assert found.tolist() == labels.tolist()
         torch.testing.assert_close(features, alone)
+        features, found, mine = torch.load(tmp_path / f"cached{rank}.pt")
+        assert found.tolist() == labels.tolist()
+        torch.testing.assert_close(features, alone)
+        read += mine
+    # a rank without an image of its own takes a chunk's first to fill its batch
+    assert sorted(set(read)) == list(range(13)) and len(read) <= 13 + world
+    source = Pictures(13)
+    torch.testing.assert_close(extract(tiny_model(), source, cache=tmp_path / "cache")[0], alone)
+    assert not source.read  # what several ranks wrote, one finds
 
 
 def test_a_source_without_labels_is_named():
@@ -121,3 +144,158 @@ def _evaluate_then_train(rank: int) -> None:
 
 def test_a_sharded_model_trains_after_an_evaluation():
     processes(1, _evaluate_then_train)
+
+
+def kept(folder: Path, **options: object) -> list[int]:
+    """The images that a pass with a cache reads, each once; its features are those without one."""
+    source, model = Pictures(13), options.pop("model", None) or tiny_model()
+    features, labels = extract(model, source, batch_size=4, cache=folder, **options)
+    other, _ = extract(model, Pictures(13), batch_size=4, **options)
+    torch.testing.assert_close(features, other)
+    assert labels.tolist() == list(range(13)) and features.dtype == torch.float32
+    return source.read
+
+
+def test_features_are_computed_once_for_each_model_and_way_of_reading(tmp_path):
+    assert kept(tmp_path) == list(range(13)) and kept(tmp_path) == []
+    other = tiny_model()
+    other.encoder.norm.bias.data[0] += 1e-3
+    for options in (
+        {"model": other},
+        {"model": tiny_model(mean=[0.5, 0.5, 0.5])},
+        {"pool": "mean"},
+        {"layer": 1},
+        {"share": 1.0},
+        {"resize": "squash"},
+    ):
+        assert kept(tmp_path, **options) == list(range(13)), options
+        assert kept(tmp_path, **options) == [], options
+    source = Pictures(13)
+    source.fingerprint = "other pictures"
+    extract(tiny_model(), source, cache=tmp_path)
+    assert source.read == list(range(13))
+    shutil.rmtree(tmp_path)
+    assert kept(tmp_path) == list(range(13))
+
+
+class Killing(Pictures):
+    """Kills its process at its tenth image."""
+
+    def __getitem__(self, index: int) -> dict:
+        if index == 9:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().__getitem__(index)
+
+
+def _killed(folder: Path) -> None:
+    store.ROWS = 4
+    extract(tiny_model(), Killing(13), batch_size=4, cache=folder)
+
+
+def test_a_pass_that_was_killed_goes_on_from_its_last_whole_chunk(tmp_path, monkeypatch):
+    child = multiprocessing.get_context("spawn").Process(target=_killed, args=(tmp_path,))
+    child.start()
+    child.join()
+    assert child.exitcode == -signal.SIGKILL
+    monkeypatch.setattr(store, "ROWS", 4)
+    assert kept(tmp_path) == [8, 9, 10, 11, 12]
+    assert kept(tmp_path) == []
+
+
+def test_a_chunk_that_changed_on_disk_is_computed_again_and_a_torn_file_whole(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr(store, "ROWS", 4)
+    kept(tmp_path)
+    (file,) = tmp_path.glob("*.bin")
+    with open(file, "r+b") as stream:  # a NaN in the sixth image's features
+        stream.seek(5 * 32 * 4)
+        stream.write(np.array([np.nan], "<f4").tobytes())
+    assert kept(tmp_path) == [4, 5, 6, 7]
+    with open(file, "r+b") as stream:  # the last label
+        stream.seek(-1, os.SEEK_END)
+        stream.write(b"\1")
+    assert kept(tmp_path) == [12]
+    os.truncate(file, file.stat().st_size - 8)
+    assert kept(tmp_path) == list(range(13))
+    (described,) = tmp_path.glob("*.json")
+    described.write_text(described.read_text()[:40])
+    assert kept(tmp_path) == list(range(13)) and kept(tmp_path) == []
+
+
+def test_features_that_are_not_finite_are_never_kept(tmp_path):
+    model = tiny_model()
+    model.encoder.norm.weight.data.fill_(float("nan"))
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="not finite"):
+            extract(model, Pictures(3), cache=tmp_path)
+
+
+def test_while_another_process_writes_features_are_computed_without(tmp_path):
+    kept(tmp_path)
+    (file,) = tmp_path.glob("*.bin")
+    file.unlink()
+    with FileLock(f"{file.with_suffix('')}.lock"):
+        assert kept(tmp_path) == list(range(13)) and not file.exists()
+
+
+def test_all_tokens_are_kept_in_half_precision_and_only_on_disk(tmp_path):
+    model, source = tiny_model(), Pictures(5)
+    with pytest.raises(ValueError, match="tokens of all images are kept on disk only"):
+        extract(model, source, pool="tokens")
+    tokens, labels = extract(model, source, pool="tokens", layer=1, cache=tmp_path)
+    assert tokens.shape == (5, 17, 32) and tokens.dtype == torch.float16
+    pooled, _ = extract(model, Pictures(5), layer=1)
+    torch.testing.assert_close(tokens[:, 0].float(), pooled, atol=1e-2, rtol=1e-2)
+    assert labels.tolist() == list(range(5))
+
+
+def test_a_disk_without_room_is_refused_before_it_starts(tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=5000))
+    with pytest.raises(ValueError, match="demo:val: its features take .* are free"):
+        extract(tiny_model(), Pictures(5), pool="tokens", name="demo:val", cache=tmp_path)
+    assert not list(tmp_path.glob("*.bin"))
+
+
+def test_features_of_changed_images_are_not_kept(tmp_path):
+    with pytest.raises(ValueError, match="changed images are not cached"):
+        extract(tiny_model(), Pictures(3), change=lambda image, random: 255 - image, cache=tmp_path)
+
+
+def _fingerprints(rank: int, folder: str) -> None:
+    distributed.init()
+    for group in (1, None):
+        with torch.device("meta"):
+            objective = MAE(
+                Model(encoder="vit_test8"), decoder_depth=1, decoder_width=32, decoder_heads=2
+            )
+        shard.shard(objective, precision="fp32", group=group, recompute="block")
+        shard.initialise(objective, 0)
+        name = f"{distributed.world()}_{rank}_{group}"
+        Path(folder, name).write_text(fingerprint(objective.model))
+    distributed.shutdown()
+
+
+def test_a_models_fingerprint_is_the_same_however_it_is_sharded(tmp_path):
+    processes(1, _fingerprints, str(tmp_path))
+    processes(2, _fingerprints, str(tmp_path))
+    found = [path.read_text() for path in tmp_path.iterdir()]
+    assert len(found) == 6 and len(set(found)) == 1
+    assert found[0] != fingerprint(tiny_model())
+
+
+def test_two_evaluations_of_a_run_share_its_features(tmp_path):
+    card = tmp_path / "scenes.yaml"
+    card.write_text(
+        "train: {source: synthetic, images: 40, size: 32}\n"
+        "val: {source: synthetic, images: 9, size: 32, seed: 1}\n"
+    )
+    options = {"data": str(card), "pool": "mean"}
+    found = Linear(**options, protocol="ridge").run(tiny_model(), tmp_path)
+    files = {path: path.stat().st_mtime_ns for path in (tmp_path / "features").iterdir()}
+    assert {path.name.split("-")[0] for path in files} == {"scenes_train", "scenes_val"}
+    again = Linear(**options, protocol="ridge").run(tiny_model(), tmp_path)
+    assert again == found == Linear(**options, protocol="ridge").run(tiny_model(), None)
+    Linear(**options, protocol="lbfgs").run(tiny_model(), tmp_path)
+    assert files == {path: path.stat().st_mtime_ns for path in (tmp_path / "features").iterdir()}

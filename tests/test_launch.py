@@ -196,7 +196,7 @@ def test_the_encoder_of_a_released_file_with_more_in_it_is_taken_by_name(trained
 
 
 def test_an_evaluation_adds_its_numbers_to_the_run_it_evaluates(trained):
-    launch("eval/linear", ["data=colours", "evaluator.solver=lbfgs"], init="runs/mae")
+    launch("eval/linear", ["data=colours", "evaluator.protocol=lbfgs"], init="runs/mae")
     launch("eval/lowshot", ["data=colours", "evaluator.shots=[2]"], init="runs/mae/export")
     results = json.loads((trained / "results.json").read_text())
     assert results["linear/colours"]["images"] == 60 and "encoder_parameters" in results

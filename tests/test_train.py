@@ -299,7 +299,7 @@ def test_stage_two_starts_from_stage_ones_encoder_at_another_image_size(place, g
 
 def test_evaluators_run_within_a_run_and_leave_training_as_it_was(place, group):
     train("runs/plain")
-    train("runs/watched", "evaluators=[{name: linear, data: colours, every: 50%, solver: lbfgs}]")
+    train("runs/watched", "evaluators=[{name: linear, data: colours, every: 50%, protocol: lbfgs}]")
     watched = rows("runs/watched")
     assert [r["loss"] for r in watched if "loss" in r] == [r["loss"] for r in rows("runs/plain")]
     assert [r["step"] for r in watched if "linear/colours/top1" in r] == [6, 12]

@@ -1,8 +1,9 @@
 """What an evaluator is, and the few pieces that several protocols share."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
 from prepretrain.card import load_card
@@ -17,6 +18,7 @@ class Evaluator:
     """
 
     headline: str
+    cache = True  # whether `run` may keep features in its folder; not of a model that is training
 
     def __init__(self, *, data: str):
         self.data = data
@@ -33,6 +35,63 @@ class Evaluator:
     def quoted(cls, results: dict[str, float]) -> str:
         """The key of these results that a table quotes: the headline, unless an option moved it."""
         return cls.headline
+
+    def features_folder(self, folder: Path | None) -> Path | None:
+        """Where a run keeps features, as extract's `cache`; the folder may be removed at any
+        time."""
+        return folder / "features" if self.cache and folder is not None else None
+
+
+class Probing(Evaluator):
+    """A protocol that learns from the features of a card's `train` and is measured on its `val`.
+
+    data           the card
+    pool, layer, share, resize: as features.extract's
+    feature_batch  images at once a process, while features are computed;  workers: decoding processes
+    """
+
+    def __init__(
+        self,
+        *,
+        data: str,
+        pool: str,
+        layer: int | None,
+        share: float,
+        resize: Literal["crop", "squash"],
+        feature_batch: int,
+        workers: int,
+    ):
+        super().__init__(data=data)
+        kind = type(self).__module__.rpartition(".")[2]
+        require(resize in ("crop", "squash"), f"{kind}.resize", resize, "is 'crop' or 'squash'")
+        require(0 < share <= 1, f"{kind}.share", share, "must lie above 0 and up to 1")
+        require(feature_batch >= 1, f"{kind}.feature_batch", feature_batch, "must be at least 1")
+        require(workers >= 0, f"{kind}.workers", workers, "must not be negative")
+        self.kind, self.pool, self.layer = kind, pool, layer
+        self.share, self.resize = share, resize
+        self.feature_batch, self.workers = feature_batch, workers
+
+    def check(self, model: nn.Module) -> None:
+        """See Evaluator.check: a class token, where it is asked for."""
+        if self.pool == "class" and model.encoder.prefix < 1:
+            raise ValueError(
+                f"{self.kind}.pool: this encoder has no class token. Use {self.kind}.pool=mean."
+            )
+
+    def features(self, model: nn.Module, split: str, folder: Path | None) -> tuple[Tensor, Tensor]:
+        """Features and labels of a split of the card, from the folder's cache if they are there."""
+        return labelled_features(
+            self.card,
+            split,
+            model,
+            pool=self.pool,
+            layer=self.layer,
+            batch_size=self.feature_batch,
+            workers=self.workers,
+            share=self.share,
+            resize=self.resize,
+            cache=self.features_folder(folder),
+        )
 
 
 class Contrasting(Evaluator):
@@ -103,8 +162,14 @@ def class_count(card: Any, *labels: Tensor) -> int:
 
 def accuracy(scores: Tensor, labels: Tensor) -> dict[str, float]:
     """Top-1 in percent, and top-5 where there are more than five classes. `scores` is [n,
-    classes]."""
+    classes]; of equal scores the lower class comes first, on every device.
+
+    Raises RuntimeError for scores that are NaN.
+    """
+    if scores.isnan().any():
+        raise RuntimeError("scores are NaN, which has no rank. Did the training stay finite?")
+    own, classes = scores.gather(1, labels[:, None]), torch.arange(scores.shape[1])
+    before = (scores == own) & (classes.to(labels.device) < labels[:, None])
+    rank = ((scores > own) | before).sum(dim=1)
     ranks = (1, 5) if scores.shape[1] > 5 else (1,)
-    best = scores.topk(ranks[-1], dim=1).indices
-    hit = best == labels[:, None]
-    return {f"top{k}": 100.0 * hit[:, :k].any(dim=1).sum().item() / len(labels) for k in ranks}
+    return {f"top{k}": 100.0 * (rank < k).sum().item() / len(labels) for k in ranks}

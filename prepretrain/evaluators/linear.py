@@ -1,38 +1,43 @@
 """Linear probe: how much of a dataset's classes a linear map reads from frozen features."""
 
-import math
 from pathlib import Path
 from typing import Literal
 
-import torch
-from timm.optim import Lars
 from torch import Tensor, nn
 
-from prepretrain import distributed, logistic
-from prepretrain.evaluators.base import Evaluator, accuracy, class_count, labelled_features, require
-from prepretrain.log import logger
-
-L2 = (1e-2, 1e-3, 1e-4, 1e-5)  # strong to weak, each fit starting from the one before
-ITERATIONS, TOLERANCE = 150, 1e-4  # of L-BFGS: scikit-learn's are 100 and 1e-4
+from prepretrain import distributed, probes
+from prepretrain.evaluators.base import Probing, accuracy, class_count, require
+from prepretrain.probes import PROTOCOLS
 
 
-class Linear(Evaluator):
-    """The linear probe of MAE (He et al. 2022, appendix A), on features computed once.
+class Linear(Probing):
+    """A probe on frozen features that are computed once, from the centre of each image.
 
-    MAE trains its probe with random crops and flips. Here features are computed once, from the
-    centre of each image, and the probe is trained on those: far cheaper, and a lower bound on what
-    the augmented probe gives.
+    MAE and SWAG train theirs on random crops and flips: far dearer, and this is a lower bound on
+    what that gives.
 
-    data           the card; its splits `train` and `val` are used
-    pool           "class" (the class token) or "mean" (of the patch tokens)
+    data           the card; the probe learns from its `train` and is measured on its `val`
+    protocol       "mae": BatchNorm without affine, then a linear layer, by LARS and a cosine (He et al.
+                   2022, appendix A; arXiv 2305.15248, Table 14, where larger models take 50 epochs).
+                   "swag": a linear layer by Nesterov's momentum and a cosine (SWAG's, in torchvision's
+                   PR 5793, whose rate is not known).
+                   "sweep": a linear layer at several rates at once; the best on a held-out tenth of
+                   `train` is then trained on all of it.
+                   "lbfgs": logistic regression, its L2 strength chosen on a held-out tenth of `train`;
+                   the better choice for small sets, and needs no tuning. "ridge": least squares in
+                   closed form, its L2 strength chosen so too; the quickest.
+                   "attentive": attention pooling of all tokens, then a linear layer, by AdamW
+    pool           "class" (the class token), "mean" (of the patch tokens) or, for "attentive" alone,
+                   "tokens", which are first written to <run folder>/features: n x T x D x 2 bytes
     layer          read the tokens after that many blocks; None: after the last, and its norm (SimMIM
                    probes layer 8 of a ViT-B, mean pool: its issue 14)
-    solver         "sgd": BatchNorm without affine, then a linear layer, trained with LARS and a cosine,
-                   as MAE does. "lbfgs": logistic regression on standardised features, its L2 strength
-                   chosen on a tenth of `train`; the better choice for small sets, and needs no tuning
-    epochs, batch_size, lr (per 256 images), warmup (epochs), weight_decay: of "sgd". A smaller training
-                   set is one batch, at the lr of `batch_size`: LARS's steps are relative to the weights,
-                   so a lower lr would leave them where they start
+    epochs, batch_size, lr (per 256 images), warmup (epochs), weight_decay: of the protocols that have
+                   them (probes.PROTOCOLS), and None: the protocol's own. A smaller training set is one
+                   batch, at the lr of `batch_size`: LARS's steps are relative to the weights, so a lower
+                   lr would leave them where they start
+    share          of the image's short side that the centre crop shows
+    resize         "crop": that centre; "squash": all, without keeping the aspect (so do the released
+                   scripts of fine-tuned models)
     feature_batch  images at once a process, while features are computed;  workers: decoding processes
     seed           of the head's first weights, the order of images, and the held-out tenth
     """
@@ -43,144 +48,103 @@ class Linear(Evaluator):
         self,
         *,
         data: str,
-        pool: Literal["class", "mean"] = "class",
+        protocol: Literal["mae", "swag", "sweep", "lbfgs", "ridge", "attentive"] = "mae",
+        pool: Literal["class", "mean", "tokens"] = "class",
         layer: int | None = None,
-        solver: Literal["sgd", "lbfgs"] = "sgd",
-        epochs: int = 90,
-        batch_size: int = 16384,
-        lr: float = 0.1,
-        warmup: int = 10,
-        weight_decay: float = 0.0,
+        epochs: int | None = None,
+        batch_size: int | None = None,
+        lr: float | None = None,
+        warmup: int | None = None,
+        weight_decay: float | None = None,
+        share: float = 0.875,
+        resize: Literal["crop", "squash"] = "crop",
         feature_batch: int = 256,
         workers: int = 0,
         seed: int = 0,
     ):
-        super().__init__(data=data)
-        require(pool in ("class", "mean"), "linear.pool", pool, "is 'class' or 'mean'")
-        require(solver in ("sgd", "lbfgs"), "linear.solver", solver, "is 'sgd' or 'lbfgs'")
-        require(epochs >= 1, "linear.epochs", epochs, "must be at least 1")
-        require(batch_size >= 2, "linear.batch_size", batch_size, "must be at least 2")
-        require(lr > 0, "linear.lr", lr, "must be above 0")
-        require(
-            0 <= warmup < epochs,
-            "linear.warmup",
-            warmup,
-            f"must be 0 to {epochs - 1} (below epochs)",
+        super().__init__(
+            data=data,
+            pool=pool,
+            layer=layer,
+            share=share,
+            resize=resize,
+            feature_batch=feature_batch,
+            workers=workers,
         )
-        require(weight_decay >= 0, "linear.weight_decay", weight_decay, "must not be negative")
-        require(feature_batch >= 1, "linear.feature_batch", feature_batch, "must be at least 1")
-        require(workers >= 0, "linear.workers", workers, "must not be negative")
-        self.layer = layer
-        self.pool, self.solver, self.seed = pool, solver, seed
-        self.epochs, self.batch_size, self.lr = epochs, batch_size, lr
-        self.warmup, self.weight_decay = warmup, weight_decay
-        self.feature_batch, self.workers = feature_batch, workers
+        require(
+            protocol in PROTOCOLS, "linear.protocol", protocol, f"is one of {', '.join(PROTOCOLS)}"
+        )
+        pools = ("tokens",) if protocol == "attentive" else ("class", "mean")
+        require(
+            pool in pools, "linear.pool", pool, f"is {' or '.join(pools)} for protocol {protocol}"
+        )
+        given = {
+            "epochs": epochs,
+            "batch_size": batch_size,
+            "lr": lr,
+            "warmup": warmup,
+            "weight_decay": weight_decay,
+        }
+        self.protocol, self.seed = protocol, seed
+        self.settings = _settings(protocol, {k: v for k, v in given.items() if v is not None})
+
+    def check(self, model: nn.Module) -> None:
+        """See Evaluator.check: a class token, where it is asked for; for tokens, a cache."""
+        super().check(model)
+        if self.pool == "tokens" and not self.cache:
+            raise ValueError(
+                "linear.protocol: 'attentive' keeps all tokens on disk, which makes no sense of a "
+                "model that is training. Use --stage eval/linear after the run, or another protocol."
+            )
 
     def run(self, model: nn.Module, folder: Path) -> dict[str, float]:
         """Top-1 (and top-5) on `val`, with the numbers of images that it was measured and trained
         on."""
-        reading = {
-            "pool": self.pool,
-            "layer": self.layer,
-            "batch_size": self.feature_batch,
-            "workers": self.workers,
-        }
-        train, train_labels = labelled_features(self.card, "train", model, **reading)
-        val, val_labels = labelled_features(self.card, "val", model, **reading)
+        train, train_labels = self.features(model, "train", folder)
+        val, val_labels = self.features(model, "val", folder)
         classes = class_count(self.card, train_labels, val_labels)
-        scores = self.fit(train, train_labels, val, classes)
-        found = accuracy(scores.cpu(), val_labels) | {
-            "images": len(val),
-            "train_images": len(train),
-        }
-        return distributed.from_main(found)
+        head = self.fit(train, train_labels, classes)
+        found = accuracy(probes.scores(head, val), val_labels)
+        return distributed.from_main(found | {"images": len(val), "train_images": len(train)})
 
-    def fit(self, train: Tensor, labels: Tensor, val: Tensor, classes: int) -> Tensor:
-        """Scores [len(val), classes] of a probe trained on `train`."""
-        if len(train) < 2:
+    def fit(self, features: Tensor, labels: Tensor, classes: int) -> nn.Module:
+        """A probe on this process's device, trained on features [n, D] (attentive: [n, T, D]) and
+        labels [n]: features to scores [n, classes], for probes.scores.
+
+        Raises ValueError for features that are not finite or labels that do not fit.
+        """
+        where = f"{self.card.name}:train"
+        if len(features) < 2 or len(features) != len(labels):
             raise ValueError(
-                f"{self.card.name}:train: {len(train)} image is too few to train a probe on."
+                f"{where}: {len(features)} images with {len(labels)} labels are too few, or do not "
+                f"fit each other: a probe needs two images or more, each with its label."
             )
-        device = distributed.device()
-        solve = _sgd if self.solver == "sgd" else _lbfgs
-        return solve(self, train.to(device), labels.to(device), val.to(device), classes)
+        if not all(part.isfinite().all() for part in features.split(4096)):
+            raise ValueError(f"{where}: features are not finite. Did the training stay finite?")
+        low, high = int(labels.min()), int(labels.max())
+        if low < 0 or high >= classes:
+            raise ValueError(f"{where}: labels run from {low} to {high}, of {classes} classes.")
+        return probes.fit(self.protocol, features, labels, classes, seed=self.seed, **self.settings)
 
 
-def _sgd(options: Linear, train: Tensor, labels: Tensor, val: Tensor, classes: int) -> Tensor:
-    generator = torch.Generator().manual_seed(options.seed)
-    head = _head(train.shape[1], classes, generator).to(train.device)
-    # LARS adapts the weight but not the bias, as MAE's and MoCo v3's do; timm's adapts only where
-    # there is weight decay, so without always_adapt the weight would not be adapted at all.
-    optimizer = Lars(
-        [
-            {
-                "params": [head[1].weight],
-                "weight_decay": options.weight_decay,
-                "always_adapt": True,
-            },
-            {"params": [head[1].bias]},
-        ],
-        momentum=0.9,
-    )
-    batches = math.ceil(len(train) / options.batch_size)  # near-equal ones: no image is dropped
-    peak = options.lr * options.batch_size / 256
-    for epoch in range(options.epochs):
-        order = torch.randperm(len(train), generator=generator).to(train.device)
-        for i, rows in enumerate(order.tensor_split(batches)):
-            lr = peak * _schedule(epoch + i / batches, options.warmup, options.epochs)
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-            loss = nn.functional.cross_entropy(head(train[rows]), labels[rows])
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-    head.eval()
-    with torch.no_grad():
-        return head(val)
-
-
-def _head(width: int, classes: int, generator: torch.Generator) -> nn.Sequential:
-    linear = nn.Linear(width, classes)
-    nn.init.trunc_normal_(linear.weight, std=0.01, generator=generator)
-    nn.init.zeros_(linear.bias)
-    return nn.Sequential(nn.BatchNorm1d(width, affine=False, eps=1e-6), linear)
-
-
-def _schedule(epoch: float, warmup: int, epochs: int) -> float:
-    """The share of the peak lr at a fractional epoch: linear warm-up, then half a cosine."""
-    if epoch < warmup:
-        return epoch / warmup
-    return 0.5 + 0.5 * math.cos(math.pi * (epoch - warmup) / (epochs - warmup))
-
-
-def _lbfgs(options: Linear, train: Tensor, labels: Tensor, val: Tensor, classes: int) -> Tensor:
-    """Logistic regression, its L2 strength the one that is best on a held-out tenth of `train`."""
-    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(options.seed))
-    held, kept = order.to(train.device).tensor_split([math.ceil(len(train) / 10)])
-    inner, outer = _standardised(train[kept], train[held])
-    best, chosen, weight = -1.0, L2[0], None
-    for l2 in L2:
-        weight = logistic.fit(
-            inner,
-            labels[kept],
-            classes,
-            l2=l2,
-            start=weight,
-            iterations=ITERATIONS,
-            tolerance=TOLERANCE,
-        )
-        top1 = accuracy(logistic.scores(outer, weight), labels[held])["top1"]
-        if top1 > best:  # on a tie the stronger one stays
-            best, chosen = top1, l2
-    logger.info("linear/%s: l2 %g, %.2f %% on a held-out tenth", options.card.name, chosen, best)
-    inner, outer = _standardised(train, val)
-    weight = logistic.fit(
-        inner, labels, classes, l2=chosen, start=weight, iterations=ITERATIONS, tolerance=TOLERANCE
-    )
-    return logistic.scores(outer, weight)
-
-
-def _standardised(train: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
-    """Both with the mean and deviation of `train` removed; a constant feature becomes 0."""
-    mean, deviation = train.mean(0), train.std(0, correction=0).clamp_min(1e-6)
-    return (train - mean) / deviation, (other - mean) / deviation
+def _settings(protocol: str, given: dict[str, float]) -> dict[str, float]:
+    """The protocol's settings under those that are given, checked."""
+    known = PROTOCOLS[protocol]
+    for name in given:
+        if name not in known:
+            raise ValueError(
+                f"linear.{name}: protocol '{protocol}' has none. It has: "
+                f"{', '.join(known) or 'no setting'}."
+            )
+    found = known | given
+    for name in found.keys() & {"epochs", "lr", "batch_size"}:
+        least = 2 if name == "batch_size" else 1
+        rule = "must be above 0" if name == "lr" else f"must be at least {least}"
+        fits = found[name] > 0 if name == "lr" else found[name] >= least
+        require(fits, f"linear.{name}", found[name], rule)
+    if "warmup" in found:
+        rule = f"must be 0 to {found['epochs'] - 1} (below epochs)"
+        require(0 <= found["warmup"] < found["epochs"], "linear.warmup", found["warmup"], rule)
+    decay = found.get("weight_decay", 0.0)
+    require(decay >= 0, "linear.weight_decay", decay, "must not be negative")
+    return found
