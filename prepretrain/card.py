@@ -1,7 +1,6 @@
 """What a dataset is: a YAML card with its splits, licence and class names, and how to open one."""
 
 import os
-from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -80,12 +79,13 @@ class Card:
         options = self._options(split)
         return {name: list(options["severity"]) for name in options.get("corruption", ())}
 
-    def missing(self, split: str = "val", of: Collection[str] | None = None) -> list[Path]:
-        """The folders of the split's corruptions, or `of` these, that are not there."""
-        declared = self.corruptions(split)
-        names = [name for name in declared if of is None or name in of]
-        places = [self._path(split, name, level) for name in names for level in declared[name]]
-        return [place for place in map(data_folder().joinpath, places) if not place.is_dir()]
+    def missing(self, split: str = "val") -> dict[str, list[int]]:
+        """Those of `corruptions` whose folder is not there; {} where all are."""
+        absent = {
+            name: [n for n in levels if not (data_folder() / self._path(split, name, n)).is_dir()]
+            for name, levels in self.corruptions(split).items()
+        }
+        return {name: levels for name, levels in absent.items() if levels}
 
     def open_answers(self, split: str) -> list[list[int]]:
         """The classes that are right for each image of a split, in the order of its source.
@@ -133,10 +133,10 @@ class Card:
                 f"{', '.join(map(str, declared[corruption]))}."
             )
         path, missing = self._path(split, corruption, severity), self.missing(split)
-        if data_folder() / path in missing:
+        if severity in missing.get(corruption, ()):
+            every = "; ".join(f"{n} {', '.join(map(str, levels))}" for n, levels in missing.items())
             raise MissingData(
-                f"{where}: there is nothing at {data_folder() / path}. In all, {len(missing)} "
-                f"folders are missing: {', '.join(map(str, missing))}."
+                f"{where}: there is nothing at {data_folder() / path}. All that is missing: {every}."
             )
         return path
 

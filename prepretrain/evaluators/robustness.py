@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from prepretrain import corruptions as makers
 from prepretrain import distributed, plugin, probes
-from prepretrain.card import Card, MissingData, load_card
+from prepretrain.card import Card, MissingData, data_folder, load_card
 from prepretrain.evaluators.base import Evaluator, accuracy, class_count, labelled_features, require
 from prepretrain.features import extract
 from prepretrain.sources.base import Source, Subset, spread
@@ -79,7 +79,7 @@ class Robustness(Evaluator):
         self,
         *,
         data: str,
-        classifier: Literal["own", "linear", "zeroshot"],
+        classifier: Literal["own", "linear", "zeroshot"] = "linear",
         sets: tuple[str, ...] = (),
         official: str | None = None,
         corruptions: tuple[str, ...] = (),
@@ -106,10 +106,6 @@ class Robustness(Evaluator):
         require(images is None or images >= 1, "robustness.images", images, "must be at least 1")
         require(feature_batch >= 1, "robustness.feature_batch", feature_batch, "must be at least 1")
         require(workers >= 0, "robustness.workers", workers, "must not be negative")
-        if not (sets or official or corruptions):
-            raise ValueError(
-                "robustness: there is nothing to measure. Give sets, official or corruptions."
-            )
         self.sets = [self._set(name) for name in sets]
         self.official = None if official is None else _official(official)
         self.corruptions = makers.NAMES if tuple(corruptions) == ("all",) else tuple(corruptions)
@@ -304,11 +300,14 @@ def _official(name: str) -> Card:
 
 
 def _require_official(card: Card) -> None:
-    missing = card.missing("val", makers.OFFICIAL)
+    """Raises MissingData naming each severity of the 15 corruptions that is not there."""
+    missing = {k: v for k, v in card.missing("val").items() if k in makers.OFFICIAL}
     if missing:
+        named = (f"{kind} {', '.join(map(str, levels))}" for kind, levels in missing.items())
         raise MissingData(
-            f"robustness.official: '{card.name}' lacks {len(missing)} of 75 folders: "
-            f"{', '.join(map(str, missing))}."
+            f"robustness.official: of '{card.name}' there is no {'; '.join(named)} at "
+            f"{data_folder() / str(card.splits['val']['path'])}. Complete it, or measure what there "
+            "is as cards of their own, in sets."
         )
 
 
