@@ -76,7 +76,10 @@ def test_any_size_is_corrupted_by_the_seed_alone(name, table, shape):
 def test_a_higher_severity_changes_more(name):
     image = photo()
     changes = [(made(image, name, s) - image.double()).abs().mean().item() for s in SEVERITIES]
-    if name in ("snow", "glass_blur"):  # the published severities of these do not rise in every step
+    if name in (
+        "snow",
+        "glass_blur",
+    ):  # the published severities of these do not rise in every step
         assert changes[0] < changes[2] and changes[0] < changes[4]
     else:
         assert changes == sorted(changes) and changes[0] > 0
@@ -97,9 +100,12 @@ def test_the_noises_have_the_published_deviations(severity, table):
     assert noise("speckle_noise", 100).std().item() == pytest.approx(clipped, rel=0.02)
     grey, photons = np.full((160, 160, 3), 0.2), constant("shot_noise")
     counts = corruptions.shot_noise(grey, photons, np.random.default_rng(0)) * photons
-    assert counts.mean() == pytest.approx(0.2 * photons, rel=0.02) and abs(counts - counts.round()).max() < 1e-9
+    assert (
+        counts.mean() == pytest.approx(0.2 * photons, rel=0.02)
+        and abs(counts - counts.round()).max() < 1e-9
+    )
     assert counts.var() == pytest.approx(0.2 * photons, rel=0.02)
-    found = made(flat(100, 160), "impulse_noise", severity, table=table)
+    found = made(flat(100, 160), "impulse_noise", severity, seed=1, table=table)
     share = constant("impulse_noise")
     assert (found == 0).double().mean().item() == pytest.approx(share / 2, rel=0.1)
     assert (found == 255).double().mean().item() == pytest.approx(share / 2, rel=0.1)
@@ -249,7 +255,9 @@ def test_fog_lifts_black_and_keeps_the_brightest_value():
 
 
 def test_frost_is_a_weighted_sum_with_a_part_of_a_texture(tmp_path):
-    textures = [np.full((300, 400, 3), level, dtype=np.uint8) for level in (40, 80, 120, 160, 200, 9)]
+    textures = [
+        np.full((300, 400, 3), level, dtype=np.uint8) for level in (40, 80, 120, 160, 200, 9)
+    ]
     drawn = set()
     for seed in range(40):
         for size in ((224, 224), (350, 90)):  # the second is higher than the textures
