@@ -11,6 +11,7 @@ from prepretrain import distributed
 from prepretrain.features import frozen
 from prepretrain.loader import evaluation_batches
 from prepretrain.objectives.base import Objective
+from prepretrain.sources import base as sources
 from prepretrain.train import to_device
 
 logger = logging.getLogger(__name__)
@@ -35,7 +36,7 @@ def spread(source: Any, images: int | None) -> Any:
     """`images` images spread evenly over a source; all of it if None or if it has fewer."""
     if images is None or images >= len(source):
         return source
-    return Subset(source, [i * len(source) // images for i in range(images)])
+    return Subset(source, sources.spread(len(source), images))
 
 
 def measure(

@@ -14,7 +14,10 @@ ROWS = [
         *("plugin", "clock", "distributed", "download", "transforms", "hashtags", "heads"),
         *("index", "labels", "store", "text"),
     },
-    {"log", "config", "weights", "sources", "encoders", "shard", "checkpoint", "zoo"},
+    {
+        *("log", "config", "weights", "sources", "encoders", "shard", "checkpoint", "zoo"),
+        "corruptions",
+    },
     {"model", "card", "optim", "logistic", "decoder", "catalogue", "contrastive"},
     {"loader", "objectives"},
     {"train", "features", "probes"},

@@ -57,16 +57,20 @@ class Zeroshot(Contrasting):
         """Accuracies on the split, each image counted once."""
         self.check(model)
         source = self.card.open(self.split)
-        names, templates = self.class_names(source), self.prompts()
-        weight, cut = classifier(model, names, templates, batch_size=self.feature_batch)
+        weight, cut = self.weight(model, source)
         features, labels = self.images(model, source)
-        if int(labels.max()) >= len(names) or class_count(self.card, labels) > len(names):
+        if int(labels.max()) >= len(weight) or class_count(self.card, labels) > len(weight):
             raise ValueError(
-                f"zeroshot.names: '{self.names}' names {len(names)} classes, and the labels of "
+                f"zeroshot.names: '{self.names}' names {len(weight)} classes, and the labels of "
                 f"{self.card.name}:{self.split} go to {int(labels.max())}."
             )
         found = measure(features @ weight.T, labels)
         return distributed.from_main(found | {"images": len(labels), "cut_prompts": cut})
+
+    def weight(self, model: nn.Module, source: Any) -> tuple[Tensor, int]:
+        """The texts of a source's classes [classes, J], and how many were cut: see `classifier`."""
+        names, templates = self.class_names(source), self.prompts()
+        return classifier(model, names, templates, batch_size=self.feature_batch)
 
     def class_names(self, source: Any) -> list[list[str]]:
         """Each class's names. Raises ValueError if there are none, or two classes share one."""

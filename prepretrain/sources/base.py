@@ -77,6 +77,14 @@ class Subset(Source):
         return self.source.texts(self.indexes[index])
 
 
+def spread(count: int, images: int | None) -> list[int]:
+    """The numbers of `images` of `count` images, spread evenly; of all if None or if there are
+    fewer."""
+    if images is None or images >= count:
+        return list(range(count))
+    return [i * count // images for i in range(images)]
+
+
 class Files(Source):
     """Image files below a folder; the key of each is its path from there, as in "cat/1.jpg"."""
 
