@@ -5,12 +5,12 @@ import logging
 from typing import Any
 
 import torch
-from torch.utils.data import Subset
 
 from prepretrain import distributed
 from prepretrain.features import frozen
 from prepretrain.loader import evaluation_batches
 from prepretrain.objectives.base import Objective
+from prepretrain.sources.base import Subset
 from prepretrain.train import to_device
 
 logger = logging.getLogger(__name__)
