@@ -1,4 +1,4 @@
-"""AdamW's parameter groups, and the learning rate as a pure function of the step."""
+"""Parameter groups, and the learning rate as a pure function of the step."""
 
 import contextlib
 from collections.abc import Iterator
@@ -25,14 +25,26 @@ def build(
     layer_decay: float = 1.0,
     ema: float | None = None,
 ) -> torch.optim.AdamW:
-    """AdamW over an objective's parts. lr is the peak that is used, not "per 256 images".
+    """AdamW over an objective's parts. lr is the peak that is used, not "per 256 images". ema: the
+    decay of a moving average of the parameters, which `averaged` puts in their place."""
+    parts = groups(objective, weight_decay=weight_decay, layer_decay=layer_decay)
+    # fused: one pass over the state, a third of the time of the default loop on a CPU (benchmarks/)
+    optimizer = torch.optim.AdamW(parts, lr=lr, betas=betas, eps=eps, fused=True)
+    if ema is not None:
+        optimizer.register_step_post_hook(partial(_average, decay=ema))
+    return optimizer
+
+
+def groups(
+    objective: nn.Module, *, weight_decay: float, layer_decay: float = 1.0
+) -> list[dict[str, Any]]:
+    """The parameters that are trained, in groups for an optimizer that a Schedule drives.
 
     No weight decay on 1-d parameters, nor on those that a part names in `no_weight_decay()`.
     layer_decay scales the rate of each layer of a part that has a `group_matcher()`, the encoder,
-    as timm does; 1 is none. ema: the decay of a moving average of the parameters, which `averaged`
-    puts in their place.
+    as timm does; 1 is none.
     """
-    groups = []
+    all_groups = []
     for root in find_roots(objective):
         names = getattr(root, "no_weight_decay", set)()
         if layer_decay != 1.0 and hasattr(root, "group_matcher"):
@@ -41,23 +53,18 @@ def build(
             )
             # the layer above an encoder's last block is its norm; without one, what stands on it
             above = 1.0 if getattr(root, "final_norm", True) else layer_decay
-            groups += [g | {"lr_scale": g["lr_scale"] * above} for g in found]
+            all_groups += [g | {"lr_scale": g["lr_scale"] * above} for g in found]
         else:
-            groups += param_groups_weight_decay(root, weight_decay, no_weight_decay_list=names)
-    groups = [
+            all_groups += param_groups_weight_decay(root, weight_decay, no_weight_decay_list=names)
+    return [
         {
             "params": list(g["params"]),
             "weight_decay": g["weight_decay"],
             "lr_scale": g.get("lr_scale", 1.0),
         }
-        for g in groups
+        for g in all_groups
         if g["params"]
     ]
-    # fused: one pass over the state, a third of the time of the default loop on a CPU (benchmarks/)
-    optimizer = torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=True)
-    if ema is not None:
-        optimizer.register_step_post_hook(partial(_average, decay=ema))
-    return optimizer
 
 
 @torch.no_grad()

@@ -249,14 +249,16 @@ def build_objective(config: Training) -> Objective:
 
 
 def build_evaluator(given: dict[str, Any], data: str) -> tuple[str, Evaluator]:
-    """("linear/cifar10", the evaluator) of an `evaluator:` section."""
+    """("linear/cifar10", or with a variant "lowshot/cifar10/vpt", and the evaluator) of an
+    `evaluator:` section."""
     options = dict(given)
     if "name" not in options:
         raise ValueError(
             f"evaluator.name: is missing. There are: {', '.join(plugin.names('evaluators'))}."
         )
     name = options.pop("name")
-    return f"{name}/{data}", plugin.build("evaluators", name, data=data, **options)
+    built = plugin.build("evaluators", name, data=data, **options)
+    return "/".join([name, data, *([built.variant] if built.variant else [])]), built
 
 
 def with_model_options(config: Training, folder: Path | None = None) -> Training:

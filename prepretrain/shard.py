@@ -149,13 +149,16 @@ def _choose_attention(root: nn.Module, device: torch.device, precision: str) -> 
 
 
 @torch.no_grad()
-def initialise(module: nn.Module, seed: int) -> None:
-    """Fills every parameter by a generator of (seed, name), the same for any number of processes.
+def initialise(module: nn.Module, seed: int, *, frozen: bool = True) -> None:
+    """Fills every parameter by a generator of (seed, name), the same for any number of processes;
+    without `frozen` only those that are trained.
 
     Everything is NaN first, so a parameter without a rule shows in step one; with an unknown layer
     it raises.
     """
     for name, parameter in module.named_parameters():
+        if not (frozen or parameter.requires_grad):
+            continue
         parameter.fill_(float("nan"))
         full = torch.empty(parameter.shape)
         # into one hash, since torch's CPU generator takes 32 bits of a seed and drops the others

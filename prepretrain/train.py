@@ -56,7 +56,7 @@ def fit(
     saved: Path | None = None,
     clip: float | None = None,
     log_every: int = 10,
-    save_every: int = 0,
+    save_every: int | None = 0,
     keep: int = 2,
     always: Sequence[int] = (),
     evals: Sequence[Evaluation] = (),
@@ -65,7 +65,7 @@ def fit(
 
     saved: that checkpoint, verified. options: what made the model, kept in checkpoints so that they
     describe themselves. clip: largest gradient norm. save_every: steps between checkpoints, one is
-    always saved at the end. always: steps that are saved, and never removed. Raises
+    always saved at the end; None saves none at all. always: steps that are saved, and never removed. Raises
     FloatingPointError, on every process and before the weights change, for a loss or gradient that
     is not finite; ValueError for too many bad images or data that are not the run's; Stopped after
     a signal.
@@ -78,6 +78,7 @@ def fit(
     with optim.averaged(objective, optimizer):
         _evaluate(evals, step, schedule.steps, metrics, distributed.from_main(metrics.measured))
     objective.train()
+    collecting = gc.isenabled()  # not where an evaluation trains within a run
     gc.disable()  # a collection at a random time on one of many processes stops them all
     try:
         while step < schedule.steps:
@@ -103,21 +104,25 @@ def fit(
                 row |= {"bad_images": sum(bad.values())} if bad else {}
                 metrics.write(row)
                 progress.show(*_texts(row, schedule.steps))
-            if vote.stop or step in always or clock.due(step, save_every, schedule.steps):
+            if save_every is not None and (
+                vote.stop or step in always or clock.due(step, save_every, schedule.steps)
+            ):
                 gc.collect()
                 state = {"step": step, "images": step * data.batch_size, "bad": dict(bad)}
                 state |= {"data": data.fingerprint, "options": options}
                 checkpoint.save(folder, step, objective, optimizer, state, keep=keep, always=always)
             if vote.stop and step < schedule.steps:
+                saved_too = "" if save_every is None else " and saved"
                 raise Stopped(
-                    f"{folder}: stopped by a signal after step {step} and saved. "
+                    f"{folder}: stopped by a signal after step {step}{saved_too}. "
                     f"The same command continues it."
                 )
             with optim.averaged(objective, optimizer):
                 _evaluate(evals, step, schedule.steps, metrics)
             objective.train()
     finally:
-        gc.enable()
+        if collecting:
+            gc.enable()
         asked.restore()
         metrics.close()
         progress.close()

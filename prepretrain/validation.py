@@ -5,7 +5,6 @@ import logging
 from typing import Any
 
 import torch
-from torch.utils.data import Subset
 
 from prepretrain import distributed
 from prepretrain.features import frozen
@@ -36,7 +35,7 @@ def spread(source: Any, images: int | None) -> Any:
     """`images` images spread evenly over a source; all of it if None or if it has fewer."""
     if images is None or images >= len(source):
         return source
-    return Subset(source, sources.spread(len(source), images))
+    return sources.Subset(source, sources.spread(len(source), images))
 
 
 def measure(

@@ -3,7 +3,6 @@
 import dataclasses
 import inspect
 import math
-import statistics
 
 import numpy as np
 import pytest
@@ -17,7 +16,6 @@ from prepretrain import distributed, logistic, plugin, probes
 from prepretrain.card import load_card
 from prepretrain.evaluators.base import accuracy, class_count
 from prepretrain.evaluators.linear import Linear
-from prepretrain.evaluators.lowshot import Lowshot, _scaled, choose
 from prepretrain.probes import PROTOCOLS
 
 CARD = """
@@ -250,44 +248,6 @@ def test_logistic_regression_in_parts_is_that_in_one(monkeypatch):
     )
 
 
-def test_lowshot_mean_and_deviation_equal_a_computation_by_hand(card):
-    (train, labels), (val, answers) = clouds(120, 3, 1.0, 0), clouds(90, 3, 1.0, 1)
-    rows = [choose(labels, 3, 4, seed) for seed in range(3)]
-    chosen = {(4, seed): (rows[seed], labels[rows[seed]]) for seed in range(3)}
-    found = Lowshot(data=card, shots=(4,), seeds=3).measure(train, chosen, val, answers, 3)
-    each = []
-    for seed in range(3):
-        other = LogisticRegression(C=1 / 0.0025, fit_intercept=False, tol=1e-8, max_iter=5000)
-        other.fit(_scaled(train[rows[seed]]).numpy(), labels[rows[seed]].numpy())
-        each.append(100 * other.score(_scaled(val).numpy(), answers.numpy()))
-    assert found == {
-        "top1_4shot": pytest.approx(statistics.fmean(each)),
-        "top1_4shot_std": pytest.approx(statistics.stdev(each)),
-    }
-
-
-def test_the_choice_of_images_depends_on_seed_and_class_and_nests():
-    labels = torch.arange(40) % 4
-    few, many = choose(labels, 4, 2, 7), choose(labels, 4, 5, 7)
-    assert labels[few].bincount().tolist() == [2] * 4 and len(set(many.tolist())) == 20
-    assert set(few.tolist()) <= set(many.tolist())
-    assert choose(labels, 4, 2, 8).tolist() != few.tolist()
-    without = choose(
-        labels[labels != 3], 3, 2, 7
-    )  # another class's images do not change a class's choice
-    assert torch.arange(40)[labels != 3][without].tolist() == few[:6].tolist()
-
-
-def test_a_class_with_too_few_images_is_an_error_unless_at_most():
-    labels = torch.tensor([0, 0, 0, 1])
-    with pytest.raises(
-        ValueError,
-        match=r"scenes:train has fewer than 2 images in 1 of 2 classes \(class 1 has 1\)",
-    ):
-        choose(labels, 2, 2, 0, data="scenes")
-    assert labels[choose(labels, 2, 2, 0, at_most=True)].tolist() == [0, 0, 1]
-
-
 def test_a_label_beyond_the_cards_classes_is_an_error(card):
     scenes = dataclasses.replace(load_card(card), classes=["circle", "square"])
     with pytest.raises(ValueError, match="labels run from 0 to 2, and there are 2 classes"):
@@ -315,12 +275,6 @@ def test_a_label_beyond_the_cards_classes_is_an_error(card):
         ("linear", {"batch_size": 1}, "batch_size"),
         ("linear", {"weight_decay": -0.1}, "weight_decay"),
         ("linear", {"bach_size": 8}, "Did you mean evaluator.batch_size"),
-        ("lowshot", {"shots": []}, "shots"),
-        ("lowshot", {"shots": [0, 1]}, "shots"),
-        ("lowshot", {"shots": [1, 1]}, "shots"),
-        ("lowshot", {"seeds": 0}, "seeds"),
-        ("lowshot", {"l2": 0.0}, "l2"),
-        ("lowshot", {"workers": -1}, "workers"),
     ],
 )
 def test_an_option_that_does_not_fit_is_named(name, options, message, card):

@@ -13,12 +13,14 @@ from prepretrain.features import extract
 class Evaluator:
     """A protocol: its constructor takes the options, `run` measures a model.
 
-    `headline` is the metric that tables quote. A subclass's constructor is keyword-only, typed and
+    `headline` is the metric that tables quote. `variant` tells its results from those of the same
+    protocol with other options, where both are of interest side by side. A subclass's constructor is keyword-only, typed and
     checked; its signature is the option list, and its docstring documents each option.
     """
 
     headline: str
     cache = True  # whether `run` may keep features in its folder; not of a model that is training
+    variant: str | None = None
 
     def __init__(self, *, data: str):
         self.data = data

@@ -86,8 +86,7 @@ class Parquet(Source):
     def __getitem__(self, index: int) -> dict:
         number, row = self._find(index)
         group = self._group(number)
-        key = group["key"][row].as_py() if "key" in group else None
-        key = f"{self.paths[self._places[number][0]].stem}/{index}" if key is None else str(key)
+        key = self.key(index)
         try:
             values = {n: column[row].as_py() for n, column in group.items() if n != "key"}
         except UnicodeDecodeError as error:
@@ -105,6 +104,12 @@ class Parquet(Source):
         if "captions" in values:
             values["captions"] = [c for c in values["captions"] or [] if c is not None]
         return {"key": key, **values}
+
+    def key(self, index: int) -> str:
+        number, row = self._find(index)
+        group = self._group(number)
+        key = group["key"][row].as_py() if "key" in group else None
+        return f"{self.paths[self._places[number][0]].stem}/{index}" if key is None else str(key)
 
     def label(self, index: int) -> int:
         number, row = self._find(index)

@@ -85,12 +85,15 @@ class Synthetic(Source):
         file = io.BytesIO()
         Image.fromarray(draw(facts, self.size, rng("picture"))).save(file, "JPEG", quality=90)
         return {
-            "key": f"{index:09d}",
+            "key": self.key(index),
             "image": file.getvalue(),
             "label": self.classes.index(facts["thing"]),
             "hashtags": _hashtags(facts, self.noise, rng("hashtags")),
             "text": _caption(facts, rng("caption")),
         }
+
+    def key(self, index: int) -> str:
+        return f"{index:09d}"
 
     def label(self, index: int) -> int:
         return self.classes.index(_facts(Random(self.seed, 0, index)("facts"))["thing"])
