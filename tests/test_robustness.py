@@ -295,3 +295,5 @@ def test_what_cannot_be_measured_is_refused_before_time_is_spent(sets, tmp_path)
         Robustness(data="colours", classifier="own").check(tiny_model())
     with pytest.raises(ValueError, match="no text tower"):
         Robustness(data="colours", classifier="zeroshot").check(tiny_model())
+    with pytest.raises(ValueError, match="robustness.pool: this encoder has no class token"):
+        Robustness(data="colours").check(Model(encoder="swinv2_test8"))

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from prepretrain import corruptions as makers
 from prepretrain import distributed, plugin, probes
 from prepretrain.card import Card, MissingData, data_folder, load_card
-from prepretrain.evaluators.base import Evaluator, accuracy, class_count, labelled_features, require
+from prepretrain.evaluators.base import Probing, accuracy, class_count, require
 from prepretrain.features import extract
 from prepretrain.sources.base import Source, Subset, spread
 
@@ -39,7 +39,7 @@ ALEXNET = {
 IMAGENET_CLASSES = 1000
 
 
-class Robustness(Evaluator):
+class Robustness(Probing):
     """One classifier, measured on the clean `val` of its data and away from it.
 
     data           the card whose classes the classifier tells apart
@@ -97,15 +97,19 @@ class Robustness(Evaluator):
         workers: int = 0,
         seed: int = 0,
     ):
-        super().__init__(data=data)
+        super().__init__(
+            data=data,
+            pool=pool,
+            layer=layer,
+            share=share,
+            resize=resize,
+            feature_batch=feature_batch,
+            workers=workers,
+        )
         kinds = ("own", "linear", "zeroshot")
         require(classifier in kinds, "robustness.classifier", classifier, f"is one of {kinds}")
         require(pool in ("class", "mean"), "robustness.pool", pool, "is 'class' or 'mean'")
-        require(resize in ("crop", "squash"), "robustness.resize", resize, "is 'crop' or 'squash'")
-        require(0 < share <= 1, "robustness.share", share, "must lie above 0 and up to 1")
         require(images is None or images >= 1, "robustness.images", images, "must be at least 1")
-        require(feature_batch >= 1, "robustness.feature_batch", feature_batch, "must be at least 1")
-        require(workers >= 0, "robustness.workers", workers, "must not be negative")
         self.sets = [self._set(name) for name in sets]
         self.official = None if official is None else _official(official)
         self.corruptions = makers.NAMES if tuple(corruptions) == ("all",) else tuple(corruptions)
@@ -128,9 +132,7 @@ class Robustness(Evaluator):
         if classifier == "zeroshot":
             texts = {"names": names, "templates": templates, "feature_batch": feature_batch}
             self.zeroshot = plugin.build("evaluators", "zeroshot", data=data, **texts)
-        self.classifier, self.pool, self.layer, self.seed = classifier, pool, layer, seed
-        self.images, self.share, self.resize = images, share, resize
-        self.feature_batch, self.workers = feature_batch, workers
+        self.classifier, self.images, self.seed = classifier, images, seed
 
     @classmethod
     def quoted(cls, results: dict[str, float]) -> str:
@@ -138,11 +140,13 @@ class Robustness(Evaluator):
         return next(k for k in ("mce", "mean_corruption_error", cls.headline) if k in results)
 
     def check(self, model: nn.Module) -> None:
-        """See Evaluator.check: a classifier or a text tower, where that is what is measured."""
+        """See Evaluator.check: a classifier, a text tower or a class token, as `classifier` needs."""
         if self.classifier == "own":
             model.require_head(f"robustness/{self.data}")
         elif self.zeroshot is not None:
             self.zeroshot.check(model)
+        else:
+            super().check(model)
 
     def run(self, model: nn.Module, folder: Path) -> dict[str, float]:
         """Accuracies and errors in percent, each image counted once; all the data is looked for
@@ -152,7 +156,7 @@ class Robustness(Evaluator):
         opened = [(card, self._part(card.open("val")), self._answers(card)) for card in self.sets]
         if self.official is not None:
             _require_official(self.official)
-        score = self._classifier(model, clean)
+        score = self._classifier(model, clean, folder)
         scores, labels = score(clean, f"{self.card.name}:val")
         self._check_classes(scores.shape[1], clean, labels)
         found = accuracy(scores, labels) | {"images": len(labels)}
@@ -185,7 +189,9 @@ class Robustness(Evaluator):
         answers = card.open_answers("val")
         return [answers[i] for i in spread(len(answers), self.images)]
 
-    def _classifier(self, model: nn.Module, clean: Source) -> Callable[..., tuple[Tensor, Tensor]]:
+    def _classifier(
+        self, model: nn.Module, clean: Source, folder: Path
+    ) -> Callable[..., tuple[Tensor, Tensor]]:
         """(source, its name, extract's options) to scores [n, C] and labels [n]."""
         reading = {
             "share": self.share,
@@ -195,7 +201,7 @@ class Robustness(Evaluator):
             "pool": {"own": "scores", "zeroshot": "joint"}.get(self.classifier, self.pool),
             "layer": self.layer if self.classifier == "linear" else None,
         }
-        to_scores = self._fitted(model, clean, reading)
+        to_scores = self._fitted(model, clean, folder)
 
         def score(source: Source, name: str, **changed: Any) -> tuple[Tensor, Tensor]:
             features, labels = extract(model, source, name=name, **(reading | changed))
@@ -203,16 +209,14 @@ class Robustness(Evaluator):
 
         return score
 
-    def _fitted(
-        self, model: nn.Module, clean: Source, reading: dict[str, Any]
-    ) -> Callable[[Tensor], Tensor]:
+    def _fitted(self, model: nn.Module, clean: Source, folder: Path) -> Callable[[Tensor], Tensor]:
         """What makes scores [n, C] of features [n, D]."""
         if self.classifier == "own":
             return lambda features: features
         if self.zeroshot is not None:
             weight = self.zeroshot.weight(model, clean)[0]
             return lambda features: features @ weight.T
-        train, labels = labelled_features(self.card, "train", model, **reading)
+        train, labels = self.features(model, "train", folder)
         classes = max(class_count(self.card, labels), len(clean.classes or ()))
         head = probes.fit("lbfgs", train, labels, classes, seed=self.seed)
         return lambda features: probes.scores(head, features)
@@ -247,7 +251,7 @@ class Robustness(Evaluator):
                 source = self._part(card.open("val", corruption=name, severity=severity))
                 where = f"{card.name}/{name}/{severity}"
                 scores, labels = score(source, where, share=1.0, resize="crop")
-                found |= _under(where, accuracy(scores, labels))
+                found[f"{where}/top1"] = accuracy(scores, labels)["top1"]
             tops = [found[f"{card.name}/{name}/{severity}/top1"] for severity in makers.SEVERITIES]
             errors[name] = 100 - fmean(tops)
             found[f"{card.name}/{name}/error"] = errors[name]
@@ -263,8 +267,8 @@ class Robustness(Evaluator):
                 change = _Corrupt(name, severity, self.table, self.textures)
                 where = f"corruption/{name}/{severity}"
                 scores, labels = score(clean, f"{self.card.name}:val, {where}", change=change)
-                found |= _under(where, accuracy(scores, labels))
-                each.append(found[f"{where}/top1"])
+                each.append(accuracy(scores, labels)["top1"])
+                found[f"{where}/top1"] = each[-1]
             tops[name] = found[f"corruption/{name}/top1"] = fmean(each)
         return found | {"mean_corruption_error": 100 - fmean(tops.values())}
 
