@@ -6,6 +6,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -90,10 +91,8 @@ def extract(
         reading = [_VERSION, pool, layer, image_size, share, resize, labelled]
         key = fingerprint_of([fingerprint(model), source.fingerprint, len(source), *reading])
         example = torch.zeros(1, 3, image_size, image_size, dtype=torch.uint8)
-        row = _features(model, example, pool, layer)[0]
-        dtype = str(row.dtype).removeprefix("torch.")
-        path = cache / f"{file_name(name)}-{key}"
-        return _cached(path, source, tuple(row.shape), dtype, compute, name)
+        row = partial(_features, model, example, pool, layer)
+        return _cached(cache / f"{file_name(name)}-{key}", source, row, compute, name)
 
 
 def _features(model: nn.Module, image: Tensor, pool: str, layer: int | None) -> Tensor:
@@ -106,23 +105,25 @@ def _features(model: nn.Module, image: Tensor, pool: str, layer: int | None) -> 
 def _cached(
     path: Path,
     source: Any,
-    shape: tuple[int, ...],
-    dtype: str,
+    row: Callable[[], Tensor],
     compute: Callable[[Any], tuple[Tensor, Tensor]],
     name: str,
 ) -> tuple[Tensor, Tensor]:
-    """What `compute` gives of a source, read from the store at `path`, with what it lacks added."""
+    """What `compute` gives of a source, read from the store at `path`, with what it lacks added;
+    `row()` is an image's features, as an example."""
     store, missing = _find(path)
     if store is not None and not missing:
         return store.read()
     with contextlib.ExitStack() as held:
         if not distributed.from_main(_lock(path, held) if distributed.is_main() else None):
-            if len(shape) > 1:
+            if row().ndim > 2:
                 raise ValueError(f"{path}: another process is writing it. Wait for its end.")
             logger.info("%s: another process is writing it; computed here without", path)
             return compute(source)
         store, missing = _find(path)  # as the process that held the lock before has left it
         if store is None:
+            example = row()[0]
+            shape, dtype = tuple(example.shape), str(example.dtype).removeprefix("torch.")
             _check_room(path, size(len(source), shape, dtype), name)
             made = Store.create(path, len(source), shape, dtype) if distributed.is_main() else None
             store = distributed.from_main(made)
