@@ -1,10 +1,14 @@
 """What one process does for a stage: turns a config into parts, and runs them. Reads the config;
 all below do not."""
 
+import contextlib
+import fcntl
 import json
 import logging
 import math
 import os
+import re
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -28,10 +32,10 @@ from prepretrain import (
 )
 from prepretrain import config as configs
 from prepretrain import model as models
-from prepretrain.config import Config, Evaluating, Training
+from prepretrain.config import Evaluating, Training
 from prepretrain.encoders import base as encoders
 from prepretrain.evaluators import zeroshot
-from prepretrain.evaluators.base import Evaluator
+from prepretrain.evaluators.base import SPEED, Evaluator
 from prepretrain.loader import Stream
 from prepretrain.model import Model
 from prepretrain.objectives.base import Objective
@@ -42,16 +46,23 @@ from prepretrain.transforms import BadImage, decode, resize_center_crop
 logger = logging.getLogger(__name__)
 
 
-def start(config: Config, folder: Path) -> None:
+def start(config: Training | Evaluating, folder: Path) -> None:
     """Runs a stage to its end in this process, as one of those that the environment describes."""
-    distributed.init()
-    folder.mkdir(parents=True, exist_ok=True)
-    log.setup(folder)
-    try:
+    with joined(folder):
         if isinstance(config, Evaluating):
             evaluate(config, folder)
         else:
             train(config, folder)
+
+
+@contextlib.contextmanager
+def joined(folder: Path) -> Iterator[None]:
+    """This process as one of those that the environment describes, with its log in the folder."""
+    distributed.init()
+    folder.mkdir(parents=True, exist_ok=True)
+    log.setup(folder)
+    try:
+        yield
     finally:
         distributed.shutdown()
 
@@ -134,10 +145,17 @@ def starting(config: Training, objective: Objective) -> list[tuple[Any, weights.
     return found + objective.starting()
 
 
-def _measure(name: str, evaluator: Evaluator, model: Model, folder: Path) -> dict[str, float]:
+def _measure(
+    name: str,
+    evaluator: Evaluator,
+    model: Model,
+    folder: Path,
+    asked: dict[str, Any] | None = None,
+) -> dict[str, float]:
+    """asked: see `evaluate`; None while the model is training, whose weights have no name."""
     results = evaluator.run(model, folder)
     logger.info("%s: %s", name, ", ".join(f"{k} {v:g}" for k, v in results.items()))
-    add_results(folder, {name: results})
+    add_results(folder, {name: results}, {name: asked or request(evaluator, {}, None)})
     return results
 
 
@@ -165,23 +183,87 @@ def _finish(plan: "Plan", folder: Path) -> None:
     logger.info("%s: done. Its weights: %s", folder, folder / "export" / "model.safetensors")
 
 
-def evaluate(config: Evaluating, folder: Path) -> dict[str, float]:
+def evaluate(config: Evaluating, folder: Path, sha256: str | None = None) -> dict[str, float]:
     """Measures a model and adds the numbers to the folder's results.json under
-    "<evaluator>/<card>"."""
-    name, evaluator = build_evaluator(config.evaluator, config.data)
+    "<evaluator>/<card>", with a label behind it if there is one, and what was asked to its
+    evaluations.json.
+
+    sha256: of the model's weights, where it is known.
+    """
+    name, evaluator = evaluator_of(config)
     model = models.load(config.init, **config.model).to(distributed.device())
     evaluator.check(model)
-    return _measure(name, evaluator, model, folder)
+    asked = request(evaluator, config.model, sha256 or fingerprint(config.init))
+    return _measure(name, evaluator, model, folder, asked)
 
 
-def add_results(folder: Path, results: dict[str, Any]) -> None:
-    """Adds to a run's results.json, whole or not at all."""
+def evaluator_of(config: Evaluating) -> tuple[str, Evaluator]:
+    """The evaluator, and the name that its results have."""
+    name, evaluator = build_evaluator(config.evaluator, config.data)
+    if config.label is None:
+        return name, evaluator
+    return f"{name}/{checked_label(config.label)}", evaluator
+
+
+def checked_label(label: str) -> str:
+    """The label. Raises ValueError for one that would not do in names of results and folders."""
+    if not isinstance(label, str) or not re.fullmatch(r"[\w.+-]+", label):
+        raise ValueError(f"label: {label!r} does not fit; it is text of letters, digits and _.+-")
+    return label
+
+
+def fingerprint(source: str) -> str:
+    """The sha256 of the weights of a source, which every process calls for together."""
+    found = models.open_weights(source)
+    return distributed.from_main(weights.sha256(found) if distributed.is_main() else None)
+
+
+def request(evaluator: Evaluator, model: dict[str, Any], sha256: str | None) -> dict[str, Any]:
+    """What evaluations.json says of a result, as JSON has it: with two alike the numbers are.
+
+    model: the options that it is loaded with. sha256: of its weights.
+    """
+    asked = {"options": {"evaluator": evaluator.options, "model": model}, "model": sha256}
+    return json.loads(json.dumps(asked))
+
+
+def add_results(folder: Path, results: dict[str, Any], asked: dict[str, Any] | None = None) -> None:
+    """Adds to a run's results.json and, what was asked, to its evaluations.json; each whole or not
+    at all. Other jobs may add to them at the same time."""
     if distributed.is_main():
-        path = folder / "results.json"
-        known = json.loads(path.read_text()) if path.exists() else {}
-        path.with_suffix(".tmp").write_text(json.dumps({**known, **results}, indent=1) + "\n")
-        os.replace(path.with_suffix(".tmp"), path)
+        with _locked(folder):  # in this order: cut off between the two, it is measured anew
+            _add(folder / "results.json", results)
+            _add(folder / "evaluations.json", asked or {})
     distributed.barrier()
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    with (folder / "results.lock").open("a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        except OSError as error:  # a network's file system without locks
+            logger.warning(
+                "%s: %s; two jobs that write here at once may lose results", lock.name, error
+            )
+        yield
+
+
+def _add(path: Path, values: dict[str, Any]) -> None:
+    if values:
+        path.with_suffix(".tmp").write_text(json.dumps(_held(path) | values, indent=1) + "\n")
+        os.replace(path.with_suffix(".tmp"), path)
+
+
+def _held(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def read_results(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What a run's results.json and evaluations.json hold, the same on every process."""
+    return distributed.from_main(
+        (_held(folder / "results.json"), _held(folder / "evaluations.json"))
+    )
 
 
 def build_evaluator(given: dict[str, Any], data: str) -> tuple[str, Evaluator]:
@@ -192,7 +274,10 @@ def build_evaluator(given: dict[str, Any], data: str) -> tuple[str, Evaluator]:
             f"evaluator.name: is missing. There are: {', '.join(plugin.names('evaluators'))}."
         )
     name = options.pop("name")
-    return f"{name}/{data}", plugin.build("evaluators", name, data=data, **options)
+    evaluator = plugin.build("evaluators", name, data=data, **options)
+    every = plugin.complete(type(evaluator), {"data": data, **options}, "evaluator")
+    evaluator.options = {"name": name, **{k: v for k, v in every.items() if k not in SPEED}}
+    return f"{name}/{data}", evaluator
 
 
 def with_model_options(config: Training, folder: Path | None = None) -> Training:
@@ -233,21 +318,27 @@ def _recorded(run: str) -> dict[str, Any]:
 
 
 def _record(config: Training, folder: Path) -> None:
-    """Writes config.yaml at a run's first start; later, refuses another config and lists the keys
-    that differ."""
-    path, values = folder / "config.yaml", configs.plain(config)
-    if path.exists():
-        changed = configs.differences(configs.read(path), values)
-        if changed:
-            raise ValueError(
-                f"{folder}: was started with another config:\n  "
-                + "\n  ".join(changed)
-                + "\nUse the same, or start another run with --out."
-            )
+    """Writes config.yaml at a run's first start; later, raises as `_check_unchanged`."""
+    _check_unchanged(config, folder)
     distributed.barrier()
     if distributed.is_main():
-        configs.write(values, path)
+        configs.write(configs.plain(config), folder / "config.yaml")
     distributed.barrier()
+
+
+def _check_unchanged(config: Training, folder: Path) -> None:
+    """Raises ValueError listing the keys that differ from what the run was started with, if it
+    was."""
+    path = folder / "config.yaml"
+    changed = (
+        configs.differences(configs.read(path), configs.plain(config)) if path.exists() else []
+    )
+    if changed:
+        raise ValueError(
+            f"{folder}: was started with another config:\n  "
+            + "\n  ".join(changed)
+            + "\nUse the same, or start another run with --out."
+        )
 
 
 class Plan:
@@ -473,13 +564,14 @@ def build_objective(config: Training) -> Objective:
     return plugin.build("objectives", options.pop("name"), Model(**config.model), **options)
 
 
-def check(config: Config, folder: Path, world: int) -> "Plan | None":
+def check(config: Training | Evaluating, folder: Path, world: int) -> "Plan | None":
     """Checks all that a start would, without a device; a training run's plan. Raises ValueError."""
     if isinstance(config, Evaluating):
-        build_evaluator(config.evaluator, config.data)
+        evaluator_of(config)
         models.open_weights(config.init)
         return None
     config = with_model_options(config, folder)
+    _check_unchanged(config, folder)
     plan = Plan(config, world)
     plan.open_data()
     plan.open_validation()
@@ -491,7 +583,7 @@ def check(config: Config, folder: Path, world: int) -> "Plan | None":
     return plan
 
 
-def dry_run(config: Config, folder: Path, stage: str, world: int) -> dict[str, Any]:
+def dry_run(config: Training | Evaluating, folder: Path, stage: str, world: int) -> dict[str, Any]:
     """Checks everything that a start would, on the meta device, and returns the facts of the run.
 
     Data that are not here are no error if the card declares how many images there are: "data" then
@@ -500,7 +592,7 @@ def dry_run(config: Config, folder: Path, stage: str, world: int) -> dict[str, A
     if isinstance(config, Evaluating):
         check(config, folder, world)
         model = models.load(config.init, **config.model)
-        build_evaluator(config.evaluator, config.data)[1].check(model)
+        evaluator_of(config)[1].check(model)
         encoder = model.encoder
         return {
             "stage": stage,

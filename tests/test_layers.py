@@ -20,9 +20,10 @@ ROWS = [
     {"train", "features"},
     {"evaluators", "validation"},
     {"run"},
+    {"suite"},
     {"launch", "report"},
 ]
-READERS_OF_CONFIG = {"run", "launch"}
+READERS_OF_CONFIG = {"run", "suite", "launch"}
 FILES = sorted(p for p in PACKAGE.rglob("*.py") if p.name != "__init__.py")
 
 
@@ -72,7 +73,7 @@ def test_plug_ins_of_a_kind_do_not_import_each_other():
             assert all(n.startswith(f"prepretrain.{kind}.base") for n in peers), f"{path}: {peers}"
 
 
-def test_only_run_and_launch_read_the_config():
+def test_only_run_suite_and_launch_read_the_config():
     assert {noun(p) for p in FILES if "config" in ours(p)} == READERS_OF_CONFIG
 
 

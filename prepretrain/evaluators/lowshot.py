@@ -34,7 +34,7 @@ class Lowshot(Evaluator):
     where there are more than five classes; the headline is top-1 of the largest K.
     """
 
-    headline = "top1_10shot"
+    headline, splits = "top1_10shot", ("train", "val")
 
     def __init__(
         self,
