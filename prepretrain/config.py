@@ -1,7 +1,7 @@
 """The configuration: a dataclass schema over OmegaConf's YAML, with base files, a.b=c overrides and
 clear errors.
 
-Only plan.py, run.py and launch.py read it. Nothing is inferred into it: derived values (the
+Only plan.py, suite.py, run.py and launch.py read it. Nothing is inferred into it: derived values (the
 scaled learning rate, steps, accumulation) are computed where they are used, and logged.
 """
 
@@ -114,10 +114,20 @@ class Evaluating:
         default_factory=dict
     )  # options to load it with instead, as in model.image_size
     seed: int = 0
+    label: str | None = None  # results are under <evaluator>/<card>/<label>
     init: str | None = None  # set by --init: the model to evaluate
 
 
-Config = Training | Evaluating
+@dataclass
+class Suite:
+    """Several stages of one model, run as one job: see suite.py."""
+
+    suite: list[dict[str, Any]]  # {stage, label, out, and keys over that stage's config}
+    jobs: Literal["one", "each"] = "one"  # with --slurm: a job for all, or one for each entry
+    init: str | None = None  # set by --init: the model that every entry starts from
+
+
+Config = Training | Evaluating | Suite
 
 # What may change between a run and its continuation: nothing that changes the result but for
 # rounding.
@@ -135,17 +145,21 @@ CHANGEABLE = (
 
 
 def load(
-    stage: str, overrides: list[str], init: str | None = None, branch: str | None = None
+    stage: str,
+    overrides: list[str] | dict[str, Any],
+    init: str | None = None,
+    branch: str | None = None,
 ) -> Config:
-    """A stage's config: its file over the files that it names as `base`, then `a.b=value`
-    overrides.
+    """A stage's config: its file over the files that it names as `base`, then overrides: `a.b=value`
+    each, or nested as in a file.
 
     Raises ValueError naming the stage, file or key, the value, and the way out.
     """
-    given = _overrides(overrides)
+    given = dict(overrides) if isinstance(overrides, dict) else _overrides(overrides)
     merged = merge(_read(find(stage), bases=given.pop("base", None)), given)
     merged |= {k: v for k, v in (("init", init), ("branch", branch)) if v is not None}
-    schema = Evaluating if "evaluator" in merged else Training
+    kinds = {"suite": Suite, "evaluator": Evaluating}
+    schema = next((kind for key, kind in kinds.items() if key in merged), Training)
     return check(schema, merged, "")
 
 
@@ -176,7 +190,7 @@ def _read(path: Path, seen: tuple[Path, ...] = (), bases: Any = None) -> dict[st
     except Exception as error:  # PyYAML's own errors
         raise ValueError(f"{path}: is not YAML: {error}") from error
     if not isinstance(own, dict) or not own:
-        raise ValueError(f"{path}: is empty. A config names an objective or an evaluator.")
+        raise ValueError(f"{path}: is empty. A config names an objective, an evaluator or a suite.")
     named = own.pop("base", [])
     bases = named if bases is None else bases
     merged: dict[str, Any] = {}

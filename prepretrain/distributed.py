@@ -98,14 +98,21 @@ class _AllRows(torch.autograd.Function):
         return all_sum(gradient.contiguous()).chunk(world())[rank()]
 
 
-def all_gather_object(value: Any) -> list:
+def all_gather_object(value: Any, group: dist.ProcessGroup | None = None) -> list:
     """Every process's value, in order of rank. Values come from our own processes, never from
     data."""
     if world() == 1:
         return [value]
     gathered: list = [None] * world()
-    dist.all_gather_object(gathered, value)
+    dist.all_gather_object(gathered, value, group=group)
     return gathered
+
+
+def second_group(patience: datetime.timedelta) -> dist.ProcessGroup:
+    """All processes once more, over gloo: for what they say to each other after an error, when
+    exchanges in the first group may no longer match. A process that waits longer than `patience`
+    for the others gets a RuntimeError."""
+    return dist.new_group(backend="gloo", timeout=patience)
 
 
 def from_main(value: Any) -> Any:

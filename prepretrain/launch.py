@@ -5,14 +5,15 @@ import json
 import logging
 import os
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import submitit
 
 from prepretrain import config as configs
-from prepretrain import log, run
-from prepretrain.config import Config, Evaluating, Training
+from prepretrain import log, run, suite
+from prepretrain.config import Config, Evaluating, Suite, Training
 
 logger = logging.getLogger(__name__)
 
@@ -45,19 +46,36 @@ def launch(
         raise ValueError(
             f"--nodes {nodes}: more than one machine needs --slurm PARTITION, or torchrun on each."
         )
-    if isinstance(config, Evaluating) and config.init is None:
+    if isinstance(config, (Evaluating, Suite)) and config.init is None:
         raise ValueError(
             "--init: an evaluation needs the model to evaluate: a run's folder or a file."
         )
     if dry_run:
-        _show(config, run.dry_run(config, folder, stage, world))
+        if isinstance(config, Suite):
+            entries, facts = suite.dry_run(config, folder, world)
+            merged = [f"# {entry.name}\n{configs.text(entry.config)}" for entry in entries]
+            _show(merged, {"stage": stage, "entries": facts})
+        else:
+            _show([configs.text(config)], run.dry_run(config, folder, stage, world))
     elif inherited or (world == 1 and slurm is None):
-        run.start(config, folder)
+        _start(config, folder)
     else:
         log.setup()
-        run.check(config, folder, world)
-        _submit(Task(config, folder), folder, nodes, procs, slurm, hours)
+        (suite if isinstance(config, Suite) else run).check(config, folder, world)
+        for name, job in _jobs(config, folder, slurm):
+            _submit(Task(job, folder), folder, nodes, procs, slurm, hours, name)
     return folder
+
+
+def _start(config: Config, folder: Path) -> None:
+    (suite if isinstance(config, Suite) else run).start(config, folder)
+
+
+def _jobs(config: Config, folder: Path, slurm: str | None) -> list[tuple[str, Config]]:
+    """(a job's name, what it does): one, unless a suite asks SLURM for one each."""
+    if slurm is None or not isinstance(config, Suite) or config.jobs == "one":
+        return [(str(folder), config)]
+    return [(f"{folder}:{one['stage']}", replace(config, suite=[one])) for one in config.suite]
 
 
 def _folder(config: Config, stage: str, out: str | None) -> Path:
@@ -67,7 +85,7 @@ def _folder(config: Config, stage: str, out: str | None) -> Path:
     if isinstance(config, Training) and config.branch is not None:
         return Path(f"{config.branch.rstrip('/')}_{config.length}")
     if (
-        isinstance(config, Evaluating)
+        isinstance(config, (Evaluating, Suite))
         and config.init
         and Path(config.init.partition(":")[0]).is_dir()
     ):
@@ -75,9 +93,9 @@ def _folder(config: Config, stage: str, out: str | None) -> Path:
     return Path("runs") / stage.removesuffix(".yaml").removeprefix("configs/").lstrip("./")
 
 
-def _show(config: Config, facts: dict[str, Any]) -> None:
-    """The merged config and, as the last line, the facts as one JSON object."""
-    print(configs.text(config))
+def _show(merged: list[str], facts: dict[str, Any]) -> None:
+    """The merged configs and, as the last line, the facts as one JSON object."""
+    print("\n---\n".join(merged))
     print(json.dumps(facts))
 
 
@@ -91,7 +109,7 @@ class Task:
     def __call__(self) -> None:
         """Joins the others by submitit's description of the job."""
         submitit.helpers.TorchDistributedEnvironment().export(set_cuda_visible_devices=False)
-        run.start(self.config, self.folder)
+        _start(self.config, self.folder)
 
     def checkpoint(self) -> submitit.helpers.DelayedSubmission:
         """The same task again: all state is in the run's folder."""
@@ -99,20 +117,20 @@ class Task:
 
 
 def _submit(
-    task: Task, folder: Path, nodes: int, procs: int, slurm: str | None, hours: float
+    task: Task, folder: Path, nodes: int, procs: int, slurm: str | None, hours: float, name: str
 ) -> None:
     executor = submitit.AutoExecutor(
         folder=folder / "submitit", cluster="slurm" if slurm else "local"
     )
     executor.update_parameters(
-        name=str(folder), nodes=nodes, tasks_per_node=procs, timeout_min=round(hours * 60)
+        name=name, nodes=nodes, tasks_per_node=procs, timeout_min=round(hours * 60)
     )
     if slurm:
         executor.update_parameters(slurm_partition=slurm)
     job = executor.submit(task)
     logger.info(
         "%s: job %s of %d x %d processes; its output: %s",
-        folder,
+        name,
         job.job_id,
         nodes,
         procs,

@@ -15,7 +15,7 @@ from prepretrain import config as configs
 from prepretrain import model as models
 from prepretrain.config import Training
 from prepretrain.encoders import base as encoders
-from prepretrain.evaluators.base import Evaluator
+from prepretrain.evaluators.base import SPEED, Evaluator
 from prepretrain.model import Model
 from prepretrain.objectives.base import Objective
 from prepretrain.optim import Schedule
@@ -258,6 +258,8 @@ def build_evaluator(given: dict[str, Any], data: str) -> tuple[str, Evaluator]:
         )
     name = options.pop("name")
     built = plugin.build("evaluators", name, data=data, **options)
+    every = plugin.complete(type(built), {"data": data, **options}, "evaluator")
+    built.options = {"name": name, **{k: v for k, v in every.items() if k not in SPEED}}
     return "/".join([name, data, *([built.variant] if built.variant else [])]), built
 
 

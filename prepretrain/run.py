@@ -1,11 +1,13 @@
 """What one process does for a stage: turns a config into parts, and runs them. Reads the config;
 all below do not."""
 
+import contextlib
 import json
 import logging
 import math
 import os
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -20,13 +22,14 @@ from prepretrain import (
     distributed,
     log,
     optim,
+    results,
     shard,
     validation,
     weights,
 )
 from prepretrain import config as configs
 from prepretrain import model as models
-from prepretrain.config import Config, Evaluating, Training
+from prepretrain.config import Evaluating, Training
 from prepretrain.evaluators import zeroshot
 from prepretrain.evaluators.base import Evaluator
 from prepretrain.loader import Stream
@@ -39,16 +42,23 @@ from prepretrain.transforms import BadImage, decode, resize_center_crop
 logger = logging.getLogger(__name__)
 
 
-def start(config: Config, folder: Path) -> None:
+def start(config: Training | Evaluating, folder: Path) -> None:
     """Runs a stage to its end in this process, as one of those that the environment describes."""
-    distributed.init()
-    folder.mkdir(parents=True, exist_ok=True)
-    log.setup(folder)
-    try:
+    with joined(folder):
         if isinstance(config, Evaluating):
             evaluate(config, folder)
         else:
             train(config, folder)
+
+
+@contextlib.contextmanager
+def joined(folder: Path) -> Iterator[None]:
+    """This process as one of those that the environment describes, with its log in the folder."""
+    distributed.init()
+    folder.mkdir(parents=True, exist_ok=True)
+    log.setup(folder)
+    try:
+        yield
     finally:
         distributed.shutdown()
 
@@ -137,11 +147,18 @@ def starting(config: Training, objective: Objective) -> list[tuple[Any, weights.
     return found + objective.starting()
 
 
-def _measure(name: str, evaluator: Evaluator, model: Model, folder: Path) -> dict[str, float]:
-    results = evaluator.run(model, folder)
-    logger.info("%s: %s", name, ", ".join(f"{k} {v:g}" for k, v in results.items()))
-    add_results(folder, {name: results})
-    return results
+def _measure(
+    name: str,
+    evaluator: Evaluator,
+    model: Model,
+    folder: Path,
+    asked: dict[str, Any] | None = None,
+) -> dict[str, float]:
+    """asked: see `evaluate`; None while the model is training, whose weights have no name."""
+    found = evaluator.run(model, folder)
+    logger.info("%s: %s", name, ", ".join(f"{k} {v:g}" for k, v in found.items()))
+    results.add(folder, {name: found}, {name: asked or request(evaluator, {}, None)})
+    return found
 
 
 def _validate(
@@ -154,7 +171,7 @@ def _validate(
     seen, _ = validation.measure(objective, some, batch_size=batch_size, workers=workers)
     found = {"loss": loss, "gap": loss - seen, "images": images}
     logger.info("validation: %s", ", ".join(f"{k} {v:.6g}" for k, v in found.items()))
-    add_results(folder, {f"val_{k}": v for k, v in found.items()})
+    results.add(folder, {f"val_{k}": v for k, v in found.items()})
     return found
 
 
@@ -163,9 +180,9 @@ def _best(evaluation: Evaluation, quoted: Callable, model: Model, folder: Path) 
     found = evaluation.run()
     key = quoted(found)
     name = f"best {evaluation.prefix}{key}"
-    if distributed.from_main(read_results(folder).get(name, -math.inf)) < found[key]:
+    if results.read(folder)[0].get(name, -math.inf) < found[key]:
         _export(model, folder, "best")
-        add_results(folder, {name: found[key]})
+        results.add(folder, {name: found[key]})
     return found
 
 
@@ -179,59 +196,86 @@ def _export(model: Model, folder: Path, name: str) -> None:
 
 def _finish(plan: Plan, folder: Path) -> None:
     _export(plan.objective.model, folder, "export")
-    add_results(folder, {"images": plan.schedule.steps * plan.config.batch_size, **plan.size()})
+    results.add(folder, {"images": plan.schedule.steps * plan.config.batch_size, **plan.size()})
     logger.info("%s: done. Its weights: %s", folder, folder / "export" / "model.safetensors")
 
 
-def evaluate(config: Evaluating, folder: Path) -> dict[str, float]:
+def evaluate(config: Evaluating, folder: Path, sha256: str | None = None) -> dict[str, float]:
     """Measures a model and adds the numbers to the folder's results.json under
-    "<evaluator>/<card>"."""
-    name, evaluator = build_evaluator(config.evaluator, config.data)
+    "<evaluator>/<card>", with a label behind it if there is one, and what was asked to its
+    evaluations.json.
+
+    sha256: of the model's weights, where it is known.
+    """
+    name, evaluator = evaluator_of(config)
     model = models.load(config.init, **config.model).to(distributed.device())
     evaluator.check(model)
-    return _measure(name, evaluator, model, folder)
+    asked = request(evaluator, config.model, sha256 or fingerprint(config.init))
+    return _measure(name, evaluator, model, folder, asked)
 
 
-def read_results(folder: Path) -> dict[str, Any]:
-    """A run's results.json; {} without one."""
-    path = folder / "results.json"
-    return json.loads(path.read_text()) if path.exists() else {}
+def evaluator_of(config: Evaluating) -> tuple[str, Evaluator]:
+    """The evaluator, and the name that its results have."""
+    name, evaluator = build_evaluator(config.evaluator, config.data)
+    if config.label is None:
+        return name, evaluator
+    return f"{name}/{checked_label(config.label)}", evaluator
 
 
-def add_results(folder: Path, results: dict[str, Any]) -> None:
-    """Adds to a run's results.json, whole or not at all."""
-    if distributed.is_main():
-        path, known = folder / "results.json", read_results(folder)
-        path.with_suffix(".tmp").write_text(json.dumps({**known, **results}, indent=1) + "\n")
-        os.replace(path.with_suffix(".tmp"), path)
-    distributed.barrier()
+def checked_label(label: str) -> str:
+    """The label. Raises ValueError for one that would not do in names of results and folders."""
+    if not isinstance(label, str) or not re.fullmatch(r"[\w.+-]+", label):
+        raise ValueError(f"label: {label!r} does not fit; it is text of letters, digits and _.+-")
+    return label
+
+
+def fingerprint(source: str) -> str:
+    """The sha256 of the weights of a source, which every process calls for together."""
+    found = models.open_weights(source)
+    return distributed.from_main(weights.sha256(found) if distributed.is_main() else None)
+
+
+def request(evaluator: Evaluator, model: dict[str, Any], sha256: str | None) -> dict[str, Any]:
+    """What evaluations.json says of a result, as JSON has it: with two alike the numbers are.
+
+    model: the options that it is loaded with. sha256: of its weights.
+    """
+    asked = {"options": {"evaluator": evaluator.options, "model": model}, "model": sha256}
+    return json.loads(json.dumps(asked))
 
 
 def _record(config: Training, folder: Path) -> None:
-    """Writes config.yaml at a run's first start; later, refuses another config and lists the keys
-    that differ."""
-    path, values = folder / "config.yaml", configs.plain(config)
-    if path.exists():
-        changed = configs.differences(configs.read(path), values)
-        if changed:
-            raise ValueError(
-                f"{folder}: was started with another config:\n  "
-                + "\n  ".join(changed)
-                + "\nUse the same, or start another run with --out."
-            )
+    """Writes config.yaml at a run's first start; later, raises as `_check_unchanged`."""
+    _check_unchanged(config, folder)
     distributed.barrier()
     if distributed.is_main():
-        configs.write(values, path)
+        configs.write(configs.plain(config), folder / "config.yaml")
     distributed.barrier()
 
 
-def check(config: Config, folder: Path, world: int) -> Plan | None:
+def _check_unchanged(config: Training, folder: Path) -> None:
+    """Raises ValueError listing the keys that differ from what the run was started with, if it
+    was."""
+    path = folder / "config.yaml"
+    changed = (
+        configs.differences(configs.read(path), configs.plain(config)) if path.exists() else []
+    )
+    if changed:
+        raise ValueError(
+            f"{folder}: was started with another config:\n  "
+            + "\n  ".join(changed)
+            + "\nUse the same, or start another run with --out."
+        )
+
+
+def check(config: Training | Evaluating, folder: Path, world: int) -> Plan | None:
     """Checks all that a start would, without a device; a training run's plan. Raises ValueError."""
     if isinstance(config, Evaluating):
-        build_evaluator(config.evaluator, config.data)
+        evaluator_of(config)
         models.open_weights(config.init)
         return None
     config = with_model_options(config, folder)
+    _check_unchanged(config, folder)
     plan = Plan(config, world)
     plan.open_data()
     plan.open_validation()
@@ -243,7 +287,7 @@ def check(config: Config, folder: Path, world: int) -> Plan | None:
     return plan
 
 
-def dry_run(config: Config, folder: Path, stage: str, world: int) -> dict[str, Any]:
+def dry_run(config: Training | Evaluating, folder: Path, stage: str, world: int) -> dict[str, Any]:
     """Checks everything that a start would, on the meta device, and returns the facts of the run.
 
     Data that are not here are no error if the card declares how many images there are: "data" then
@@ -252,7 +296,7 @@ def dry_run(config: Config, folder: Path, stage: str, world: int) -> dict[str, A
     if isinstance(config, Evaluating):
         check(config, folder, world)
         model = models.load(config.init, **config.model)
-        build_evaluator(config.evaluator, config.data)[1].check(model)
+        evaluator_of(config)[1].check(model)
         encoder = model.encoder
         return {
             "stage": stage,

@@ -1,5 +1,6 @@
 """Reads weights one tensor at a time and puts them into a module, accounting for every key."""
 
+import hashlib
 import json
 import logging
 import re
@@ -143,6 +144,17 @@ def _open_torch(path: Path) -> tuple[dict, Callable[[str], Tensor]]:
     if odd:
         raise ValueError(f"{path}: holds things that are no tensors: {', '.join(odd[:5])}.")
     return {k: tuple(v.shape) for k, v in content.items()}, content.__getitem__
+
+
+def sha256(weights: Weights) -> str:
+    """Of the names, types, shapes and bytes of all tensors: a checkpoint and its export have the
+    same."""
+    digest = hashlib.sha256()
+    for name in sorted(weights.shapes):
+        tensor = weights.read(name).detach().contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 @torch.no_grad()

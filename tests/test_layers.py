@@ -15,7 +15,17 @@ ROWS = [
         *("index", "labels", "store", "text"),
     },
     {
-        *("log", "config", "weights", "sources", "encoders", "shard", "checkpoint", "zoo"),
+        *(
+            "log",
+            "results",
+            "config",
+            "weights",
+            "sources",
+            "encoders",
+            "shard",
+            "checkpoint",
+            "zoo",
+        ),
         "corruptions",
     },
     {"model", "card", "optim", "logistic", "decoder", "catalogue", "contrastive", "adapters"},
@@ -25,9 +35,10 @@ ROWS = [
     {"evaluators"},
     {"plan"},
     {"run"},
+    {"suite"},
     {"launch", "report"},
 ]
-READERS_OF_CONFIG = {"plan", "run", "launch"}
+READERS_OF_CONFIG = {"plan", "run", "suite", "launch"}
 FILES = sorted(p for p in PACKAGE.rglob("*.py") if p.name != "__init__.py")
 
 
@@ -77,7 +88,7 @@ def test_plug_ins_of_a_kind_do_not_import_each_other():
             assert all(n.startswith(f"prepretrain.{kind}.base") for n in peers), f"{path}: {peers}"
 
 
-def test_only_plan_run_and_launch_read_the_config():
+def test_only_plan_suite_run_and_launch_read_the_config():
     assert {noun(p) for p in FILES if "config" in ours(p)} == READERS_OF_CONFIG
 
 

@@ -35,6 +35,7 @@ class Accuracy(Evaluator):
         require(0 < share <= 1, "accuracy.share", share, "must lie above 0 and up to 1")
         require(feature_batch >= 1, "accuracy.feature_batch", feature_batch, "must be at least 1")
         require(workers >= 0, "accuracy.workers", workers, "must not be negative")
+        self.splits = (split,)
         self.split, self.resize, self.share = split, resize, share
         self.feature_batch, self.workers = feature_batch, workers
 

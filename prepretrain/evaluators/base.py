@@ -9,18 +9,24 @@ from torch import Tensor, nn
 from prepretrain.card import load_card
 from prepretrain.features import extract
 
+SPEED = ("feature_batch", "workers")  # options that change no result but for rounding
+
 
 class Evaluator:
     """A protocol: its constructor takes the options, `run` measures a model.
 
-    `headline` is the metric that tables quote. `variant` tells its results from those of the same
-    protocol with other options, where both are of interest side by side. A subclass's constructor is keyword-only, typed and
-    checked; its signature is the option list, and its docstring documents each option.
+    `headline` is the metric that tables quote; `splits` are those of the card that it reads, so
+    that missing data are known before any time is spent. `variant` tells its results from those of
+    the same protocol with other options, where both are of interest side by side. A subclass's
+    constructor is keyword-only, typed and checked; its signature is the option list, and its
+    docstring documents each option.
     """
 
     headline: str
-    cache = True  # whether `run` may keep features in its folder; not of a model that is training
+    splits: tuple[str, ...] = ()
     variant: str | None = None
+    options: dict[str, Any]  # every one with its value, but those of SPEED; set when it is built
+    cache = True  # whether `run` may keep features in its folder; not of a model that is training
 
     def __init__(self, *, data: str):
         self.data = data
@@ -112,6 +118,7 @@ class Contrasting(Evaluator):
         require(feature_batch >= 1, f"{kind}.feature_batch", feature_batch, "must be at least 1")
         require(workers >= 0, f"{kind}.workers", workers, "must not be negative")
         self.kind, self.split, self.share = kind, split, share
+        self.splits = (split,)
         self.feature_batch, self.workers = feature_batch, workers
 
     def check(self, model: nn.Module) -> None:

@@ -28,7 +28,7 @@ class Knn(Probing):
     feature_batch  images at once a process, while features are computed;  workers: decoding processes
     """
 
-    headline = "top1"
+    headline, splits = "top1", ("train", "val")
 
     def __init__(
         self,

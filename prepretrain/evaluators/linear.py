@@ -42,7 +42,7 @@ class Linear(Probing):
     seed           of the head's first weights, the order of images, and the held-out tenth
     """
 
-    headline = "top1"
+    headline, splits = "top1", ("train", "val")
 
     def __init__(
         self,

@@ -62,7 +62,7 @@ class Lowshot(Evaluator):
     evaluation that was cut off does not train it again.
     """
 
-    headline = "top1_10shot"
+    headline, splits = "top1_10shot", ("train", "val")
 
     def __init__(
         self,

@@ -73,7 +73,7 @@ class Robustness(Probing):
     `mean_corruption_error`, the plain mean of our corruptions' errors.
     """
 
-    headline = "top1"
+    headline, splits = "top1", ("val",)
 
     def __init__(
         self,
