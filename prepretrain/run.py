@@ -275,8 +275,9 @@ def build_evaluator(given: dict[str, Any], data: str) -> tuple[str, Evaluator]:
         )
     name = options.pop("name")
     evaluator = plugin.build("evaluators", name, data=data, **options)
-    every = plugin.complete(type(evaluator), {"data": data, **options}, "evaluator")
-    evaluator.options = {"name": name, **{k: v for k, v in every.items() if k not in SPEED}}
+    given = plugin.check(type(evaluator), {"data": data, **options}, "evaluator")
+    every = {"name": name, **plugin.defaults(type(evaluator)), **given}
+    evaluator.options = {k: v for k, v in every.items() if k not in SPEED}
     return f"{name}/{data}", evaluator
 
 

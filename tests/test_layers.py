@@ -15,7 +15,7 @@ ROWS = [
         *("index", "text"),
     },
     {"log", "config", "weights", "sources", "encoders", "shard", "checkpoint", "zoo"},
-    {"model", "card", "optim", "logistic", "decoder", "catalogue", "contrastive"},
+    {"model", "card", "optim", "logistic", "decoder", "catalogue", "contrastive", "published"},
     {"loader", "objectives"},
     {"train", "features"},
     {"evaluators", "validation"},
