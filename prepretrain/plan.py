@@ -258,8 +258,9 @@ def build_evaluator(given: dict[str, Any], data: str) -> tuple[str, Evaluator]:
         )
     name = options.pop("name")
     built = plugin.build("evaluators", name, data=data, **options)
-    every = plugin.complete(type(built), {"data": data, **options}, "evaluator")
-    built.options = {"name": name, **{k: v for k, v in every.items() if k not in SPEED}}
+    given = plugin.check(type(built), {"data": data, **options}, "evaluator")
+    every = {"name": name, **plugin.defaults(type(built)), **given}
+    built.options = {k: v for k, v in every.items() if k not in SPEED}
     return "/".join([name, data, *([built.variant] if built.variant else [])]), built
 
 

@@ -79,10 +79,9 @@ def check(factory: Any, given: dict[str, Any], where: str) -> dict[str, Any]:
     return {k: coerce(v, hints.get(k, Any), f"{where}.{k}") for k, v in given.items()}
 
 
-def complete(factory: Any, given: dict[str, Any], where: str) -> dict[str, Any]:
-    """Every option with its value, those of the defaults too; raises as `check`."""
-    defaults = {k: p.default for k, p in options(factory).items() if p.default is not p.empty}
-    return {**defaults, **check(factory, given, where)}
+def defaults(factory: Any) -> dict[str, Any]:
+    """The options that have a default, with it."""
+    return {k: p.default for k, p in options(factory).items() if p.default is not p.empty}
 
 
 def build(kind: str, name: str, *args: Any, **given: Any) -> Any:

@@ -188,10 +188,8 @@ def _check_begun(entries: list[Entry], folder: Path, sha256: str) -> None:
 def _tell_apart(first: Entry, second: Entry) -> None:
     """Raises ValueError if two entries would write to the same place."""
     trains = isinstance(first.config, Training) and isinstance(second.config, Training)
-    same = first.key if first.key == second.key else None
-    if trains and first.folder == second.folder:
-        same = str(first.folder)
-    if same is not None:
+    if first.key == second.key or (trains and first.folder == second.folder):
+        same = first.key if first.key == second.key else first.folder
         raise ValueError(
             f"its results would be under {same}, as those of {first.name}. Give one of them a "
             "`label`, which is put behind the name."

@@ -1,14 +1,16 @@
 """Reports read runs' folders, draw pictures that open, and write tables that say what was
 measured."""
 
+import csv
 import json
+import re
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from prepretrain import report
+from prepretrain import published, report
 
 
 @pytest.fixture
@@ -74,8 +76,17 @@ def test_a_table_quotes_the_headline_of_each_evaluation(run):
     ]
     rows = report.rows(runs)
     assert rows == [
-        {"run": "mae", "linear/demo top1": "51.24", "parameters": "5,400,000"},
-        {"run": "wsp", "lowshot/demo top1_5shot": "44.44"},
+        {
+            "run": "mae",
+            "linear/demo top1": "51.24",
+            "parameters": 5400000,
+            "protocol": "linear/demo: not recorded",
+        },
+        {
+            "run": "wsp",
+            "lowshot/demo top1_5shot": "44.44",
+            "protocol": "lowshot/demo: not recorded",
+        },
     ]
     lines = report.table(rows).splitlines()
     assert len({len(line) for line in lines}) == 1, "columns are not aligned"
@@ -84,8 +95,127 @@ def test_a_table_quotes_the_headline_of_each_evaluation(run):
         "linear/demo top1",
         "parameters",
         "lowshot/demo top1_5shot",
+        "protocol",
     ]
-    assert [cell.strip() for cell in lines[3].strip("|").split("|")] == ["wsp", "–", "–", "44.44"]
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    assert cells[2][2] == "5,400,000" and cells[3][:4] == ["wsp", "–", "–", "44.44"]
+
+
+ASKED = {
+    "linear/demo": {
+        "options": {
+            "evaluator": {"name": "linear", "data": "demo", "protocol": "lbfgs", "pool": "class"},
+            "model": {"image_size": 448},
+        },
+        "model": "0" * 64,
+    },
+    "lowshot/demo": {
+        "options": {
+            "evaluator": {"name": "lowshot", "data": "demo", "shots": None},
+            "model": {},
+        },
+        "model": None,
+    },
+    "finetune/demo": {
+        "options": {
+            "objective": {"name": "classify"},
+            "length": "9ep",
+            "batch_size": 64,
+            "optim": {"lr": 5e-4},
+        },
+        "model": "0" * 64,
+    },
+}
+
+
+@pytest.fixture
+def evaluated(run):
+    """A run with evaluations of its own and of a fine-tuning, and what was asked for them."""
+    folder = run(
+        "mae",
+        {
+            "linear/demo": {"top1": 51.239, "images": 100},
+            "lowshot/demo": {"top1_10shot": 40.0, "images": 100},
+            "finetune/demo": {"linear/demo": {"top1": 77.7}, "lowshot/demo": {"top1_10shot": 66.6}},
+            "val_loss": 0.123456,
+            "images": 64000,
+        },
+    )
+    (folder / "evaluations.json").write_text(json.dumps(ASKED))
+    return folder
+
+
+def test_a_table_says_what_was_asked_but_for_defaults_and_what_a_fine_tuning_reached(evaluated):
+    (row,) = report.rows([evaluated], ["ours"])
+    assert row == {
+        "run": "ours",
+        "linear/demo top1": "51.24",
+        "lowshot/demo top1_10shot": "40.00",
+        "finetune/demo linear/demo top1": "77.70",
+        "finetune/demo lowshot/demo top1_10shot": "66.60",
+        "val_loss": "0.1235",
+        "images": 64000,
+        "protocol": "linear/demo: protocol=lbfgs, model.image_size=448; lowshot/demo: defaults; "
+        "finetune/demo: classify 9ep, batch 64, lr 0.0005",
+    }
+    with pytest.raises(ValueError, match="--names: 2 names for 1 runs"):
+        report.rows([evaluated], ["a", "b"])
+
+
+def read(path) -> list[dict[str, str]]:
+    """The rows of a .csv, without the fields that are empty."""
+    with path.open(newline="") as file:
+        return [{k: v for k, v in row.items() if v} for row in csv.DictReader(file)]
+
+
+def test_a_csv_parses_back_to_the_rows(evaluated, tmp_path):
+    rows = report.rows([evaluated], groups=["maws", "swag"])
+    report.write_table(rows, tmp_path / "out" / "table.csv")
+    found = read(tmp_path / "out" / "table.csv")
+    assert found == [{key: str(value) for key, value in row.items()} for row in rows]
+    assert int(found[0]["images"]) == 64000
+    with pytest.raises(ValueError, match="table.txt is neither .md nor .csv"):
+        report.write_table(rows, tmp_path / "table.txt")
+
+
+def test_published_rows_share_no_column_with_ours_nor_with_another_dataset_or_protocol(
+    evaluated, tmp_path, capsys
+):
+    path = tmp_path / "table.md"
+    report.compare([evaluated], path, groups=published.groups())
+    assert path.read_text() == capsys.readouterr().out
+    lines = [[c.strip() for c in line[2:-2].split(" | ")] for line in path.read_text().splitlines()]
+    names, rows = lines[0], lines[2:]
+    assert len({len(line) for line in rows} | {len(names)}) == 1
+    for cells in rows[1:]:
+        assert cells[0].endswith(" (published)")
+        said = [name for name, cell in zip(names[1:-1], cells[1:-1]) if cell != "–"]
+        assert said and all(name in cells[-1] for name in said), "a number without its protocol"
+        assert not set(said) & {name for name, cell in zip(names, rows[0]) if cell != "–"}
+    for metric in names[1:-1]:
+        if metric not in report.rows([evaluated])[0] and "SimMIM" not in metric:
+            kinds = re.findall(r"fine-tuned|linear|\d-shot|zero-shot", metric)
+            data = re.findall("ImageNet-1k top|ImageNetV2|-ReaL|ObjectNet|iNat|Food", metric)
+            assert len(kinds) == len(data) == 1, metric
+
+
+def test_published_numbers_are_those_of_their_tables():
+    found = {}
+    for row in published.find("maws"):
+        for metric, value in row.metrics.items():
+            found.setdefault((row.name, metric), []).append((value, row.checked))
+    assert found["maws/vit_l16", "ImageNet-1k top-1, linear probe at 224"] == [(86.1, True)]
+    assert found["maws/vit_2b14", "iNaturalist 2018 top-1, 10-shot, VPT"] == [(80.3, False)]
+    assert found["maws/vit_h14", "ObjectNet top-1, fine-tuned on ImageNet-1k at 518"] == [
+        (72.6, False)
+    ]
+    assert found["maws/vit_2b14", "Food-101, zero-shot, size not given"] == [(96.2, True)]
+    assert all(len(values) == 1 for values in found.values()), "two numbers under one name"
+
+
+def test_a_group_that_nobody_published_is_named_with_the_nearest(evaluated):
+    with pytest.raises(ValueError, match="no group 'mawz'. Did you mean 'maws'?"):
+        report.rows([evaluated], groups=["mawz"])
 
 
 def test_a_run_without_results_is_named(run):

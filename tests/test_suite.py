@@ -1,7 +1,9 @@
 """A suite measures what is asked, each of it once, and says what failed."""
 
 import json
+import multiprocessing
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,8 +11,8 @@ from pathlib import Path
 import pytest
 from conftest import processes
 
-from prepretrain import config, distributed, results, suite
-from prepretrain.launch import launch
+from prepretrain import config, results, suite
+from prepretrain.launch import _jobs, launch
 
 ROOT = Path(__file__).parents[1]
 
@@ -42,7 +44,8 @@ class Witness(Evaluator):
 FINETUNE = """base: small.yaml
 objective: {name: classify}
 model: {positions: learned, head: {classes: 3}}
-length: 4it
+length: 2it
+optim: {warmup: 0it}
 evaluators: [{name: lowshot, data: colours, every: 100%, shots: [2], seeds: 2, workers: 0}]
 """
 LINEAR = {"stage": "eval/linear", "data": "colours", "evaluator": {"protocol": "lbfgs"}}
@@ -57,8 +60,14 @@ def witness(note: str, **options) -> dict:
     return {"stage": "witness.yaml", "label": note, "evaluator": evaluator}
 
 
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory) -> Path:
+    """Where the first test that trains leaves its run for the others."""
+    return tmp_path_factory.mktemp("kept") / "mae"
+
+
 @pytest.fixture
-def trained(place, monkeypatch) -> Path:
+def trained(place, kept, monkeypatch) -> Path:
     """A run of the small stage, a stage that fine-tunes, and one of the evaluator outside."""
     Path("lab").mkdir()
     Path("lab/witness.py").write_text(WITNESS)
@@ -67,8 +76,9 @@ def trained(place, monkeypatch) -> Path:
     monkeypatch.syspath_prepend(str(place))
     monkeypatch.delitem(sys.modules, "lab.witness", raising=False)
     monkeypatch.delitem(sys.modules, "lab", raising=False)
-    launch("small.yaml", [], out="runs/mae")
-    return Path("runs/mae")
+    if not kept.exists():
+        launch("small.yaml", ["length=4it"], out=str(kept))
+    return shutil.copytree(kept, Path("runs/mae"))
 
 
 def asked(*entries: dict, **keys) -> str:
@@ -96,10 +106,12 @@ def test_a_suite_gives_the_numbers_of_its_stages_and_fine_tunes_beside_the_run(t
     found = start(LINEAR, LOWSHOT, TUNE)
     tuned = read(trained / "finetune_colours" / "results.json")
     assert found["finetune/colours"] == {"lowshot/colours": tuned["lowshot/colours"]}
-    assert tuned["images"] == 64 and (trained / "finetune_colours" / "export").is_dir()
-    launch("eval/linear", ["data=colours", "evaluator.protocol=lbfgs"], init="runs/mae", out="alone")
+    assert tuned["images"] == 32 and (trained / "finetune_colours" / "export").is_dir()
+    launch(
+        "eval/linear", ["data=colours", "evaluator.protocol=lbfgs"], init="runs/mae", out="alone"
+    )
     assert found["linear/colours"] == read(Path("alone/results.json"))["linear/colours"]
-    assert found["images"] == 192, "the run's own results are gone"
+    assert found["images"] == 64, "the run's own results are gone"
     record = read(trained / "evaluations.json")
     assert record["linear/colours"]["options"]["evaluator"]["protocol"] == "lbfgs"
     assert record["linear/colours"]["model"] == record["finetune/colours"]["model"]
@@ -129,40 +141,34 @@ def test_a_training_that_was_cut_off_is_not_taken_for_done(trained):
     assert list(start(TUNE)["finetune/colours"]) == ["lowshot/colours"]
 
 
-def test_other_options_or_other_weights_are_measured_anew_and_the_same_in_an_export_are_not(
-    trained,
-):
+def test_other_options_are_measured_anew(trained):
     start(witness("a"))
-    start(witness("a"), init="runs/mae/export", out="runs/mae")
     start({**witness("a"), "evaluator": {"name": "lab.witness", "note": "a", "kill": False}})
-    assert witnessed() == ["a"]
+    assert witnessed() == ["a"], "a default that is named is no other option"
     start({**witness("a"), "evaluator": {"name": "lab.witness", "note": "z"}})
     assert witnessed() == ["a", "z"]
-    launch("small.yaml", ["seed=1"], out="runs/other")
-    start({**witness("a"), "evaluator": {"name": "lab.witness", "note": "z"}}, TUNE)
-    assert witnessed() == ["a", "z"]
+
+
+def test_other_weights_are_measured_anew_and_the_same_in_an_export_are_not(trained):
+    launch("small.yaml", ["seed=1", "length=2it", "optim.warmup=0it"], out="runs/other")
+    shutil.copytree("runs/mae/export", "weights")
+    start(witness("a"))
+    start(witness("a"), TUNE, init="weights", out="runs/mae")
+    assert witnessed() == ["a"]
+    shutil.rmtree("weights")
+    shutil.copytree("runs/other/export", "weights")
     with pytest.raises(ValueError, match="other weights than --init holds now(?s:.*)finetune_col"):
-        start(witness("new"), TUNE, init="runs/other", out="runs/mae")
-    assert witnessed() == ["a", "z"], "a suite that cannot go on has begun"
-    start(
-        {**witness("a"), "evaluator": {"name": "lab.witness", "note": "z"}},
-        init="runs/other",
-        out="runs/mae",
-    )
-    assert witnessed() == ["a", "z", "z"]
+        start(witness("a"), TUNE, init="weights", out="runs/mae")
+    assert witnessed() == ["a"], "a suite that cannot go on has begun"
+    start(witness("a"), {**TUNE, "label": "again"}, init="weights", out="runs/mae")
+    assert witnessed() == ["a", "a"]
 
 
-def test_a_run_that_trained_on_is_measured_anew(trained):
-    launch("eval/linear", ["data=colours", "evaluator.protocol=lbfgs"], init="runs/mae")
-    before = read(trained / "evaluations.json")["linear/colours"]
-    launch(
-        "small.yaml",
-        ["seed=1", "evaluators=[{name: linear, data: colours, every: 100%}]"],
-        out="runs/evaluated",
-    )
-    during = read(Path("runs/evaluated/evaluations.json"))["linear/colours"]
-    assert before["model"] and during["model"] is None, "a model that trains has no weights to name"
-    assert during["options"]["evaluator"]["protocol"] == "mae"
+def test_what_is_measured_in_training_names_no_weights(trained):
+    every = "evaluators=[{name: lowshot, data: colours, every: 100%, shots: [2]}]"
+    launch("small.yaml", ["length=2it", "optim.warmup=0it", every], out="runs/other")
+    record = read(Path("runs/other/evaluations.json"))["lowshot/colours"]
+    assert record["model"] is None and record["options"]["evaluator"]["shots"] == [2]
 
 
 def test_a_failing_entry_loses_no_other_and_is_tried_again(trained):
@@ -182,9 +188,9 @@ def test_a_failing_entry_loses_no_other_and_is_tried_again(trained):
     [
         (
             [LINEAR, {**LINEAR, "evaluator": {}}],
-            r"suite\[1\].*under linear/colours, as those of suite\[0\]",
+            r"suite\[2\].*under linear/colours, as those of suite\[1\]",
         ),
-        ([TUNE, {**TUNE, "optim": {"lr": 1}}], r"suite\[1\].*under finetune/colours.*`label`"),
+        ([TUNE, {**TUNE, "optim": {"lr": 1}}], r"suite\[2\].*under finetune/colours.*`label`"),
         (
             [TUNE, {**TUNE, "label": "b", "out": "runs/mae/finetune_colours"}],
             "under runs/mae/finetune_",
@@ -239,7 +245,7 @@ def test_a_dry_run_shows_every_config_and_the_facts_of_every_entry(trained, caps
     assert "# suite[0] (eval/linear)" in out and "protocol: lbfgs" in out and "classes: 3" in out
     entries = json.loads(out.splitlines()[-1])["entries"]
     assert [entry["results"] for entry in entries] == ["linear/colours", "finetune/colours"]
-    assert entries[1]["steps"] == 4 and entries[1]["folder"] == "runs/mae/finetune_colours"
+    assert entries[1]["steps"] == 2 and entries[1]["folder"] == "runs/mae/finetune_colours"
     assert not (trained / "evaluations.json").exists()
 
 
@@ -262,34 +268,30 @@ def _suite(rank: int, entries: list[dict], seconds: int) -> None:
         Path(f"said.{rank}").write_text(str(error))
 
 
-def test_an_error_of_one_process_alone_ends_the_suite_and_does_not_hang(trained):
-    Path("said.0").unlink(missing_ok=True)
-    processes(2, _suite, [witness("a"), witness("b", alone=True), witness("c")], 3)
-    assert witnessed() == ["a"]
+def test_an_error_of_all_processes_loses_no_other_entry_and_of_one_alone_does_not_hang(trained):
+    entries = [witness("a"), TOO_MANY, witness("b"), witness("c", alone=True), witness("d")]
+    processes(2, _suite, entries, 8)
+    assert witnessed() == ["a", "b"]
     assert "OSError: the disk of process 1" in Path("said.1").read_text()
     assert "failed on some processes and not on others" in Path("said.0").read_text()
 
 
-def test_an_error_of_all_processes_loses_no_other_entry(trained):
-    processes(2, _suite, [witness("a"), TOO_MANY, witness("b")], 60)
-    assert witnessed() == ["a", "b"]
-    assert all("1 of 3 entries" in Path(f"said.{rank}").read_text() for rank in range(2))
-
-
-def _adds(rank: int, folder: str) -> None:
-    # not distributed.init: each is a job of its own, as with jobs: each
+def _add(rank: int, folder: Path) -> None:
     for i in range(50):
-        results.add(Path(folder), {f"{rank}/{i}": {}})
+        results.add(folder, {f"{rank}/{i}": {}})
 
 
 def test_jobs_that_write_at_the_same_time_lose_no_result(tmp_path):
-    processes(2, _adds, str(tmp_path))
+    fork = multiprocessing.get_context("fork")
+    jobs = [fork.Process(target=_add, args=(rank, tmp_path)) for rank in range(2)]
+    for job in jobs:
+        job.start()
+    for job in jobs:
+        job.join()
     assert len(read(tmp_path / "results.json")) == 100
 
 
 def test_a_suite_is_one_job_or_one_each(place):
-    from prepretrain.launch import _jobs
-
     given = [witness("a"), witness("b")]
     one = config.check(config.Suite, {"suite": given}, "")
     each = config.check(config.Suite, {"suite": given, "jobs": "each"}, "")
@@ -298,10 +300,8 @@ def test_a_suite_is_one_job_or_one_each(place):
     assert [job.suite for _, job in _jobs(each, Path("x"), None)] == [given]
 
 
-def test_the_suite_that_we_ship_names_stages_and_keys_that_there_are(place):
-    distributed.init()
-    launch("small.yaml", [], out="runs/mae")
+def test_the_suite_that_we_ship_names_stages_and_keys_that_there_are(trained):
     with pytest.raises(ValueError) as raised:
         launch("eval/suite", [], init="runs/mae")
     said = str(raised.value).splitlines()[1:]
-    assert len(said) == 3 and all("there is nothing at" in line for line in said)
+    assert len(said) == 5 and all("there is nothing at" in line for line in said)

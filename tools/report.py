@@ -16,6 +16,14 @@ def main() -> None:
     curves.add_argument("--out", required=True, metavar="PNG")
     table = commands.add_parser("table", help="the headline metric of each evaluation, in Markdown")
     table.add_argument("runs", nargs="+", metavar="RUN")
+    table.add_argument("--out", metavar="FILE", help="to write it to as well: .md or .csv")
+    table.add_argument(
+        "--published",
+        nargs="+",
+        default=[],
+        metavar="GROUP",
+        help="published rows below: maws, mae, simmim, …",
+    )
     pictures = commands.add_parser(
         "reconstructions", help="original, masked, and what each run makes of it, as a PNG"
     )
@@ -25,14 +33,14 @@ def main() -> None:
     )
     pictures.add_argument("--images", type=int, default=8)
     pictures.add_argument("--out", required=True, metavar="PNG")
-    for command in (curves, pictures):
-        command.add_argument("--names", nargs="+", default=[], help="of the runs, in the picture")
+    for command in (curves, table, pictures):
+        command.add_argument("--names", nargs="+", default=[], help="of the runs, to show")
     asked = parser.parse_args()
     try:
         if asked.command == "curves":
             report.curves(asked.runs, asked.out, asked.keys, asked.names)
         elif asked.command == "table":
-            print(report.table(report.rows(asked.runs)))
+            report.compare(asked.runs, asked.out, asked.names, asked.published)
         else:
             report.reconstruct(asked.runs, asked.data, asked.images, asked.out, asked.names)
     except (ValueError, OSError) as error:
