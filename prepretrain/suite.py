@@ -94,10 +94,9 @@ def _each(
     models.open_weights(config.init)  # what is wrong with it is wrong once, not in every entry
     found, problems, loaded = [], [], _Loaded(config.init)
     for i, given in enumerate(config.suite):
-        name = f"suite[{i}]"
+        name = f"suite[{i}] ({given['stage']})" if "stage" in given else f"suite[{i}]"
         try:
             entry = _entry(given, name, config.init, folder)
-            name = entry.name
             looked = look(entry, loaded.model(entry.config))
             for other, _ in found:
                 _tell_apart(other, entry)
@@ -129,18 +128,17 @@ def _entry(given: dict[str, Any], name: str, init: str, folder: Path) -> Entry:
     stage = given.pop("stage", None)
     if not isinstance(stage, str):
         raise ValueError("stage: is missing, as in {stage: eval/linear, data: cifar10}.")
-    name = f"{name} ({stage})"
     fixed = [key for key in ("init", "branch") if key in given]
     if fixed:
-        raise ValueError(f"{name}: {fixed[0]}: every entry starts from the suite's --init.")
+        raise ValueError(f"{fixed[0]}: every entry starts from the suite's --init.")
     out, label = given.pop("out", None), given.pop("label", None)
     config = configs.load(stage, given, init)
     if isinstance(config, Suite):
-        raise ValueError(f"{name}: is a suite itself. Write its entries here.")
+        raise ValueError("is a suite itself. Write its entries here.")
     if isinstance(config, Evaluating):
         if out is not None:
             raise ValueError(
-                f"{name}: out: an evaluation writes into the suite's folder; only training has one "
+                "out: an evaluation writes into the suite's folder; only training has one "
                 "of its own. Tell results apart with a label."
             )
         config.label = label if label is not None else config.label
@@ -241,7 +239,7 @@ def _asked(entry: Entry, sha256: str) -> dict[str, Any]:
 def _train(entry: Entry, folder: Path, asked: dict[str, Any]) -> None:
     """Trains in a folder of its own, or continues to; its evaluations' results become the suite's."""
     # what it starts from is known from now on; it is done when the mark is gone
-    results.add(folder, {}, {entry.key: {**asked, "unfinished": True}})
+    results.add(folder, {entry.key: {}}, {entry.key: {**asked, "unfinished": True}})
     entry.folder.mkdir(parents=True, exist_ok=True)
     run.train(entry.config, entry.folder)
     there, _ = results.read(entry.folder)

@@ -1,6 +1,5 @@
 """Trains a classifier, and an adapter if there is one, on a model's frozen encoder, many times over."""
 
-import hashlib
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from prepretrain import adapters, distributed, optim, shard
+from prepretrain.features import fingerprint
 from prepretrain.loader import Stream
 from prepretrain.model import Model
 from prepretrain.objectives.classify import Classify
@@ -112,13 +112,8 @@ class Tuning:
 
 def identity(recipe: Recipe, model: Model) -> dict[str, Any]:
     """What tells a tuned model from another, but for its images: the recipe, and a hash of the
-    encoder's weights; as JSON holds it."""
-    digest = hashlib.sha256()
-    for name, value in model.encoder.state_dict().items():
-        raw = _whole(value).cpu().contiguous().flatten().view(torch.uint8)
-        digest.update(name.encode())
-        digest.update(raw.numpy())
-    return json.loads(json.dumps({**asdict(recipe), "encoder": digest.hexdigest()}))
+    model that it starts from; as JSON holds it. Called on every rank."""
+    return json.loads(json.dumps({**asdict(recipe), "model": fingerprint(model)}))
 
 
 def _whole(tensor: Tensor) -> Tensor:

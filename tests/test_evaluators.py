@@ -53,7 +53,7 @@ def test_every_evaluator_documents_its_options_and_quotes_a_metric_that_it_retur
     for option, parameter in plugin.options(kind).items():
         assert (parameter.default is parameter.empty) == (option == "data")
     evaluator = plugin.build("evaluators", name, data=card)
-    model = tiny_model(text=BPE)
+    model = tiny_model(text=BPE, head={"classes": 10})
     evaluator.check(model)
     results = evaluator.run(model, tmp_path)
     assert results["images"] == 37
@@ -61,7 +61,7 @@ def test_every_evaluator_documents_its_options_and_quotes_a_metric_that_it_retur
     assert all(
         isinstance(value, (int, float)) and math.isfinite(value) for value in results.values()
     )
-    assert results == evaluator.run(tiny_model(text=BPE), tmp_path), (
+    assert results == evaluator.run(tiny_model(text=BPE, head={"classes": 10}), tmp_path), (
         "a second run gives other numbers"
     )
 

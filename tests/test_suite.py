@@ -137,7 +137,7 @@ def test_a_training_that_was_cut_off_is_not_taken_for_done(trained):
     record = read(trained / "evaluations.json")
     record["finetune/colours"]["unfinished"] = True
     (trained / "evaluations.json").write_text(json.dumps(record))
-    (trained / "results.json").write_text(json.dumps({"finetune/colours": {"older": {}}}))
+    (trained / "results.json").write_text(json.dumps({"finetune/colours": {"older/colours": {}}}))
     assert list(start(TUNE)["finetune/colours"]) == ["lowshot/colours"]
 
 

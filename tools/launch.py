@@ -5,6 +5,7 @@ python tools/launch.py --stage mae --procs 8                        eight local 
 python tools/launch.py --stage mae --nodes 8 --procs 8 --slurm gpu  SLURM partition "gpu"
 torchrun --nproc-per-node 8 tools/launch.py --stage mae             processes that are there
 python tools/launch.py --stage wsp --init runs/mae optim.lr=1e-4    from weights; another option
+python tools/launch.py --stage eval/suite --init runs/wsp           several evaluations
 python tools/launch.py --stage mae --dry-run                        checks all, trains nothing
 """
 
