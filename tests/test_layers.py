@@ -17,13 +17,13 @@ ROWS = [
     {"log", "config", "weights", "sources", "encoders", "shard", "checkpoint", "zoo"},
     {"model", "card", "optim", "logistic", "decoder", "catalogue", "contrastive"},
     {"loader", "objectives"},
-    {"train", "features"},
+    {"train", "features", "memory"},
     {"evaluators", "validation"},
     {"plan"},
-    {"run"},
+    {"run", "capacity"},
     {"launch", "report"},
 ]
-READERS_OF_CONFIG = {"plan", "run", "launch"}
+READERS_OF_CONFIG = {"plan", "capacity", "run", "launch"}
 FILES = sorted(p for p in PACKAGE.rglob("*.py") if p.name != "__init__.py")
 
 
@@ -73,7 +73,7 @@ def test_plug_ins_of_a_kind_do_not_import_each_other():
             assert all(n.startswith(f"prepretrain.{kind}.base") for n in peers), f"{path}: {peers}"
 
 
-def test_only_plan_run_and_launch_read_the_config():
+def test_only_what_plans_and_starts_runs_reads_the_config():
     assert {noun(p) for p in FILES if "config" in ours(p)} == READERS_OF_CONFIG
 
 
