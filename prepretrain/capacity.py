@@ -105,10 +105,10 @@ def estimate(
         "communicated_bytes_by_collective": step.sent,
         **plan.size(),
         "training_flops_per_image": round(cost),
-        "images_per_second": round(speed, 1),
-        "seconds_per_step": round(config.batch_size / speed, 4),
+        "images_per_second": speed,
+        "seconds_per_step": config.batch_size / speed,
         "images": round(images),
-        "days": round(images / speed / 86400, 2),
+        "days": images / speed / 86400,
         "mfu": mfu,
         "tflops": tflops,
         "tried": [{**asdict(one.settings), "peak_bytes": one.step.peak} for one in tried],
@@ -162,7 +162,7 @@ def _attempt(config: Training, gpus: int) -> Attempt:
         precision=given.precision,
         recompute=given.recompute,
     )
-    logger.info("%s: %.1f GB", settings, step.peak / 1e9)
+    logger.info("%s: %.3g GB", settings, step.peak / 1e9)
     return Attempt(config, settings, step)
 
 
