@@ -4,6 +4,7 @@ values."""
 import logging
 import warnings
 import zlib
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import Shard
 
 from prepretrain import distributed
 from prepretrain.distributed import put
@@ -65,6 +67,7 @@ def wrap(
     """The first half of `shard`: all but memory for the parameters, which stay on the meta
     device."""
     mesh = _mesh(group)
+    spread = {"mesh": mesh, "shard_placement_fn": partial(_dimension, group=mesh["shard"].size())}
     roots = find_roots(module)
     device = distributed.device()
     # The order matters: recomputation inside of compilation inside of sharding. The other ways
@@ -77,9 +80,18 @@ def wrap(
                 blocks[i] = _recomputed(block, recompute)
                 if compile:
                     blocks[i].compile(fullgraph=recompute == "none")
-                fully_shard(blocks[i], mesh=mesh, mp_policy=PRECISIONS[precision])
+                fully_shard(blocks[i], **spread, mp_policy=PRECISIONS[precision])
         own = getattr(root, "precision", precision)  # small parts that need float32 say so
-        fully_shard(root, mesh=mesh, mp_policy=PRECISIONS[own])
+        fully_shard(root, **spread, mp_policy=PRECISIONS[own])
+
+
+def _dimension(parameter: nn.Parameter, group: int) -> Shard | None:
+    """Another dimension than the first where that is shorter than the group, which FSDP would pad to
+    it: a position table [1, N, D] would be sent as often as there are processes."""
+    if len(parameter) >= group:
+        return None
+    even = [i for i, length in enumerate(parameter.shape) if length % group == 0]
+    return Shard(even[-1]) if even else None
 
 
 def materialise(module: nn.Module, precision: Literal["bf16", "fp32"] = "bf16") -> None:

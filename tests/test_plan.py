@@ -26,7 +26,10 @@ def build(encoder: str = "vit_test8") -> MAE:
 
 
 def rows(parameter: torch.Tensor, group: int) -> int:
-    """Numbers of a parameter that process 0 keeps: the first of `group` parts along dimension 0."""
+    """Numbers of a parameter that process 0 keeps: the first of `group` parts along its first
+    dimension, or along another that divides evenly where the first is shorter than the group."""
+    if len(parameter) < group and any(length % group == 0 for length in parameter.shape):
+        return parameter.numel() // group
     return ceil(len(parameter) / group) * parameter[0].numel()
 
 
