@@ -43,7 +43,9 @@ def local_rank() -> int:
 
 
 def device() -> torch.device:
-    """The GPU of this process, or the CPU."""
+    """The GPU of this process, or the CPU; the CPU where the group is simulated (`memory`)."""
+    if dist.is_initialized() and dist.get_backend() == "fake":
+        return torch.device("cpu")
     return torch.device("cuda", local_rank()) if torch.cuda.is_available() else torch.device("cpu")
 
 

@@ -187,6 +187,14 @@ class Plan:
             objective.eval().requires_grad_(False)(objective.example(1))
         return counter.get_total_flops()
 
+    def state_bytes(self) -> int:
+        """Bytes of a process's share of the state, all float32: weights, and of those that are
+        trained also gradients and AdamW's two moments."""
+        group = min(self.config.shard.group or self.world, self.world)
+        frozen = [p for module in self.objective.frozen() for p in module.parameters()]
+        held = [*self.objective.parameters(), *frozen]
+        return sum(p.numel() * 4 * (4 if p.requires_grad else 1) for p in held) // group
+
     def summary(self) -> str:
         """One line of what is derived from the config."""
         optim_, s = self.config.optim, self.schedule

@@ -311,17 +311,15 @@ def dry_run(config: Training | Evaluating, folder: Path, stage: str, world: int)
         if plan.schedule is None:
             raise
         data = f"not here, so not checked: {error}"
-    group, size = min(config.shard.group or world, world), plan.size()
-    # 16 bytes a parameter: weights, gradients and two moments in float32
     return {
         "stage": stage,
         "encoder": plan.config.model["encoder"],
-        **size,
+        **plan.size(),
         "steps": plan.schedule.steps,
         "images": plan.schedule.steps * config.batch_size,
         "accumulate": plan.accumulate,
         "lr": plan.schedule.peak,
-        "state_gib_per_process": round(size["parameters"] * 16 / group / 2**30, 3),
+        "state_gib_per_process": round(plan.state_bytes() / 2**30, 3),
         "data": data,
     }
 

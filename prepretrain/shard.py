@@ -4,6 +4,7 @@ values."""
 import logging
 import warnings
 import zlib
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import Shard
 
 from prepretrain import distributed
 from prepretrain.distributed import put
@@ -46,13 +48,28 @@ def shard(
     keep each block's input in host memory and recompute the rest. Raises ValueError for a group
     that does not divide the processes, or a parameter outside of any child.
     """
-    mesh = _mesh(group)
-    roots = find_roots(module)
-    device = distributed.device()
-    if device.type == "cpu" and precision == "bf16" and not _has_bf16():
+    if distributed.device().type == "cpu" and precision == "bf16" and not _has_bf16():
         logger.warning(
             "this CPU emulates bf16, many times slower than float32: use shard.precision=fp32."
         )
+    wrap(module, group=group, precision=precision, recompute=recompute, compile=compile)
+    materialise(module, precision)
+
+
+def wrap(
+    module: nn.Module,
+    *,
+    group: int | None = None,
+    precision: Literal["bf16", "fp32"] = "bf16",
+    recompute: Literal["none", "block", "offload"] = "none",
+    compile: bool = False,
+) -> None:
+    """The first half of `shard`: all but memory for the parameters, which stay on the meta
+    device."""
+    mesh = _mesh(group)
+    spread = {"mesh": mesh, "shard_placement_fn": partial(_dimension, group=mesh["shard"].size())}
+    roots = find_roots(module)
+    device = distributed.device()
     # The order matters: recomputation inside of compilation inside of sharding. The other ways
     # either compile
     # the checkpoint's own bookkeeping, or gather parameters again within a recomputed block.
@@ -63,10 +80,24 @@ def shard(
                 blocks[i] = _recomputed(block, recompute)
                 if compile:
                     blocks[i].compile(fullgraph=recompute == "none")
-                fully_shard(blocks[i], mesh=mesh, mp_policy=PRECISIONS[precision])
+                fully_shard(blocks[i], **spread, mp_policy=PRECISIONS[precision])
         own = getattr(root, "precision", precision)  # small parts that need float32 say so
-        fully_shard(root, mesh=mesh, mp_policy=PRECISIONS[own])
-    module.to_empty(device=device)
+        fully_shard(root, **spread, mp_policy=PRECISIONS[own])
+
+
+def _dimension(parameter: nn.Parameter, group: int) -> Shard | None:
+    """Another dimension than the first where that is shorter than the group, which FSDP would pad to
+    it: a position table [1, N, D] would be sent as often as there are processes."""
+    if len(parameter) >= group:
+        return None
+    even = [i for i, length in enumerate(parameter.shape) if length % group == 0]
+    return Shard(even[-1]) if even else None
+
+
+def materialise(module: nn.Module, precision: Literal["bf16", "fp32"] = "bf16") -> None:
+    """The second half of `shard`: memory on this process's device, without values but for
+    buffers."""
+    module.to_empty(device=distributed.device())
     fill_buffers(module)
     for buffer in module.buffers():
         if precision == "bf16" and buffer.is_floating_point():
@@ -120,6 +151,19 @@ def find_roots(module: nn.Module) -> list[nn.Module]:
 
 
 BLOCKS = ("blocks", "resblocks", "layer")  # as timm, open_clip and transformers call their lists
+
+
+def blocks(module: nn.Module) -> list[nn.Module]:
+    """Every block that `shard` treats as one, recomputed and gathered by itself."""
+    return [block for root in find_roots(module) for some in _block_lists(root) for block in some]
+
+
+def send_gradients(module: nn.Module, now: bool) -> None:
+    """Whether the next backward passes of a sharded module add up its gradients over all processes,
+    or each process keeps its own until one does."""
+    for one in module.modules():
+        if hasattr(one, "set_requires_gradient_sync"):
+            one.set_requires_gradient_sync(now, recurse=False)
 
 
 def _block_lists(root: nn.Module) -> list[nn.ModuleList]:

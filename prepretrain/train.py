@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from prepretrain import checkpoint, clock, distributed, optim
+from prepretrain import checkpoint, clock, distributed, optim, shard
 from prepretrain.loader import Stream
 from prepretrain.log import Metrics, Progress
 from prepretrain.optim import Schedule
@@ -171,13 +171,11 @@ def _gradients(
     replaced in them."""
     total: dict[str, Tensor] = {}
     bad: list[dict] = []
-    roots = [m for m in objective.modules() if hasattr(m, "set_requires_gradient_sync")]
     for part in range(accumulate):
         with meter.waiting():
             batch = next(stream)
         bad += batch.pop("bad")
-        for root in roots:  # only the last part's backward sends gradients
-            root.set_requires_gradient_sync(part == accumulate - 1, recurse=False)
+        shard.send_gradients(objective, part == accumulate - 1)
         figures = objective(to_device(batch))
         (figures["loss"] / accumulate).backward()
         for name, value in figures.items():

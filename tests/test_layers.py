@@ -40,15 +40,15 @@ ROWS = [
         "published",
     },
     {"loader", "objectives", "subsets"},
-    {"train", "features", "probes"},
+    {"train", "features", "memory", "probes"},
     {"validation", "tuning"},
     {"evaluators"},
     {"plan"},
-    {"run"},
+    {"run", "capacity"},
     {"suite"},
     {"launch", "report"},
 ]
-READERS_OF_CONFIG = {"plan", "run", "suite", "launch"}
+READERS_OF_CONFIG = {"plan", "capacity", "run", "suite", "launch"}
 FILES = sorted(p for p in PACKAGE.rglob("*.py") if p.name != "__init__.py")
 
 
@@ -98,7 +98,7 @@ def test_plug_ins_of_a_kind_do_not_import_each_other():
             assert all(n.startswith(f"prepretrain.{kind}.base") for n in peers), f"{path}: {peers}"
 
 
-def test_only_plan_suite_run_and_launch_read_the_config():
+def test_only_what_plans_and_starts_runs_reads_the_config():
     assert {noun(p) for p in FILES if "config" in ours(p)} == READERS_OF_CONFIG
 
 

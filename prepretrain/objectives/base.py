@@ -68,6 +68,10 @@ class Objective(nn.Module):
         """Makes ready what is neither trained nor saved, at each start of a run; `shard` puts a
         module that was built on the meta device on this run's devices."""
 
+    def frozen(self) -> list[nn.Module]:
+        """The modules that `prepare` makes ready: on the meta device until then."""
+        return []
+
     def example(self, images: int) -> dict[str, Tensor]:
         """A batch of the shapes that `forward` takes, on the meta device, to count its FLOPs
         without data."""

@@ -89,6 +89,10 @@ class FeatureMAE(Masked):
         """The teacher; without weights until `prepare`."""
         return self._teacher[0]
 
+    def frozen(self) -> list[nn.Module]:
+        """See Objective.frozen."""
+        return [self.teacher]
+
     def prepare(self, shard: Callable[[nn.Module], None]) -> None:
         """See Objective.prepare: shards the teacher and loads its weights."""
         shard(self.teacher)

@@ -1,0 +1,91 @@
+"""Writes docs/scale.md: what MAWS's two largest models need on 8, 64 and 512 GPUs of 80 GB.
+
+    python benchmarks/plan_tables.py
+
+Each row is one command of tools/plan.py, in a process of its own; all of it takes minutes.
+"""
+
+import datetime
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).parents[1]
+HEAD = """# Memory and communication at scale
+
+Written by `benchmarks/plan_tables.py` on {date} at commit {commit}, with torch {torch}; each row by
+
+    python tools/plan.py --stage STAGE base=size/SIZE.yaml --gpus GPUS --memory 80
+
+**Simulated, not measured.** Nothing here ran on a GPU. A row is one training step of process 0 of so many,
+run on tensors without storage over a process group that does not exist: the same objective, sharding and
+optimizer as a run's, each tensor's life followed. On the CPU the same simulation is within 1 % of measured
+resident memory (`benchmarks/plan_memory.py`). Not simulated: torch.compile, the allocator's rounding and
+fragmentation, the memory of CUDA, NCCL and cuBLAS; for those a tenth of a GPU is left free. Images a second
+and days assume 40 % of 989 TFLOP/s (H100 SXM, dense bf16, NVIDIA's data sheet), recomputed FLOPs included;
+40 % is an assumption, not from the paper, and takes no account of the network. It needs the rate of the
+column "GB/s" at that speed, of each GPU.
+
+A row shows the config as it is if that fits, else with the first settings that make it fit, or the smallest
+that was tried. "GB" are 10⁹ bytes a GPU: the largest of each kind, which are not all at the same time, and
+the peak of all together. In flight: gathered parameters, and gradients being reduced.
+"""
+COLUMNS = (
+    "GPUs | fits | to be added | images x parts | parameters | gradients | optimizer | activations "
+    "| in flight | peak | sent GB/step | GB/s | images/s | days"
+)
+STAGES, SIZES, GPUS = ("wsp", "mae"), ("vit_2b14", "vit_6.5b14"), (8, 64, 512)
+
+
+def planned(stage: str, size: str, gpus: int) -> dict[str, Any]:
+    """The last line of a command. Raises RuntimeError if it could not say."""
+    asked = ["--stage", stage, f"base=size/{size}.yaml", "--gpus", str(gpus), "--memory", "80"]
+    tool = [sys.executable, str(ROOT / "tools" / "plan.py")]
+    done = subprocess.run([*tool, *asked], capture_output=True, text=True)
+    if not done.stdout:
+        raise RuntimeError(done.stderr)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def row(found: dict[str, Any]) -> str:
+    """A line of the table."""
+    used, sizes = found["settings"], found["bytes"]
+    held = [sizes[k] for k in ("parameters", "gradients", "optimizer", "activations", "in_flight")]
+    sent = found["communicated_bytes"] / 1e9
+    cells = [
+        found["gpus"],
+        "yes" if found["fits"] else "no",
+        f"`{' '.join(found['overrides'])}`" if found["overrides"] else "",
+        f"{used['batch_per_process']} x {used['accumulate']}",
+        *(f"{value / 1e9:.1f}" for value in [*held, found["peak_bytes"]]),
+        f"{sent:.1f}",
+        f"{sent / found['seconds_per_step']:.1f}",
+        f"{found['images_per_second']:,.0f}",
+        f"{found['days']:,.1f}",
+    ]
+    return f"| {' | '.join(str(cell) for cell in cells)} |"
+
+
+def main() -> None:
+    """Writes the file anew."""
+    git = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
+    commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    today = datetime.date.today().isoformat()
+    text = HEAD.format(date=today, commit=commit, torch=torch.__version__)
+    for stage in STAGES:
+        for size in SIZES:
+            rows = [row(planned(stage, size, gpus)) for gpus in GPUS]
+            rule = "|" + " --- |" * (COLUMNS.count("|") + 1)
+            text += "\n".join([f"\n## {size}, stage {stage}\n", f"| {COLUMNS} |", rule, *rows, ""])
+            print(text.rpartition("\n## ")[2], flush=True)
+    path = ROOT / "docs" / "scale.md"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(text)
+
+
+if __name__ == "__main__":
+    main()

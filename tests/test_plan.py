@@ -1,0 +1,174 @@
+"""Whether a run fits: simulated steps against closed forms, real processes, and each other."""
+
+import json
+import subprocess
+import sys
+from math import ceil
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import processes
+
+from prepretrain import capacity, config, distributed, memory, optim, shard
+from prepretrain.model import Model
+from prepretrain.objectives.mae import MAE
+from prepretrain.plan import Plan
+
+TOOL = Path(__file__).parents[1] / "tools" / "plan.py"
+
+
+def build(encoder: str = "vit_test8") -> MAE:
+    """A small MAE without storage; its position tables do not learn."""
+    with torch.device("meta"):
+        model = Model(encoder=encoder, positions="fixed")
+        return MAE(model, decoder_depth=1, decoder_width=32, decoder_heads=2)
+
+
+def rows(parameter: torch.Tensor, group: int) -> int:
+    """Numbers of a parameter that process 0 keeps: the first of `group` parts along its first
+    dimension, or along another that divides evenly where the first is shorter than the group."""
+    if len(parameter) < group and any(length % group == 0 for length in parameter.shape):
+        return parameter.numel() // group
+    return ceil(len(parameter) / group) * parameter[0].numel()
+
+
+@pytest.mark.parametrize("world, group", [(1, None), (8, None), (8, 2), (8, 1)])
+def test_weights_gradients_and_moments_are_those_of_a_shard_to_the_byte(world, group):
+    inside = min(group or world, world)
+    objective = build()
+    trained = [p for p in objective.parameters() if p.requires_grad]
+    found = memory.simulate(build, images=2, world=world, group=group).bytes
+    state = sum(rows(p, inside) for p in trained) * 4
+    assert found["parameters"] == sum(rows(p, inside) for p in objective.parameters()) * 4
+    assert found["gradients"] == state
+    assert found["optimizer"] == 2 * state + 4 * len(trained)  # AdamW counts steps
+
+
+@pytest.mark.parametrize("group, parts", [(None, 1), (None, 2), (2, 1)])
+def test_what_is_sent_is_what_the_collectives_of_each_parameter_send(group, parts):
+    world, inside = 4, group or 4
+    objective = build()
+    blocks = {id(p) for block in shard.blocks(objective) for p in block.parameters()}
+    gathered = sum(
+        rows(p, inside) * 2 * (inside - 1) * (2 if id(p) in blocks else 1)  # bf16, both passes
+        for p in objective.parameters()
+    )
+    trained = sum(rows(p, inside) * 4 for p in objective.parameters() if p.requires_grad)
+    sent = memory.simulate(build, images=2, accumulate=parts, world=world, group=group).sent
+    assert sent["allgather"] == gathered * parts
+    assert sent["reduce_scatter"] == trained * (inside - 1)  # float32, once however many parts
+    copies = world // inside
+    assert sent["allreduce"] == round(trained * 2 * (copies - 1) / copies)
+
+
+def test_each_way_to_recompute_holds_fewer_activations_and_computes_more():
+    none, block, offload = (
+        memory.simulate(lambda: build("vit_mini8"), images=64, world=2, recompute=how)
+        for how in ("none", "block", "offload")
+    )
+    held = [one.bytes["activations"] for one in (none, block, offload)]
+    assert held[0] > 1.5 * held[1] > 1.5 * held[2]
+    assert none.flops < block.flops < offload.flops < 1.4 * none.flops
+
+
+def test_a_training_step_takes_three_forward_passes():
+    given = config.load("wsp", ["model.encoder=vit_mini8", "model.image_size=64"])
+    images = 4
+    found = memory.simulate(lambda: capacity._on_meta(given), images=images, world=1)
+    assert found.flops / images / Plan(given, 1).flops() == pytest.approx(3, rel=0.02)
+
+
+def test_accumulated_gradients_are_whole_until_they_are_sent():
+    once = memory.simulate(build, images=2, world=8).bytes
+    twice = memory.simulate(build, images=1, accumulate=2, world=8).bytes
+    trained = sum(p.numel() for p in build().parameters() if p.requires_grad)
+    assert twice["gradients"] >= trained * 2 > once["gradients"]
+
+
+def test_a_group_that_does_not_divide_the_processes_is_refused():
+    with pytest.raises(ValueError, match="shard.group: 3 must divide the number of processes, 8"):
+        memory.simulate(build, images=1, world=8, group=3)
+    assert not torch.distributed.is_initialized()
+
+
+def state_of(rank: int, expected: dict[str, int]) -> None:
+    """Trains two real steps, and compares what this process then holds with what was simulated."""
+    distributed.init()
+    objective = build()
+    shard.shard(objective, precision="fp32")
+    shard.initialise(objective, 0)
+    optimizer = optim.build(objective.train(), lr=1e-3, weight_decay=0.0)
+    batch = {k: torch.zeros(v.shape, dtype=v.dtype) for k, v in objective.example(2).items()}
+    objective(batch)["loss"].backward()
+    gradients = [p.grad.to_local() for p in objective.parameters() if p.grad is not None]
+    optimizer.step()
+    moments = [v for state in optimizer.state.values() for v in state.values()]
+    moments = [v.to_local() if hasattr(v, "to_local") else v for v in moments]
+    held = [p.to_local() for p in objective.parameters()]
+    if rank == 0:
+        for kind, some in (("parameters", held), ("gradients", gradients), ("optimizer", moments)):
+            assert sum(t.numel() * t.element_size() for t in some) == expected[kind], kind
+    distributed.shutdown()
+
+
+def test_two_real_processes_hold_what_was_simulated():
+    processes(2, state_of, memory.simulate(build, images=2, world=2, precision="fp32").bytes)
+
+
+SMALL = ["model.encoder=vit_mini8", "batch_size=64", "shard.precision=bf16"]
+
+
+def estimate(bytes_: float, *overrides: str, gpus: int = 2) -> dict:
+    """Of the small stage, on GPUs with so much memory left after the reserve."""
+    given = capacity.load("small.yaml", [*SMALL, *overrides])
+    gigabytes = bytes_ / 1e9 / (1 - capacity.RESERVE)
+    return capacity.estimate(given, gpus=gpus, gigabytes=gigabytes, mfu=0.5, tflops=1.0, images=1e6)
+
+
+def test_the_first_settings_that_fit_are_named_and_fit_as_they_are(place):
+    as_given = estimate(1e9)
+    assert as_given["fits"] and as_given["overrides"] == [] and len(as_given["tried"]) == 1
+    assert sum(as_given["bytes_at_peak"].values()) == as_given["peak_bytes"]
+    less = estimate(0.9 * as_given["peak_bytes"])
+    assert less["fits"] and less["overrides"] == ["shard.recompute=block"]
+    pasted = estimate(0.9 * as_given["peak_bytes"], *less["overrides"])
+    assert pasted["overrides"] == [] and pasted["bytes"] == less["bytes"]
+    cost = less["training_flops_per_image"]
+    assert less["images_per_second"] == pytest.approx(2 * 0.5e12 / cost, rel=1e-3)
+
+
+def test_smaller_parts_and_larger_groups_come_last(place):
+    given = capacity.load("small.yaml", ["shard.group=1", "batch_size=8", "shard.recompute=block"])
+    room = Plan(given, 2).state_bytes() / 1e9 / (1 - capacity.RESERVE)
+    found = capacity.estimate(given, gpus=2, gigabytes=room, mfu=0.5, tflops=1.0)
+    tried = [(one["group"], one["recompute"], one["accumulate"]) for one in found["tried"]]
+    assert tried[:3] == [(1, "block", 1), (1, "offload", 1), (1, "offload", 2)]
+    assert found["fits"] and tried[-1][0] == 2 and "shard.group=2" in found["overrides"]
+
+
+def test_what_fits_nowhere_says_so_and_the_tool_exits_with_1(place):
+    command = [sys.executable, str(TOOL), "--stage", "small.yaml", "--gpus", "4"]
+    done = subprocess.run([*command, "--memory", "0.00001"], capture_output=True, text=True)
+    assert done.returncode == 1 and "It does not fit" in done.stdout, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert not found["fits"] and found["gpus_needed"] is None
+    assert set(found["bytes"]) == set(memory.KINDS)
+
+
+def test_what_cannot_work_is_refused_before_anything_is_simulated(place):
+    with pytest.raises(ValueError, match="batch_size: 64 does not divide among 7 processes"):
+        estimate(1e9, gpus=7)
+    with pytest.raises(ValueError, match="shard.group: 3 must divide the number of GPUs, 4"):
+        estimate(1e9, "shard.group=3", gpus=4)
+    with pytest.raises(ValueError, match="--gpus 0"):
+        estimate(1e9, gpus=0)
+    with pytest.raises(ValueError, match="--stage eval/linear: evaluates"):
+        capacity.load("eval/linear", ["data=colours"])
+
+
+def test_frozen_weights_have_neither_gradients_nor_moments_in_the_dry_run(place):
+    plan = Plan(config.load("small.yaml", []), 2)
+    trained = sum(p.numel() for p in plan.objective.parameters() if p.requires_grad)
+    frozen = sum(p.numel() for p in plan.objective.parameters() if not p.requires_grad)
+    assert frozen and plan.state_bytes() == (trained * 16 + frozen * 4) // 2
