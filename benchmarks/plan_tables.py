@@ -23,8 +23,9 @@ Written by `benchmarks/plan_tables.py` on {date} at commit {commit}, with torch 
 
 **Simulated, not measured.** Nothing here ran on a GPU. A row is one training step of process 0 of so many,
 run on tensors without storage over a process group that does not exist: the same objective, sharding and
-optimizer as a run's, each tensor's life followed. On the CPU the same simulation is within 1 % of measured
-resident memory (`benchmarks/plan_memory.py`). Not simulated: torch.compile, the allocator's rounding and
+optimizer as a run's, each tensor's life followed. Of a ViT-B on the CPU, in float32 on one and two processes,
+the same simulation is within 1 % of measured resident memory (`benchmarks/plan_memory.py`, whose GPU cases
+have not been run). Not simulated: torch.compile, the allocator's rounding and
 fragmentation, the memory of CUDA, NCCL and cuBLAS; for those a tenth of a GPU is left free. Images a second
 and days assume 40 % of 989 TFLOP/s (H100 SXM, dense bf16, NVIDIA's data sheet), recomputed FLOPs included;
 40 % is an assumption, not from the paper, and takes no account of the network. It needs the rate of the
