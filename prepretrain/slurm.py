@@ -123,12 +123,9 @@ def submit(
         with executor.batch():
             jobs = [executor.submit(task) for task in tasks]
     except submitit.core.utils.FailedJobError as error:
-        raise ValueError(f"--slurm {partition}: sbatch refused: {_last_line(error)}") from error
+        text = " ".join(str(error).split())
+        raise ValueError(f"--slurm {partition}: sbatch refused: {text}") from error
     return jobs
-
-
-def _last_line(error: Exception) -> str:
-    return next((s.strip() for s in reversed(str(error).splitlines()) if s.strip()), repr(error))
 
 
 def _ask(*command: str) -> str | None:

@@ -16,8 +16,8 @@ SlurmUser={user}
 SlurmdUser={user}
 AuthType=auth/munge
 CredType=cred/munge
-# cred_expire is also how long a requeued job waits before it starts again
-AuthInfo=socket={place}/run/munge.sock,cred_expire=2
+# cred_expire is also how long a requeued job waits before it starts again; below 10 it is 120
+AuthInfo=socket={place}/run/munge.sock,cred_expire=10
 StateSaveLocation={place}/state
 SlurmdSpoolDir={place}/spool-%n
 SlurmctldPidFile={place}/run/slurmctld.pid
@@ -59,9 +59,9 @@ DAEMONS = ("slurmd-n1", "slurmd-n2", "slurmctld", "munged")
 class Box:
     """Started where `folder` is; `environment` is what its clients need."""
 
-    def __init__(self, folder: Path, port: int = 26917, *, user_signal: bool = True):
+    def __init__(self, folder: Path, *, user_signal: bool = True):
         """user_signal: a job that is preempted gets the signal that it asked for, else SIGTERM."""
-        self.folder, self.port = folder, port
+        self.folder, ports = folder, _free_ports(3)
         for name in ("state", "spool-n1", "spool-n2", "log", "run"):
             (folder / name).mkdir(parents=True, exist_ok=True)
         for place in (folder, folder / "run"):
@@ -75,10 +75,10 @@ class Box:
         host = socket.gethostname().partition(".")[0]
         asked = "SlurmctldParameters=preempt_send_user_signal\n" if user_signal else ""
         text = CONF.format(
-            host=host, user=getpass.getuser(), place=folder, port=port, preemption=asked
+            host=host, user=getpass.getuser(), place=folder, port=ports[0], preemption=asked
         )
         for i, name in enumerate(("n1", "n2"), 1):
-            text += NODE.format(name=name, host=host, port=port + i)
+            text += NODE.format(name=name, host=host, port=ports[i])
         (folder / "slurm.conf").write_text(text + PARTITIONS)
         (folder / "gres.conf").write_text(f"NodeName=n[1-2] Name=gpu File={folder}/run/gpu[0-1]\n")
         self.environment = {"SLURM_CONF": str(folder / "slurm.conf"), "MASTER_ADDR": "127.0.0.1"}
@@ -164,9 +164,19 @@ class Box:
                 _end(pid)
 
 
+def _free_ports(count: int) -> list[int]:
+    held = [socket.socket() for _ in range(count)]
+    for one in held:
+        one.bind(("127.0.0.1", 0))
+    ports = [one.getsockname()[1] for one in held]
+    for one in held:
+        one.close()
+    return ports
+
+
 def _end(pid: int) -> None:
     for number in (signal.SIGTERM, signal.SIGKILL):
-        for _ in range(50):
+        for _ in range(15):
             try:
                 os.kill(pid, number)
             except ProcessLookupError:
