@@ -78,6 +78,20 @@ class Validation:
 
 
 @dataclass
+class Slurm:
+    """What --slurm asks for beside the partition, --nodes, --procs and --hours; changes no result."""
+
+    account: str | None = None
+    qos: str | None = None
+    constraint: str | None = None
+    memory: str | None = None  # of a node, as 500GB
+    gpus: int | None = None  # of a node; null: one for each process, where the partition has GPUs
+    cpus: int | None = None  # of a process
+    requeues: int = 3  # times that a job starts again after a crash
+    extra: tuple[str, ...] = ()  # further options of sbatch, as --exclude=node7
+
+
+@dataclass
 class Training:
     """A run that trains: `objective:` says for what."""
 
@@ -99,6 +113,8 @@ class Training:
     # {name, data (by default that of training), every, options}
     evaluators: list[dict[str, Any]] = field(default_factory=list)
     validation: Validation = field(default_factory=Validation)
+    slurm: Slurm = field(default_factory=Slurm)
+    wandb: str | None = None  # a Weights & Biases project that the run is logged to as well
     branches: tuple[str, ...] = ()  # shorter lengths that will branch off this run: see `branch`
     branch: str | None = None  # set by --branch: the run whose constant rate this one continues
     init: str | None = None  # set by --init: weights to start from
@@ -115,6 +131,7 @@ class Evaluating:
     )  # options to load it with instead, as in model.image_size
     seed: int = 0
     label: str | None = None  # results are under <evaluator>/<card>/<label>
+    slurm: Slurm = field(default_factory=Slurm)
     init: str | None = None  # set by --init: the model to evaluate
 
 
@@ -124,6 +141,7 @@ class Suite:
 
     suite: list[dict[str, Any]]  # {stage, label, out, and keys over that stage's config}
     jobs: Literal["one", "each"] = "one"  # with --slurm: a job for all, or one for each entry
+    slurm: Slurm = field(default_factory=Slurm)
     init: str | None = None  # set by --init: the model that every entry starts from
 
 
@@ -140,6 +158,8 @@ CHANGEABLE = (
     "checkpoint",
     "evaluators",
     "validation",
+    "slurm",
+    "wandb",
     "branches",
 )
 

@@ -5,17 +5,20 @@ import json
 import logging
 import os
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import submitit
 
+from prepretrain import checkpoint, lease, log, plan, run, suite
 from prepretrain import config as configs
-from prepretrain import log, run, suite
+from prepretrain import slurm as clusters
 from prepretrain.config import Config, Evaluating, Suite, Training
 
 logger = logging.getLogger(__name__)
+
+_FOREVER = 10**7  # minutes: processes here have no time limit
 
 
 def launch(
@@ -61,9 +64,16 @@ def launch(
         _start(config, folder)
     else:
         log.setup()
+        if slurm is not None:
+            clusters.check(slurm, hours=hours, **asdict(config.slurm))
         (suite if isinstance(config, Suite) else run).check(config, folder, world)
-        for name, job in _jobs(config, folder, slurm):
-            _submit(Task(job, folder), folder, nodes, procs, slurm, hours, name)
+        held = lease.refusal(folder) if isinstance(config, Training) else None
+        if held is not None:
+            raise ValueError(held)
+        if slurm is None:
+            _here(Task(config, folder), folder, procs)
+        else:
+            _queue(config, folder, slurm, nodes=nodes, procs=procs, hours=hours)
     return folder
 
 
@@ -71,11 +81,11 @@ def _start(config: Config, folder: Path) -> None:
     (suite if isinstance(config, Suite) else run).start(config, folder)
 
 
-def _jobs(config: Config, folder: Path, slurm: str | None) -> list[tuple[str, Config]]:
-    """(a job's name, what it does): one, unless a suite asks SLURM for one each."""
-    if slurm is None or not isinstance(config, Suite) or config.jobs == "one":
-        return [(str(folder), config)]
-    return [(f"{folder}:{one['stage']}", replace(config, suite=[one])) for one in config.suite]
+def _jobs(config: Config) -> list[Config]:
+    """What each job does: one does all, unless a suite asks for one each."""
+    if not isinstance(config, Suite) or config.jobs == "one":
+        return [config]
+    return [replace(config, suite=[one]) for one in config.suite]
 
 
 def _folder(config: Config, stage: str, out: str | None) -> Path:
@@ -108,7 +118,7 @@ class Task:
 
     def __call__(self) -> None:
         """Joins the others by submitit's description of the job."""
-        submitit.helpers.TorchDistributedEnvironment().export(set_cuda_visible_devices=False)
+        clusters.join()
         _start(self.config, self.folder)
 
     def checkpoint(self) -> submitit.helpers.DelayedSubmission:
@@ -116,28 +126,62 @@ class Task:
         return submitit.helpers.DelayedSubmission(self)
 
 
-def _submit(
-    task: Task, folder: Path, nodes: int, procs: int, slurm: str | None, hours: float, name: str
-) -> None:
-    executor = submitit.AutoExecutor(
-        folder=folder / "submitit", cluster="slurm" if slurm else "local"
-    )
-    executor.update_parameters(
-        name=name, nodes=nodes, tasks_per_node=procs, timeout_min=round(hours * 60)
-    )
-    if slurm:
-        executor.update_parameters(slurm_partition=slurm)
+def _here(task: Task, folder: Path, procs: int) -> None:
+    executor = submitit.AutoExecutor(folder=folder / "submitit", cluster="local")
+    executor.update_parameters(nodes=1, tasks_per_node=procs, timeout_min=_FOREVER)
     job = executor.submit(task)
-    logger.info(
-        "%s: job %s of %d x %d processes; its output: %s",
-        name,
-        job.job_id,
-        nodes,
-        procs,
-        job.paths.stderr,
-    )
-    if slurm is None:
-        _follow(job, nodes * procs, folder / "log.txt")
+    logger.info("%s: %d processes; their output: %s", folder, procs, job.paths.stderr)
+    _follow(job, procs, folder / "log.txt")
+
+
+def _queue(config: Config, folder: Path, partition: str, **size: Any) -> None:
+    tasks = [Task(one, folder) for one in _jobs(config)]
+    options = {"name": str(folder), "partition": partition, **size, **asdict(config.slurm)}
+    for job in clusters.submit(tasks, folder, **options):
+        logger.info("%s: job %s; its output: %s", folder, job.job_id, job.paths.stderr)
+
+
+def status(run: str) -> str:
+    """How far a run is, for a person: its jobs, step, newest checkpoint, ends so far and logs.
+
+    Raises ValueError for a folder that is no run's.
+    """
+    folder = Path(run)
+    if not (folder / "config.yaml").exists() and not (folder / "submitit").exists():
+        raise ValueError(f"--status: {run} is no run's folder: it holds no config.yaml.")
+    lines = [str(folder)]
+    for job in _submitted(folder):
+        lines.append(f"  job {job}: {clusters.state(job) or 'unknown to SLURM'}")
+    metrics = folder / "metrics.jsonl"
+    rows = metrics.read_text().splitlines() if metrics.exists() else []
+    if rows:
+        age = time.time() - metrics.stat().st_mtime
+        lines.append(f"  step {json.loads(rows[-1])['step']} of {_steps(folder)}, {age:.0f} s ago")
+    saved = checkpoint.listed(folder)
+    lines.append(f"  newest checkpoint: {saved[-1] if saved else 'none'}")
+    if (folder / "export" / "model.safetensors").exists():
+        lines.append(f"  done: {folder / 'export' / 'model.safetensors'}")
+    for one in clusters.attempts(folder):
+        step = "" if one.get("step") is None else f" at step {one['step']}"
+        lines.append(
+            f"  {one['time']} job {one['job']}, start {one['restart'] + 1}: {one['ended']}{step}: "
+            f"{one['error'].splitlines()[0][:200]}"
+        )
+    lines.append(f"  logs: {folder / 'log.txt'}, of each process: {folder / 'submitit'}/*_log.err")
+    return "\n".join(lines)
+
+
+def _submitted(folder: Path) -> list[str]:
+    """The numbers of the SLURM jobs that were submitted for a folder, oldest first."""
+    found = [p.name.removesuffix("_submission.sh") for p in folder.glob("submitit/*_submission.sh")]
+    return sorted(found)
+
+
+def _steps(folder: Path) -> str:
+    try:
+        return str(plan.steps(folder))
+    except (ValueError, OSError):  # its data are not here
+        return "?"
 
 
 def _follow(job: submitit.Job, processes: int, path: Path) -> None:

@@ -6,6 +6,7 @@ import logging
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
@@ -25,8 +26,10 @@ def setup(folder: Path | None = None) -> None:
     rank = "" if distributed.world() == 1 else f"[{distributed.rank()}] "
     shape = logging.Formatter(f"%(asctime)s {rank}%(levelname).1s %(message)s", "%H:%M:%S")
     handlers: list[logging.Handler] = [_Terminal()]
-    if folder is not None and distributed.is_main():
-        handlers.append(logging.FileHandler(folder / "log.txt"))
+    if folder is not None:
+        handlers.append(logging.FileHandler(folder / "log.txt", delay=True))
+        if not distributed.is_main():
+            handlers[-1].setLevel(logging.CRITICAL)  # why a job ends, whoever caused it
     for handler in handlers:
         handler.setFormatter(shape)
         logger.addHandler(handler)
@@ -46,10 +49,11 @@ class Metrics:
     """metrics.jsonl, one line a logged step, each step once, with TensorBoard beside it. Rank 0
     writes."""
 
-    def __init__(self, folder: Path, step: int):
+    def __init__(self, folder: Path, step: int, wandb: str | None = None):
         """Opens the log for a run that continues after `step`; later lines, from a run cut off, are
-        removed."""
-        self.file = self.board = None
+        removed. wandb: a Weights & Biases project to log to as well, in one run however often this
+        one is continued."""
+        self.file = self.board = self.remote = None
         self.measured: list[str] = []  # figures that were logged of this very step
         if not distributed.is_main():
             return
@@ -64,6 +68,8 @@ class Metrics:
         )
 
         self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+        if wandb is not None:
+            self.remote = _remote(folder, wandb)
 
     def write(self, row: dict) -> None:
         """Appends one row, which holds at least "step"."""
@@ -74,6 +80,8 @@ class Metrics:
         for key, value in row.items():
             if key != "step" and isinstance(value, (int, float)):
                 self.board.add_scalar(key, value, row["step"])
+        if self.remote is not None:  # which drops what it has of an earlier or the same step
+            self.remote.log(row, step=row["step"])
 
     def quarantine(self, step: int, replaced: list[dict]) -> None:
         """Appends the images that were replaced in a step to quarantine.jsonl, with cause and
@@ -90,6 +98,19 @@ class Metrics:
         if self.file is not None:
             self.file.close()
             self.board.close()
+        if self.remote is not None:
+            self.remote.finish()
+
+
+def _remote(folder: Path, project: str) -> Any:
+    """The folder's Weights & Biases run: new, or the one whose id is in wandb.txt."""
+    import wandb  # optional
+
+    path = folder / "wandb.txt"
+    if not path.exists():
+        path.write_text(os.urandom(8).hex())
+    name = path.read_text()
+    return wandb.init(project=project, id=name, name=str(folder), dir=str(folder), resume="allow")
 
 
 def _rewind(path: Path, step: int) -> list[dict]:

@@ -1,6 +1,7 @@
 """Everything about a training run that can be known before it starts: its parts on the meta device,
 its steps, its sizes."""
 
+import importlib.util
 import math
 from dataclasses import replace
 from functools import partial
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from prepretrain import card, checkpoint, clock, plugin, validation
+from prepretrain import card, checkpoint, clock, plugin, shard, validation
 from prepretrain import config as configs
 from prepretrain import model as models
 from prepretrain.config import Training
@@ -27,10 +28,15 @@ class Plan:
 
     def __init__(self, config: Training, world: int):
         """Raises ValueError for whatever in the config cannot work."""
+        if config.wandb is not None and importlib.util.find_spec("wandb") is None:
+            raise ValueError(
+                f"wandb: {config.wandb}: the package is not here. pip install wandb, or leave it out."
+            )
         self.config, self.world = config, world
         self.split, self.card = _split(config.data.train)
         with torch.device("meta"):
             self.objective = build_objective(config)
+        shard.size(config.shard.group, world)
         self.accumulate = accumulation(config.batch_size, world, config.batch_per_process)
         if self.objective.whole_batch and self.accumulate > 1:
             raise ValueError(
@@ -299,6 +305,15 @@ def with_model_options(config: Training, folder: Path | None = None) -> Training
             f"{known['encoder']}. Leave model.encoder out, or give another --init or --out."
         )
     return replace(config, model=encoders.follow(known, config.model))
+
+
+def steps(folder: Path) -> int:
+    """The length of a recorded run. Raises ValueError if that needs data that are not here."""
+    given = configs.check(Training, _recorded(str(folder)), "")
+    found = Plan(given, 1)
+    if found.schedule is None:
+        found.open_data()
+    return found.schedule.steps
 
 
 def _recorded(run: str) -> dict[str, Any]:

@@ -7,6 +7,8 @@ import logging
 import math
 import os
 import re
+import socket
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
@@ -20,10 +22,12 @@ from prepretrain import (
     card,
     checkpoint,
     distributed,
+    lease,
     log,
     optim,
     results,
     shard,
+    slurm,
     validation,
     weights,
 )
@@ -36,7 +40,7 @@ from prepretrain.loader import Stream
 from prepretrain.model import Model
 from prepretrain.objectives.base import Objective
 from prepretrain.plan import Plan, build_evaluator, build_objective, with_model_options
-from prepretrain.train import Evaluation, fit
+from prepretrain.train import Evaluation, Stopped, fit
 from prepretrain.transforms import BadImage, decode, resize_center_crop
 
 logger = logging.getLogger(__name__)
@@ -55,16 +59,46 @@ def start(config: Training | Evaluating, folder: Path) -> None:
 def joined(folder: Path) -> Iterator[None]:
     """This process as one of those that the environment describes, with its log in the folder."""
     distributed.init()
-    folder.mkdir(parents=True, exist_ok=True)
-    log.setup(folder)
     try:
+        _open_folder(folder)
+        log.setup(folder)
         yield
+    except Exception as error:
+        slurm.leave(error, stopped=isinstance(error, Stopped))
+        raise
     finally:
         distributed.shutdown()
 
 
+def _open_folder(folder: Path) -> None:
+    """Makes the run's folder, on one process. Raises ValueError, on all, if others do not see it."""
+    mark = folder.absolute() / f".shared-{distributed.from_main(os.urandom(4).hex())}"
+    if distributed.is_main():
+        folder.mkdir(parents=True, exist_ok=True)
+        mark.touch()
+    distributed.barrier()
+    for _ in range(50):  # a network's file system may show it late
+        if mark.exists():
+            break
+        time.sleep(0.1)
+    seen = distributed.all_gather_object((f"{socket.gethostname()}:{mark.parent}", mark.exists()))
+    if distributed.is_main():
+        mark.unlink()
+    blind = sorted({place for place, sees in seen if not sees})
+    if blind:
+        raise ValueError(
+            f"{folder}: is not shared: {', '.join(blind)} is not what process 0 writes to, "
+            f"{seen[0][0]}. Give --out a folder that all machines share."
+        )
+
+
 def train(config: Training, folder: Path) -> None:
     """Stage one, stage two or fine-tuning: whatever the objective says."""
+    with lease.held(folder):
+        _train(config, folder)
+
+
+def _train(config: Training, folder: Path) -> None:
     config = with_model_options(config, folder)
     plan = Plan(config, distributed.world())
     source = plan.open_data()
@@ -126,6 +160,7 @@ def train(config: Training, folder: Path) -> None:
         keep=config.checkpoint.keep,
         always=plan.branches(),
         evals=evals,
+        wandb=config.wandb,
     )
     with optim.averaged(objective, optimizer):
         _finish(plan, folder)

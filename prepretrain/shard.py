@@ -119,11 +119,18 @@ def _has_bf16() -> bool:
     return "flags" not in known or "amx_bf16" in known or "avx512_bf16" in known
 
 
-def _mesh(group: int | None):
-    world = distributed.world()
+def size(group: int | None, world: int) -> int:
+    """How many processes share a copy of the weights. Raises ValueError for a group that does not
+    divide them."""
     inside = world if group is None else min(group, world)
     if inside < 1 or world % inside:
         raise ValueError(f"shard.group: {group} must divide the number of processes, {world}.")
+    return inside
+
+
+def _mesh(group: int | None):
+    world = distributed.world()
+    inside = size(group, world)
     return init_device_mesh(
         distributed.device().type, (world // inside, inside), mesh_dim_names=("replicate", "shard")
     )

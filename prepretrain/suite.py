@@ -233,7 +233,8 @@ def _run(entry: Entry, folder: Path, sha256: str) -> None:
 def _asked(entry: Entry, sha256: str) -> dict[str, Any]:
     if isinstance(entry.config, Evaluating):
         return run.request(run.evaluator_of(entry.config)[1], entry.config.model, sha256)
-    return {"options": configs.plain(entry.config), "model": sha256}
+    options = {k: v for k, v in configs.plain(entry.config).items() if k not in ("slurm", "wandb")}
+    return {"options": options, "model": sha256}
 
 
 def _train(entry: Entry, folder: Path, asked: dict[str, Any]) -> None:

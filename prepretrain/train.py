@@ -1,6 +1,7 @@
 """`fit()`, the one training loop: it knows steps, files and `objective(batch)["loss"]`, and nothing
 of any task."""
 
+import contextlib
 import gc
 import logging
 import math
@@ -8,7 +9,7 @@ import random
 import signal
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,9 +24,6 @@ from prepretrain.log import Metrics, Progress
 from prepretrain.optim import Schedule
 
 logger = logging.getLogger(__name__)
-
-# A process's exit status when a signal stopped it and it can be started again (EX_TEMPFAIL).
-STOPPED = 75
 
 
 class Stopped(Exception):
@@ -60,19 +58,21 @@ def fit(
     keep: int = 2,
     always: Sequence[int] = (),
     evals: Sequence[Evaluation] = (),
+    wandb: str | None = None,
 ) -> None:
     """Trains to `schedule.steps` optimizer steps, from a checkpoint of the run if there is one.
 
     saved: that checkpoint, verified. options: what made the model, kept in checkpoints so that they
     describe themselves. clip: largest gradient norm. save_every: steps between checkpoints, one is
-    always saved at the end; None saves none at all. always: steps that are saved, and never removed. Raises
+    always saved at the end; None saves none at all. always: steps that are saved, and never removed. wandb: see Metrics. Raises
     FloatingPointError, on every process and before the weights change, for a loss or gradient that
     is not finite; ValueError for too many bad images or data that are not the run's; Stopped after
     a signal.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     step, bad = _resume(saved, objective, optimizer, data)
-    metrics, progress, asked = Metrics(folder, step), Progress(schedule.steps, step), _Signals()
+    metrics, progress = Metrics(folder, step, wandb), Progress(schedule.steps, step)
+    asked = _Signals()
     stream = data.batches(step * data.batch_size)
     meter, before = _Meter(data.batch_size), metrics.seconds if distributed.is_main() else 0.0
     with optim.averaged(objective, optimizer):
@@ -117,9 +117,12 @@ def fit(
                     f"{folder}: stopped by a signal after step {step}{saved_too}. "
                     f"The same command continues it."
                 )
-            with optim.averaged(objective, optimizer):
+            with optim.averaged(objective, optimizer), asked.passed_on():
                 _evaluate(evals, step, schedule.steps, metrics)
             objective.train()
+    except Exception as error:
+        error.step = step  # for those who decide whether to start again
+        raise
     finally:
         if collecting:
             gc.enable()
@@ -254,6 +257,19 @@ class _Signals:
     def __init__(self) -> None:
         self.received = False
         self.old = {s: signal.signal(s, self._set) for s in (signal.SIGTERM, signal.SIGUSR2)}
+
+    @contextlib.contextmanager
+    def passed_on(self) -> Iterator[None]:
+        """For what takes long and saves nothing: where others handle signals too they are theirs, and
+        so is one that came since the loop last looked."""
+        others = {number: handler for number, handler in self.old.items() if callable(handler)}
+        for number, handler in others.items():
+            signal.signal(number, handler)
+        if self.received and others:
+            signal.raise_signal(next(iter(others)))
+        yield
+        for number in others:
+            signal.signal(number, self._set)
 
     def _set(self, number: int, frame: Any) -> None:
         self.received = True

@@ -44,6 +44,12 @@ def place(tmp_path, monkeypatch) -> Path:
     """The current directory: a card `colours` of 60 photos, and a stage `small.yaml`."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("PREPRETRAIN_DATA", raising=False)
+    furnish()
+    return tmp_path
+
+
+def furnish() -> None:
+    """Makes what `place` promises in the current directory."""
     rng = np.random.default_rng(0)
     for i in range(60):
         colour = i % 3
@@ -58,7 +64,6 @@ def place(tmp_path, monkeypatch) -> Path:
     scenes = load_card("scenes").open("train")
     tags = (scenes.hashtags(i) for i in range(len(scenes)))
     Vocabulary.count(tags, source=scenes.fingerprint, min_count=2).save(Path("data/tags.json"))
-    return tmp_path
 
 
 @pytest.fixture

@@ -12,11 +12,12 @@ PACKAGE = ROOT / "prepretrain"
 ROWS = [
     {
         *("plugin", "clock", "distributed", "download", "transforms", "hashtags", "heads"),
-        *("index", "labels", "store", "text"),
+        *("index", "labels", "slurm", "store", "text"),
     },
     {
         *(
             "log",
+            "lease",
             "results",
             "config",
             "weights",

@@ -7,13 +7,15 @@ torchrun --nproc-per-node 8 tools/launch.py --stage mae             processes th
 python tools/launch.py --stage wsp --init runs/mae optim.lr=1e-4    from weights; another option
 python tools/launch.py --stage eval/suite --init runs/wsp           several evaluations
 python tools/launch.py --stage mae --dry-run                        checks all, trains nothing
+python tools/launch.py --status runs/mae                            how far a run is
 """
 
 import argparse
 import sys
 
-from prepretrain.launch import launch
-from prepretrain.train import STOPPED, Stopped
+from prepretrain.launch import launch, status
+from prepretrain.slurm import STOPPED
+from prepretrain.train import Stopped
 
 
 def main() -> None:
@@ -21,9 +23,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--stage", required=True, help="a config: mae, wsp, eval/linear, … or a path to a .yaml"
-    )
+    parser.add_argument("--stage", help="a config: mae, wsp, eval/linear, … or a path to a .yaml")
     parser.add_argument(
         "--init",
         help="weights to start from, or to evaluate: a run, a file or maws/vit_l16, [:encoder]",
@@ -47,9 +47,15 @@ def main() -> None:
         action="store_true",
         help="check everything, train nothing; the last line is JSON",
     )
+    parser.add_argument("--status", metavar="RUN", help="say how far a run is, and start nothing")
     parser.add_argument("overrides", nargs="*", metavar="a.b=value", help="keys of the config")
     given = vars(parser.parse_intermixed_args())
+    run = given.pop("status")
+    if (given["stage"] is None) == (run is None):
+        parser.error("--stage or --status is needed, and not both")
     try:
+        if run is not None:
+            return print(status(run))
         launch(given.pop("stage"), given.pop("overrides"), **given)
     except Stopped as stopped:
         print(f"launch: {stopped}", file=sys.stderr)

@@ -1,0 +1,111 @@
+"""One job at a time trains in a run's folder, and all its machines see it."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import processes
+
+from prepretrain import lease, run
+
+DEAD = {"job": None, "host": "node7", "pid": 1}
+
+
+def owner(**changed) -> Path:
+    """A folder with the owner that it names."""
+    Path("run").mkdir(exist_ok=True)
+    Path("run/owner.json").write_text(json.dumps({**DEAD, **changed}))
+    return Path("run")
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def test_a_folder_is_held_by_one_and_free_afterwards():
+    folder = Path("run")
+    folder.mkdir()
+    with lease.held(folder):
+        assert f"process {os.getpid()} on {socket.gethostname()}" in lease.refusal(folder)
+        with pytest.raises(ValueError, match="two jobs must not write to one run"):
+            with lease.held(folder):
+                raise AssertionError("both are in")
+    assert lease.refusal(folder) is None
+    with pytest.raises(OSError, match="its own"), lease.held(folder):
+        raise OSError("its own")
+    assert not list(folder.iterdir())
+
+
+def test_a_dead_process_of_this_machine_is_taken_over_at_once():
+    done = subprocess.Popen([sys.executable, "-c", ""])
+    done.wait()
+    with lease.held(owner(host=socket.gethostname(), pid=done.pid)):
+        assert json.loads(Path("run/owner.json").read_text())["pid"] == os.getpid()
+
+
+def test_one_of_another_machine_is_taken_over_when_it_has_given_no_sign_for_long():
+    folder = owner()
+    assert "process 1 on node7" in lease.refusal(folder)
+    long_ago = time.time() - lease.PATIENCE - 10
+    os.utime(folder / "owner.json", (long_ago, long_ago))
+    with lease.held(folder):
+        assert json.loads((folder / "owner.json").read_text())["host"] == socket.gethostname()
+
+
+def test_the_same_job_takes_over_from_itself(monkeypatch):
+    folder = owner(job="17", host="node7")
+    assert "job 17" in lease.refusal(folder)
+    monkeypatch.setenv("SUBMITIT_EXECUTOR", "slurm")
+    monkeypatch.setenv("SLURM_JOB_ID", "17")
+    monkeypatch.delenv("SLURM_ARRAY_JOB_ID", raising=False)
+    with lease.held(folder):
+        pass
+    monkeypatch.setenv("SLURM_JOB_ID", "18")
+    with pytest.raises(ValueError, match="job 17"):
+        owner(job="17")
+        with lease.held(folder):
+            pass
+
+
+def test_the_owner_gives_signs_of_life(monkeypatch):
+    monkeypatch.setattr(lease, "BEAT", 0.05)
+    Path("run").mkdir()
+    with lease.held(Path("run")):
+        os.utime("run/owner.json", (0, 0))
+        time.sleep(0.5)
+        assert time.time() - Path("run/owner.json").stat().st_mtime < 5
+
+
+def test_of_many_that_find_a_dead_owner_one_gets_the_folder():
+    owner(host=socket.gethostname(), pid=2**22 + 1)
+    code = (
+        "import sys, time\nfrom pathlib import Path\nfrom prepretrain import lease\n"
+        "try:\n    with lease.held(Path('run')):\n        print('in', flush=True)\n"
+        "        time.sleep(8)\nexcept ValueError:\n    print('out')\n"
+    )
+    all_of_them = [
+        subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
+    said = sorted(one.communicate()[0].strip() for one in all_of_them)
+    assert said == ["in", "out"]
+
+
+def _elsewhere(rank: int, places: list[str]) -> None:
+    os.chdir(places[rank])
+    with pytest.raises(ValueError, match=f"is not shared: .*{places[1]}"):
+        with run.joined(Path("runs/a")):
+            raise AssertionError("both went on")
+
+
+def test_a_folder_that_a_process_does_not_see_is_an_error_that_says_where(tmp_path):
+    places = [str(tmp_path / "one"), str(tmp_path / "two")]
+    for place in places:
+        Path(place).mkdir()
+    processes(2, _elsewhere, places)
