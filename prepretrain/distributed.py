@@ -115,6 +115,13 @@ def second_group(patience: datetime.timedelta) -> dist.ProcessGroup:
     return dist.new_group(backend="gloo", timeout=patience)
 
 
+def second_store(patience: datetime.timedelta) -> dist.TCPStore:
+    """The store that the processes found each other by, over a connection of its own, so that one
+    who waits does not keep others from asking."""
+    where = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    return dist.TCPStore(*where, is_master=False, wait_for_workers=False, timeout=patience)
+
+
 def from_main(value: Any) -> Any:
     """Rank 0's value, on every process."""
     if world() == 1:

@@ -25,6 +25,7 @@ from prepretrain import (
     results,
     shard,
     validation,
+    watch,
     weights,
 )
 from prepretrain import config as configs
@@ -65,6 +66,11 @@ def joined(folder: Path) -> Iterator[None]:
 
 def train(config: Training, folder: Path) -> None:
     """Stage one, stage two or fine-tuning: whatever the objective says."""
+    with watch.watching(folder, config.hang):
+        _train(config, folder)
+
+
+def _train(config: Training, folder: Path) -> None:
     config = with_model_options(config, folder)
     plan = Plan(config, distributed.world())
     source = plan.open_data()
@@ -124,7 +130,9 @@ def train(config: Training, folder: Path) -> None:
         log_every=plan.steps_of("log_every"),
         save_every=plan.steps_of("checkpoint.every"),
         keep=config.checkpoint.keep,
-        always=plan.branches(),
+        always=plan.always(),
+        async_save=config.checkpoint.async_save,
+        policy=plan.policy,
         evals=evals,
     )
     with optim.averaged(objective, optimizer):
@@ -279,7 +287,7 @@ def check(config: Training | Evaluating, folder: Path, world: int) -> Plan | Non
     plan = Plan(config, world)
     plan.open_data()
     plan.open_validation()
-    plan.branches()
+    plan.always()
     plan.branch_point()
     for module, found in starting(config, plan.objective):
         weights.check(module, found)

@@ -26,7 +26,7 @@ ROWS = [
             "checkpoint",
             "zoo",
         ),
-        "corruptions",
+        *("corruptions", "watch"),
     },
     {
         "model",
@@ -39,7 +39,7 @@ ROWS = [
         "adapters",
         "published",
     },
-    {"loader", "objectives", "subsets"},
+    {"loader", "objectives", "subsets", "numerics"},
     {"train", "features", "probes"},
     {"validation", "tuning"},
     {"evaluators"},
