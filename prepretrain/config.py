@@ -1,7 +1,7 @@
 """The configuration: a dataclass schema over OmegaConf's YAML, with base files, a.b=c overrides and
 clear errors.
 
-Only plan.py, suite.py, run.py and launch.py read it. Nothing is inferred into it: derived values (the
+Only plan.py, suite.py, run.py, launch.py, replay.py and doctor.py read it. Nothing is inferred into it: derived values (the
 scaled learning rate, steps, accumulation) are computed where they are used, and logged.
 """
 

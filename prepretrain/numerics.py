@@ -154,12 +154,12 @@ def dump(
     """
     place = folder / "dumps" / f"{step + 1:09d}"
     mine = {
-        "figures": {k: _json(v) for k, v in figures.items()},
-        "gradient_norm": _json(norm),
+        "figures": {k: as_json(v) for k, v in figures.items()},
+        "gradient_norm": as_json(norm),
         "batches": batches,
     }
     processes = distributed.all_gather_object(mine)
-    blocks = {k: _json(v) for k, v in group_norms(objective.named_parameters()).items()}
+    blocks = {k: as_json(v) for k, v in group_norms(objective.named_parameters()).items()}
     others = [p for p in folder.glob("dumps/*/checkpoints") if p.parent != place]
     try:
         if distributed.from_main(len(others)) < _DUMPS:
@@ -175,7 +175,7 @@ def dump(
     return place
 
 
-def _json(value: Any) -> float | str:
+def as_json(value: Any) -> float | str:
     """A number, or as text what JSON has no number for."""
     value = float(value)
     return value if math.isfinite(value) else str(value)

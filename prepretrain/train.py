@@ -127,7 +127,7 @@ def _fit(
     try:
         while step < schedule.steps:
             watch.beat(f"step {step + 1}")
-            _seed(seed, step)
+            seed_all(seed, step)
             rate = schedule.apply(optimizer, step)
             figures, replaced, seen = _gradients(objective, stream, data.accumulate, meter)
             norm = _norm(parameters)
@@ -219,10 +219,11 @@ def _resume(
     return state["step"], Counter(state["bad"])
 
 
-def _seed(seed: int, step: int) -> None:
-    """Seeds what draws from global generators (drop path, mixup), so that a resumed step draws the
-    same."""
-    value = int(np.random.SeedSequence([seed, step, distributed.rank()]).generate_state(1)[0])
+def seed_all(seed: int, step: int, rank: int | None = None) -> None:
+    """Seeds what draws from global generators (drop path, mixup), so that a step that is taken again
+    draws the same. rank: as if in this process of the run."""
+    rank = distributed.rank() if rank is None else rank
+    value = int(np.random.SeedSequence([seed, step, rank]).generate_state(1)[0])
     torch.manual_seed(value)
     np.random.seed(value)
     random.seed(value)

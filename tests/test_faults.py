@@ -111,3 +111,38 @@ def test_a_spike_is_logged_and_left_out_if_asked(place, group):
         left[7]["event"] == "spike, left out" and left[7]["grad_norm"] > 10 * left[6]["grad_norm"]
     )
     assert left[8]["loss"] < 2 * left[6]["loss"]
+
+
+def launched(*arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run([*LAUNCH, *arguments], env=ENV, capture_output=True, text=True)
+
+
+def test_a_replay_names_the_first_part_and_the_images_that_are_not_finite(place, group):
+    with pytest.raises(FloatingPointError, match="--replay runs/a/dumps/000000006"):
+        train("runs/a", poisoned("inner", 88, 88), "batch_per_process=8")
+    done = launched("--replay", "runs/a/dumps/000000006")
+    assert done.returncode == 0, done.stderr
+    good, bad = (line for line in done.stdout.splitlines() if line.startswith("process"))
+    assert "part 0" in good and "all finite" in good
+    assert "part 1" in bad and "model.encoder.blocks.1.mlp.spoilt (forward)" in bad
+    dump = json.loads(Path("runs/a/dumps/000000006/dump.json").read_text())
+    keys = dump["processes"][0]["batches"][1]["key"]
+    assert " ".join(keys) in done.stdout
+    said = launched("--replay", "runs/a")
+    assert said.returncode == 1 and "holds no dump" in said.stderr
+
+
+def test_the_doctor_checks_machine_and_data_and_says_what_is_wrong(place):
+    done = launched("--doctor", "--stage", "small.yaml", "--procs", "2", "data.workers=1")
+    found = json.loads(done.stdout.splitlines()[-1])
+    names = ["shared memory", "open files", "disk", "clocks", "collectives", "decoding"]
+    assert [c["name"] for c in found["checks"]] == [*names, "first batch"] * 2, done.stderr
+    wrong = [c for c in found["checks"] if not c["ok"]]
+    assert done.returncode == bool(wrong) and found["ok"] == (not wrong)
+    few = subprocess.run(
+        ["bash", "-c", f"ulimit -n 300; {' '.join(LAUNCH)} --doctor"],
+        env=ENV,
+        capture_output=True,
+        text=True,
+    )
+    assert few.returncode == 1 and "WRONG  open files" in few.stdout and "ulimit -n" in few.stdout

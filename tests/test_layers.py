@@ -45,10 +45,10 @@ ROWS = [
     {"evaluators"},
     {"plan"},
     {"run"},
-    {"suite"},
+    {"suite", "replay", "doctor"},
     {"launch", "report"},
 ]
-READERS_OF_CONFIG = {"plan", "run", "suite", "launch"}
+READERS_OF_CONFIG = {"plan", "run", "suite", "launch", "replay", "doctor"}
 FILES = sorted(p for p in PACKAGE.rglob("*.py") if p.name != "__init__.py")
 
 

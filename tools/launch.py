@@ -7,12 +7,14 @@ torchrun --nproc-per-node 8 tools/launch.py --stage mae             processes th
 python tools/launch.py --stage wsp --init runs/mae optim.lr=1e-4    from weights; another option
 python tools/launch.py --stage eval/suite --init runs/wsp           several evaluations
 python tools/launch.py --stage mae --dry-run                        checks all, trains nothing
+python tools/launch.py --doctor --stage mae --procs 2               checks the machine and the data
+python tools/launch.py --replay runs/mae/dumps/000001234            what was not finite in a step
 """
 
 import argparse
 import sys
 
-from prepretrain.launch import launch
+from prepretrain.launch import examine, launch, look_again
 from prepretrain.train import STOPPED, Stopped
 
 
@@ -21,9 +23,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--stage", required=True, help="a config: mae, wsp, eval/linear, … or a path to a .yaml"
-    )
+    parser.add_argument("--stage", help="a config: mae, wsp, eval/linear, … or a path to a .yaml")
     parser.add_argument(
         "--init",
         help="weights to start from, or to evaluate: a run, a file or maws/vit_l16, [:encoder]",
@@ -47,9 +47,23 @@ def main() -> None:
         action="store_true",
         help="check everything, train nothing; the last line is JSON",
     )
+    parser.add_argument(
+        "--replay", metavar="DUMP", help="take a step of a run's dumps/ again, to see what failed"
+    )
+    parser.add_argument(
+        "--doctor", action="store_true", help="check this machine, and the data of --stage"
+    )
     parser.add_argument("overrides", nargs="*", metavar="a.b=value", help="keys of the config")
     given = vars(parser.parse_intermixed_args())
+    dump, doctor = given.pop("replay"), given.pop("doctor")
+    if given["stage"] is None and dump is None and not doctor:
+        parser.error("--stage is missing (or --replay, or --doctor)")
     try:
+        if dump is not None:
+            return look_again(dump, given["procs"])
+        if doctor:
+            said = {name: given[name] for name in ("out", "procs")}
+            sys.exit(not examine(given["stage"], given["overrides"], **said))
         launch(given.pop("stage"), given.pop("overrides"), **given)
     except Stopped as stopped:
         print(f"launch: {stopped}", file=sys.stderr)
