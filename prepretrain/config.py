@@ -1,8 +1,9 @@
 """The configuration: a dataclass schema over OmegaConf's YAML, with base files, a.b=c overrides and
 clear errors.
 
-Only plan.py, capacity.py, run.py, suite.py and launch.py read it. Nothing is inferred into it: derived
-values (the scaled learning rate, steps, accumulation) are computed where they are used, and logged.
+Only plan.py, capacity.py, run.py, suite.py, replay.py, doctor.py and launch.py read it. Nothing is
+inferred into it: derived values (the scaled learning rate, steps, accumulation) are computed where
+they are used, and logged.
 """
 
 import dataclasses
@@ -64,8 +65,22 @@ class Checkpoint:
     """When a run saves itself."""
 
     every: str = "10%"
-    keep: int = 2
+    keep: int = 2  # the newest, which are all that is needed to go on
+    permanent: str | None = None  # also save this often, and never remove those
+    async_save: bool = False  # train on while one is written, from a copy in host memory
     best: bool = False  # also export, to best/, what the first of `evaluators` found best
+
+
+@dataclass
+class Numerics:
+    """What a run bears of losses and gradients that are not finite, and of spikes: see numerics.py.
+    Whatever it does, what such a step was made of is kept in dumps/, to be replayed."""
+
+    skip: int = 0  # steps that are not finite and may be left out, among any 1000
+    rollbacks: int = 0  # then: times to go back to a checkpoint, and on behind the step's images
+    sigma: float = 6.0  # deviations above the mean from which a gradient norm is a spike
+    window: int = 128  # steps that both are of
+    skip_spikes: bool = False  # leave such steps out, too; otherwise they are only logged
 
 
 @dataclass
@@ -110,6 +125,8 @@ class Training:
     log_every: str = "10it"
     shard: Shard = field(default_factory=Shard)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
+    numerics: Numerics = field(default_factory=Numerics)
+    hang: float | None = 1800.0  # seconds without a batch until a process ends itself; null: never
     # {name, data (by default that of training), every, options}
     evaluators: list[dict[str, Any]] = field(default_factory=list)
     validation: Validation = field(default_factory=Validation)
@@ -148,7 +165,7 @@ class Suite:
 Config = Training | Evaluating | Suite
 
 # What may change between a run and its continuation: nothing that changes the result but for
-# rounding.
+# rounding, and what a run that failed may bear when it is tried again.
 CHANGEABLE = (
     "data.workers",
     "data.max_bad",
@@ -156,6 +173,8 @@ CHANGEABLE = (
     "shard",
     "log_every",
     "checkpoint",
+    "numerics",
+    "hang",
     "evaluators",
     "validation",
     "slurm",

@@ -2,10 +2,13 @@
 
 import datetime
 import os
+import socket
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.multiprocessing as multiprocessing
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
@@ -115,6 +118,38 @@ def second_group(patience: datetime.timedelta) -> dist.ProcessGroup:
     exchanges in the first group may no longer match. A process that waits longer than `patience`
     for the others gets a RuntimeError."""
     return dist.new_group(backend="gloo", timeout=patience)
+
+
+def together(count: int, function: Callable[..., Any], *arguments: Any) -> None:
+    """Runs function(*arguments) in `count` processes here that have joined a group, or in this one if
+    that is one, or one of those that the environment describes. Raises what the first to fail did."""
+    if count == 1 or "RANK" in os.environ:
+        _joined(None, None, function, arguments)
+        return
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    where = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    multiprocessing.spawn(_joined, (where, function, arguments), nprocs=count)
+
+
+def _joined(
+    number: int | None, where: dict[str, str] | None, function: Callable, arguments: tuple
+) -> None:
+    if where is not None:
+        os.environ.update(where, RANK=str(number), LOCAL_RANK=str(number))
+    init()
+    try:
+        function(*arguments)
+    finally:
+        shutdown()
+
+
+def second_store(patience: datetime.timedelta) -> dist.TCPStore:
+    """The store that the processes found each other by, over a connection of its own, so that one
+    who waits does not keep others from asking."""
+    where = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    return dist.TCPStore(*where, is_master=False, wait_for_workers=False, timeout=patience)
 
 
 def from_main(value: Any) -> Any:

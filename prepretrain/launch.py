@@ -4,6 +4,7 @@ torchrun's."""
 import json
 import logging
 import os
+import tempfile
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -11,7 +12,17 @@ from typing import Any
 
 import submitit
 
-from prepretrain import checkpoint, lease, log, plan, run, suite
+from prepretrain import (
+    checkpoint,
+    distributed,
+    doctor,
+    lease,
+    log,
+    plan,
+    replay,
+    run,
+    suite,
+)
 from prepretrain import config as configs
 from prepretrain import slurm as clusters
 from prepretrain.config import Config, Evaluating, Suite, Training
@@ -75,6 +86,43 @@ def launch(
         else:
             _queue(config, folder, slurm, nodes=nodes, procs=procs, hours=hours)
     return folder
+
+
+def look_again(dump: str, procs: int) -> None:
+    """Replays a dumped step in `procs` processes here, and prints what was found; the last line is
+    JSON. Raises ValueError for what is no dump, or cannot be replayed so."""
+    replay.check(Path(dump), procs)
+    distributed.together(procs, _replay, Path(dump))
+
+
+def _replay(dump: Path) -> None:
+    log.setup()
+    rows = replay.replay(dump)
+    if distributed.is_main():
+        print(replay.told(rows))
+
+
+def examine(stage: str | None, overrides: list[str], *, out: str | None, procs: int) -> bool:
+    """Whether this machine, and a stage's data on it, will do; prints a table, and JSON as its last
+    line."""
+    config = None if stage is None else configs.load(stage, overrides)
+    if config is not None and not isinstance(config, Training):
+        raise ValueError(
+            f"--doctor: --stage {stage} does not train. Leave it out, or name another."
+        )
+    folder = Path("runs") if out is None and stage is None else _folder(config, stage or "", out)
+    with tempfile.TemporaryDirectory() as place:
+        said = Path(place, "said")
+        distributed.together(procs, _examine, folder, config, said)
+        text = said.read_text()
+    print(text)
+    return json.loads(text.splitlines()[-1])["ok"]
+
+
+def _examine(folder: Path, config: Training | None, said: Path) -> None:
+    found = doctor.examine(folder, config)
+    if distributed.is_main():
+        said.write_text(doctor.told(found))
 
 
 def _start(config: Config, folder: Path) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from prepretrain import distributed
+from prepretrain import distributed, watch
 from prepretrain.sources.base import Source, fingerprint_of
 from prepretrain.transforms import BadImage, Random
 
@@ -212,7 +212,14 @@ def evaluation_batches(
     shares = []
     for first in range(rank * share, (rank + 1) * share, size):
         shares.append(np.arange(first, min(first + size, end)))
-    return iter(_load(_Evaluation(source, transform, size, seed, leave_out), shares, workers))
+    reader = _Evaluation(source, transform, size, seed, leave_out)
+    return _beating(iter(_load(reader, shares, workers)))
+
+
+def _beating(batches: Iterator[dict]) -> Iterator[dict]:
+    for batch in batches:
+        watch.beat("a batch of an evaluation")
+        yield batch
 
 
 class _Evaluation(Dataset):

@@ -14,6 +14,8 @@ from prepretrain import distributed
 
 logger = logging.getLogger("prepretrain")
 
+ROLLBACKS = "rollbacks"  # the key of a row that is of a beginning, not of a step
+
 
 def setup(folder: Path | None = None) -> None:
     """Log lines to the terminal (rank 0; others only warnings) and, with a folder, to
@@ -83,6 +85,11 @@ class Metrics:
         if self.remote is not None:  # which drops what it has of an earlier or the same step
             self.remote.log(row, step=row["step"])
 
+    def write_rollbacks(self, step: int, rollbacks: list[dict]) -> None:
+        """Appends how a run came to begin at a step that it had left behind, if so."""
+        if rollbacks and rollbacks[-1]["to"] == step:
+            self.write({"step": step, ROLLBACKS: rollbacks})
+
     def quarantine(self, step: int, replaced: list[dict]) -> None:
         """Appends the images that were replaced in a step to quarantine.jsonl, with cause and
         key."""
@@ -114,8 +121,8 @@ def _remote(folder: Path, project: str) -> Any:
 
 
 def _rewind(path: Path, step: int) -> list[dict]:
-    """Removes the rows after a step, and the torn last line of a killed process; returns the rows
-    that stay."""
+    """Removes the rows after a step, how the run came to begin at it, and the torn last line of a
+    killed process; returns the rows that stay."""
     if not path.exists():
         return []
     kept = []
@@ -124,7 +131,7 @@ def _rewind(path: Path, step: int) -> list[dict]:
             row = json.loads(line)
         except json.JSONDecodeError:
             continue
-        if row["step"] <= step:
+        if row["step"] < step or (row["step"] == step and ROLLBACKS not in row):
             kept.append(row)
     new = path.with_suffix(".tmp")
     new.write_text("".join(json.dumps(row) + "\n" for row in kept))

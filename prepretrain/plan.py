@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from prepretrain import card, checkpoint, clock, plugin, shard, validation
+from prepretrain import card, checkpoint, clock, numerics, plugin, shard, validation, watch
 from prepretrain import config as configs
 from prepretrain import model as models
 from prepretrain.config import Training
@@ -45,6 +45,13 @@ class Plan:
                 f"'{config.objective['name']}' compares all of a batch with each other. Leave it out; to "
                 f"save memory take more processes, shard.recompute=block or a smaller batch_size."
             )
+        if config.checkpoint.keep < 1:
+            raise ValueError(f"checkpoint.keep: {config.checkpoint.keep} must be at least 1.")
+        if config.hang is not None and config.hang < watch.LEAST:
+            raise ValueError(
+                f"hang: {config.hang} must be at least {watch.LEAST} seconds, or null for never."
+            )
+        self.policy = numerics.Policy(**vars(config.numerics))
         declared = self.card.images[self.split] if self.split in self.card.images else None
         self._schedule(declared)
 
@@ -93,6 +100,15 @@ class Plan:
         for length, schedule in zip(self.config.branches, found):
             _check_trunk(self.schedule, schedule, f"branches: {length}")
         return [schedule.milestones[0] for schedule in found]
+
+    def always(self) -> set[int]:
+        """The steps that are saved and never removed: where shorter runs branch off, and every
+        `checkpoint.permanent`."""
+        every, steps = self.config.checkpoint.permanent, self.schedule.steps
+        if every is None:
+            return set(self.branches())
+        apart = self.steps_of("checkpoint.permanent")
+        return {*self.branches(), *range(apart, steps + 1, apart)}
 
     def branch_point(self) -> Path | None:
         """The trunk's checkpoint that `branch` starts from, verified; None without one.

@@ -29,6 +29,7 @@ from prepretrain import (
     shard,
     slurm,
     validation,
+    watch,
     weights,
 )
 from prepretrain import config as configs
@@ -94,7 +95,7 @@ def _open_folder(folder: Path) -> None:
 
 def train(config: Training, folder: Path) -> None:
     """Stage one, stage two or fine-tuning: whatever the objective says."""
-    with lease.held(folder):
+    with lease.held(folder), watch.watching(folder, config.hang):
         _train(config, folder)
 
 
@@ -158,7 +159,9 @@ def _train(config: Training, folder: Path) -> None:
         log_every=plan.steps_of("log_every"),
         save_every=plan.steps_of("checkpoint.every"),
         keep=config.checkpoint.keep,
-        always=plan.branches(),
+        always=plan.always(),
+        async_save=config.checkpoint.async_save,
+        policy=plan.policy,
         evals=evals,
         wandb=config.wandb,
     )
@@ -314,7 +317,7 @@ def check(config: Training | Evaluating, folder: Path, world: int) -> Plan | Non
     plan = Plan(config, world)
     plan.open_data()
     plan.open_validation()
-    plan.branches()
+    plan.always()
     plan.branch_point()
     for module, found in starting(config, plan.objective):
         weights.check(module, found)

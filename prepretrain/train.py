@@ -9,7 +9,7 @@ import random
 import signal
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from prepretrain import checkpoint, clock, distributed, optim, shard
+from prepretrain import checkpoint, clock, distributed, numerics, optim, shard, watch
 from prepretrain.loader import Stream
 from prepretrain.log import Metrics, Progress
 from prepretrain.optim import Schedule
@@ -49,6 +49,42 @@ def fit(
     schedule: Schedule,
     *,
     folder: Path,
+    saved: Path | None = None,
+    policy: numerics.Policy = numerics.Policy(),
+    **how: Any,
+) -> None:
+    """Trains to `schedule.steps` optimizer steps, from a checkpoint of the run if there is one.
+
+    saved: that checkpoint, verified. policy: what it bears of values that are not finite. how: the
+    options of `_fit`. Raises FloatingPointError, on every process and before the weights change, for a
+    loss or gradient that is not finite and more than the policy bears; ValueError for too many bad
+    images or data that are not the run's; Stopped after a signal.
+    """
+    guard = numerics.Guard(policy)
+    if saved is not None:
+        guard.load(checkpoint.state(saved).get("numerics", {}))
+    while True:  # going back is what continuing a killed run is, with other images
+        try:
+            return _fit(
+                objective, data, optimizer, schedule, guard, folder=folder, saved=saved, **how
+            )
+        except numerics.GoBack as asked:
+            saved = checkpoint.newest(folder) or saved
+            if saved is None:
+                raise FloatingPointError(f"{asked} There is no checkpoint to go back to.") from None
+            optimizer.zero_grad()
+            guard.go_back(asked.step, checkpoint.state(saved), data.batch_size)
+            logger.warning("%s Goes back to %s, and on with later images.", asked, saved)
+
+
+def _fit(
+    objective: nn.Module,
+    data: Stream,
+    optimizer: torch.optim.Optimizer,
+    schedule: Schedule,
+    guard: numerics.Guard,
+    *,
+    folder: Path,
     seed: int,
     options: dict[str, Any],
     saved: Path | None = None,
@@ -56,40 +92,59 @@ def fit(
     log_every: int = 10,
     save_every: int | None = 0,
     keep: int = 2,
-    always: Sequence[int] = (),
+    always: Collection[int] = (),
+    async_save: bool = False,
     evals: Sequence[Evaluation] = (),
     wandb: str | None = None,
 ) -> None:
-    """Trains to `schedule.steps` optimizer steps, from a checkpoint of the run if there is one.
-
-    saved: that checkpoint, verified. options: what made the model, kept in checkpoints so that they
-    describe themselves. clip: largest gradient norm. save_every: steps between checkpoints, one is
-    always saved at the end; None saves none at all. always: steps that are saved, and never removed. wandb: see Metrics. Raises
-    FloatingPointError, on every process and before the weights change, for a loss or gradient that
-    is not finite; ValueError for too many bad images or data that are not the run's; Stopped after
-    a signal.
+    """options: what made the model, kept in checkpoints so that they describe themselves. clip:
+    largest gradient norm. save_every: steps between checkpoints, one is always saved at the end; None
+    saves none at all. always: steps that are saved, and never removed. async_save: save while training
+    goes on. wandb: see Metrics. Raises numerics.GoBack to be started again from the newest checkpoint.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     step, bad = _resume(saved, objective, optimizer, data)
     metrics, progress = Metrics(folder, step, wandb), Progress(schedule.steps, step)
     asked = _Signals()
-    stream = data.batches(step * data.batch_size)
+    metrics.write_rollbacks(step, guard.rollbacks)
+    stream = data.batches(guard.position(step, data.batch_size))
     meter, before = _Meter(data.batch_size), metrics.seconds if distributed.is_main() else 0.0
+    saver = checkpoint.Background(folder, keep=keep, always=always) if async_save else None
     with optim.averaged(objective, optimizer):
         _evaluate(evals, step, schedule.steps, metrics, distributed.from_main(metrics.measured))
     objective.train()
     collecting = gc.isenabled()  # not where an evaluation trains within a run
     gc.disable()  # a collection at a random time on one of many processes stops them all
+
+    def state() -> dict[str, Any]:
+        kept = {"step": step, "images": step * data.batch_size, "bad": dict(bad)}
+        return kept | {
+            "data": data.fingerprint,
+            "options": options,
+            "numerics": guard.state(),
+        }
+
     try:
         while step < schedule.steps:
-            _seed(seed, step)
+            watch.beat(f"step {step + 1}")
+            seed_all(seed, step)
             rate = schedule.apply(optimizer, step)
-            figures, replaced = _gradients(objective, stream, data.accumulate, meter)
-            norm = _norm(parameters, clip)
+            figures, replaced, seen = _gradients(objective, stream, data.accumulate, meter)
+            norm = _norm(parameters)
             vote = _vote(figures, norm, replaced, asked.received)
-            if not vote.finite:
-                raise FloatingPointError(_not_finite(folder, step, figures, norm))
-            optimizer.step()
+            if vote.finite:
+                event = guard.spike(step, vote.norm)
+            else:
+                said = _not_finite(folder, step, figures, norm)
+                if save_every is not None:
+                    facts = {"seed": seed, "position": guard.position(step, data.batch_size)}
+                    parts = (objective, optimizer, state())
+                    place = numerics.dump(folder, step, *parts, figures, norm, seen, facts)
+                    said += f" To look into it: tools/launch.py --replay {place}"
+                event = guard.not_finite(step, said)
+            if event in (None, numerics.SPIKE):
+                _clip(parameters, norm, clip)
+                optimizer.step()
             optimizer.zero_grad()
             step += 1
             meter.step()
@@ -97,20 +152,27 @@ def fit(
             metrics.quarantine(step, vote.bad)
             _check_bad(bad, step * data.batch_size, data.max_bad)
             progress.advance()
-            if clock.due(step, log_every, schedule.steps):
+            if event or clock.due(step, log_every, schedule.steps):
                 row = {"step": step, "images": step * data.batch_size}
                 row |= {"seconds": round(before + meter.total(), 3), **vote.figures, "lr": rate}
                 row |= {"grad_norm": vote.norm, **meter.rates()}
                 row |= {"bad_images": sum(bad.values())} if bad else {}
-                metrics.write(row)
+                row |= {"event": event} if event else {}
+                metrics.write(
+                    {k: v for k, v in row.items() if not isinstance(v, float) or math.isfinite(v)}
+                )
                 progress.show(*_texts(row, schedule.steps))
             if save_every is not None and (
                 vote.stop or step in always or clock.due(step, save_every, schedule.steps)
             ):
                 gc.collect()
-                state = {"step": step, "images": step * data.batch_size, "bad": dict(bad)}
-                state |= {"data": data.fingerprint, "options": options}
-                checkpoint.save(folder, step, objective, optimizer, state, keep=keep, always=always)
+                parts = (step, objective, optimizer, state())
+                if saver is not None:
+                    saver.save(*parts)
+                else:
+                    checkpoint.save(folder, *parts, keep=keep, always=always)
+            if saver is not None and (vote.stop or step == schedule.steps):
+                saver.wait()
             if vote.stop and step < schedule.steps:
                 saved_too = "" if save_every is None else " and saved"
                 raise Stopped(
@@ -126,6 +188,8 @@ def fit(
     finally:
         if collecting:
             gc.enable()
+        if saver is not None:
+            saver.close()
         asked.restore()
         metrics.close()
         progress.close()
@@ -158,10 +222,11 @@ def _resume(
     return state["step"], Counter(state["bad"])
 
 
-def _seed(seed: int, step: int) -> None:
-    """Seeds what draws from global generators (drop path, mixup), so that a resumed step draws the
-    same."""
-    value = int(np.random.SeedSequence([seed, step, distributed.rank()]).generate_state(1)[0])
+def seed_all(seed: int, step: int, rank: int | None = None) -> None:
+    """Seeds what draws from global generators (drop path, mixup), so that a step that is taken again
+    draws the same. rank: as if in this process of the run."""
+    rank = distributed.rank() if rank is None else rank
+    value = int(np.random.SeedSequence([seed, step, rank]).generate_state(1)[0])
     torch.manual_seed(value)
     np.random.seed(value)
     random.seed(value)
@@ -169,21 +234,23 @@ def _seed(seed: int, step: int) -> None:
 
 def _gradients(
     objective: nn.Module, stream: Any, accumulate: int, meter: "_Meter"
-) -> tuple[dict[str, Tensor], list]:
-    """Adds up the gradients of one step's micro batches; their mean figures, and the images
-    replaced in them."""
+) -> tuple[dict[str, Tensor], list, list]:
+    """Adds up the gradients of one step's micro batches; their mean figures, the images replaced in
+    them, and which images each was of."""
     total: dict[str, Tensor] = {}
     bad: list[dict] = []
+    seen: list[dict] = []
     for part in range(accumulate):
         with meter.waiting():
             batch = next(stream)
         bad += batch.pop("bad")
+        seen.append({"position": batch["position"], "key": batch["key"]})
         shard.send_gradients(objective, part == accumulate - 1)
         figures = objective(to_device(batch))
         (figures["loss"] / accumulate).backward()
         for name, value in figures.items():
             total[name] = total.get(name, 0) + value.detach().float() / accumulate
-    return total, bad
+    return total, bad, seen
 
 
 def to_device(batch: dict[str, Any]) -> dict[str, Any]:
@@ -194,15 +261,16 @@ def to_device(batch: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _norm(parameters: list[nn.Parameter], clip: float | None) -> Tensor:
-    """The gradients' norm over all processes; clips them if asked to."""
-    limit = math.inf if clip is None else clip
-    norm = (
-        torch.nn.utils.clip_grad_norm_(parameters, limit)
-        if clip is not None
-        else torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-    )
+def _norm(parameters: list[nn.Parameter]) -> Tensor:
+    """The gradients' norm over all processes."""
+    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
     return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+
+
+def _clip(parameters: list[nn.Parameter], norm: Tensor, limit: float | None) -> None:
+    """Clips gradients whose norm is known to be finite; those of a failed step stay as they are."""
+    if limit is not None:
+        torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm)
 
 
 @dataclass(frozen=True)
@@ -323,6 +391,7 @@ def _texts(row: dict[str, Any], steps: int) -> tuple[str, str]:
     speed = row["images_per_second"]
     left = (steps / row["step"] - 1) * row["images"] / speed if speed else math.inf
     bar = f"{speed:.0f} images/s, loss {row['loss']:.4f}, waits for data {row['data_wait']:.0%}"
+    bar += f", {row['event']}" if "event" in row else ""
     return (
         bar,
         f"step {row['step']}/{steps}  {bar}  lr {row['lr']:.2e}  left {time.strftime('%H:%M:%S', time.gmtime(left))}",

@@ -27,7 +27,7 @@ ROWS = [
             "checkpoint",
             "zoo",
         ),
-        "corruptions",
+        *("corruptions", "watch"),
     },
     {
         "model",
@@ -40,16 +40,16 @@ ROWS = [
         "adapters",
         "published",
     },
-    {"loader", "objectives", "subsets"},
+    {"loader", "objectives", "subsets", "numerics"},
     {"train", "features", "memory", "probes"},
     {"validation", "tuning"},
     {"evaluators"},
     {"plan"},
     {"run", "capacity"},
-    {"suite"},
+    {"suite", "replay", "doctor"},
     {"launch", "report"},
 ]
-READERS_OF_CONFIG = {"plan", "capacity", "run", "suite", "launch"}
+READERS_OF_CONFIG = {"plan", "capacity", "run", "suite", "launch", "replay", "doctor"}
 FILES = sorted(p for p in PACKAGE.rglob("*.py") if p.name != "__init__.py")
 
 

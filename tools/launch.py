@@ -8,12 +8,14 @@ python tools/launch.py --stage wsp --init runs/mae optim.lr=1e-4    from weights
 python tools/launch.py --stage eval/suite --init runs/wsp           several evaluations
 python tools/launch.py --stage mae --dry-run                        checks all, trains nothing
 python tools/launch.py --status runs/mae                            how far a run is
+python tools/launch.py --doctor --stage mae --procs 2               checks the machine and the data
+python tools/launch.py --replay runs/mae/dumps/000001234            what was not finite in a step
 """
 
 import argparse
 import sys
 
-from prepretrain.launch import launch, status
+from prepretrain.launch import examine, launch, look_again, status
 from prepretrain.slurm import STOPPED
 from prepretrain.train import Stopped
 
@@ -48,14 +50,26 @@ def main() -> None:
         help="check everything, train nothing; the last line is JSON",
     )
     parser.add_argument("--status", metavar="RUN", help="say how far a run is, and start nothing")
+    parser.add_argument(
+        "--replay", metavar="DUMP", help="take a step of a run's dumps/ again, to see what failed"
+    )
+    parser.add_argument(
+        "--doctor", action="store_true", help="check this machine, and the data of --stage"
+    )
     parser.add_argument("overrides", nargs="*", metavar="a.b=value", help="keys of the config")
     given = vars(parser.parse_intermixed_args())
-    run = given.pop("status")
-    if (given["stage"] is None) == (run is None):
-        parser.error("--stage or --status is needed, and not both")
+    run, dump, doctor = (given.pop(name) for name in ("status", "replay", "doctor"))
+    others = [run is not None, dump is not None, doctor]
+    if sum(others) > 1 or (given["stage"] is None and not any(others)):
+        parser.error("one of --stage, --status, --replay and --doctor is needed")
     try:
         if run is not None:
             return print(status(run))
+        if dump is not None:
+            return look_again(dump, given["procs"])
+        if doctor:
+            said = {name: given[name] for name in ("out", "procs")}
+            sys.exit(not examine(given["stage"], given["overrides"], **said))
         launch(given.pop("stage"), given.pop("overrides"), **given)
     except Stopped as stopped:
         print(f"launch: {stopped}", file=sys.stderr)
