@@ -53,7 +53,7 @@ def suite(pool: str, frost: Path) -> list[dict]:
         "objective": {"augment": "rand-m5-n1-mstd0.5-inc1", "crop_scale": [0.5, 1.0]},
         "optim": {"lr": 5e-4, "warmup": "10%"},
         "batch_size": 128,
-        "length": "1ep",
+        "length": "0.25ep",
         "shard": {"precision": "fp32"},
         "evaluators": [{"name": "accuracy", "every": "100%", "share": 1.0}],
     }
