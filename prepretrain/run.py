@@ -40,7 +40,7 @@ from prepretrain.loader import Stream
 from prepretrain.model import Model
 from prepretrain.objectives.base import Objective
 from prepretrain.plan import Plan, build_evaluator, build_objective, with_model_options
-from prepretrain.train import Evaluation, Stopped, fit
+from prepretrain.train import Evaluation, Signals, Stopped, fit
 from prepretrain.transforms import BadImage, decode, resize_center_crop
 
 logger = logging.getLogger(__name__)
@@ -95,10 +95,14 @@ def _open_folder(folder: Path) -> None:
 def train(config: Training, folder: Path) -> None:
     """Stage one, stage two or fine-tuning: whatever the objective says."""
     with lease.held(folder):
-        _train(config, folder)
+        asked = Signals()  # from here on, so that whatever is started gets at least a step further
+        try:
+            _train(config, folder, asked)
+        finally:
+            asked.restore()
 
 
-def _train(config: Training, folder: Path) -> None:
+def _train(config: Training, folder: Path, asked: Signals) -> None:
     config = with_model_options(config, folder)
     plan = Plan(config, distributed.world())
     source = plan.open_data()
@@ -161,6 +165,7 @@ def _train(config: Training, folder: Path) -> None:
         always=plan.branches(),
         evals=evals,
         wandb=config.wandb,
+        signals=asked,
     )
     with optim.averaged(objective, optimizer):
         _finish(plan, folder)

@@ -59,12 +59,14 @@ def fit(
     always: Sequence[int] = (),
     evals: Sequence[Evaluation] = (),
     wandb: str | None = None,
+    signals: "Signals | None" = None,
 ) -> None:
     """Trains to `schedule.steps` optimizer steps, from a checkpoint of the run if there is one.
 
     saved: that checkpoint, verified. options: what made the model, kept in checkpoints so that they
     describe themselves. clip: largest gradient norm. save_every: steps between checkpoints, one is
-    always saved at the end; None saves none at all. always: steps that are saved, and never removed. wandb: see Metrics. Raises
+    always saved at the end; None saves none at all. always: steps that are saved, and never removed. wandb: see Metrics. signals: those of a
+    caller that notes them before; else they are noted from here on. Raises
     FloatingPointError, on every process and before the weights change, for a loss or gradient that
     is not finite; ValueError for too many bad images or data that are not the run's; Stopped after
     a signal.
@@ -72,7 +74,7 @@ def fit(
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     step, bad = _resume(saved, objective, optimizer, data)
     metrics, progress = Metrics(folder, step, wandb), Progress(schedule.steps, step)
-    asked = _Signals()
+    asked = Signals() if signals is None else signals
     stream = data.batches(step * data.batch_size)
     meter, before = _Meter(data.batch_size), metrics.seconds if distributed.is_main() else 0.0
     with optim.averaged(objective, optimizer):
@@ -126,7 +128,8 @@ def fit(
     finally:
         if collecting:
             gc.enable()
-        asked.restore()
+        if signals is None:
+            asked.restore()
         metrics.close()
         progress.close()
 
@@ -252,9 +255,9 @@ def _check_bad(bad: Counter, images: int, limit: float) -> None:
         )
 
 
-class _Signals:
-    """SIGTERM and SIGUSR2 only set a flag; the loop saves at a step's end. The old handlers come
-    back after it."""
+class Signals:
+    """SIGTERM and SIGUSR2 only set a flag, from when it is made until `restore`; `fit` saves at a
+    step's end."""
 
     def __init__(self) -> None:
         self.received = False
