@@ -78,7 +78,8 @@ def fit(
     stream = data.batches(step * data.batch_size)
     meter, before = _Meter(data.batch_size), metrics.seconds if distributed.is_main() else 0.0
     with optim.averaged(objective, optimizer):
-        _evaluate(evals, step, schedule.steps, metrics, distributed.from_main(metrics.measured))
+        skip = distributed.from_main(metrics.measured)
+        _evaluate(evals, step, schedule.steps, metrics, asked, skip)
     objective.train()
     collecting = gc.isenabled()  # not where an evaluation trains within a run
     gc.disable()  # a collection at a random time on one of many processes stops them all
@@ -88,7 +89,7 @@ def fit(
             rate = schedule.apply(optimizer, step)
             figures, replaced = _gradients(objective, stream, data.accumulate, meter)
             norm = _norm(parameters, clip)
-            vote = _vote(figures, norm, replaced, asked.received)
+            vote = _vote(figures, norm, replaced, asked.received is not None)
             if not vote.finite:
                 raise FloatingPointError(_not_finite(folder, step, figures, norm))
             optimizer.step()
@@ -119,8 +120,8 @@ def fit(
                     f"{folder}: stopped by a signal after step {step}{saved_too}. "
                     f"The same command continues it."
                 )
-            with optim.averaged(objective, optimizer), asked.passed_on():
-                _evaluate(evals, step, schedule.steps, metrics)
+            with optim.averaged(objective, optimizer):
+                _evaluate(evals, step, schedule.steps, metrics, asked)
             objective.train()
     except Exception as error:
         error.step = step  # for those who decide whether to start again
@@ -135,13 +136,19 @@ def fit(
 
 
 def _evaluate(
-    evals: Sequence[Evaluation], step: int, steps: int, metrics: Metrics, skip: Sequence[str] = ()
+    evals: Sequence[Evaluation],
+    step: int,
+    steps: int,
+    metrics: Metrics,
+    asked: "Signals",
+    skip: Sequence[str] = (),
 ) -> None:
     """Runs what is due after a step; `skip` names what a run that was cut off had measured by then."""
     for one in evals:
         known = any(name.startswith(one.prefix) for name in skip)
         if step and clock.due(step, one.every, steps) and not known:
-            found = one.run()
+            with asked.passed_on():
+                found = one.run()
             metrics.write({"step": step, **{f"{one.prefix}{k}": v for k, v in found.items()}})
 
 
@@ -260,7 +267,7 @@ class Signals:
     step's end."""
 
     def __init__(self) -> None:
-        self.received = False
+        self.received: int | None = None  # which one came
         self.old = {s: signal.signal(s, self._set) for s in (signal.SIGTERM, signal.SIGUSR2)}
 
     @contextlib.contextmanager
@@ -270,14 +277,14 @@ class Signals:
         others = {number: handler for number, handler in self.old.items() if callable(handler)}
         for number, handler in others.items():
             signal.signal(number, handler)
-        if self.received and others:
-            signal.raise_signal(next(iter(others)))
+        if self.received in others:
+            signal.raise_signal(self.received)
         yield
         for number in others:
             signal.signal(number, self._set)
 
     def _set(self, number: int, frame: Any) -> None:
-        self.received = True
+        self.received = number
 
     def restore(self) -> None:
         for number, handler in self.old.items():
