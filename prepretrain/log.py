@@ -82,7 +82,7 @@ class Metrics:
         for key, value in row.items():
             if key != "step" and isinstance(value, (int, float)):
                 self.board.add_scalar(key, value, row["step"])
-        if self.remote is not None:  # which drops what it has of an earlier or the same step
+        if self.remote is not None:  # which drops steps that it had before the run was cut off
             self.remote.log(row, step=row["step"])
 
     def write_rollbacks(self, step: int, rollbacks: list[dict]) -> None:

@@ -41,7 +41,7 @@ from prepretrain.loader import Stream
 from prepretrain.model import Model
 from prepretrain.objectives.base import Objective
 from prepretrain.plan import Plan, build_evaluator, build_objective, with_model_options
-from prepretrain.train import Evaluation, Stopped, fit
+from prepretrain.train import Evaluation, Signals, Stopped, fit
 from prepretrain.transforms import BadImage, decode, resize_center_crop
 
 logger = logging.getLogger(__name__)
@@ -96,10 +96,14 @@ def _open_folder(folder: Path) -> None:
 def train(config: Training, folder: Path) -> None:
     """Stage one, stage two or fine-tuning: whatever the objective says."""
     with lease.held(folder), watch.watching(folder, config.hang):
-        _train(config, folder)
+        asked = Signals()  # from here on, so that whatever is started gets at least a step further
+        try:
+            _train(config, folder, asked)
+        finally:
+            asked.restore()
 
 
-def _train(config: Training, folder: Path) -> None:
+def _train(config: Training, folder: Path, asked: Signals) -> None:
     config = with_model_options(config, folder)
     plan = Plan(config, distributed.world())
     source = plan.open_data()
@@ -164,6 +168,7 @@ def _train(config: Training, folder: Path) -> None:
         policy=plan.policy,
         evals=evals,
         wandb=config.wandb,
+        signals=asked,
     )
     with optim.averaged(objective, optimizer):
         _finish(plan, folder)

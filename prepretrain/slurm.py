@@ -27,8 +27,6 @@ logger = logging.getLogger(__name__)
 ATTEMPTS = "attempts.jsonl"
 # A process's exit status when a signal stopped it and it can be started again (EX_TEMPFAIL).
 STOPPED = 75
-# Of a batch script whose processes a signal ended before they could listen to it.
-UNHEARD = {128 + signal.SIGTERM, 128 + signal.SIGUSR2}
 FINAL = {
     *("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY"),
     *("TIMEOUT", "REVOKED"),
@@ -200,7 +198,8 @@ def _place() -> Path:
 
 
 def _leave_at_once(number: int, frame: types.FrameType | None) -> NoReturn:
-    _note(_place(), ended="stopped", rank=_rank(), error=signal.Signals(number).name)
+    text = f"stopped by {signal.Signals(number).name}"
+    _note(_place(), ended="stopped", rank=_rank(), step=None, error=text, fixed=False)
     os._exit(STOPPED)
 
 
@@ -269,10 +268,10 @@ def ended(folder: Path, requeues: int, status: int) -> int:
     returns its exit status."""
     if status == 0:
         return 0
-    again, crash, why = _decide(attempts(folder), requeues, status)
+    again, counts, why = _decide(attempts(folder), requeues, status)
     if again and state(_job()) != "RUNNING":  # cancelled, or taken back by SLURM itself
         again, why = False, f"{why}; SLURM has taken the job"
-    _note(folder, ended="again" if again else "over", crash=crash, error=why)
+    _note(folder, ended="again" if again else "over", counts=counts, error=why)
     _say(folder, f"{'starts again' if again else 'ends'}: {why}")
     if again:
         for _ in range(5):
@@ -283,22 +282,29 @@ def ended(folder: Path, requeues: int, status: int) -> int:
 
 
 def _decide(rows: list[dict[str, Any]], requeues: int, status: int) -> tuple[bool, bool, str]:
-    """(whether to start again, whether it was a crash, why)."""
+    """(whether to start again, whether that counts, why). A stop that gained a step does not count."""
     mine = _of_this_attempt(rows)
     of_job = [row for row in rows if row["job"] == _job()]
-    if mine and mine[0]["ended"] == "stopped" or not mine and status in UNHEARD:
-        return True, False, "stopped by a signal"
+    stops = {row["step"] for row in of_job if row["ended"] == "stopped" and row not in mine}
+    if mine and mine[0]["ended"] == "stopped" and mine[0]["step"] not in {None, *stops}:
+        return True, False, f"stopped by a signal after step {mine[0]['step']}"
     failures = {(row["error"], row["step"]) for row in mine if row["ended"] == "failed"}
-    cause = mine[0]["error"] if mine else f"a process ended with status {status}"
+    cause = mine[0]["error"] if mine else _of_status(status)
     if mine and mine[0]["fixed"]:
         return False, True, f"starting again would not help: {cause}"
     earlier = [row for row in of_job if row["ended"] == "failed" and row not in mine]
     if failures & {(row["error"], row["step"]) for row in earlier}:
         return False, True, f"the same error at the same step as before: {cause}"
-    crashes = 1 + sum(row["ended"] == "again" and row["crash"] for row in of_job)
-    if crashes > requeues:
-        return False, True, f"crash {crashes}, and slurm.requeues is {requeues}: {cause}"
-    return True, True, f"crash {crashes} of at most {requeues}: {cause}"
+    lost = 1 + sum(row["ended"] == "again" and row["counts"] for row in of_job)
+    if lost > requeues:
+        return False, True, f"lost start {lost}, and slurm.requeues is {requeues}: {cause}"
+    return True, True, f"lost start {lost} of at most {requeues}: {cause}"
+
+
+def _of_status(status: int) -> str:
+    if status > 128:
+        return f"a process was ended by signal {status - 128}"
+    return f"a process ended with status {status}"
 
 
 if __name__ == "__main__":

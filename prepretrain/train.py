@@ -96,22 +96,25 @@ def _fit(
     async_save: bool = False,
     evals: Sequence[Evaluation] = (),
     wandb: str | None = None,
+    signals: "Signals | None" = None,
 ) -> None:
     """options: what made the model, kept in checkpoints so that they describe themselves. clip:
     largest gradient norm. save_every: steps between checkpoints, one is always saved at the end; None
     saves none at all. always: steps that are saved, and never removed. async_save: save while training
-    goes on. wandb: see Metrics. Raises numerics.GoBack to be started again from the newest checkpoint.
+    goes on. wandb: see Metrics. signals: those of a caller that notes them before; else they are
+    noted from here on. Raises numerics.GoBack to be started again from the newest checkpoint.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     step, bad = _resume(saved, objective, optimizer, data)
     metrics, progress = Metrics(folder, step, wandb), Progress(schedule.steps, step)
-    asked = _Signals()
+    asked = Signals() if signals is None else signals
     metrics.write_rollbacks(step, guard.rollbacks)
     stream = data.batches(guard.position(step, data.batch_size))
     meter, before = _Meter(data.batch_size), metrics.seconds if distributed.is_main() else 0.0
     saver = checkpoint.Background(folder, keep=keep, always=always) if async_save else None
     with optim.averaged(objective, optimizer):
-        _evaluate(evals, step, schedule.steps, metrics, distributed.from_main(metrics.measured))
+        skip = distributed.from_main(metrics.measured)
+        _evaluate(evals, step, schedule.steps, metrics, asked, skip)
     objective.train()
     collecting = gc.isenabled()  # not where an evaluation trains within a run
     gc.disable()  # a collection at a random time on one of many processes stops them all
@@ -131,7 +134,7 @@ def _fit(
             rate = schedule.apply(optimizer, step)
             figures, replaced, seen = _gradients(objective, stream, data.accumulate, meter)
             norm = _norm(parameters)
-            vote = _vote(figures, norm, replaced, asked.received)
+            vote = _vote(figures, norm, replaced, asked.received is not None)
             if vote.finite:
                 event = guard.spike(step, vote.norm)
             else:
@@ -179,8 +182,8 @@ def _fit(
                     f"{folder}: stopped by a signal after step {step}{saved_too}. "
                     f"The same command continues it."
                 )
-            with optim.averaged(objective, optimizer), asked.passed_on():
-                _evaluate(evals, step, schedule.steps, metrics)
+            with optim.averaged(objective, optimizer):
+                _evaluate(evals, step, schedule.steps, metrics, asked)
             objective.train()
     except Exception as error:
         error.step = step  # for those who decide whether to start again
@@ -190,19 +193,26 @@ def _fit(
             gc.enable()
         if saver is not None:
             saver.close()
-        asked.restore()
+        if signals is None:
+            asked.restore()
         metrics.close()
         progress.close()
 
 
 def _evaluate(
-    evals: Sequence[Evaluation], step: int, steps: int, metrics: Metrics, skip: Sequence[str] = ()
+    evals: Sequence[Evaluation],
+    step: int,
+    steps: int,
+    metrics: Metrics,
+    asked: "Signals",
+    skip: Sequence[str] = (),
 ) -> None:
     """Runs what is due after a step; `skip` names what a run that was cut off had measured by then."""
     for one in evals:
         known = any(name.startswith(one.prefix) for name in skip)
         if step and clock.due(step, one.every, steps) and not known:
-            found = one.run()
+            with asked.passed_on():
+                found = one.run()
             metrics.write({"step": step, **{f"{one.prefix}{k}": v for k, v in found.items()}})
 
 
@@ -318,12 +328,12 @@ def _check_bad(bad: Counter, images: int, limit: float) -> None:
         )
 
 
-class _Signals:
-    """SIGTERM and SIGUSR2 only set a flag; the loop saves at a step's end. The old handlers come
-    back after it."""
+class Signals:
+    """SIGTERM and SIGUSR2 only set a flag, from when it is made until `restore`; `fit` saves at a
+    step's end."""
 
     def __init__(self) -> None:
-        self.received = False
+        self.received: int | None = None  # which one came
         self.old = {s: signal.signal(s, self._set) for s in (signal.SIGTERM, signal.SIGUSR2)}
 
     @contextlib.contextmanager
@@ -333,14 +343,14 @@ class _Signals:
         others = {number: handler for number, handler in self.old.items() if callable(handler)}
         for number, handler in others.items():
             signal.signal(number, handler)
-        if self.received and others:
-            signal.raise_signal(next(iter(others)))
+        if self.received in others:
+            signal.raise_signal(self.received)
         yield
         for number in others:
             signal.signal(number, self._set)
 
     def _set(self, number: int, frame: Any) -> None:
-        self.received = True
+        self.received = number
 
     def restore(self) -> None:
         for number, handler in self.old.items():

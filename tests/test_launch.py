@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -88,6 +89,13 @@ def test_a_missing_data_folder_is_an_error_before_anything_starts(place):
         launch("small.yaml", ["length=1ep"], dry_run=True)
     with pytest.raises(ValueError, match="there is nothing at data/photos"):
         launch("small.yaml", ["length=1ep"])
+    assert not Path("runs/small/metrics.jsonl").exists()
+
+
+@pytest.mark.skipif(find_spec("wandb") is not None, reason="wandb is installed here")
+def test_weights_and_biases_asked_for_and_not_installed_is_an_error_before_anything_starts(place):
+    with pytest.raises(ValueError, match="wandb: lab: the package is not here. pip install wandb"):
+        launch("small.yaml", ["wandb=lab"])
     assert not Path("runs/small/metrics.jsonl").exists()
 
 
