@@ -2,10 +2,9 @@
 checkpoints. A run never goes on wrongly, never waits for ever, and never loses its last good save."""
 
 import json
-import logging
 import os
 import shutil
-import signal
+import socket
 import subprocess
 import sys
 import time
@@ -17,7 +16,7 @@ from conftest import processes
 from safetensors.torch import load_file
 from test_train import rows, train
 
-from prepretrain import checkpoint, distributed
+from prepretrain import checkpoint, distributed, watch
 
 ROOT = Path(__file__).parents[1]
 LAUNCH = [sys.executable, str(ROOT / "tools" / "launch.py")]
@@ -146,3 +145,60 @@ def test_the_doctor_checks_machine_and_data_and_says_what_is_wrong(place):
         text=True,
     )
     assert few.returncode == 1 and "WRONG  open files" in few.stdout and "ulimit -n" in few.stdout
+
+
+def two(folder: str, *overrides: str) -> tuple[list[int], list[str], float]:
+    """Runs the small stage in two processes that know nothing of each other's parents, as on two
+    machines; their exit statuses and errors, and the seconds from the failure to the last's end."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        where = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "LOCAL_RANK": "0"}
+        where["MASTER_PORT"] = str(free.getsockname()[1])
+    command = [*LAUNCH, "--stage", "small.yaml", "--out", folder, *overrides]
+    started = []
+    for rank in range(2):
+        with Path(f"said-{rank}").open("w") as file:
+            env = {**ENV, **where, "RANK": str(rank)}
+            started.append(subprocess.Popen(command, env=env, stderr=file))
+    metrics, failed = Path(folder, "metrics.jsonl"), None
+    try:
+        while any(p.poll() is None for p in started):
+            reached = metrics.exists() and '"step": 5' in metrics.read_text()
+            failed = failed or (time.monotonic() if reached else None)
+            if failed and [p for p in started if p.poll() is not None]:
+                stopped = [p for p in started if _state(p.pid) == "T"]
+                if len(stopped) == 1 and sum(p.poll() is None for p in started) == 1:
+                    stopped[0].kill()  # nobody but the launcher can end one that stands still
+            assert failed is None or time.monotonic() - failed < 60, "somebody waits for ever"
+            time.sleep(0.05)
+    finally:
+        for one in started:
+            one.kill()
+    assert failed is not None, Path("said-0").read_text()
+    took = time.monotonic() - failed
+    return [p.wait() for p in started], [Path(f"said-{r}").read_text() for r in range(2)], took
+
+
+def _state(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][0]
+    except FileNotFoundError:
+        return ""
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("harm", ["kill", "stop"])
+def test_a_process_that_dies_or_stands_still_is_named_and_the_others_end_within_30_seconds(
+    place, harm, rank
+):
+    statuses, said, took = two("runs/a", poisoned(harm, 80, 95, rank=rank))
+    assert took < 30 and statuses[1 - rank] in (1, watch.LOST)
+    assert f"process {rank} has ended or stands still" in said[1 - rank], said[1 - rank]
+
+
+def test_a_process_that_hangs_ends_all_within_the_time_with_the_stacks_of_each(place):
+    statuses, said, took = two("runs/a", poisoned("hang", 80, 95, rank=1), "hang=8")
+    assert statuses == [watch.HUNG, watch.HUNG] and took < 30
+    stacks = [Path(f"runs/a/stacks/{rank}.txt").read_text() for rank in range(2)]
+    assert "poison.py" in stacks[1] and "poison.py" not in stacks[0]
+    assert all(f"process {r} has not moved" in stacks[r] and "step 6" in stacks[r] for r in range(2))
