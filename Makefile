@@ -1,9 +1,9 @@
-# make demo: both stages on data that it makes, about five minutes on two cores.   make test: the tests.
+# make demo: both stages on data that it makes, about five minutes on two cores.   make test: the tests.   make test-faults: the slow ones.
 PYTHON ?= python3
 PY := .venv/bin/python
 MADE := data/demo/hashtags.json
 
-.PHONY: setup demo test
+.PHONY: setup demo test test-faults
 
 setup: .venv/ready
 
@@ -36,4 +36,8 @@ demo: $(MADE)
 	@echo "Original, masked and reconstructed images: runs/demo/reconstructions.png"
 
 test: .venv/ready
-	OMP_NUM_THREADS=1 $(PY) -m pytest -q
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q -m "not faults"
+
+# What takes minutes: killing, stopping and hanging processes, over and over.
+test-faults: .venv/ready
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q -m faults --timeout 1200
