@@ -363,3 +363,14 @@ def test_a_run_goes_on_with_any_other_number_of_processes(place):
             shutil.rmtree(f"{name}/checkpoints/{step:09d}")
         processes(world, _continued, str(place), name)
         assert_close([row["loss"] for row in rows(name)], want, rtol=1e-5, atol=1e-6)
+
+
+def test_the_launcher_notices_a_dead_process_and_ends_the_others(place):
+    done = launched(
+        *("--stage", "small.yaml", "--procs", "2", "--out", "runs/a"), poisoned("kill", 80, 95, rank=1)
+    )
+    ended = time.time()
+    assert done.returncode == 1 and "process" in done.stderr and "failed" in done.stderr
+    failed = Path("runs/a/metrics.jsonl").stat().st_mtime  # the last step that was logged
+    assert ended - failed < 30
+    assert rows("runs/a")[-1]["step"] == 5
