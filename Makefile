@@ -1,5 +1,5 @@
 # make demo: both stages on data that it makes, about five minutes on two cores.   make test: the tests.
-# make test-faults: those that interrupt runs in slow ways.
+# make test-faults: those that kill, stop and hang processes over and over, which takes minutes.
 PYTHON ?= python3
 PY := .venv/bin/python
 MADE := data/demo/hashtags.json
@@ -40,4 +40,4 @@ test: .venv/ready
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q -m "not faults"
 
 test-faults: .venv/ready
-	OMP_NUM_THREADS=1 $(PY) -m pytest -q -m faults
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q -m faults --timeout 1200

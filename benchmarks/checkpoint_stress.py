@@ -1,5 +1,6 @@
-"""Kills a tiny run at random instants, over and over, and checks after each kill that its newest
-checkpoint verifies and holds what the same run, never killed, had at that step; one JSON line.
+"""Kills a tiny run at random instants, and while it saves, renames and removes checkpoints, over and
+over. After each kill the newest checkpoint must verify, and hold what the same run, never killed,
+had at that step. One JSON line.
 
 python benchmarks/checkpoint_stress.py --kills 50
 python benchmarks/checkpoint_stress.py --kills 50 --procs 2 --background
@@ -41,6 +42,13 @@ checkpoint: {every: 1it, keep: %d, async_save: %s}
 """
 
 
+AIMS = (
+    "writing a checkpoint",
+    "manifest written, not yet renamed",
+    "removing an old checkpoint",
+)
+
+
 def main() -> None:
     """Prints how many kills hit what, and how many checks failed; exits 1 if one did."""
     parser = argparse.ArgumentParser(
@@ -78,8 +86,10 @@ def stress(asked: argparse.Namespace) -> dict:
     folder, reached = Path("runs/killed"), 0
     for kill in range(asked.kills):
         pids = start("killed", folder, asked.procs)
-        # three quarters of a whole run's time: most kills find it under way
-        ended = killed(pids, random.random() * length * 0.75)
+        # three quarters of a whole run's time: most kills find it under way; half of them then wait
+        # for what random instants seldom meet
+        aim = AIMS[kill // 2 % len(AIMS)] if kill % 2 else None
+        ended = killed(pids, random.random() * length * 0.75, folder, aim)
         found["hit"][under_way(folder) if not ended else "after the end"] += 1
         newest = checkpoint.newest(folder)
         step = int(newest.name) if newest else 0
@@ -136,9 +146,14 @@ def wait(pids: list[int]) -> None:
         raise RuntimeError(Path("printed-0").read_text()[-3000:])
 
 
-def killed(pids: list[int], seconds: float) -> bool:
-    """Kills processes after a time; whether all had come to their end by then."""
+def killed(pids: list[int], seconds: float, folder: Path, aim: str | None) -> bool:
+    """Kills processes after a time, and then when `aim` is under way; whether all had come to their
+    end by then."""
     time.sleep(seconds)
+    deadline = time.monotonic() + 20
+    while aim is not None and time.monotonic() < deadline and under_way(folder) != aim:
+        if os.waitid(os.P_PID, pids[0], os.WEXITED | os.WNOHANG | os.WNOWAIT):
+            break
     ended = all(os.waitid(os.P_PID, p, os.WEXITED | os.WNOHANG | os.WNOWAIT) for p in pids)
     for pid in pids:
         os.kill(pid, signal.SIGKILL)
@@ -152,12 +167,11 @@ def under_way(folder: Path) -> str:
     """What a kill has interrupted, by what it left behind."""
     left = [p for p in folder.glob("checkpoints/*") if not p.name.isdigit()]
     if any(p.name.endswith("old") for p in left):
-        return "removing an old checkpoint"
-    drafts = [p for p in left if (p / checkpoint.MANIFEST).exists()]
-    if drafts:
-        return "manifest written, not yet renamed"
+        return AIMS[2]
+    if any((p / checkpoint.MANIFEST).exists() for p in left):
+        return AIMS[1]
     if left:
-        return "writing a checkpoint"
+        return AIMS[0]
     return "between two saves" if folder.exists() else "before the first"
 
 

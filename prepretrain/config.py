@@ -252,7 +252,7 @@ def _overrides(given: list[str]) -> dict[str, Any]:
         if not equals or not key or key.startswith("-"):
             raise ValueError(
                 f"{one!r}: an override is key=value, as in optim.lr=1e-4; flags are --stage --init --out "
-                f"--nodes --procs --slurm --hours --dry-run."
+                f"--nodes --procs --slurm --hours --dry-run --replay --doctor."
             )
         try:
             result = merge(result, OmegaConf.to_container(OmegaConf.from_dotlist([one])))

@@ -7,6 +7,7 @@ import torch
 from scipy.optimize import minimize
 from torch import Tensor
 
+from prepretrain import watch
 from prepretrain.log import logger
 
 ROWS = 65536  # of logits at once: 1.3 million images of 1,000 classes would need 10 GB otherwise
@@ -68,6 +69,7 @@ def _loss(
     x: Tensor, labels: Tensor, shape: tuple[int, int], l2: float, intercept: bool
 ) -> Callable[[np.ndarray], tuple[float, np.ndarray]]:
     def value_and_gradient(flat: np.ndarray) -> tuple[float, np.ndarray]:
+        watch.beat("a step of a logistic regression")
         weight = torch.from_numpy(flat).view(shape).to(x)
         total, gradient = x.new_zeros((), dtype=torch.float64), torch.zeros_like(weight)
         for rows, answers in zip(x.split(ROWS), labels.split(ROWS)):

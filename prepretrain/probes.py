@@ -9,7 +9,7 @@ from timm.optim import Lars
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, one_hot
 
-from prepretrain import distributed, logistic
+from prepretrain import distributed, logistic, watch
 from prepretrain.log import logger
 
 # The settings of each protocol; lr is per 256 images, warmup in epochs.
@@ -230,6 +230,7 @@ def _train(
     for epoch in range(epochs):
         order = torch.randperm(len(features), generator=generator)
         for i, rows in enumerate(order.to(features.device).tensor_split(batches)):
+            watch.beat(f"epoch {epoch + 1} of a probe")
             share = _schedule(epoch + i / batches, warmup, epochs)
             for group, peak in zip(optimizer.param_groups, peaks):
                 group["lr"] = peak * share

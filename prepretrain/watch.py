@@ -72,7 +72,7 @@ class _Watch:
         if hang is not None:
             place = folder / "stacks" / f"{distributed.rank()}.txt"
             place.parent.mkdir(parents=True, exist_ok=True)
-            self.file = place.open("w")
+            self.file = place.open("a")  # an earlier hang is still of interest
             threading.Thread(target=self._look, name="watch", daemon=True).start()
         if distributed.world() > 1:
             _Pulse(self)

@@ -4,6 +4,7 @@ checkpoints. A run never goes on wrongly, never waits for ever, and never loses 
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -13,8 +14,9 @@ import torch
 from conftest import processes
 from safetensors.torch import load_file
 from test_train import rows, train
+from torch.testing import assert_close
 
-from prepretrain import checkpoint, distributed
+from prepretrain import checkpoint, distributed, watch
 
 ROOT = Path(__file__).parents[1]
 LAUNCH = [sys.executable, str(ROOT / "tools" / "launch.py")]
@@ -143,3 +145,231 @@ def test_the_doctor_checks_machine_and_data_and_says_what_is_wrong(place):
         text=True,
     )
     assert few.returncode == 1 and "WRONG  open files" in few.stdout and "ulimit -n" in few.stdout
+
+
+def two(folder: str, *overrides: str) -> tuple[list[int], list[str], float]:
+    """Runs the small stage in two processes that know nothing of each other's parents, as on two
+    machines; their exit statuses and errors, and the seconds from the failure to the last's end."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        where = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "LOCAL_RANK": "0"}
+        where["MASTER_PORT"] = str(free.getsockname()[1])
+    command = [*LAUNCH, "--stage", "small.yaml", "--out", folder, *overrides]
+    started = []
+    for rank in range(2):
+        with Path(f"said-{rank}").open("w") as file:
+            env = {**ENV, **where, "RANK": str(rank)}
+            started.append(subprocess.Popen(command, env=env, stderr=file))
+    metrics, failed = Path(folder, "metrics.jsonl"), None
+    try:
+        while any(p.poll() is None for p in started):
+            reached = metrics.exists() and '"step": 5' in metrics.read_text()
+            failed = failed or (time.monotonic() if reached else None)
+            if failed and [p for p in started if p.poll() is not None]:
+                stopped = [p for p in started if _state(p.pid) == "T"]
+                if len(stopped) == 1 and sum(p.poll() is None for p in started) == 1:
+                    stopped[0].kill()  # nobody but the launcher can end one that stands still
+            assert failed is None or time.monotonic() - failed < 60, "somebody waits for ever"
+            time.sleep(0.05)
+    finally:
+        for one in started:
+            one.kill()
+    assert failed is not None, Path("said-0").read_text()
+    took = time.monotonic() - failed
+    return [p.wait() for p in started], [Path(f"said-{r}").read_text() for r in range(2)], took
+
+
+def _state(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][0]
+    except FileNotFoundError:
+        return ""
+
+
+def _slow(*given) -> object:
+    return pytest.param(*given, marks=pytest.mark.faults)
+
+
+@pytest.mark.parametrize(
+    "harm, rank", [("kill", 1), _slow("kill", 0), _slow("stop", 1), _slow("stop", 0)]
+)
+def test_a_process_that_dies_or_stands_still_is_named_and_the_others_end_within_30_seconds(
+    place, harm, rank
+):
+    statuses, said, took = two("runs/a", poisoned(harm, 80, 95, rank=rank))
+    assert took < 30 and statuses[1 - rank] in (1, watch.LOST)
+    assert f"process {rank} has ended or stands still" in said[1 - rank], said[1 - rank]
+
+
+@pytest.mark.faults
+def test_a_process_that_hangs_ends_all_within_the_time_with_the_stacks_of_each(place):
+    statuses, said, took = two("runs/a", poisoned("hang", 80, 95, rank=1), "hang=8")
+    assert statuses == [watch.HUNG, watch.HUNG] and took < 30
+    stacks = [Path(f"runs/a/stacks/{rank}.txt").read_text() for rank in range(2)]
+    assert "poison.py" in stacks[1] and "poison.py" not in stacks[0]
+    assert all(
+        f"process {r} has not moved" in stacks[r] and "step 6" in stacks[r] for r in range(2)
+    )
+
+
+STRESS = [sys.executable, "-W", "ignore", str(ROOT / "benchmarks" / "checkpoint_stress.py")]
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        "--kills 3 --steps 8 --flips 40",
+        _slow("--kills 50 --flips 500"),
+        _slow("--kills 50 --background"),
+        _slow("--kills 20 --steps 20 --procs 2 --background"),
+    ],
+)
+def test_a_run_killed_at_random_instants_never_loses_or_spoils_its_last_checkpoint(given):
+    done = subprocess.run([*STRESS, *given.split()], env=ENV, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert json.loads(done.stdout.splitlines()[-1])["failures"] == []
+
+
+def test_what_is_saved_in_the_background_is_the_step_it_is_named_after(place, group):
+    train("runs/plain")
+    train("runs/behind", "checkpoint.async_save=true")
+    assert rows("runs/behind") == rows("runs/plain")
+    for step in (4, 8, 12):
+        one, two = (
+            checkpoint.open_tensors(Path(f"runs/{name}/checkpoints/{step:09d}"))
+            for name in ("plain", "behind")
+        )
+        assert one[0] == two[0] and all(torch.equal(one[1](k), two[1](k)) for k in one[0])
+        assert one[2] == two[2]
+    assert sorted(p.name for p in Path("runs/behind/checkpoints").iterdir()) == [
+        "000000004",
+        "000000008",
+        "000000012",
+    ]
+
+
+def test_a_save_in_the_background_that_fails_ends_the_run_with_the_reason(place, group):
+    from prepretrain import train as loop
+
+    plain, saved = loop.checkpoint.dcp.async_save, []
+
+    def occupied(content, *, checkpoint_id, **given):
+        saved.append(checkpoint_id)
+        if len(saved) == 2:  # a folder stands where a file is to be written
+            Path(checkpoint_id, ".metadata.tmp").mkdir()
+        return plain(content, checkpoint_id=checkpoint_id, **given)
+
+    loop.checkpoint.dcp.async_save = occupied
+    try:
+        with pytest.raises(OSError, match="000000008: could not be saved.*Earlier.*intact"):
+            train("runs/a", "checkpoint.async_save=true")
+    finally:
+        loop.checkpoint.dcp.async_save = plain
+    assert checkpoint.newest(Path("runs/a")).name == "000000004"
+    assert not list(Path("runs/a/checkpoints").glob("*.tmp-*"))
+
+
+def test_the_last_few_and_the_permanent_checkpoints_are_kept(place, group):
+    train("runs/a", "checkpoint={every: 2it, keep: 2, permanent: 5it}")
+    kept = [int(p.name) for p in checkpoint.listed(Path("runs/a"))]
+    assert kept == [5, 8, 10, 12]  # not 10 of the last, which is permanent anyway
+    with pytest.raises(ValueError, match="checkpoint.keep: 0 must be at least 1"):
+        train("runs/b", "checkpoint.keep=0")
+
+
+def test_damaged_newer_checkpoints_are_not_kept_in_place_of_a_good_one(place, group):
+    train("runs/a")
+    for step in (8, 12):
+        next(Path(f"runs/a/checkpoints/{step:09d}").glob("*.distcp")).write_bytes(b"")
+    train("runs/a", "checkpoint={every: 3it, keep: 1}", "length=12it")
+    assert [p.name for p in checkpoint.listed(Path("runs/a"))] == ["000000012"]
+    assert checkpoint.newest(Path("runs/a")).name == "000000012"
+
+
+@pytest.mark.parametrize("mixed", ["a file", "all but the manifest", "the whole folder"])
+def test_files_of_two_steps_are_no_checkpoint(place, group, mixed, caplog, monkeypatch):
+    train("runs/a")
+    old, new = (Path(f"runs/a/checkpoints/{step:09d}") for step in (4, 12))
+    for file in sorted(old.iterdir()):
+        if mixed == "the whole folder" or file.name != checkpoint.MANIFEST:
+            if mixed != "a file" or file.suffix == ".distcp":
+                shutil.copy(file, new / file.name)
+    monkeypatch.setattr(logging.getLogger("prepretrain"), "propagate", True)
+    assert checkpoint.newest(Path("runs/a")).name == "000000008"
+    assert "000000012: damaged, so it is not used" in caplog.text
+
+
+def test_a_checkpoint_of_a_newer_format_is_refused_and_an_older_one_is_read(place, group):
+    train("runs/a", "length=8it")
+    saved = checkpoint.newest(Path("runs/a"))
+
+    def rewritten(**changes) -> None:
+        state = json.loads((saved / checkpoint.STATE).read_text()) | changes
+        state = {k: v for k, v in state.items() if v is not None}
+        (saved / checkpoint.STATE).write_text(json.dumps(state))
+        manifest = json.loads((saved / checkpoint.MANIFEST).read_text())
+        manifest[checkpoint.STATE] = checkpoint.describe(saved / checkpoint.STATE)
+        (saved / checkpoint.MANIFEST).write_text(json.dumps(manifest))
+
+    rewritten(format=checkpoint.FORMAT + 1)
+    with pytest.raises(ValueError, match="is of format 3.*Update prepretrain"):
+        train("runs/a", "length=8it")
+    rewritten(format=None, numerics=None)  # as they were before formats had numbers
+    train("runs/a", "length=8it")
+    assert checkpoint.state(saved)["step"] == 8
+
+
+def _read_only(rank: int, where: str) -> None:
+    os.chdir(where)
+    distributed.init()
+    plain = checkpoint.save
+
+    def late(folder, step, *given, **named):
+        if step == 8 and rank == 0:  # what root, too, cannot write to
+            shutil.move("runs/a/checkpoints", "runs/a/moved")
+            Path("runs/a/checkpoints").write_text("")
+        return plain(folder, step, *given, **named)
+
+    checkpoint.save = late
+    with pytest.raises(OSError, match="000000008: could not be saved .*process 0.*intact"):
+        train("runs/a")
+    distributed.shutdown()
+
+
+def test_a_folder_that_cannot_be_written_ends_the_run_on_every_process_with_the_reason(place):
+    processes(2, _read_only, str(place))
+    Path("runs/a/checkpoints").unlink()
+    shutil.move("runs/a/moved", "runs/a/checkpoints")
+    assert checkpoint.newest(Path("runs/a")).name == "000000004"
+
+
+def _continued(rank: int, where: str, name: str) -> None:
+    os.chdir(where)
+    distributed.init()
+    train(name, "batch_size=12")
+    distributed.shutdown()
+
+
+@pytest.mark.faults
+def test_a_run_goes_on_with_any_other_number_of_processes(place):
+    processes(4, _continued, str(place), "runs/by4")
+    want = [row["loss"] for row in rows("runs/by4")]
+    for world in (1, 2, 3, 4):
+        name = f"runs/then{world}"
+        shutil.copytree("runs/by4", name)
+        for step in (8, 12):
+            shutil.rmtree(f"{name}/checkpoints/{step:09d}")
+        processes(world, _continued, str(place), name)
+        assert_close([row["loss"] for row in rows(name)], want, rtol=1e-5, atol=1e-6)
+
+
+def test_the_launcher_notices_a_dead_process_and_ends_the_others(place):
+    done = launched(
+        *("--stage", "small.yaml", "--procs", "2", "--out", "runs/a"),
+        poisoned("kill", 80, 95, rank=1),
+    )
+    ended = time.time()
+    assert done.returncode == 1 and "process" in done.stderr and "failed" in done.stderr
+    failed = Path("runs/a/metrics.jsonl").stat().st_mtime  # the last step that was logged
+    assert ended - failed < 30
+    assert rows("runs/a")[-1]["step"] == 5
