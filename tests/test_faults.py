@@ -2,11 +2,13 @@
 checkpoints. A run never goes on wrongly, never waits for ever, and never loses its last good save."""
 
 import json
+import logging
 import os
 import shutil
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
