@@ -367,7 +367,8 @@ def test_a_run_goes_on_with_any_other_number_of_processes(place):
 
 def test_the_launcher_notices_a_dead_process_and_ends_the_others(place):
     done = launched(
-        *("--stage", "small.yaml", "--procs", "2", "--out", "runs/a"), poisoned("kill", 80, 95, rank=1)
+        *("--stage", "small.yaml", "--procs", "2", "--out", "runs/a"),
+        poisoned("kill", 80, 95, rank=1),
     )
     ended = time.time()
     assert done.returncode == 1 and "process" in done.stderr and "failed" in done.stderr
