@@ -360,10 +360,11 @@ def _unchanged(batch: dict) -> dict:
 def _quiet(_: int) -> None:
     """Forget the handlers of the main process, which would act on its flags in a copy.
 
-    SIGUSR2 asks the main process for a checkpoint; where it comes to the whole group it must not
-    end the workers, whose batches are still needed on the way to it.
+    They ask the main process for a checkpoint; SLURM sends them to all that a job started, and they
+    must not end the workers, whose batches are still needed on the way to it. Workers end when the
+    main process says so or is gone.
     """
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGUSR2, signal.SIG_IGN)
 
 

@@ -41,7 +41,7 @@ ReturnToService=2
 KillWait=5
 MinJobAge=86400
 SlurmctldTimeout=30
-SlurmdTimeout=15
+SlurmdTimeout=30
 MailProg=/bin/true
 GresTypes=gpu
 SlurmdParameters=config_overrides
@@ -103,7 +103,7 @@ class Box:
         """A node's daemon, by itself or run by the command `inside`."""
         self._run(*inside, "slurmd", "-N", name)
 
-    def wait_idle(self, seconds: float = 60) -> None:
+    def wait_idle(self, seconds: float = 200) -> None:
         """Until both nodes wait for jobs."""
         end = time.time() + seconds
         while self.ask("sinfo", "-h", "-N", "-p", "debug", "-t", "idle", "-o", "%N").split() != [
@@ -144,7 +144,7 @@ class Box:
     def _run(self, *command: str) -> subprocess.CompletedProcess:
         place = f"{os.environ['PATH']}:/usr/sbin:/sbin"
         environment = {**os.environ, **self.environment, "PATH": place}
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100)
         if done.returncode:
             raise RuntimeError(f"{' '.join(command)}: {done.stderr or done.stdout}")
         return done

@@ -309,10 +309,11 @@ def test_a_signal_to_the_group_asks_the_main_process_and_leaves_the_workers_aliv
         os.setpgrp()
         batches = Stream(Numbers(8), transform, batch_size=4, seed=0, workers=2).batches()
         next(batches)
-        os.killpg(0, signal.SIGUSR2)
-        for _ in range(20):
-            next(batches)
-        assert asked == [1], asked
+        for number in (signal.SIGUSR2, signal.SIGTERM):
+            os.killpg(0, number)
+            for _ in range(20):
+                next(batches)
+        assert asked == [1, 2], asked
         print("served")
     """)
     done = subprocess.run(

@@ -20,7 +20,7 @@ from prepretrain.launch import launch, status
 
 pytestmark = [
     pytest.mark.slurm,
-    pytest.mark.timeout(400),
+    pytest.mark.timeout(1200),
     pytest.mark.skipif(slurm_box.missing() is not None, reason=str(slurm_box.missing())),
 ]
 STEPS = 80
@@ -79,7 +79,7 @@ def submit(name: str, *more: str, **flags) -> tuple[Path, str]:
     return folder, jobs[-1].name.partition("_")[0]
 
 
-def wait(what, seconds: float = 150) -> None:
+def wait(what, seconds: float = 400) -> None:
     """Until what() holds."""
     end = time.time() + seconds
     while not what():
@@ -100,7 +100,7 @@ def reach(folder: Path, step: int) -> None:
     wait(lambda: (rows(folder) or [{"step": 0}])[-1]["step"] >= step)
 
 
-def finish(job: str, seconds: float = 150) -> str:
+def finish(job: str, seconds: float = 400) -> str:
     """Waits for a job's end; its state."""
     wait(lambda: slurm.state(job) in slurm.FINAL or hurry(job), seconds)
     return slurm.state(job)
@@ -212,7 +212,7 @@ def test_a_job_at_its_time_limit_goes_on_in_the_next_one_as_often_as_it_takes(bo
     whole = undisturbed("whole_long", 2, long)
     # SLURM signals a job of two minutes after 36 to 66 seconds
     folder, job = submit("limited", long, "slurm.requeues=0", hours=2 / 60)
-    assert finish(job, 390) == "COMPLETED"
+    assert finish(job, 900) == "COMPLETED"
     assert_same(folder, whole, 600)
     assert (0, "again") in ends(folder)
 
@@ -263,7 +263,7 @@ def test_a_job_whose_node_dies_goes_on_when_there_are_nodes_again(box, whole):
     folder, job = submit("node")
     reach(folder, 20)
     box.kill_node("n2")
-    time.sleep(20)  # past SlurmdTimeout
+    time.sleep(35)  # past SlurmdTimeout
     box.start_node("n2")
     assert finish(job) == "COMPLETED"
     assert_same(folder, whole)
@@ -322,7 +322,7 @@ def test_two_processes_on_each_of_two_nodes_survive_a_preemption_and_a_death(box
     wait(lambda: (0, "again") in ends(folder))
     reach(folder, 50)
     os.kill(processes(job, rank=3)[0], signal.SIGKILL)
-    assert finish(job, 250) == "COMPLETED"
+    assert finish(job) == "COMPLETED"
     assert_same(folder, whole)
 
 
