@@ -19,7 +19,7 @@ from timm.optim import param_groups_layer_decay
 from torch.testing import assert_close
 
 import prepretrain
-from prepretrain import distributed, optim
+from prepretrain import distributed, optim, shard
 from prepretrain.evaluators.accuracy import Accuracy
 from prepretrain.launch import launch
 from prepretrain.model import Model
@@ -129,6 +129,7 @@ def _count_in(rank: int, where: str) -> None:
 def test_accuracy_counts_each_image_once_on_one_two_and_three_processes(place):
     torch.manual_seed(0)
     model = Model(encoder="vit_test8", head={"classes": 3})
+    shard.initialise(model, 0)
     torch.nn.init.normal_(model.head.linear.weight)
     model.save(Path("tuned"), "made by the test")
     for count in (1, 2, 3):

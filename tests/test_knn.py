@@ -7,7 +7,7 @@ import pytest
 import torch
 from sklearn.neighbors import KNeighborsClassifier
 from test_evaluators import CARD, clouds
-from test_train import group, rows, train  # noqa: F401 (a fixture)
+from test_train import rows, train
 
 from prepretrain.evaluators import knn
 from prepretrain.evaluators.knn import Knn
@@ -59,7 +59,7 @@ def test_more_neighbours_than_images_is_an_error(card, tmp_path):
         evaluator.run(None, tmp_path)
 
 
-def test_evaluators_that_are_due_every_few_steps_leave_the_run_as_it_was(place, group):  # noqa: F811
+def test_evaluators_that_are_due_every_few_steps_leave_the_run_as_it_was(place, group):
     train("runs/plain")
     watching = (
         "evaluators=[{name: knn, data: colours, every: 4it}, "
@@ -73,7 +73,7 @@ def test_evaluators_that_are_due_every_few_steps_leave_the_run_as_it_was(place, 
     assert not Path("runs/watched/features").exists()
 
 
-def test_an_attentive_probe_within_a_run_is_refused_before_it_starts(place, group):  # noqa: F811
+def test_an_attentive_probe_within_a_run_is_refused_before_it_starts(place, group):
     probe = "{name: linear, data: colours, every: 4it, protocol: attentive, pool: tokens}"
     with pytest.raises(ValueError, match="'attentive' keeps all tokens on disk"):
         train("runs/watched", f"evaluators=[{probe}]")

@@ -159,7 +159,7 @@ def test_what_fits_nowhere_says_so_and_the_tool_exits_with_1(place):
 def test_what_cannot_work_is_refused_before_anything_is_simulated(place):
     with pytest.raises(ValueError, match="batch_size: 64 does not divide among 7 processes"):
         estimate(1e9, gpus=7)
-    with pytest.raises(ValueError, match="shard.group: 3 must divide the number of GPUs, 4"):
+    with pytest.raises(ValueError, match="shard.group: 3 must divide the number of processes, 4"):
         estimate(1e9, "shard.group=3", gpus=4)
     with pytest.raises(ValueError, match="--gpus 0"):
         estimate(1e9, gpus=0)

@@ -295,9 +295,8 @@ def test_a_suite_is_one_job_or_one_each(place):
     given = [witness("a"), witness("b")]
     one = config.check(config.Suite, {"suite": given}, "")
     each = config.check(config.Suite, {"suite": given, "jobs": "each"}, "")
-    assert [job.suite for _, job in _jobs(one, Path("x"), "gpu")] == [given]
-    assert [job.suite for _, job in _jobs(each, Path("x"), "gpu")] == [given[:1], given[1:]]
-    assert [job.suite for _, job in _jobs(each, Path("x"), None)] == [given]
+    assert [job.suite for job in _jobs(one)] == [given]
+    assert [job.suite for job in _jobs(each)] == [given[:1], given[1:]]
 
 
 def test_the_suite_that_we_ship_names_stages_and_keys_that_there_are(trained):
