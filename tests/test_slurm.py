@@ -116,7 +116,8 @@ def hurry(job: str) -> None:
 
 def processes(job: str, rank: int) -> list[int]:
     """The process of a job's rank, and what it started, oldest first."""
-    marks = [f"SLURM_JOB_ID={job}\0", f"SLURM_PROCID={rank}\0", "SUBMITIT_EXECUTOR=slurm\0"]
+    marks = [f"SLURM_JOB_ID={job}\0", f"SLURM_PROCID={rank}\0"]
+    marks.append(f"SLURM_CONF={os.environ['SLURM_CONF']}\0")
     found = []
     for path in Path("/proc").glob("[0-9]*"):
         try:
