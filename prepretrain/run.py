@@ -59,8 +59,8 @@ def start(config: Training | Evaluating, folder: Path) -> None:
 @contextlib.contextmanager
 def joined(folder: Path) -> Iterator[None]:
     """This process as one of those that the environment describes, with its log in the folder."""
-    distributed.init()
     try:
+        distributed.init()
         _open_folder(folder)
         log.setup(folder)
         yield

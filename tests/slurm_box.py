@@ -11,6 +11,8 @@ import time
 from pathlib import Path
 
 CONF = """ClusterName=box
+# the port where processes meet follows from it, and another box may be on this machine
+FirstJobId={first}
 SlurmctldHost={host}(127.0.0.1)
 SlurmUser={user}
 SlurmdUser={user}
@@ -75,7 +77,12 @@ class Box:
         host = socket.gethostname().partition(".")[0]
         asked = "SlurmctldParameters=preempt_send_user_signal\n" if user_signal else ""
         text = CONF.format(
-            host=host, user=getpass.getuser(), place=folder, port=ports[0], preemption=asked
+            first=1000 + int.from_bytes(os.urandom(3), "big"),
+            host=host,
+            user=getpass.getuser(),
+            place=folder,
+            port=ports[0],
+            preemption=asked,
         )
         for i, name in enumerate(("n1", "n2"), 1):
             text += NODE.format(name=name, host=host, port=ports[i])
