@@ -1,8 +1,12 @@
 """Batches in an order that is a pure function: the same for any number of processes and workers."""
 
+import atexit
 import math
+import mmap
+import os
 import signal
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -364,8 +368,19 @@ def _quiet(_: int) -> None:
     must not end the workers, whose batches are still needed on the way to it. Workers end when the
     main process says so or is gone.
     """
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, _end_if_leaving)
     signal.signal(signal.SIGUSR2, signal.SIG_IGN)
+
+
+# One byte that workers share with the process that forked them: whether it is leaving, at which it
+# sends SIGTERM and waits for them.
+_leaving = mmap.mmap(-1, 1)
+atexit.register(_leaving.write_byte, 1)
+
+
+def _end_if_leaving(*_: Any) -> None:
+    if _leaving[0]:
+        os._exit(0)
 
 
 def _check(length: int, batch_size: int, world: int, accumulate: int) -> None:

@@ -145,6 +145,7 @@ def ends(folder: Path) -> list[tuple[int, str]]:
     return [(row["restart"], row["ended"]) for row in slurm.attempts(folder)]
 
 
+@pytest.mark.faults
 def test_a_preempted_job_saves_and_ends_with_the_weights_of_one_that_was_left_alone(box, whole):
     folder, job = submit("preempted")
     reach(folder, 20)
