@@ -58,6 +58,7 @@ class Shard:
     precision: Literal["bf16", "fp32"] = "bf16"
     recompute: Literal["none", "block", "offload"] = "none"
     compile: bool = False
+    float32: tuple[str, ...] = ()  # parts that a bf16 run computes in float32: model.head, *.norm*
 
 
 @dataclass

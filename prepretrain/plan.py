@@ -275,7 +275,9 @@ def build_objective(config: Training) -> Objective:
         raise ValueError(
             f"objective.name: is missing. There are: {', '.join(plugin.names('objectives'))}."
         )
-    return plugin.build("objectives", options.pop("name"), Model(**config.model), **options)
+    built = plugin.build("objectives", options.pop("name"), Model(**config.model), **options)
+    shard.keep_float32(built, config.shard.float32)
+    return built
 
 
 def build_evaluator(given: dict[str, Any], data: str) -> tuple[str, Evaluator]:

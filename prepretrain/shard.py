@@ -4,23 +4,26 @@ values."""
 import logging
 import warnings
 import zlib
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Shard
+from torch.utils._pytree import tree_map_only
 
 from prepretrain import distributed
 from prepretrain.distributed import put
 
 PRECISIONS = {
     "bf16": MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32),
-    "fp32": MixedPrecisionPolicy(),
+    "fp32": MixedPrecisionPolicy(param_dtype=torch.float32),
 }
 
 
@@ -68,21 +71,85 @@ def wrap(
     device."""
     mesh = _mesh(group)
     spread = {"mesh": mesh, "shard_placement_fn": partial(_dimension, group=mesh["shard"].size())}
-    roots = find_roots(module)
     device = distributed.device()
-    # The order matters: recomputation inside of compilation inside of sharding. The other ways
-    # either compile
-    # the checkpoint's own bookkeeping, or gather parameters again within a recomputed block.
-    for root in roots:
+
+    def unit(part: nn.Module, around: str) -> None:
+        own = _precision(part, precision)
+        fully_shard(part, **spread, mp_policy=PRECISIONS[own])
+        if own != around:
+            part.register_forward_hook(_cast_output)
+
+    # The order matters: recomputation inside of compilation inside of sharding. The other ways either
+    # compile the checkpoint's own bookkeeping, or gather parameters again within a recomputed block.
+    for root in find_roots(module):
         _choose_attention(root, device, precision)
         for blocks in _block_lists(root):
             for i, block in enumerate(blocks):
+                exceptions = _exceptions(block, precision)
+                for part in exceptions:
+                    unit(part, around=precision)
                 blocks[i] = _recomputed(block, recompute)
                 if compile:
-                    blocks[i].compile(fullgraph=recompute == "none")
-                fully_shard(blocks[i], **spread, mp_policy=PRECISIONS[precision])
-        own = getattr(root, "precision", precision)  # small parts that need float32 say so
-        fully_shard(root, **spread, mp_policy=PRECISIONS[own])
+                    blocks[i].compile(fullgraph=recompute == "none" and not exceptions)
+                unit(blocks[i], around=_precision(blocks, precision))
+        for part in _exceptions(root, precision):
+            unit(part, around=precision)
+        unit(root, around=_precision(root, precision))
+
+
+def _precision(module: nn.Module, given: str) -> str:
+    """What a module computes in: small parts that need float32 say so."""
+    return getattr(module, "precision", given)
+
+
+def _exceptions(module: nn.Module, precision: str) -> list[nn.Module]:
+    """The outermost submodules that compute in something else than their surroundings."""
+    if _precision(module, precision) != precision:
+        return []
+    found = []
+    for child in module.children():
+        if isinstance(child, FSDPModule):  # a block, which has seen to its own
+            continue
+        if _precision(child, precision) != precision:
+            found.append(child)
+        else:
+            found += _exceptions(child, precision)
+    return found
+
+
+def keep_float32(module: nn.Module, patterns: Sequence[str]) -> None:
+    """Lets submodules say that a bf16 run computes them in float32: those whose names match one of
+    the patterns, as `model.head` or `*.norm*`, and all in them.
+
+    Each is gathered by itself; one within a part gives bf16 back to what follows. Raises ValueError
+    for a pattern that matches no module that is called and has parameters.
+    """
+    called = {
+        name: one
+        for name, one in module.named_modules()
+        if name
+        and not getattr(one, "container", False)
+        and not isinstance(one, (nn.ModuleList, nn.ModuleDict))
+        and any(True for _ in one.parameters())
+    }
+    found = set()
+    for pattern in patterns:
+        matching = {name for name in called if fnmatchcase(name, pattern)}
+        if not matching:
+            known = sorted({".".join(name.split(".")[:3]) for name in called})
+            raise ValueError(
+                f"shard.float32: no part is called '{pattern}'. There are {', '.join(known)}, and what "
+                f"is in them."
+            )
+        found |= matching
+    for name in found:
+        for one in called[name].modules():
+            one.precision = "fp32"
+
+
+def _cast_output(part: nn.Module, given: tuple, output: Any) -> Any:
+    """A hook: what follows an exception computes in bf16."""
+    return tree_map_only(Tensor, lambda t: t.bfloat16() if t.is_floating_point() else t, output)
 
 
 def _dimension(parameter: nn.Parameter, group: int) -> Shard | None:
@@ -99,8 +166,14 @@ def materialise(module: nn.Module, precision: Literal["bf16", "fp32"] = "bf16") 
     buffers."""
     module.to_empty(device=distributed.device())
     fill_buffers(module)
+    exact = {
+        buffer
+        for part in module.modules()
+        if _precision(part, precision) == "fp32"
+        for buffer in part.buffers()
+    }
     for buffer in module.buffers():
-        if precision == "bf16" and buffer.is_floating_point():
+        if buffer.is_floating_point() and buffer not in exact:
             buffer.data = buffer.data.bfloat16()  # as autocast would, where they meet parameters
 
 
