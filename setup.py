@@ -13,5 +13,5 @@ setup(
         "fvcore", "omegaconf>=2.3", "safetensors", "pyarrow", "pillow", "numpy", "scikit-learn", "tqdm", "matplotlib",
         "tensorboard", "torchcodec", "filelock", "transformers>=5", "sentencepiece",
     ],
-    extras_require={"test": ["pytest", "pytest-timeout", "pytest-xdist"]},
+    extras_require={"test": ["pytest", "pytest-timeout", "pytest-xdist", "wandb"]},
 )

@@ -5,7 +5,7 @@ import math
 import mmap
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from typing import Any
 
 import numpy as np
@@ -134,12 +134,13 @@ class Stream:
         """The epoch that the image at this position belongs to, from 0."""
         return position // self.length
 
-    def batches(self, consumed: int = 0) -> Iterator[dict]:
+    def batches(self, consumed: int = 0) -> Generator[dict, None, None]:
         """This rank's micro batches of the global batches that start after `consumed` images.
 
-        A batch also holds "key", "position" and "bad", the substitutions made in it.
+        A batch also holds "key", "position" and "bad", the substitutions made in it. Workers start at
+        once, and end when it is closed.
         """
-        return iter(_load(self._reader, _Slices(self, consumed), self.workers))
+        return _closing(iter(_load(self._reader, _Slices(self, consumed), self.workers)))
 
 
 class _Slices:
@@ -200,7 +201,7 @@ def evaluation_batches(
     world: int | None = None,
     seed: int = 0,
     leave_out: bool = False,
-) -> Iterator[dict]:
+) -> Generator[dict, None, None]:
     """Each image once, over all ranks, in the source's order; as many batches on every rank.
 
     Rank r gets the r-th contiguous share. "mask" is False for rows that only fill the last batch;
@@ -217,13 +218,23 @@ def evaluation_batches(
     for first in range(rank * share, (rank + 1) * share, size):
         shares.append(np.arange(first, min(first + size, end)))
     reader = _Evaluation(source, transform, size, seed, leave_out)
-    return _beating(iter(_load(reader, shares, workers)))
+    return _beating(_closing(iter(_load(reader, shares, workers))))
 
 
-def _beating(batches: Iterator[dict]) -> Iterator[dict]:
+def _beating(batches: Iterator[dict]) -> Generator[dict, None, None]:
     for batch in batches:
         watch.beat("a batch of an evaluation")
         yield batch
+
+
+def _closing(batches: Iterator[dict]) -> Generator[dict, None, None]:
+    """Ends the workers when it ends, by an error too: an iterator that is left to a garbage
+    collection no longer reaches them, and waits for them in vain for ten seconds."""
+    try:
+        yield from batches
+    finally:
+        if hasattr(batches, "_shutdown_workers"):  # torch has no public name for it
+            batches._shutdown_workers()
 
 
 class _Evaluation(Dataset):

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from omegaconf import OmegaConf
 from tqdm import tqdm
 
 from prepretrain import distributed
@@ -72,6 +73,9 @@ class Metrics:
         self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
         if wandb is not None:
             self.remote = _remote(folder, wandb)
+            for row in rows:  # what a killed process had not sent yet, or, offline, had not written
+                if row["step"] >= self.remote.step:
+                    self.remote.log(row, step=row["step"])
 
     def write(self, row: dict) -> None:
         """Appends one row, which holds at least "step"."""
@@ -113,11 +117,14 @@ def _remote(folder: Path, project: str) -> Any:
     """The folder's Weights & Biases run: new, or the one whose id is in wandb.txt."""
     import wandb  # optional
 
+    config = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))
     path = folder / "wandb.txt"
     if not path.exists():
         path.write_text(os.urandom(8).hex())
     name = path.read_text()
-    return wandb.init(project=project, id=name, name=str(folder), dir=str(folder), resume="allow")
+    return wandb.init(
+        project=project, id=name, name=str(folder), dir=str(folder), config=config, resume="allow"
+    )
 
 
 def _rewind(path: Path, step: int) -> list[dict]:

@@ -118,6 +118,7 @@ def _fit(
     objective.train()
     collecting = gc.isenabled()  # not where an evaluation trains within a run
     gc.disable()  # a collection at a random time on one of many processes stops them all
+    gc.freeze()  # what is there already is not searched at every checkpoint
 
     def state() -> dict[str, Any]:
         kept = {"step": step, "images": step * data.batch_size, "bad": dict(bad)}
@@ -189,6 +190,8 @@ def _fit(
         error.step = step  # for those who decide whether to start again
         raise
     finally:
+        stream.close()
+        gc.unfreeze()
         if collecting:
             gc.enable()
         if saver is not None:

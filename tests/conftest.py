@@ -15,6 +15,9 @@ from prepretrain import distributed
 from prepretrain.card import load_card
 from prepretrain.hashtags import Vocabulary
 
+# New processes are copies of one that has imported everything, which takes five seconds.
+multiprocessing.get_context("forkserver").set_forkserver_preload(["prepretrain.launch"])
+
 CARD = """description: three colours
 licence: made by the tests
 classes: [blue, green, red]
@@ -81,19 +84,23 @@ def processes(count: int, function, *arguments) -> None:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     with tempfile.TemporaryDirectory() as place:
-        given = (count, port, place, function, arguments)
+        given = (count, port, place, dict(os.environ), function, arguments)
         try:
-            multiprocessing.spawn(_joined, given, nprocs=count)
+            multiprocessing.start_processes(_joined, given, nprocs=count, start_method="forkserver")
         except Exception as error:
             printed = [f"{p.name} printed:\n{p.read_text()[-6000:]}" for p in Path(place).iterdir()]
             raise RuntimeError("\n".join(sorted(printed))) from error
 
 
-def _joined(rank: int, count: int, port: int, place: str, function, arguments: tuple) -> None:
+def _joined(
+    rank: int, count: int, port: int, place: str, environment: dict, function, arguments: tuple
+) -> None:
     printed = os.open(Path(place, f"process {rank}"), os.O_CREAT | os.O_WRONLY | os.O_APPEND)
     os.dup2(printed, 2)
     faulthandler.enable()  # a process that is aborted says where it was
+    os.environ.clear()
     os.environ.update(
+        environment,
         RANK=str(rank),
         LOCAL_RANK=str(rank),
         WORLD_SIZE=str(count),

@@ -1,16 +1,18 @@
 """What a user can get wrong when starting a stage, and what a dry run says."""
 
 import json
+import os
+import struct
 import subprocess
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import processes
 from safetensors.torch import load_file, save_file
 
-from prepretrain import config, distributed, plan, run
+from prepretrain import config, distributed, log, plan, run
 from prepretrain.launch import launch
 
 ROOT = Path(__file__).parents[1]
@@ -92,11 +94,58 @@ def test_a_missing_data_folder_is_an_error_before_anything_starts(place):
     assert not Path("runs/small/metrics.jsonl").exists()
 
 
-@pytest.mark.skipif(find_spec("wandb") is not None, reason="wandb is installed here")
-def test_weights_and_biases_asked_for_and_not_installed_is_an_error_before_anything_starts(place):
+def test_weights_and_biases_asked_for_and_not_installed_is_an_error_before_anything_starts(
+    place, monkeypatch
+):
+    monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(ValueError, match="wandb: lab: the package is not here. pip install wandb"):
         launch("small.yaml", ["wandb=lab"])
     assert not Path("runs/small/metrics.jsonl").exists()
+
+
+def _cut_off(rank: int, step: int | None) -> None:
+    """Trains until a step has been logged, and is gone; or to the end."""
+    write = log.Metrics.write
+
+    def leave(self, row: dict) -> None:
+        write(self, row)
+        if row["step"] == step:
+            os._exit(1)
+
+    log.Metrics.write = leave
+    launch("small.yaml", ["wandb=lab"], out="runs/a")
+
+
+def _logged(path: Path) -> list[int]:
+    """The steps in a file of Weights & Biases: LevelDB's log format, after 7 bytes of its own."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    data, at, record, steps = path.read_bytes(), 7, b"", []
+    while at + 7 <= len(data):
+        if 32768 - at % 32768 < 7:  # the rest of a block
+            at += 32768 - at % 32768
+            continue
+        _, size, kind = struct.unpack("<IHB", data[at : at + 7])
+        record += data[at + 7 : at + 7 + size]
+        at += 7 + size
+        if kind in (1, 4):  # whole, or its last piece
+            found = Record.FromString(record)
+            if found.WhichOneof("record_type") == "history":
+                steps.append(found.history.step.num)
+            record = b""
+    return steps
+
+
+def test_weights_and_biases_has_every_step_once_in_one_run_after_a_kill(place, monkeypatch):
+    pytest.importorskip("wandb")
+    for key, value in {"MODE": "offline", "SILENT": "true"}.items():
+        monkeypatch.setenv(f"WANDB_{key}", value)
+    with pytest.raises(RuntimeError):
+        processes(1, _cut_off, 6)
+    processes(1, _cut_off, None)
+    found = sorted(Path("runs/a/wandb").glob("offline-run-*/*.wandb"))
+    assert len(found) == 2 and len({path.name for path in found}) == 1
+    assert _logged(found[-1]) == list(range(1, 13))
 
 
 def test_a_section_whose_name_changes_starts_empty(place):

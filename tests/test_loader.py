@@ -1,4 +1,5 @@
 import itertools
+import multiprocessing
 import subprocess
 import sys
 import textwrap
@@ -295,6 +296,21 @@ def test_the_loader_leaves_the_global_generators_alone():
     before = torch.get_rng_state()
     taken(Stream(Numbers(8), transform, batch_size=4, seed=0, workers=1), 2)
     assert torch.equal(before, torch.get_rng_state())
+
+
+def test_an_error_in_a_worker_ends_them_all_before_it_is_raised():
+    def broken(sample: dict) -> dict:
+        raise ValueError("no picture")
+
+    for start in (
+        lambda: Stream(Numbers(8), broken, batch_size=4, seed=0, workers=2).batches(),
+        lambda: evaluation_batches(Numbers(8), broken, batch_size=4, workers=2),
+    ):
+        batches = start()
+        assert len(multiprocessing.active_children()) == 2
+        with pytest.raises(RuntimeError, match="no picture"):
+            next(batches)
+        assert not multiprocessing.active_children()
 
 
 def test_a_signal_to_the_group_asks_the_main_process_and_leaves_the_workers_alive():

@@ -94,5 +94,7 @@ def test_exceptions_go_with_recomputation_and_compilation(group, how):
 
 
 def test_a_name_that_nothing_has_is_an_error_before_the_run_starts(place):
-    with pytest.raises(ValueError, match=r"shard.float32: no part is called '\*.nrm'.*encoder.norm"):
+    with pytest.raises(
+        ValueError, match=r"shard.float32: no part is called '\*.nrm'.*encoder.norm"
+    ):
         launch("small.yaml", ["shard.float32=['*.nrm']"], dry_run=True)
