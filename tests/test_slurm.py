@@ -146,7 +146,6 @@ def ends(folder: Path) -> list[tuple[int, str]]:
     return [(row["restart"], row["ended"]) for row in slurm.attempts(folder)]
 
 
-@pytest.mark.faults
 def test_a_preempted_job_saves_and_ends_with_the_weights_of_one_that_was_left_alone(box, whole):
     folder, job = submit("preempted")
     reach(folder, 20)
@@ -159,7 +158,6 @@ def test_a_preempted_job_saves_and_ends_with_the_weights_of_one_that_was_left_al
     assert f"continues from {folder}/checkpoints/{stopped:09d}" in (folder / "log.txt").read_text()
 
 
-@pytest.mark.faults
 def test_a_killed_process_brings_the_job_down_and_it_starts_again(box, whole):
     folder, job = submit("killed")
     reach(folder, 20)
