@@ -82,19 +82,20 @@ def test_the_owner_gives_signs_of_life(monkeypatch):
         assert time.time() - Path("run/owner.json").stat().st_mtime < 5
 
 
+def _take(rank: int, place: str) -> None:
+    os.chdir(place)
+    try:
+        with lease.held(Path("run")):
+            Path(f"said-{rank}").write_text("in")
+            time.sleep(5)  # until the others have tried
+    except ValueError:
+        Path(f"said-{rank}").write_text("out")
+
+
 def test_of_many_that_find_a_dead_owner_one_gets_the_folder():
     owner(host=socket.gethostname(), pid=2**22 + 1)
-    code = (
-        "import sys, time\nfrom pathlib import Path\nfrom prepretrain import lease\n"
-        "try:\n    with lease.held(Path('run')):\n        print('in', flush=True)\n"
-        "        time.sleep(8)\nexcept ValueError:\n    print('out')\n"
-    )
-    all_of_them = [
-        subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
-        for _ in range(2)
-    ]
-    said = sorted(one.communicate()[0].strip() for one in all_of_them)
-    assert said == ["in", "out"]
+    processes(4, _take, str(Path.cwd()))
+    assert sorted(p.read_text() for p in Path().glob("said-*")) == ["in", "out", "out", "out"]
 
 
 def _elsewhere(rank: int, places: list[str]) -> None:

@@ -13,13 +13,13 @@ from prepretrain.objectives.mae import MAE
 
 
 def step(
-    names: list[str], **how
+    names: list[str], depth: int = 2, **how
 ) -> tuple[float, dict[str, torch.dtype], dict[str, torch.Tensor], int]:
     """A step of MAE in bf16: loss, in what each norm and layer of the encoder computes, gradients, and
     into how many pieces it is sharded."""
     with torch.device("meta"):
-        model = Model(encoder="vit_test8", positions="fixed")
-        objective = MAE(model, decoder_depth=1, decoder_width=32, decoder_heads=2)
+        model = Model(encoder="vit_test8", positions="fixed", depth=depth)
+        objective = MAE(model, decoder_depth=depth - 1, decoder_width=32, decoder_heads=2)
     shard.keep_float32(objective, names)
     shard.shard(objective, **how)
     shard.initialise(objective, 0)
@@ -85,9 +85,9 @@ if shutil.which("g++"):
 @pytest.mark.parametrize("how", HOW, ids=str)
 def test_exceptions_go_with_recomputation_and_compilation(group, how):
     torch.manual_seed(0)
-    loss, _, gradients, _ = step(["*.norm*"])
+    loss, _, gradients, _ = step(["*.norm1"], depth=1)
     torch.manual_seed(0)
-    other, _, others, _ = step(["*.norm*"], **how)
+    other, _, others, _ = step(["*.norm1"], depth=1, **how)
     assert other == pytest.approx(loss, rel=1e-3)
     for name, gradient in gradients.items():
         assert (gradient - others[name]).norm() <= 0.02 * gradient.norm(), name

@@ -80,6 +80,30 @@ def test_one_process_two_sharded_two_replicated_and_accumulation_give_equal_loss
     assert_close([row["loss"] for row in rows("runs/continued")], want, rtol=1e-5, atol=1e-6)
 
 
+PAIRS = {"runs/pairs": [], "runs/pairs_in_parts": ["batch_per_process=2"]}
+
+
+def _in_pairs(rank: int, where: str) -> None:
+    os.chdir(where)
+    distributed.init()
+    for folder, overrides in PAIRS.items():
+        train(folder, "shard.group=2", "length=6it", "checkpoint.every=3it", *overrides)
+    distributed.shutdown()
+
+
+def test_four_processes_that_shard_in_pairs_and_replicate_across_give_the_losses_of_one(
+    place, group
+):
+    train("runs/one", "length=6it")
+    processes(4, _in_pairs, str(place))
+    want = [row["loss"] for row in rows("runs/one")]
+    for folder in PAIRS:
+        assert_close([r["loss"] for r in rows(folder)], want, rtol=1e-5, atol=1e-6)
+    shutil.rmtree("runs/pairs/checkpoints/000000006")
+    train("runs/pairs", "length=6it", "checkpoint.every=3it")  # one process goes on with it
+    assert_close([r["loss"] for r in rows("runs/pairs")], want, rtol=1e-5, atol=1e-6)
+
+
 def test_a_run_killed_at_any_step_and_started_again_is_bitwise_the_uninterrupted_one(place):
     command = [
         *LAUNCH,
