@@ -37,7 +37,7 @@ demo: $(MADE)
 	@echo "Original, masked and reconstructed images: runs/demo/reconstructions.png"
 
 test: .venv/ready
-	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 3 --dist loadgroup -m "not faults"
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 3 --dist loadfile --no-loadscope-reorder -m "not faults"
 
 test-faults: .venv/ready
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q -m faults --timeout 1200

@@ -20,7 +20,6 @@ from prepretrain.launch import launch, status
 
 pytestmark = [
     pytest.mark.slurm,
-    pytest.mark.xdist_group("slurm"),  # one cluster
     pytest.mark.timeout(1200),
     pytest.mark.skipif(slurm_box.missing() is not None, reason=str(slurm_box.missing())),
 ]
