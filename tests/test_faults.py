@@ -232,6 +232,15 @@ def test_a_run_killed_at_random_instants_never_loses_or_spoils_its_last_checkpoi
     assert json.loads(done.stdout.splitlines()[-1])["failures"] == []
 
 
+@pytest.mark.parametrize(
+    "given", ["--images 300000 --batches 300 --workers 2", _slow("--images 10000000")]
+)
+def test_loading_from_many_images_stays_under_one_gigabyte_in_all_processes_and_does_not_grow(given):
+    command = [sys.executable, str(ROOT / "benchmarks" / "host_memory.py"), *given.split()]
+    done = subprocess.run(command, env=ENV, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 def test_what_is_saved_in_the_background_is_the_step_it_is_named_after(place, group):
     train("runs/plain")
     train("runs/behind", "checkpoint.async_save=true")
