@@ -201,6 +201,16 @@ def test_what_slurm_or_the_run_could_not_take_is_refused_before_it_is_queued(
     assert not box.ask("squeue", "--noheader", "--name=runs/wrong")
 
 
+def test_a_job_asks_for_what_the_config_says_and_for_a_gpu_for_each_process(box):
+    keys = ["slurm.memory=1GB", "slurm.cpus=2", "slurm.extra=[--hold]"]
+    _, job = submit("asks", *keys, procs=2, hours=2.0)
+    shown = box.ask("scontrol", "show", "job", job).split()
+    box.ask("scancel", job)
+    asked = ["Partition=debug", "NumNodes=2-2", "NumTasks=4", "CPUs/Task=2", "MinMemoryNode=1G"]
+    asked += ["TresPerNode=gres:gpu:2", "TimeLimit=02:00:00", "Requeue=1", "Reason=JobHeldUser"]
+    assert not [one for one in asked if one not in shown], shown
+
+
 def test_without_slurm_the_error_says_so(box, monkeypatch):
     monkeypatch.setenv("PATH", "/nowhere")
     with pytest.raises(ValueError, match="--slurm debug: there is no SLURM here"):
