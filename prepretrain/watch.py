@@ -109,7 +109,7 @@ class _Watch:
         answer as long as one takes."""
         if distributed.world() == 1 or not _of_a_connection(error):
             return None
-        deadline = time.monotonic() + _PERIOD * (_MISSED + 3)
+        deadline = time.monotonic() + _PERIOD * (_MISSED + 6)  # longer than `_wait` takes
         while self.lost is None and time.monotonic() < deadline:
             time.sleep(_PERIOD / 4)
         return self.lost
@@ -159,8 +159,9 @@ class _Pulse:
                 elif gone:
                     self._lose(gone)
                 self.answered = time.monotonic()
-        except Exception:  # the store's process is gone; `_wait` tells
-            pass
+        except Exception:  # the store's process is gone, or answers no more
+            if not self.watch.ended.is_set():
+                self._lose([0])
 
     def _wait(self) -> None:
         """A store that does not answer, be its process dead or standing still, has lost process 0."""
