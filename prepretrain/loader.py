@@ -1,11 +1,11 @@
 """Batches in an order that is a pure function: the same for any number of processes and workers."""
 
-import atexit
 import math
 import mmap
 import os
 import signal
 from collections.abc import Callable, Generator, Iterator
+from multiprocessing.util import Finalize
 from typing import Any
 
 import numpy as np
@@ -353,6 +353,8 @@ def _buffer(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
 def _load(reader: Dataset, places, workers: int) -> DataLoader:
     if workers < 0:
         raise ValueError(f"workers: {workers} is negative. 0 reads in the main process.")
+    if workers:
+        _share_leaving()
     # Each item of `places` is a whole batch, made in one call; the order is kept by torch. The
     # generator of its own keeps the loader from drawing on the global one.
     return DataLoader(
@@ -383,10 +385,18 @@ def _quiet(_: int) -> None:
     signal.signal(signal.SIGUSR2, signal.SIG_IGN)
 
 
-# One byte that workers share with the process that forked them: whether it is leaving, at which it
-# sends SIGTERM and waits for them.
-_leaving = mmap.mmap(-1, 1)
-atexit.register(_leaving.write_byte, 1)
+# One byte that a process shares with the workers that it forks: whether it is leaving, at which it
+# sends SIGTERM and waits for them. And which process that is: copies of it need a byte of their own.
+_leaving: mmap.mmap | None = None
+_whose: int | None = None
+
+
+def _share_leaving() -> None:
+    global _leaving, _whose
+    if _whose != os.getpid():
+        _leaving, _whose = mmap.mmap(-1, 1), os.getpid()
+        # before multiprocessing ends its children, in a process that it started, too
+        Finalize(None, _leaving.__setitem__, args=(0, 1), exitpriority=0)
 
 
 def _end_if_leaving(*_: Any) -> None:

@@ -7,6 +7,7 @@ import textwrap
 import numpy as np
 import pytest
 import torch
+from conftest import processes
 
 from prepretrain.loader import Order, Stream, collate, evaluation_batches, permute
 from prepretrain.sources.base import Source
@@ -311,6 +312,17 @@ def test_an_error_in_a_worker_ends_them_all_before_it_is_raised():
         with pytest.raises(RuntimeError, match="no picture"):
             next(batches)
         assert not multiprocessing.active_children()
+
+
+def _leave_them(rank: int) -> None:
+    _leave_them.loading = Stream(Numbers(8), transform, batch_size=4, seed=0, workers=2).batches()
+    next(_leave_them.loading)
+
+
+def test_a_process_ends_while_its_workers_are_still_loading():
+    processes(1, _leave_them)  # or waits for ever
+    script = "import sys; sys.path[:0] = ['tests', '.']; import test_loader; test_loader._leave_them(0)"
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=120)
 
 
 def test_a_signal_to_the_group_asks_the_main_process_and_leaves_the_workers_alive():

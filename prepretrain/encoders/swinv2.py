@@ -27,6 +27,15 @@ SIZES = {
 }
 
 
+class _Net(SwinTransformerV2):
+    """Draws no initial values on the meta device, where that takes most of the time and is in vain."""
+
+    def init_weights(self, needs_reset: bool = True) -> None:
+        """See timm's."""
+        if not next(self.parameters()).is_meta:
+            super().init_weights(needs_reset)
+
+
 class SwinV2(Encoder):
     """A hierarchical encoder with shifted windows, cosine attention and a continuous position bias.
 
@@ -87,7 +96,7 @@ class SwinV2(Encoder):
             "window_size": window,
             "pretrained_window_sizes": pretrained_windows or (0,) * len(depths),
         }
-        net = SwinTransformerV2(**self.arguments, num_classes=0, drop_path_rate=drop_path)
+        net = _Net(**self.arguments, num_classes=0, drop_path_rate=drop_path)
         self.patch_embed, self.layers, self.norm = net.patch_embed, net.layers, net.norm
         self._groups = net.group_matcher()
 
