@@ -2,12 +2,17 @@
 
 import faulthandler
 import os
+import runpy
 import socket
+import subprocess
+import sys
 import tempfile
+from multiprocessing.process import BaseProcess as Process
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import torch.multiprocessing as multiprocessing
 from PIL import Image
 
@@ -77,6 +82,36 @@ def group():
     distributed.shutdown()
 
 
+def start(out: Path, script: str, *arguments: str, **environment: str) -> Process:
+    """Starts one of the tools as a command does, in a process of its own; what it prints goes to
+    `out`, and its errors to `out`.err."""
+    given = (script, arguments, {**os.environ, "OMP_NUM_THREADS": "1", **environment}, out)
+    process = multiprocessing.get_context("forkserver").Process(target=_tool, args=given)
+    process.start()
+    return process
+
+
+def command(script: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
+    """Runs one of the tools to its end."""
+    with tempfile.TemporaryDirectory() as place:
+        out = Path(place, "out")
+        process = start(out, script, *arguments, **environment)
+        process.join()
+        said = (out.read_text(), Path(f"{out}.err").read_text())
+    return subprocess.CompletedProcess(arguments, process.exitcode, *said)
+
+
+def _tool(script: str, arguments: tuple[str, ...], environment: dict, out: Path) -> None:
+    for number, path in ((1, out), (2, f"{out}.err")):
+        os.dup2(os.open(path, os.O_CREAT | os.O_WRONLY | os.O_TRUNC), number)
+    os.environ.clear()
+    os.environ.update(environment)
+    sys.argv = [script, *arguments]
+    sys.path[:0] = [p for p in environment.get("PYTHONPATH", "").split(os.pathsep) if p]
+    torch.set_num_threads(1)
+    runpy.run_path(str(Path(__file__).parents[1] / "tools" / script), run_name="__main__")
+
+
 def processes(count: int, function, *arguments) -> None:
     """Runs function(rank, *arguments) in `count` processes that can find each other; raises, with
     what they printed, if one fails."""
@@ -108,7 +143,5 @@ def _joined(
         MASTER_PORT=str(port),
         OMP_NUM_THREADS="1",
     )
-    import torch
-
     torch.set_num_threads(1)
     function(rank, *arguments)

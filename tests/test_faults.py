@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import processes
+from conftest import command, processes, start
 from safetensors.torch import load_file
 from test_train import rows, train
 from torch.testing import assert_close
@@ -115,7 +115,7 @@ def test_a_spike_is_logged_and_left_out_if_asked(place, group):
 
 
 def launched(*arguments: str) -> subprocess.CompletedProcess:
-    return subprocess.run([*LAUNCH, *arguments], env=ENV, capture_output=True, text=True)
+    return command("launch.py", *arguments, PYTHONPATH=ENV["PYTHONPATH"])
 
 
 def test_a_replay_names_the_first_part_and_the_images_that_are_not_finite(place, group):
@@ -156,29 +156,27 @@ def two(folder: str, *overrides: str) -> tuple[list[int], list[str], float]:
         free.bind(("127.0.0.1", 0))
         where = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "LOCAL_RANK": "0"}
         where["MASTER_PORT"] = str(free.getsockname()[1])
-    command = [*LAUNCH, "--stage", "small.yaml", "--out", folder, *overrides]
-    started = []
-    for rank in range(2):
-        with Path(f"said-{rank}").open("w") as file:
-            env = {**ENV, **where, "RANK": str(rank)}
-            started.append(subprocess.Popen(command, env=env, stderr=file))
+    where["PYTHONPATH"] = ENV["PYTHONPATH"]
+    given = ("launch.py", "--stage", "small.yaml", "--out", folder, *overrides)
+    started = [start(Path(f"said-{r}"), *given, **where, RANK=str(r)) for r in range(2)]
     metrics, failed = Path(folder, "metrics.jsonl"), None
     try:
-        while any(p.poll() is None for p in started):
+        while any(p.exitcode is None for p in started):
             reached = metrics.exists() and '"step": 5' in metrics.read_text()
             failed = failed or (time.monotonic() if reached else None)
-            if failed and [p for p in started if p.poll() is not None]:
+            if failed and [p for p in started if p.exitcode is not None]:
                 stopped = [p for p in started if _state(p.pid) == "T"]
-                if len(stopped) == 1 and sum(p.poll() is None for p in started) == 1:
+                if len(stopped) == 1 and sum(p.exitcode is None for p in started) == 1:
                     stopped[0].kill()  # nobody but the launcher can end one that stands still
             assert failed is None or time.monotonic() - failed < 60, "somebody waits for ever"
             time.sleep(0.05)
     finally:
         for one in started:
             one.kill()
-    assert failed is not None, Path("said-0").read_text()
+    said = [Path(f"said-{rank}.err").read_text() for rank in range(2)]
+    assert failed is not None, said[0]
     took = time.monotonic() - failed
-    return [p.wait() for p in started], [Path(f"said-{r}").read_text() for r in range(2)], took
+    return [p.exitcode for p in started], said, took
 
 
 def _state(pid: int) -> str:
@@ -235,7 +233,9 @@ def test_a_run_killed_at_random_instants_never_loses_or_spoils_its_last_checkpoi
 @pytest.mark.parametrize(
     "given", ["--images 300000 --batches 300 --workers 2", _slow("--images 10000000")]
 )
-def test_loading_from_many_images_stays_under_one_gigabyte_in_all_processes_and_does_not_grow(given):
+def test_loading_from_many_images_stays_under_one_gigabyte_in_all_processes_and_does_not_grow(
+    given,
+):
     command = [sys.executable, str(ROOT / "benchmarks" / "host_memory.py"), *given.split()]
     done = subprocess.run(command, env=ENV, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr

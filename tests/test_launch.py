@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import processes
+from conftest import command, processes
 from safetensors.torch import load_file, save_file
 
 from prepretrain import config, distributed, log, plan, run
@@ -73,11 +73,7 @@ def test_a_misspelt_stage_offers_the_nearest_one():
 
 
 def test_an_error_ends_the_command_with_one_line_and_a_failing_status(place):
-    done = subprocess.run(
-        [sys.executable, ROOT / "tools/launch.py", "--stage", "small.yaml", "objective.name=mea"],
-        capture_output=True,
-        text=True,
-    )
+    done = command("launch.py", "--stage", "small.yaml", "objective.name=mea")
     assert (
         done.returncode == 1
         and done.stderr.startswith("launch: no objective 'mea'")

@@ -321,7 +321,9 @@ def _leave_them(rank: int) -> None:
 
 def test_a_process_ends_while_its_workers_are_still_loading():
     processes(1, _leave_them)  # or waits for ever
-    script = "import sys; sys.path[:0] = ['tests', '.']; import test_loader; test_loader._leave_them(0)"
+    script = (
+        "import sys; sys.path[:0] = ['tests', '.']; import test_loader; test_loader._leave_them(0)"
+    )
     subprocess.run([sys.executable, "-c", script], check=True, timeout=120)
 
 

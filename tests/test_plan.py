@@ -1,21 +1,16 @@
 """Whether a run fits: simulated steps against closed forms, real processes, and each other."""
 
 import json
-import subprocess
-import sys
 from math import ceil
-from pathlib import Path
 
 import pytest
 import torch
-from conftest import processes
+from conftest import command, processes
 
 from prepretrain import capacity, config, distributed, memory, optim, shard
 from prepretrain.model import Model
 from prepretrain.objectives.mae import MAE
 from prepretrain.plan import Plan
-
-TOOL = Path(__file__).parents[1] / "tools" / "plan.py"
 
 
 def build(encoder: str = "vit_test8") -> MAE:
@@ -148,8 +143,7 @@ def test_smaller_parts_and_larger_groups_come_last(place):
 
 
 def test_what_fits_nowhere_says_so_and_the_tool_exits_with_1(place):
-    command = [sys.executable, str(TOOL), "--stage", "small.yaml", "--gpus", "4"]
-    done = subprocess.run([*command, "--memory", "0.00001"], capture_output=True, text=True)
+    done = command("plan.py", "--stage", "small.yaml", "--gpus", "4", "--memory", "0.00001")
     assert done.returncode == 1 and "It does not fit" in done.stdout, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
     assert not found["fits"] and found["gpus_needed"] is None

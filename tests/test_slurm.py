@@ -157,6 +157,7 @@ def test_a_preempted_job_saves_and_ends_with_the_weights_of_one_that_was_left_al
     assert f"continues from {folder}/checkpoints/{stopped:09d}" in (folder / "log.txt").read_text()
 
 
+@pytest.mark.faults
 def test_a_killed_process_brings_the_job_down_and_it_starts_again(box, whole):
     folder, job = submit("killed")
     reach(folder, 20)

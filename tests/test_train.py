@@ -4,7 +4,6 @@ import json
 import logging
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -12,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import processes
+from conftest import command, processes, start
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
@@ -20,7 +19,6 @@ from prepretrain import checkpoint, config, distributed, run
 from prepretrain.card import load_card
 from prepretrain.hashtags import Vocabulary
 
-LAUNCH = [sys.executable, str(Path(__file__).parents[1] / "tools" / "launch.py")]
 ENV = {**os.environ, "OMP_NUM_THREADS": "1"}
 CLOCKS = (
     "seconds",
@@ -105,28 +103,20 @@ def test_four_processes_that_shard_in_pairs_and_replicate_across_give_the_losses
 
 
 def test_a_run_killed_at_any_step_and_started_again_is_bitwise_the_uninterrupted_one(place):
-    command = [
-        *LAUNCH,
-        "--stage",
-        "small.yaml",
-        "model.drop_path=0.2",
-        "length=60it",
-        "checkpoint.every=7it",
-    ]
-    subprocess.run([*command, "--out", "runs/whole"], check=True, env=ENV, capture_output=True)
+    given = ["launch.py", "--stage", "small.yaml", "model.drop_path=0.2"]
+    given += ["length=60it", "checkpoint.every=7it"]
+    assert command(*given, "--out", "runs/whole").returncode == 0
     target = 10 + time.time_ns() % 40
-    killed = subprocess.Popen(
-        [*command, "--out", "runs/killed"], env=ENV, stderr=subprocess.DEVNULL
-    )
+    killed = start(Path("said"), *given, "--out", "runs/killed")
     metrics = Path("runs/killed/metrics.jsonl")
-    while killed.poll() is None and (
+    while killed.exitcode is None and (
         not metrics.exists() or metrics.read_text().count("\n") < target
     ):
         time.sleep(0.01)
-    assert killed.poll() is None, "the run ended before it could be killed"
-    killed.send_signal(signal.SIGKILL)
-    killed.wait()
-    subprocess.run([*command, "--out", "runs/killed"], check=True, env=ENV, capture_output=True)
+    assert killed.exitcode is None, "the run ended before it could be killed"
+    killed.kill()
+    killed.join()
+    assert command(*given, "--out", "runs/killed").returncode == 0
     assert rows("runs/killed") == rows("runs/whole")
     assert [row["step"] for row in rows("runs/killed")] == list(range(1, 61))
     one, two = (load_file(f"runs/{name}/export/model.safetensors") for name in ("whole", "killed"))
@@ -134,22 +124,15 @@ def test_a_run_killed_at_any_step_and_started_again_is_bitwise_the_uninterrupted
 
 
 def test_a_signal_saves_at_the_end_of_the_step_and_the_same_command_goes_on(place):
-    command = [
-        *LAUNCH,
-        "--stage",
-        "small.yaml",
-        "length=400it",
-        "checkpoint.every=400it",
-        "--out",
-        "runs/a",
-    ]
-    started = subprocess.Popen(command, env=ENV, stderr=subprocess.PIPE, text=True)
+    given = ["--stage", "small.yaml", "length=400it", "checkpoint.every=400it", "--out", "runs/a"]
+    started = start(Path("said"), "launch.py", *given)
     metrics = Path("runs/a/metrics.jsonl")
     while not metrics.exists() or metrics.read_text().count("\n") < 5:
         time.sleep(0.01)
-    started.send_signal(signal.SIGTERM)
-    said = started.communicate()[1]
-    assert started.returncode == 75 and "The same command continues it" in said
+    started.terminate()
+    started.join()
+    assert started.exitcode == 75
+    assert "The same command continues it" in Path("said.err").read_text()
     saved = checkpoint.listed(Path("runs/a"))
     assert len(saved) == 1 and 5 <= int(saved[0].name) < 400
     assert rows("runs/a")[-1]["step"] == int(saved[0].name)

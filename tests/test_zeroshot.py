@@ -1,16 +1,13 @@
 """Zero-shot classification and retrieval: against open_clip, closed forms, and bad names."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import open_clip
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import processes
+from conftest import command, processes
 from PIL import Image
 from test_captions import MODEL
 from test_features import tiny_model
@@ -260,15 +257,13 @@ def test_a_person_can_ask_for_probabilities(tmp_path):
     for number, colour in enumerate(((200, 0, 0), (0, 0, 200))):
         Image.new("RGB", (50, 40), colour).save(tmp_path / f"{number}.png")
     images = [str(tmp_path / f"{n}.png") for n in range(2)]
-    command = [sys.executable, str(ROOT / "tools" / "classify.py"), *images]
-    command += ["--model", str(tmp_path / "clip"), "--names"]
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*command, "a cat, a dog"], capture_output=True, text=True, env=env)
+    given = ["classify.py", *images, "--model", str(tmp_path / "clip"), "--names"]
+    done = command(*given, "a cat, a dog")
     lines = done.stdout.splitlines()
     assert done.returncode == 0 and lines[0] == images[0] and lines[3] == images[1], done.stderr
     shares = {line[11:]: float(line.split("%")[0]) for line in lines[1:3]}
     assert set(shares) == {"a cat", "a dog"} and sum(shares.values()) == pytest.approx(100, abs=0.2)
-    done = subprocess.run([*command, "cat,,dog"], capture_output=True, text=True, env=env)
+    done = command(*given, "cat,,dog")
     assert done.returncode == 1 and "--names: class 1 has the name ''" in done.stderr
     for names, said in ((["cat", "CAT"], "both called 'CAT'"), (["a", " "], "is empty")):
         with pytest.raises(ValueError, match=said):
