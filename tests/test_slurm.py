@@ -220,12 +220,12 @@ def test_without_slurm_the_error_says_so(box, monkeypatch):
 
 @pytest.mark.faults
 def test_a_job_at_its_time_limit_goes_on_in_the_next_one_as_often_as_it_takes(box):
-    long = "length=1200it"
+    long = "length=3000it"
     whole = undisturbed("whole_long", 2, long)
     # SLURM signals a job of two minutes after 36 to 66 seconds
     folder, job = submit("limited", long, "slurm.requeues=0", hours=2 / 60)
     assert finish(job, 900) == "COMPLETED"
-    assert_same(folder, whole, 1200)
+    assert_same(folder, whole, 3000)
     assert (0, "again") in ends(folder)
 
 
