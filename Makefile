@@ -1,9 +1,9 @@
-# make demo: both stages on data that it makes, about five minutes on two cores.   make test: the tests.
+# make demo: both stages on data that it makes, about four minutes on two cores.   make test: the tests.
 # make test-faults: all that break runs, over and over: what docs/reliability.md counts. About 40 minutes.
 PYTHON ?= python3
 PY := .venv/bin/python
 MADE := data/demo/hashtags.json
-FAULTS := tests/test_faults.py tests/test_lease.py tests/test_slurm.py
+FAULTS := tests/test_faults.py tests/test_lease.py tests/test_slurm.py tests/test_train.py
 
 .PHONY: setup demo test test-faults
 

@@ -140,7 +140,7 @@ class Stream:
         A batch also holds "key", "position" and "bad", the substitutions made in it. Workers start at
         once, and end when it is closed.
         """
-        return _closing(iter(_load(self._reader, _Slices(self, consumed), self.workers)))
+        return _load(self._reader, _Slices(self, consumed), self.workers)
 
 
 class _Slices:
@@ -218,23 +218,13 @@ def evaluation_batches(
     for first in range(rank * share, (rank + 1) * share, size):
         shares.append(np.arange(first, min(first + size, end)))
     reader = _Evaluation(source, transform, size, seed, leave_out)
-    return _beating(_closing(iter(_load(reader, shares, workers))))
+    return _beating(_load(reader, shares, workers))
 
 
 def _beating(batches: Iterator[dict]) -> Generator[dict, None, None]:
     for batch in batches:
         watch.beat("a batch of an evaluation")
         yield batch
-
-
-def _closing(batches: Iterator[dict]) -> Generator[dict, None, None]:
-    """Ends the workers when it ends, by an error too: an iterator that is left to a garbage
-    collection no longer reaches them, and waits for them in vain for ten seconds."""
-    try:
-        yield from batches
-    finally:
-        if hasattr(batches, "_shutdown_workers"):  # torch has no public name for it
-            batches._shutdown_workers()
 
 
 class _Evaluation(Dataset):
@@ -350,14 +340,14 @@ def _buffer(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     return torch.empty(0, dtype=dtype).set_(storage, 0, shape)
 
 
-def _load(reader: Dataset, places, workers: int) -> DataLoader:
+def _load(reader: Dataset, places, workers: int) -> Generator[dict, None, None]:
     if workers < 0:
         raise ValueError(f"workers: {workers} is negative. 0 reads in the main process.")
     if workers:
         _share_leaving()
     # Each item of `places` is a whole batch, made in one call; the order is kept by torch. The
     # generator of its own keeps the loader from drawing on the global one.
-    return DataLoader(
+    loader = DataLoader(
         reader,
         sampler=places,
         batch_size=None,
@@ -368,6 +358,17 @@ def _load(reader: Dataset, places, workers: int) -> DataLoader:
         generator=torch.Generator(),
         pin_memory=torch.cuda.is_available(),
     )
+    return _closing(iter(loader))
+
+
+def _closing(batches: Iterator[dict]) -> Generator[dict, None, None]:
+    """Ends the workers when it ends, by an error too: an iterator that is left to a garbage
+    collection no longer reaches them, and waits for them in vain for ten seconds."""
+    try:
+        yield from batches
+    finally:
+        if hasattr(batches, "_shutdown_workers"):  # torch has no public name for it
+            batches._shutdown_workers()
 
 
 def _unchanged(batch: dict) -> dict:

@@ -166,15 +166,11 @@ def materialise(module: nn.Module, precision: Literal["bf16", "fp32"] = "bf16") 
     buffers."""
     module.to_empty(device=distributed.device())
     fill_buffers(module)
-    exact = {
-        buffer
-        for part in module.modules()
-        if _precision(part, precision) == "fp32"
-        for buffer in part.buffers()
-    }
-    for buffer in module.buffers():
-        if buffer.is_floating_point() and buffer not in exact:
-            buffer.data = buffer.data.bfloat16()  # as autocast would, where they meet parameters
+    for part in module.modules():
+        for buffer in part.buffers(recurse=False):
+            if _precision(part, precision) == "bf16" and buffer.is_floating_point():
+                # as autocast would, where they meet parameters
+                buffer.data = buffer.data.bfloat16()
 
 
 def fill_buffers(module: nn.Module) -> None:

@@ -80,11 +80,26 @@ def submit(name: str, *more: str, **flags) -> tuple[Path, str]:
 
 
 def wait(what, seconds: float = 400) -> None:
-    """Until what() holds."""
-    end = time.time() + seconds
+    """Until what() holds; else fails with what the cluster and its jobs have said."""
+    end = time.monotonic() + seconds
     while not what():
-        assert time.time() < end, "it does not happen"
+        if time.monotonic() > end:
+            pytest.fail(f"it does not happen in {seconds:.0f} s\n{said()}", pytrace=False)
         time.sleep(0.1)
+
+
+def said() -> str:
+    """What SLURM knows of jobs and nodes, and the ends of all logs."""
+    parts = []
+    for command in (["squeue", "--all", "--states=all"], ["sinfo", "--long", "--list-reasons"]):
+        done = subprocess.run(command, capture_output=True, text=True)
+        parts.append(f"{' '.join(command)}\n{done.stdout}{done.stderr}")
+    runs = Path("runs")
+    logs = [*Path("box/log").iterdir(), *runs.glob("*/log.txt"), *runs.glob("*/submitit/*_log.*")]
+    for path in sorted(logs):
+        lines = path.read_text(errors="replace").splitlines()
+        parts.append("\n".join([f"{path}: {len(lines)} lines", *lines[-25:]]))
+    return "\n\n".join(parts)
 
 
 def rows(folder: Path) -> list[dict]:
