@@ -18,10 +18,11 @@ from pathlib import Path
 import torch
 from loader import textures
 
-from prepretrain import distributed, probes
+from prepretrain import distributed
 from prepretrain.evaluators.knn import Knn
 from prepretrain.features import extract
 from prepretrain.model import Model
+from prepretrain.probing import probes
 from prepretrain.sources.base import Source
 
 WIDTH, CLASSES = 192, 10

@@ -10,10 +10,10 @@ from torch import nn
 from torch.testing import assert_close
 
 from prepretrain import distributed, shard
-from prepretrain.adapters import ADAPTERS, adapt
 from prepretrain.encoders.vit import ViT
 from prepretrain.model import Model
-from prepretrain.tuning import Recipe, Tuning
+from prepretrain.probing.adapters import ADAPTERS, adapt
+from prepretrain.probing.tuning import Recipe, Tuning
 
 D, DEPTH, PATCHES = 32, 2, 16  # of vit_test8
 

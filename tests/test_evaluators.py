@@ -12,11 +12,12 @@ from sklearn.linear_model import LogisticRegression, Ridge
 from test_features import tiny_model
 from test_text import BPE
 
-from prepretrain import distributed, logistic, plugin, probes
+from prepretrain import distributed, plugin
 from prepretrain.card import load_card
 from prepretrain.evaluators.base import accuracy, class_count
 from prepretrain.evaluators.linear import Linear
-from prepretrain.probes import PROTOCOLS
+from prepretrain.probing import logistic, probes
+from prepretrain.probing.probes import PROTOCOLS
 
 CARD = """
 description: procedural scenes

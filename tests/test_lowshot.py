@@ -12,9 +12,10 @@ from sklearn.linear_model import LogisticRegression
 from test_evaluators import clouds
 from test_features import tiny_model
 
-from prepretrain import distributed, plugin, subsets, tuning
+from prepretrain import distributed, plugin
 from prepretrain.card import load_card
 from prepretrain.evaluators.lowshot import Lowshot, _scaled, summary
+from prepretrain.probing import subsets, tuning
 from prepretrain.run import build_evaluator
 from prepretrain.sources.base import Source
 

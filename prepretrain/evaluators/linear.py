@@ -5,9 +5,10 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from prepretrain import distributed, probes
+from prepretrain import distributed
 from prepretrain.evaluators.base import Probing, accuracy, class_count, require
-from prepretrain.probes import PROTOCOLS
+from prepretrain.probing import probes
+from prepretrain.probing.probes import PROTOCOLS
 
 
 class Linear(Probing):

@@ -11,12 +11,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from prepretrain import distributed, logistic, subsets, tuning
-from prepretrain.adapters import ADAPTERS
+from prepretrain import distributed
 from prepretrain.evaluators.base import Evaluator, accuracy, class_count, require
 from prepretrain.features import extract
+from prepretrain.probing import logistic, subsets, tuning
+from prepretrain.probing.adapters import ADAPTERS
+from prepretrain.probing.tuning import Recipe, Tuning
 from prepretrain.sources.base import Source, Subset
-from prepretrain.tuning import Recipe, Tuning
 from prepretrain.validation import spread
 
 SHOTS = (1, 2, 5, 10)  # MSN's (1, 2, 5) and MAWS's (1, 5, 10)

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from prepretrain import corruptions as makers
-from prepretrain import distributed, plugin, probes
+from prepretrain import distributed, plugin
 from prepretrain.card import Card, MissingData, data_folder, load_card
 from prepretrain.evaluators.base import Probing, accuracy, class_count, require
 from prepretrain.features import extract
+from prepretrain.probing import probes
 from prepretrain.sources.base import Source, Subset, spread
 
 # AlexNet's errors on ImageNet-C, each the mean over five severities: mCE is in units of them (arXiv

@@ -9,8 +9,9 @@ from timm.optim import Lars
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, one_hot
 
-from prepretrain import distributed, logistic, watch
+from prepretrain import distributed, watch
 from prepretrain.log import logger
+from prepretrain.probing import logistic
 
 # The settings of each protocol; lr is per 256 images, warmup in epochs.
 PROTOCOLS: dict[str, dict[str, float]] = {

@@ -9,12 +9,13 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from prepretrain import adapters, distributed, optim, shard
+from prepretrain import distributed, optim, shard
 from prepretrain.features import fingerprint
 from prepretrain.loader import Stream
 from prepretrain.model import Model
 from prepretrain.objectives.classify import Classify
 from prepretrain.optim import Schedule
+from prepretrain.probing import adapters
 from prepretrain.sources.base import Source
 from prepretrain.train import fit
 
