@@ -17,6 +17,7 @@ import subprocess
 import sys
 import time
 import types
+import zlib
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -154,9 +155,12 @@ def _job() -> str:
     return os.environ["SLURM_JOB_ID"]
 
 
+def _restart() -> int:
+    return int(os.environ.get("SLURM_RESTART_COUNT", 0))
+
+
 def _attempt() -> dict[str, Any]:
-    restart = int(os.environ.get("SLURM_RESTART_COUNT", 0))
-    return {"time": time.strftime("%Y-%m-%d %H:%M:%S"), "job": _job(), "restart": restart}
+    return {"time": time.strftime("%Y-%m-%d %H:%M:%S"), "job": _job(), "restart": _restart()}
 
 
 def attempts(folder: Path) -> list[dict[str, Any]]:
@@ -184,13 +188,20 @@ def _of_this_attempt(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def join() -> None:
     """Lets this process, a task of `submit`'s, find the others; and lets a signal end it at once,
     until something that has more to save handles them."""
-    given = {k: os.environ[k] for k in ("MASTER_ADDR",) if k in os.environ}
+    given = {k: os.environ[k] for k in ("MASTER_ADDR", "MASTER_PORT") if k in os.environ}
     environment = submitit.helpers.TorchDistributedEnvironment()
     environment.export(set_cuda_visible_devices=False, overwrite=True)
-    os.environ.update(given)
+    ours = {"MASTER_PORT": str(port(submitit.JobEnvironment().job_id, _restart()))}
+    os.environ.update(ours | given)
     if job() is not None:
         for number in (signal.SIGTERM, signal.SIGUSR2):
             signal.signal(number, _leave_at_once)
+
+
+def port(job: str, restart: int) -> int:
+    """Where a job's processes meet: below what Linux gives to connections (32768 and up), which may
+    hold one for a minute after their end; and after a restart at another port."""
+    return 20000 + zlib.crc32(f"{job} {restart}".encode()) % 12000
 
 
 def _place() -> Path:
@@ -240,7 +251,8 @@ def begun(folder: Path) -> int:
     nodes = os.environ["SLURM_JOB_NUM_NODES"]
     try:
         blind = _ask(
-            *("srun", f"--ntasks={nodes}", "--ntasks-per-node=1", "sh", "-c", look, "sh", str(mark))
+            *("srun", "--overlap", f"--ntasks={nodes}", "--ntasks-per-node=1"),
+            *("sh", "-c", look, "sh", str(mark)),
         )
     finally:
         mark.unlink()

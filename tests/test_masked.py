@@ -301,21 +301,17 @@ def test_a_step_schedules_branch_is_bitwise_the_run_trained_straight_to_that_len
     assert rows("runs/trunk")[:14] == rows("runs/straight")[:14]
 
 
-@pytest.mark.parametrize(
-    "wrong, said",
-    [
+def test_a_branch_that_is_not_the_trunks_is_refused(place):
+    launch("small.yaml", [*STEP, "length=24it", "branches=[16it]"], out="runs/trunk")
+    for wrong, said in [
         (["length=32it"], "would leave at step 28, and the trunk ends at step 24"),
         (["length=20it"], "holds no checkpoint of step 18.*It holds"),
         (["length=16it", "optim.lr=1e-3"], "optim.lr: 0.01 -> 0.001"),
         (["length=16it", "optim.schedule=cosine", "optim.milestones=[]"], "optim.schedule: step"),
         (["length=16it", "data.train=scenes"], "data.train: colours -> scenes"),
-    ],
-)
-def test_a_branch_that_is_not_the_trunks_is_refused(place, wrong, said):
-    if not Path("runs/trunk").exists():
-        launch("small.yaml", [*STEP, "length=24it", "branches=[16it]"], out="runs/trunk")
-    with pytest.raises(ValueError, match=said):
-        launch("small.yaml", [*STEP, *wrong], branch="runs/trunk", dry_run=True)
+    ]:
+        with pytest.raises(ValueError, match=said):
+            launch("small.yaml", [*STEP, *wrong], branch="runs/trunk", dry_run=True)
 
 
 def test_a_trunk_whose_warm_up_is_a_share_of_its_length_has_no_branches(place):

@@ -4,6 +4,7 @@ nothing happened."""
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -111,8 +112,14 @@ def rows(folder: Path) -> list[dict]:
 
 
 def reach(folder: Path, step: int) -> None:
-    """Waits until a run has got to a step."""
-    wait(lambda: (rows(folder) or [{"step": 0}])[-1]["step"] >= step)
+    """Waits until a run has got to a step; fails if its job ends before."""
+
+    def reached() -> bool:
+        over = any(end == "over" for _, end in ends(folder))
+        return over or (rows(folder) or [{"step": 0}])[-1]["step"] >= step
+
+    wait(reached)
+    assert not any(end == "over" for _, end in ends(folder)), said()
 
 
 def finish(job: str, seconds: float = 400) -> str:
@@ -160,14 +167,20 @@ def ends(folder: Path) -> list[tuple[int, str]]:
     return [(row["restart"], row["ended"]) for row in slurm.attempts(folder)]
 
 
-def test_a_preempted_job_saves_and_ends_with_the_weights_of_one_that_was_left_alone(box, whole):
+def test_a_job_that_is_preempted_and_then_loses_a_process_ends_with_the_weights_of_one_left_alone(
+    box, whole
+):
     folder, job = submit("preempted")
     reach(folder, 20)
     box.ask("sbatch", "-p", "urgent", "-N2", "--exclusive", "-o", "/dev/null", "--wrap", "sleep 1")
+    wait(lambda: (0, "again") in ends(folder))
+    stopped = slurm.attempts(folder)[0]["step"]
+    wait(lambda: rows(folder)[-1]["step"] > stopped or hurry(job))
+    os.kill(processes(job, rank=1)[0], signal.SIGKILL)
     assert finish(job) == "COMPLETED"
     assert_same(folder, whole)
     assert {end for end in ends(folder) if end[0] == 0} == {(0, "stopped"), (0, "again")}
-    stopped = slurm.attempts(folder)[0]["step"]
+    assert (1, "again") in ends(folder)
     # saved when it was asked, not when it would have been due
     assert f"continues from {folder}/checkpoints/{stopped:09d}" in (folder / "log.txt").read_text()
 
@@ -231,6 +244,18 @@ def test_without_slurm_the_error_says_so(box, monkeypatch):
     monkeypatch.setenv("PATH", "/nowhere")
     with pytest.raises(ValueError, match="--slurm debug: there is no SLURM here"):
         submit("nowhere")
+
+
+@pytest.mark.faults
+def test_a_job_whose_port_another_program_holds_starts_again_at_another_port(box, whole):
+    folder, job = submit("port", "slurm.extra=[--hold]")
+    with socket.socket() as held:
+        held.bind(("0.0.0.0", slurm.port(job, 0)))
+        held.listen()
+        box.ask("scontrol", "release", job)
+        assert finish(job) == "COMPLETED"
+    assert "address already in use" in slurm.attempts(folder)[0]["error"]
+    assert_same(folder, whole)
 
 
 @pytest.mark.faults
