@@ -14,7 +14,6 @@ import os
 import random
 import shutil
 import signal
-import socket
 import sys
 import tempfile
 import time
@@ -24,7 +23,7 @@ from pathlib import Path
 import torch
 import torch.distributed.checkpoint as dcp
 
-from prepretrain import checkpoint, config, run
+from prepretrain import checkpoint, config, ports, run
 
 CARD = """description: made scenes
 licence: made here
@@ -114,9 +113,7 @@ def stress(asked: argparse.Namespace) -> dict:
 
 def start(stage: str, folder: Path, count: int) -> list[int]:
     """Forks the processes of a run, from this one, which has imported all that they need."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = ports.free()
     pids = []
     for rank in range(count):
         pid = os.fork()

@@ -13,14 +13,13 @@ import argparse
 import json
 import os
 import resource
-import socket
 import subprocess
 import sys
 from typing import Any
 
 import torch
 
-from prepretrain import distributed, memory, optim, shard
+from prepretrain import distributed, memory, optim, ports, shard
 from prepretrain.model import Model
 from prepretrain.objectives.base import Objective
 from prepretrain.objectives.hashtag import Hashtag
@@ -82,10 +81,11 @@ def peak() -> int:
 def measured(case: tuple[str, str, str, int, int]) -> int:
     """The peak of process 0 of a case, run beside this one."""
     objective, encoder, recompute, world, images = case
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    common = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    common = {
+        "WORLD_SIZE": str(world),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(ports.free()),
+    }
     common |= {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
     asked = ["--measure", objective, encoder, recompute, str(images)]
     started = [

@@ -2,7 +2,6 @@
 
 import datetime
 import os
-import socket
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +10,8 @@ import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
+
+from prepretrain import ports
 
 TIMEOUT = datetime.timedelta(minutes=30)
 
@@ -126,10 +127,7 @@ def together(count: int, function: Callable[..., Any], *arguments: Any) -> None:
     if count == 1 or "RANK" in os.environ:
         _joined(None, None, function, arguments)
         return
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    where = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    where = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(ports.free())}
     multiprocessing.spawn(_joined, (where, function, arguments), nprocs=count)
 
 

@@ -17,11 +17,12 @@ import subprocess
 import sys
 import time
 import types
-import zlib
 from pathlib import Path
 from typing import Any, NoReturn
 
 import submitit
+
+from prepretrain import ports
 
 logger = logging.getLogger(__name__)
 
@@ -191,17 +192,12 @@ def join() -> None:
     given = {k: os.environ[k] for k in ("MASTER_ADDR", "MASTER_PORT") if k in os.environ}
     environment = submitit.helpers.TorchDistributedEnvironment()
     environment.export(set_cuda_visible_devices=False, overwrite=True)
-    ours = {"MASTER_PORT": str(port(submitit.JobEnvironment().job_id, _restart()))}
-    os.environ.update(ours | given)
+    # after a restart another one, lest the one that was taken be met again
+    port = ports.named(f"{submitit.JobEnvironment().job_id} {_restart()}")
+    os.environ.update({"MASTER_PORT": str(port), **given})
     if job() is not None:
         for number in (signal.SIGTERM, signal.SIGUSR2):
             signal.signal(number, _leave_at_once)
-
-
-def port(job: str, restart: int) -> int:
-    """Where a job's processes meet: below what Linux gives to connections (32768 and up), which may
-    hold one for a minute after their end; and after a restart at another port."""
-    return 20000 + zlib.crc32(f"{job} {restart}".encode()) % 12000
 
 
 def _place() -> Path:

@@ -3,7 +3,6 @@
 import faulthandler
 import os
 import runpy
-import socket
 import subprocess
 import sys
 import tempfile
@@ -16,7 +15,7 @@ import torch
 import torch.multiprocessing as multiprocessing
 from PIL import Image
 
-from prepretrain import distributed
+from prepretrain import distributed, ports
 from prepretrain.card import load_card
 from prepretrain.hashtags import Vocabulary
 
@@ -115,11 +114,8 @@ def _tool(script: str, arguments: tuple[str, ...], environment: dict, out: Path)
 def processes(count: int, function, *arguments) -> None:
     """Runs function(rank, *arguments) in `count` processes that can find each other; raises, with
     what they printed, if one fails."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     with tempfile.TemporaryDirectory() as place:
-        given = (count, port, place, dict(os.environ), function, arguments)
+        given = (count, ports.free(), place, dict(os.environ), function, arguments)
         try:
             multiprocessing.start_processes(_joined, given, nprocs=count, start_method="forkserver")
         except Exception as error:

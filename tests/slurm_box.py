@@ -10,6 +10,8 @@ import subprocess
 import time
 from pathlib import Path
 
+from prepretrain import ports
+
 CONF = """ClusterName=box
 # the port where processes meet follows from it, and another box may be on this machine
 FirstJobId={first}
@@ -63,7 +65,10 @@ class Box:
 
     def __init__(self, folder: Path, *, user_signal: bool = True):
         """user_signal: a job that is preempted gets the signal that it asked for, else SIGTERM."""
-        self.folder, ports = folder, _free_ports(3)
+        self.folder, found = folder, set()
+        while len(found) < 3:
+            found.add(ports.free())
+        controller, *nodes = found
         for name in ("state", "spool-n1", "spool-n2", "log", "run"):
             (folder / name).mkdir(parents=True, exist_ok=True)
         for place in (folder, folder / "run"):
@@ -81,11 +86,11 @@ class Box:
             host=host,
             user=getpass.getuser(),
             place=folder,
-            port=ports[0],
+            port=controller,
             preemption=asked,
         )
-        for i, name in enumerate(("n1", "n2"), 1):
-            text += NODE.format(name=name, host=host, port=ports[i])
+        for name, port in zip(("n1", "n2"), nodes, strict=True):
+            text += NODE.format(name=name, host=host, port=port)
         (folder / "slurm.conf").write_text(text + PARTITIONS)
         (folder / "gres.conf").write_text(f"NodeName=n[1-2] Name=gpu File={folder}/run/gpu[0-1]\n")
         self.environment = {"SLURM_CONF": str(folder / "slurm.conf"), "MASTER_ADDR": "127.0.0.1"}
@@ -169,16 +174,6 @@ class Box:
         for name in ("n1", "n2"):
             for pid in self._steps(name):
                 _end(pid)
-
-
-def _free_ports(count: int) -> list[int]:
-    held = [socket.socket() for _ in range(count)]
-    for one in held:
-        one.bind(("127.0.0.1", 0))
-    ports = [one.getsockname()[1] for one in held]
-    for one in held:
-        one.close()
-    return ports
 
 
 def _end(pid: int) -> None:

@@ -5,7 +5,6 @@ import json
 import logging
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -18,7 +17,7 @@ from safetensors.torch import load_file
 from test_train import rows, train
 from torch.testing import assert_close
 
-from prepretrain import checkpoint, distributed, watch
+from prepretrain import checkpoint, distributed, ports, watch
 
 ROOT = Path(__file__).parents[1]
 LAUNCH = [sys.executable, str(ROOT / "tools" / "launch.py")]
@@ -152,10 +151,8 @@ def test_the_doctor_checks_machine_and_data_and_says_what_is_wrong(place):
 def two(folder: str, *overrides: str) -> tuple[list[int], list[str], float]:
     """Runs the small stage in two processes that know nothing of each other's parents, as on two
     machines; their exit statuses and errors, and the seconds from the failure to the last's end."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        where = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "LOCAL_RANK": "0"}
-        where["MASTER_PORT"] = str(free.getsockname()[1])
+    where = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "LOCAL_RANK": "0"}
+    where["MASTER_PORT"] = str(ports.free())
     where["PYTHONPATH"] = ENV["PYTHONPATH"]
     given = ("launch.py", "--stage", "small.yaml", "--out", folder, *overrides)
     started = [start(Path(f"said-{r}"), *given, **where, RANK=str(r)) for r in range(2)]

@@ -10,6 +10,7 @@ PACKAGE = ROOT / "prepretrain"
 
 # A file imports only from rows above its own.
 ROWS = [
+    {"ports"},
     {
         *("plugin", "clock", "distributed", "download", "transforms", "hashtags", "heads"),
         *("index", "labels", "slurm", "store", "text"),

@@ -16,7 +16,7 @@ import slurm_box
 from conftest import furnish
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from prepretrain import checkpoint, slurm
+from prepretrain import checkpoint, ports, slurm
 from prepretrain.launch import launch, status
 
 pytestmark = [
@@ -250,7 +250,7 @@ def test_without_slurm_the_error_says_so(box, monkeypatch):
 def test_a_job_whose_port_another_program_holds_starts_again_at_another_port(box, whole):
     folder, job = submit("port", "slurm.extra=[--hold]")
     with socket.socket() as held:
-        held.bind(("0.0.0.0", slurm.port(job, 0)))
+        held.bind(("0.0.0.0", ports.named(f"{job} 0")))
         held.listen()
         box.ask("scontrol", "release", job)
         assert finish(job) == "COMPLETED"
