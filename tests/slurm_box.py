@@ -1,5 +1,6 @@
-"""A real SLURM on this machine: a controller and two virtual nodes, n1 and n2, of four CPUs and two
-pretended GPUs each. Needs Debian's packages slurm-wlm and munge; any user can start it."""
+"""A real SLURM on this machine: a controller and two virtual nodes, n1 and n2, of four CPUs each; and
+a partition of nodes with GPUs that are down, to ask for. Needs Debian's packages slurm-wlm and munge; any
+user can start it."""
 
 import getpass
 import os
@@ -52,10 +53,11 @@ SlurmdParameters=config_overrides
 """
 NODE = (
     "NodeName={name} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs=4 Boards=1 "
-    "SocketsPerBoard=1 CoresPerSocket=4 ThreadsPerCore=1 RealMemory=8000 Gres=gpu:2 State=UNKNOWN\n"
+    "SocketsPerBoard=1 CoresPerSocket=4 ThreadsPerCore=1 RealMemory=8000 {more}\n"
 )
 PARTITIONS = """PartitionName=debug Nodes=n1,n2 Default=YES MaxTime=INFINITE State=UP PriorityTier=1 PreemptMode=REQUEUE GraceTime=30
 PartitionName=urgent Nodes=n1,n2 MaxTime=INFINITE State=UP PriorityTier=10 PreemptMode=OFF
+PartitionName=gpu Nodes=g1,g2 MaxTime=INFINITE State=UP
 """
 DAEMONS = ("slurmd-n1", "slurmd-n2", "slurmctld", "munged")
 
@@ -66,7 +68,7 @@ class Box:
     def __init__(self, folder: Path, *, user_signal: bool = True):
         """user_signal: a job that is preempted gets the signal that it asked for, else SIGTERM."""
         self.folder, found = folder, set()
-        while len(found) < 3:
+        while len(found) < 5:
             found.add(ports.free())
         controller, *nodes = found
         for name in ("state", "spool-n1", "spool-n2", "log", "run"):
@@ -74,8 +76,6 @@ class Box:
         for place in (folder, folder / "run"):
             place.chmod(0o755)  # munged refuses a socket that others cannot reach
         (folder / "log").chmod(0o700)
-        for name in ("gpu0", "gpu1"):
-            (folder / "run" / name).touch()
         key = folder / "munge.key"
         key.write_bytes(os.urandom(128))
         key.chmod(0o600)
@@ -89,10 +89,12 @@ class Box:
             port=controller,
             preemption=asked,
         )
-        for name, port in zip(("n1", "n2"), nodes, strict=True):
-            text += NODE.format(name=name, host=host, port=port)
+        # A job on a pretended GPU that loses its node leaves it in use for ever ("dealloc of node n1 bad
+        # node_offset", SLURM 22.05), and later jobs wait for it: those with GPUs are never up.
+        for name, port in zip(("n1", "n2", "g1", "g2"), nodes, strict=True):
+            more = "State=UNKNOWN" if name[0] == "n" else "Gres=gpu:2 State=DOWN"
+            text += NODE.format(name=name, host=host, port=port, more=more)
         (folder / "slurm.conf").write_text(text + PARTITIONS)
-        (folder / "gres.conf").write_text(f"NodeName=n[1-2] Name=gpu File={folder}/run/gpu[0-1]\n")
         self.environment = {"SLURM_CONF": str(folder / "slurm.conf"), "MASTER_ADDR": "127.0.0.1"}
 
     def start(self) -> None:

@@ -206,7 +206,7 @@ def test_a_killed_process_brings_the_job_down_and_it_starts_again(box, whole):
         (
             [],
             {"slurm": "debgu"},
-            "no partition 'debgu'. Did you mean 'debug'[?] There are: debug, urgent",
+            "no partition 'debgu'. Did you mean 'debug'[?] There are: debug, gpu, urgent",
         ),
         ([], {"procs": 3}, "batch_size: 16 does not divide among 6 processes"),
         (["shard.group=3"], {"procs": 2}, "shard.group: 3 must divide the number of processes, 4"),
@@ -232,10 +232,10 @@ def test_what_slurm_or_the_run_could_not_take_is_refused_before_it_is_queued(
 
 def test_a_job_asks_for_what_the_config_says_and_for_a_gpu_for_each_process(box):
     keys = ["slurm.memory=1GB", "slurm.cpus=2", "slurm.extra=[--hold]"]
-    _, job = submit("asks", *keys, procs=2, hours=2.0)
+    _, job = submit("asks", *keys, procs=2, hours=2.0, slurm="gpu")
     shown = box.ask("scontrol", "show", "job", job).split()
     box.ask("scancel", job)
-    asked = ["Partition=debug", "NumNodes=2-2", "NumTasks=4", "CPUs/Task=2", "MinMemoryNode=1G"]
+    asked = ["Partition=gpu", "NumNodes=2-2", "NumTasks=4", "CPUs/Task=2", "MinMemoryNode=1G"]
     asked += ["TresPerNode=gres:gpu:2", "TimeLimit=02:00:00", "Requeue=1", "Reason=JobHeldUser"]
     assert not [one for one in asked if one not in shown], shown
 
@@ -260,12 +260,12 @@ def test_a_job_whose_port_another_program_holds_starts_again_at_another_port(box
 
 @pytest.mark.faults
 def test_a_job_at_its_time_limit_goes_on_in_the_next_one_as_often_as_it_takes(box):
-    long = "length=3000it"
+    long = "length=2000it"
     whole = undisturbed("whole_long", 2, long)
     # SLURM signals a job of two minutes after 36 to 66 seconds
     folder, job = submit("limited", long, "slurm.requeues=0", hours=2 / 60)
     assert finish(job, 900) == "COMPLETED"
-    assert_same(folder, whole, 3000)
+    assert_same(folder, whole, 2000)
     assert (0, "again") in ends(folder)
 
 
