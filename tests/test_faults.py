@@ -4,6 +4,7 @@ checkpoints. A run never goes on wrongly, never waits for ever, and never loses 
 import json
 import logging
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -381,3 +382,15 @@ def test_the_launcher_notices_a_dead_process_and_ends_the_others(place):
     failed = Path("runs/a/metrics.jsonl").stat().st_mtime  # the last step that was logged
     assert ended - failed < 30
     assert rows("runs/a")[-1]["step"] == 5
+
+
+def test_each_row_of_the_reliability_page_names_a_test():
+    here = Path(__file__).parent
+    tests = re.findall(
+        r"^def (test_\w+)", "\n".join(p.read_text() for p in here.glob("*.py")), re.M
+    )
+    rows = (here.parent / "docs/reliability.md").read_text().splitlines()
+    last = [row.split("|")[-2] for row in rows if re.match(r"\|.*\| `\w+`[^|]*\|$", row)]
+    names = [name for column in last for name in re.findall(r"`(\w+)`", column)]
+    assert len(names) > 25
+    assert not [name for name in names if not any(name in test for test in tests)]
