@@ -189,12 +189,13 @@ def _of_this_attempt(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def join() -> None:
     """Lets this process, a task of `submit`'s, find the others; and lets a signal end it at once,
     until something that has more to save handles them."""
-    given = {k: os.environ[k] for k in ("MASTER_ADDR", "MASTER_PORT") if k in os.environ}
+    given = {k: os.environ[k] for k in ("MASTER_ADDR",) if k in os.environ}
+    # after a restart another port, lest the one that was taken be met again
+    port = ports.named(f"{submitit.JobEnvironment().job_id} {_restart()}")
+    os.environ.setdefault("MASTER_PORT", str(port))  # which submitit then takes
     environment = submitit.helpers.TorchDistributedEnvironment()
     environment.export(set_cuda_visible_devices=False, overwrite=True)
-    # after a restart another one, lest the one that was taken be met again
-    port = ports.named(f"{submitit.JobEnvironment().job_id} {_restart()}")
-    os.environ.update({"MASTER_PORT": str(port), **given})
+    os.environ.update(given)
     if job() is not None:
         for number in (signal.SIGTERM, signal.SIGUSR2):
             signal.signal(number, _leave_at_once)

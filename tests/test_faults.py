@@ -389,8 +389,8 @@ def test_each_row_of_the_reliability_page_names_a_test():
     tests = re.findall(
         r"^def (test_\w+)", "\n".join(p.read_text() for p in here.glob("*.py")), re.M
     )
-    rows = (here.parent / "docs/reliability.md").read_text().splitlines()
-    last = [row.split("|")[-2] for row in rows if re.match(r"\|.*\| `\w+`[^|]*\|$", row)]
+    lines = (here.parent / "docs/reliability.md").read_text().splitlines()
+    last = [line.split("|")[-2] for line in lines if re.match(r"\|.*\| `\w+`[^|]*\|$", line)]
     names = [name for column in last for name in re.findall(r"`(\w+)`", column)]
     assert len(names) > 25
     assert not [name for name in names if not any(name in test for test in tests)]

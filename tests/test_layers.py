@@ -35,26 +35,34 @@ ROWS = [
         "card",
         "optim",
         "decoder",
+        "probing/logistic",
+        "probing/adapters",
         "catalogue",
         "contrastive",
         "published",
     },
-    {"loader", "objectives", "numerics"},
-    {"train", "features", "memory"},
-    {"validation", "probing"},
+    {"loader", "objectives", "probing/subsets", "numerics"},
+    {"train", "features", "memory", "probing/probes"},
+    {"validation", "probing/tuning"},
     {"evaluators"},
     {"plan"},
     {"run", "capacity"},
     {"suite", "replay", "doctor"},
     {"launch", "report"},
 ]
+PLUG_INS = {"objectives", "evaluators", "sources", "encoders"}
 READERS_OF_CONFIG = {"plan", "capacity", "run", "suite", "launch", "replay", "doctor"}
 FILES = sorted(p for p in PACKAGE.rglob("*.py") if p.name != "__init__.py")
 
 
 def noun(path: Path) -> str:
-    """The row's name for a file: itself, or its folder."""
-    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    """The row's name for a file: itself, or its folder if that is one of plug-ins."""
+    return _row_name(path.relative_to(PACKAGE).with_suffix("").parts)
+
+
+def _row_name(parts: tuple[str, ...]) -> str:
+    inside = (PACKAGE / parts[0]).is_dir() and parts[0] not in PLUG_INS
+    return "/".join(parts[: 1 + inside])
 
 
 def imported(path: Path) -> set[str]:
@@ -70,9 +78,8 @@ def imported(path: Path) -> set[str]:
 
 def ours(path: Path) -> set[str]:
     """The rows' names that a file imports from."""
-    return {name.split(".")[1] for name in imported(path) if name.startswith("prepretrain.")} - {
-        noun(path)
-    }
+    names = {n for n in imported(path) if n.startswith("prepretrain.")} - {"prepretrain.probing"}
+    return {_row_name(tuple(name.split(".")[1:])) for name in names} - {noun(path)}
 
 
 def row(name: str) -> int:
@@ -93,7 +100,7 @@ def test_a_file_imports_only_from_rows_above_its_own(path):
 def test_plug_ins_of_a_kind_do_not_import_each_other():
     for path in FILES:
         kind = path.parent.name
-        if kind in ("objectives", "evaluators", "sources", "encoders"):
+        if kind in PLUG_INS:
             peers = {n for n in imported(path) if n.startswith(f"prepretrain.{kind}.")}
             assert all(n.startswith(f"prepretrain.{kind}.base") for n in peers), f"{path}: {peers}"
 

@@ -92,7 +92,7 @@ def wait(what, seconds: float = 400) -> None:
 def said() -> str:
     """What SLURM knows of jobs and nodes, and the ends of all logs."""
     parts = []
-    for command in (["squeue", "--all", "--states=all"], ["sinfo", "--long", "--list-reasons"]):
+    for command in (["squeue", "--all", "--states=all"], ["scontrol", "--details", "show", "node"]):
         done = subprocess.run(command, capture_output=True, text=True)
         parts.append(f"{' '.join(command)}\n{done.stdout}{done.stderr}")
     runs = Path("runs")
@@ -114,12 +114,11 @@ def rows(folder: Path) -> list[dict]:
 def reach(folder: Path, step: int) -> None:
     """Waits until a run has got to a step; fails if its job ends before."""
 
-    def reached() -> bool:
-        over = any(end == "over" for _, end in ends(folder))
-        return over or (rows(folder) or [{"step": 0}])[-1]["step"] >= step
+    def over() -> bool:
+        return any(end == "over" for _, end in ends(folder))
 
-    wait(reached)
-    assert not any(end == "over" for _, end in ends(folder)), said()
+    wait(lambda: over() or (rows(folder) or [{"step": 0}])[-1]["step"] >= step)
+    assert not over(), said()
 
 
 def finish(job: str, seconds: float = 400) -> str:
