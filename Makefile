@@ -1,11 +1,12 @@
 # make demo: both stages on data that it makes, about four minutes on two cores.   make test: the tests.
+# make gpu: what a GPU does with this project, in at most nine minutes; make gpu SMOKE=1: the same, tiny, on the CPU.
 # make test-faults: all that break runs, over and over: what docs/reliability.md counts. About 40 minutes.
 PYTHON ?= python3
 PY := .venv/bin/python
 MADE := data/demo/hashtags.json
 FAULTS := tests/test_faults.py tests/test_lease.py tests/test_slurm.py tests/test_train.py
 
-.PHONY: setup demo test test-faults
+.PHONY: setup demo test test-faults gpu
 
 setup: .venv/ready
 
@@ -42,3 +43,9 @@ test: .venv/ready
 
 test-faults: .venv/ready
 	OMP_NUM_THREADS=1 $(PY) -m pytest -v --timeout 1200 $(FAULTS)
+
+# The GPU's own python, where that has what is needed: make gpu GPU_PYTHON=python3
+GPU_PYTHON ?= $(PY)
+gpu:
+	COMMIT=$$(git rev-parse --short HEAD 2> /dev/null || echo unknown) PYTHONPATH=. \
+	  $(GPU_PYTHON) benchmarks/gpu.py $(if $(SMOKE),--smoke) $(if $(REFERENCE),--reference $(REFERENCE)) $(if $(OUT),--out $(OUT))

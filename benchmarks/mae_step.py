@@ -49,13 +49,13 @@ class PinnedBlock(vision_transformer.Block):
         self.attn.fused_attn = False
 
 
-def reference_model(folder: str) -> nn.Module:
-    """The reference's ViT-B/16 with its own initial values."""
+def reference_model(folder: str, size: str = "base") -> nn.Module:
+    """The reference's ViT-B/16 (or "large") with its own initial values."""
     sys.path.insert(0, folder)
     np.float = float  # removed from numpy since
     with mock.patch.object(vision_transformer, "Block", PinnedBlock):
         import models_mae
-    return models_mae.mae_vit_base_patch16(norm_pix_loss=True)
+    return getattr(models_mae, f"mae_vit_{size}_patch16")(norm_pix_loss=True)
 
 
 def our_objective(state: dict[str, Tensor], precision: str) -> MAE:
@@ -150,7 +150,7 @@ def training_step(
     figures["loss"].backward()
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     figures = {name: value.detach() for name, value in figures.items()}
-    vote = train._vote(figures, train._norm(parameters, None), [], False)
+    vote = train._vote(figures, train._norm(parameters), [], False)
     assert vote.finite
     optimizer.step()
     optimizer.zero_grad()

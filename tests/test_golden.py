@@ -28,6 +28,11 @@ def rename(key: str) -> str:
 
 @pytest.fixture(scope="module")
 def mae():
+    """See `mae_reference`."""
+    return mae_reference()
+
+
+def mae_reference():
     """(tensors, an MAE built from the file's dims with its weights for a given target)."""
     with safe_open(GOLDEN / "mae_reference.safetensors", "pt") as file:
         dims, tensors = file.metadata(), {k: file.get_tensor(k) for k in file.keys()}

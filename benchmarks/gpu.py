@@ -1,0 +1,681 @@
+"""What a GPU does with this project: correctness first, then speed beside the card's own limits.
+
+    make gpu                        all sections, at most nine minutes
+    make gpu SMOKE=1                the same code at tiny sizes, on the CPU
+    python benchmarks/gpu.py --only limits steps --out FOLDER [--reference DIR]
+
+One JSON line a figure, printed and written to FOLDER/gpu.jsonl as it is known: what is done survives
+a cut. A section that fails says why, and the next one runs; one whose turn comes after --seconds is
+named as skipped. MFU is the model's FLOPs (three forward passes, attention included) over what the
+card's data sheet promises for dense bf16, 989 TFLOP/s for an H100 or H200.
+
+--reference: a checkout of facebookresearch/mae, whose step is then measured as it is written.
+"""
+
+import argparse
+import gc
+import json
+import logging
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from prepretrain import checkpoint, distributed, optim, plugin, shard, train
+from prepretrain.features import extract
+from prepretrain.loader import Stream
+from prepretrain.model import Model
+from prepretrain.optim import Schedule
+
+DATA_SHEET = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # dense bf16 FLOP/s
+TAGS = 28672  # MAWS's vocabulary, rounded up to a multiple of 4096
+CUDA = torch.cuda.is_available()
+
+
+class Record:
+    """Prints figures as lines of JSON, and appends them to a file."""
+
+    def __init__(self, path: Path, started: float):
+        self.path, self.started = path, started
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("")
+
+    def __call__(self, figure: str, **values: Any) -> None:
+        line = json.dumps(
+            {"figure": figure, "at": round(time.time() - self.started, 1)}
+            | {k: float(f"{v:.5g}") if isinstance(v, float) else v for k, v in values.items()}
+        )
+        print(line, flush=True)
+        with self.path.open("a") as file:
+            file.write(line + "\n")
+
+
+def synchronize() -> None:
+    """Waits for the GPU, if there is one."""
+    if CUDA:
+        torch.cuda.synchronize()
+
+
+def seconds_of(action: Callable[[], Any], times: int, warmup: int = 2) -> float:
+    """The median seconds of an action, whose work on the GPU is waited for."""
+    for _ in range(warmup):
+        action()
+    spent = []
+    for _ in range(times):
+        synchronize()
+        before = time.perf_counter()
+        action()
+        synchronize()
+        spent.append(time.perf_counter() - before)
+    return statistics.median(spent)
+
+
+def seconds_a_step(step: Callable[[], Any], steps: int, warmup: int = 3) -> float:
+    """The median, over three runs of `steps` steps that nothing waits for in between, of a step's
+    seconds."""
+    for _ in range(warmup):
+        step()
+    return seconds_of(lambda: [step() for _ in range(steps)], times=3, warmup=0) / steps
+
+
+# --- the parts that are measured --------------------------------------------------------------
+
+
+def mae(encoder: str) -> nn.Module:
+    """MAE with the paper's decoder, on the meta device."""
+    return plugin.build("objectives", "mae", Model(encoder=encoder, positions="fixed"))
+
+
+def hashtag(encoder: str) -> nn.Module:
+    """Supervised training on 28,672 tags, on the meta device."""
+    model = Model(encoder=encoder)
+    return plugin.build("objectives", "hashtag", model, vocabulary="unread.json", tags=TAGS)
+
+
+def clip(encoder: str, chunk: int | None = None) -> nn.Module:
+    """CLIP with open_clip's text tower of ViT-B-16, on the meta device."""
+    text = {"name": "open_clip", "architecture": "ViT-B-16"}
+    model = Model(encoder=encoder, text=text, joint={"width": 512})
+    return plugin.build("objectives", "clip", model, chunk=chunk)
+
+
+def on_meta(build: Callable[[], nn.Module]) -> nn.Module:
+    """An objective on the meta device, as `build` makes it there."""
+    with torch.device("meta"):
+        return build()
+
+
+def flops(build: Callable[[], nn.Module]) -> int:
+    """FLOPs of one image's training step: three forward passes."""
+    objective = on_meta(build).eval().requires_grad_(False)
+    for module in objective.modules():
+        if hasattr(module, "fused_attn"):
+            module.fused_attn = False  # plain products, which are counted on every device
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        objective(objective.example(1))
+    return 3 * counter.get_total_flops()
+
+
+def batch_of(objective: nn.Module, images: int, where: torch.device) -> dict[str, Tensor]:
+    """Random values in the shapes that an objective takes."""
+    generator = torch.Generator().manual_seed(0)
+    batch = {}
+    for name, like in objective.example(images).items():
+        if like.dtype.is_floating_point:
+            value = torch.rand(like.shape, generator=generator)
+        else:
+            top = {"image": 256, "cut": 1, "tags": TAGS}.get(name, 400)
+            value = torch.randint(0, top, like.shape, generator=generator).to(like.dtype)
+        batch[name] = value.pin_memory() if CUDA and where.type == "cpu" else value.to(where)
+    return batch
+
+
+def plain(build: Callable[[], nn.Module]) -> nn.Module:
+    """An objective as a bare module, without FSDP."""
+    objective = on_meta(build)
+    shard.materialise(objective, "fp32")
+    shard.initialise(objective, 0)
+    return objective.train()
+
+
+def sharded(build: Callable[[], nn.Module], **how: Any) -> nn.Module:
+    """An objective as a run prepares it."""
+    objective = on_meta(build)
+    shard.shard(objective, **how)
+    shard.initialise(objective, 0)
+    return objective.train()
+
+
+def bare_step(objective: nn.Module, batch: dict, autocast: bool = False) -> Callable[[], None]:
+    """Forward, backward and AdamW, and nothing that waits for the GPU."""
+    optimizer = optim.build(objective, lr=1e-5, weight_decay=0.05)
+    device = distributed.device().type
+
+    def step() -> None:
+        with torch.autocast(device, torch.bfloat16, enabled=autocast):
+            loss = objective(batch)["loss"]
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+class Ready:
+    """Stands in for a Stream: the same pinned batch for ever, and when each was asked for."""
+
+    fingerprint, accumulate, max_bad = "ready", 1, 0.01
+
+    def __init__(self, batch: dict, images: int, at: dict[int, Callable[[], None]] | None = None):
+        """at: what to do when the batch of that number, from 0, is asked for."""
+        self.batch, self.batch_size, self.at = batch, images, at or {}
+        self.asked: list[float] = []
+
+    def batches(self, consumed: int = 0) -> Iterator[dict]:
+        """As Stream.batches."""
+        number = consumed // self.batch_size
+        while True:
+            self.at.get(number, lambda: None)()
+            self.asked.append(time.perf_counter())
+            rows = list(range(number * self.batch_size, (number + 1) * self.batch_size))
+            yield {**self.batch, "key": [str(r) for r in rows], "position": rows, "bad": []}
+            number += 1
+
+
+def fitted(
+    objective: nn.Module, batch: dict, images: int, steps: int, folder: Path, **how: Any
+) -> Ready:
+    """Runs `fit`, the loop of a real run, for some steps."""
+    folder.mkdir(parents=True, exist_ok=True)
+    data = Ready(batch, images, how.pop("at", None))
+    optimizer = optim.build(objective, lr=1e-5, weight_decay=0.05)
+    how = {"save_every": None, "log_every": 10} | how
+    schedule = Schedule(1e-5, steps)
+    train.fit(objective, data, optimizer, schedule, folder=folder, seed=0, options={}, **how)
+    return data
+
+
+# --- sections ---------------------------------------------------------------------------------
+
+
+def limits(record: Record, tiny: bool, asked: argparse.Namespace) -> None:
+    """What the card itself can do, which all below is to be read beside."""
+    where, size = distributed.device(), 256 if tiny else 8192
+    a, b = (torch.randn(size, size, device=where, dtype=torch.bfloat16) for _ in range(2))
+    record("matrix_product_bf16_tflops", value=2 * size**3 / seconds_of(lambda: a @ b, 10) / 1e12)
+    one = torch.empty((1 if tiny else 2000) * 2**20, dtype=torch.uint8, device=where)
+    other = torch.empty_like(one)
+    rate = 2 * one.numel() / seconds_of(lambda: other.copy_(one), 10) / 1e9
+    record("copy_on_device_gb_per_second", value=rate)
+    if CUDA:
+        for name, host in (
+            ("pinned", torch.empty(2**28, dtype=torch.uint8).pin_memory()),
+            ("pageable", torch.empty(2**28, dtype=torch.uint8)),
+        ):
+            spent = seconds_of(partial(host.to, where, non_blocking=True), 5)
+            record(f"host_to_device_{name}_gb_per_second", value=2**28 / spent / 1e9)
+    small = torch.zeros(1, device=where)
+
+    def launches() -> None:
+        for _ in range(1000):
+            small.add_(1)
+
+    record("launch_microseconds", value=seconds_of(launches, 5) * 1e3)
+
+
+def golden(record: Record, tiny: bool, asked: argparse.Namespace) -> None:
+    """The papers' reference numbers on this device, in float32, and our own CPU's gradients."""
+    sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+    import test_golden
+
+    where = distributed.device()
+    tensors, build = test_golden.mae_reference()
+    for normalise, name in ((False, "loss"), (True, "loss_norm_pix")):
+        objective, found = build(normalise), {}
+        for device in ("cpu", where):
+            objective.to(device).zero_grad()
+            batch = {k: tensors[k].to(device) for k in ("noise",)} | {
+                "image": tensors["images"].to(device)
+            }
+            loss = objective(batch)["loss"]
+            loss.backward()
+            gradients = {
+                k: p.grad.to("cpu", copy=True)  # `.cpu()` of a CPU's tensor would be the tensor
+                for k, p in objective.named_parameters()
+                if p.grad is not None
+            }
+            found[str(device)] = (loss.item(), gradients)
+        (_, on_cpu), (loss_here, here) = found["cpu"], found[str(where)]
+        worst = max(((here[k] - g).norm() / g.norm()).item() for k, g in on_cpu.items())
+        error = abs(loss_here / tensors[name].item() - 1)
+        record(f"golden_mae_{name}", error=error, worst_gradient=worst, ok=error < 1e-5 and worst < 1e-4)
+    for name, small in (
+        ("hashtag", partial(hashtag, "vit_test8")),
+        ("clip", partial(clip, "vit_test8", None)),
+    ):
+        objective, losses = plain(small), []
+        for device in ("cpu", where):
+            objective.to(device).eval()
+            losses.append(objective(batch_of(objective, 8, torch.device(device)))["loss"].item())
+        error = abs(losses[1] / losses[0] - 1)
+        record(f"cpu_against_device_{name}", error=error, ok=error < 1e-4)
+
+
+def equalities(record: Record, tiny: bool, asked: argparse.Namespace) -> None:
+    """A run repeated, and one that was stopped and continued, beside the run that was not."""
+
+    def weights_of(objective: nn.Module) -> Tensor:
+        return torch.cat([p.detach().full_tensor().flatten().float().cpu() for p in objective.parameters()])
+
+    def run(folder: Path, stop_at: int | None = None) -> Tensor:
+        small = partial(mae, "vit_test8" if tiny else "vit_ti16")
+        objective = sharded(small, precision="fp32" if tiny else "bf16")
+        batch, images = batch_of(objective, 16, torch.device("cpu")), 16
+        saved = checkpoint.newest(folder)
+
+        def stop() -> None:
+            raise KeyboardInterrupt
+
+        at = {} if stop_at is None else {stop_at: stop}
+        try:
+            fitted(objective, batch, images, 8, folder, save_every=4, saved=saved, at=at)
+        except KeyboardInterrupt:
+            pass
+        return weights_of(objective)
+
+    with tempfile.TemporaryDirectory() as place:
+        first, again = run(Path(place, "a")), run(Path(place, "b"))
+        run(Path(place, "c"), stop_at=6)
+        continued = run(Path(place, "c"))
+    for name, other in (("repeated", again), ("continued", continued)):
+        difference = (first - other).abs().max().item() / first.abs().max().item()
+        record(f"equal_{name}", bitwise=torch.equal(first, other), difference=difference, ok=difference < 1e-2)
+
+
+def syncs(record: Record, tiny: bool, asked: argparse.Namespace) -> None:
+    """The lines of code at which a step of the real loop waits for the GPU."""
+    build = partial(mae, "vit_test8" if tiny else "vit_b16")
+    objective = sharded(build, precision="fp32" if tiny else "bf16")
+    batch, images = batch_of(objective, 8, torch.device("cpu")), 8
+    places: Counter[str] = Counter()
+
+    def note(message: Any, category: Any, filename: str, lineno: int, *_: Any) -> None:
+        if "synchroniz" in str(message):
+            frame, stack = sys._getframe(), []
+            while frame is not None:
+                if "prepretrain" in frame.f_code.co_filename:
+                    stack.append(f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}")
+                frame = frame.f_back
+            places[stack[0] if stack else f"{Path(filename).name}:{lineno}"] += 1
+
+    def mode(name: str) -> None:
+        if CUDA:
+            torch.cuda.set_sync_debug_mode(name)
+
+    with tempfile.TemporaryDirectory() as place, warnings.catch_warnings():
+        warnings.simplefilter("always")
+        warnings.showwarning = note
+        at = {3: partial(mode, "warn"), 5: partial(mode, "default")}
+        fitted(objective, batch, images, 6, Path(place), at=at, log_every=100)
+    record("synchronisations_in_two_steps", total=sum(places.values()), at_lines=dict(places))
+
+
+CASES = {  # name: (objective, encoder, images, variants)
+    "mae_b16": (mae, "vit_b16", 256, ("plain", "fsdp", "fit", "compiled", "whole")),
+    "mae_l16": (mae, "vit_l16", 256, ("plain", "fsdp", "fit", "compiled")),
+    "hashtag_l16": (hashtag, "vit_l16", 128, ("plain", "fsdp", "compiled", "recomputed")),
+    "mae_h14": (mae, "vit_h14", 128, ("fsdp", "compiled")),
+    "hashtag_h14": (hashtag, "vit_h14", 64, ("fsdp", "compiled")),
+    "clip_b16": (clip, "vit_b16", 512, ("fsdp", "compiled", "open_clip", "open_clip_compiled")),
+}
+
+
+def steps(record: Record, tiny: bool, asked: argparse.Namespace) -> None:
+    """Images a second, MFU and memory of training steps."""
+    for name, (build, encoder, images, variants) in CASES.items():
+        if tiny:
+            encoder, images = "vit_test8", 4
+        work = flops(partial(build, encoder))
+        for variant in variants:
+            if time.time() > asked.deadline - 30:
+                record(f"{name}_{variant}", skipped="no time left")
+                continue
+            _forget()
+            try:
+                before = time.time()
+                spent = VARIANTS[variant](partial(build, encoder), images, tiny)
+            except Exception as error:
+                record(f"{name}_{variant}", failed=_said(error))
+                continue
+            record(
+                f"{name}_{variant}",
+                images_per_second=images / spent,
+                mfu=images / spent * work / _peak(),
+                milliseconds=spent * 1e3,
+                images=images,
+                gib_allocated=torch.cuda.max_memory_allocated() / 2**30 if CUDA else 0.0,
+                gib_reserved=torch.cuda.max_memory_reserved() / 2**30 if CUDA else 0.0,
+                section_seconds=time.time() - before,
+            )
+
+
+def _steps(tiny: bool) -> int:
+    return 1 if tiny else 10
+
+
+def _plain_step(build: Callable, images: int, tiny: bool, compiled: bool = False) -> float:
+    objective = plain(build)
+    batch = batch_of(objective, images, distributed.device())
+    if compiled:
+        objective.compile(backend="eager" if tiny else "inductor")
+    return seconds_a_step(bare_step(objective, batch, autocast=not tiny), _steps(tiny))
+
+
+def _fsdp_step(build: Callable, images: int, tiny: bool, **how: Any) -> float:
+    objective = sharded(build, precision="fp32" if tiny else "bf16", **how)
+    batch = batch_of(objective, images, distributed.device())
+    return seconds_a_step(bare_step(objective, batch), _steps(tiny))
+
+
+def _fit_step(build: Callable, images: int, tiny: bool, **how: Any) -> float:
+    objective = sharded(build, precision="fp32" if tiny else "bf16", **how)
+    batch, count = batch_of(objective, images, torch.device("cpu")), 8 if tiny else 30
+    with tempfile.TemporaryDirectory() as place:
+        at = {5: synchronize, count - 1: synchronize}
+        data = fitted(objective, batch, images, count, Path(place), at=at)
+    return (data.asked[count - 1] - data.asked[5]) / (count - 6)
+
+
+def _open_clip_step(build: Callable, images: int, tiny: bool, compiled: bool = False) -> float:
+    """open_clip's own model and loss under autocast, with AdamW as its training script makes it."""
+    import open_clip
+
+    model = open_clip.create_model("ViT-B-16").to(distributed.device()).train()
+    loss_of = open_clip.ClipLoss()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
+    example = batch_of(on_meta(build), images, distributed.device())
+    image = torch.randn(images, 3, 224, 224, device=distributed.device())
+
+    def step() -> None:
+        with torch.autocast(distributed.device().type, torch.bfloat16, enabled=not tiny):
+            loss = loss_of(*model(image, example["tokens"]))
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        with torch.no_grad():
+            model.logit_scale.clamp_(0, 4.6052)
+
+    if compiled:
+        model.compile(backend="eager" if tiny else "inductor")
+    return seconds_a_step(step, _steps(tiny))
+
+
+VARIANTS: dict[str, Callable] = {
+    "plain": _plain_step,
+    "whole": partial(_plain_step, compiled=True),
+    "fsdp": _fsdp_step,
+    "compiled": partial(_fsdp_step, compile=True),
+    "recomputed": partial(_fsdp_step, recompute="block"),
+    "fit": _fit_step,
+    "open_clip": _open_clip_step,
+    "open_clip_compiled": partial(_open_clip_step, compiled=True),
+}
+
+
+def reference(record: Record, tiny: bool, asked: argparse.Namespace) -> None:
+    """facebookresearch/mae's own step, as its engine takes it."""
+    if asked.reference is None:
+        record("reference_mae", skipped="no --reference")
+        return
+    import mae_step
+
+    where = distributed.device()
+    for name, images, size in (("b16", 256, "base"), ("l16", 256, "large")):
+        model = mae_step.reference_model(asked.reference, size).to(where).train()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, betas=(0.9, 0.95))
+        scaler = torch.amp.GradScaler(where.type, enabled=CUDA)
+        batch = torch.randn(2 if tiny else images, 3, 224, 224, device=where)
+
+        def step() -> None:
+            with torch.autocast(where.type, torch.float16 if CUDA else torch.bfloat16):
+                loss = model(batch, mask_ratio=0.75)[0]
+            loss.item()
+            scaler.scale(loss).backward()
+            scaler.unscale_(optimizer)
+            parameters = [p for p in model.parameters() if p.grad is not None]
+            torch.norm(torch.stack([torch.norm(p.grad.detach(), 2.0) for p in parameters]), 2.0)
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+            synchronize()
+
+        spent = seconds_a_step(step, _steps(tiny), warmup=2)
+        record(f"reference_mae_{name}", images_per_second=len(batch) / spent, milliseconds=spent * 1e3)
+        del model, optimizer, step
+        _forget()
+
+
+def loader(record: Record, tiny: bool, asked: argparse.Namespace) -> None:
+    """Batches from JPEGs of 500 x 375 in a shard, alone, and fed to a run of MAE."""
+    sys.path.insert(0, str(Path(__file__).parent))
+    import loader as pipeline
+
+    count, images = (20, 4) if tiny else (2000, 256)
+    encoder = "vit_test8" if tiny else "vit_l16"
+    with tempfile.TemporaryDirectory() as place:
+        some = list(pipeline.textures(min(count, 200)))
+        pipeline.write([some[i % len(some)] for i in range(count)], Path(place, "00000.tar"))
+        source = plugin.build("sources", "shards", path=place)
+        objective = sharded(partial(mae, encoder), precision="fp32" if tiny else "bf16", compile=not tiny)
+        transform = objective.transform(train=True)
+        cores = os.cpu_count() or 1
+        for workers in (0,) if tiny else (1, 4, cores - 1):
+            stream = Stream(source, transform, batch_size=images, seed=0, workers=workers).batches()
+            for _ in range(1 if tiny else 2 * workers):  # what was ready before the clock started
+                next(stream)
+            before, batches = time.perf_counter(), 1 if tiny else max(2, workers)
+            for _ in range(batches):
+                next(stream)
+            rate = batches * images / (time.perf_counter() - before)
+            stream.close()
+            record(f"loader_{workers}_workers", images_per_second=rate, cores=cores)
+        stream = Stream(source, transform, batch_size=images, seed=0, workers=0 if tiny else cores - 1)
+        optimizer = optim.build(objective, lr=1e-5, weight_decay=0.05)
+        count = 4 if tiny else 60
+        Path(place, "run").mkdir()
+        how = {"folder": Path(place, "run"), "seed": 0, "options": {}, "save_every": None}
+        train.fit(objective, stream, optimizer, Schedule(1e-5, count), log_every=count // 2, **how)
+        rows = [json.loads(line) for line in Path(place, "run/metrics.jsonl").read_text().splitlines()]
+    last = rows[-1]
+    record("fed_mae", images_per_second=last["images_per_second"], data_wait=last["data_wait"])
+
+
+def profile(record: Record, tiny: bool, asked: argparse.Namespace) -> None:
+    """The share of time in which the GPU computes during the loop, and what stands before its gaps."""
+    if not CUDA:
+        record("profile", skipped="no GPU")
+        return
+    from torch.profiler import ProfilerActivity, profile as profiling
+
+    objective = sharded(partial(mae, "vit_b16"), precision="bf16")
+    batch, images = batch_of(objective, 256, torch.device("cpu")), 256
+    profiler = profiling(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA])
+    with tempfile.TemporaryDirectory() as place:
+        at = {5: profiler.start, 10: profiler.stop}
+        fitted(objective, batch, images, 12, Path(place), at=at)
+    events = profiler.profiler.kineto_results.events()
+    kernels = sorted(
+        (e.start_ns(), e.start_ns() + e.duration_ns(), e.name())
+        for e in events
+        if str(e.device_type()).endswith("CUDA") and e.duration_ns() > 0
+    )
+    busy, end, gaps = 0, kernels[0][0], []
+    for start, stop, name in kernels:
+        if start - end > 50_000:
+            gaps.append(((start - end) / 1e6, name[:80]))
+        busy += max(0, stop - max(start, end))
+        end = max(end, stop)
+    whole = end - kernels[0][0]
+    record(
+        "profile_mae_b16_fit",
+        gpu_busy=busy / whole,
+        kernels_a_step=len(kernels) / 5,
+        gaps_over_50_us=len(gaps),
+        milliseconds_in_gaps_a_step=sum(g for g, _ in gaps) / 5,
+        longest_gaps=[[round(g, 2), name] for g, name in sorted(gaps, reverse=True)[:6]],
+    )
+
+
+def saves(record: Record, tiny: bool, asked: argparse.Namespace) -> None:
+    """How long a checkpoint of MAE's ViT-L holds training up."""
+    objective = sharded(partial(mae, "vit_test8" if tiny else "vit_l16"), precision="fp32")
+    optimizer = optim.build(objective, lr=1e-5, weight_decay=0.05)
+    objective(batch_of(objective, 2, distributed.device()))["loss"].backward()
+    optimizer.step()
+    size = sum(p.numel() for p in objective.parameters()) * 12
+    with tempfile.TemporaryDirectory() as place:
+        for name in ("whole", "in_background"):
+            background = checkpoint.Background(Path(place, name), keep=1) if name != "whole" else None
+            synchronize()
+            before = time.perf_counter()
+            if background is None:
+                checkpoint.save(Path(place, name), 1, objective, optimizer, {}, keep=1)
+            else:
+                background.save(1, objective, optimizer, {})
+            blocked = time.perf_counter() - before
+            if background is not None:
+                background.wait()
+                background.close()
+            total = time.perf_counter() - before
+            record(f"checkpoint_{name}", blocked_seconds=blocked, seconds=total, gb=size / 1e9)
+
+
+def features(record: Record, tiny: bool, asked: argparse.Namespace) -> None:
+    """Extraction of ViT-L's features, with and without the store on disk."""
+    encoder, count = ("vit_test8", 8) if tiny else ("vit_l16", 20000)
+    model = on_meta(partial(Model, encoder=encoder))
+    shard.materialise(model, "fp32")
+    shard.initialise(model, 0)
+    source = plugin.build("sources", "synthetic", images=count, size=64)
+    cores = 0 if tiny else (os.cpu_count() or 1) - 1
+    with tempfile.TemporaryDirectory() as place:
+        for name, cache in (("without_store", None), ("with_store", Path(place))):
+            before = time.perf_counter()
+            extract(model, source, pool="mean", batch_size=256, workers=cores, cache=cache, labelled=False)
+            record(f"features_{name}", images_per_second=count / (time.perf_counter() - before))
+
+
+def planner(record: Record, tiny: bool, asked: argparse.Namespace) -> None:
+    """What the planner expected of the memory that steps took; in a process of its own, on the CPU."""
+    if asked.planned is None:
+        record("planned_memory", skipped="the planner did not run")
+        return
+    out, _ = asked.planned.communicate(timeout=60)
+    for line in out.decode().splitlines():
+        if line.startswith("{"):
+            values = json.loads(line)
+            record(values.pop("figure"), **values)
+
+
+SECTIONS = (limits, golden, equalities, syncs, steps, reference, profile, loader, saves, features, planner)
+
+
+def plan_cases(tiny: bool) -> None:
+    """Prints what the planner expects of the sharded, eager cases."""
+    from prepretrain import memory
+
+    for name, (build, encoder, images, _) in CASES.items():
+        if tiny and name != "mae_b16":
+            continue
+        encoder, images = ("vit_test8", 4) if tiny else (encoder, images)
+        step = memory.simulate(partial(on_meta, partial(build, encoder)), images=images, world=1)
+        print(json.dumps({"figure": f"planned_{name}", "gib": step.peak / 2**30}), flush=True)
+
+
+def _peak() -> float:
+    name = torch.cuda.get_device_name() if CUDA else ""
+    return next((v for k, v in DATA_SHEET.items() if k in name), 1e12)
+
+
+def _forget() -> None:
+    torch._dynamo.reset()
+    gc.collect()
+    if CUDA:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
+def _said(error: BaseException) -> str:
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if "prepretrain" in f.filename]
+    where = f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
+    return f"{type(error).__name__}: {str(error)[:400]}{where}"
+
+
+def main() -> None:
+    """Runs the sections in their order."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    names = [section.__name__ for section in SECTIONS]
+    parser.add_argument("--out", type=Path, default=Path("runs/gpu"))
+    parser.add_argument("--only", nargs="+", choices=names, default=names)
+    parser.add_argument("--seconds", type=float, default=510.0, help="no section starts after these")
+    parser.add_argument("--smoke", action="store_true", help="tiny sizes, on any device")
+    parser.add_argument("--reference", metavar="DIR", help="a checkout of facebookresearch/mae")
+    parser.add_argument("--plan", action="store_true", help=argparse.SUPPRESS)
+    asked = parser.parse_args()
+    if asked.plan:
+        plan_cases(asked.smoke)
+        return
+    if not (CUDA or asked.smoke):
+        raise SystemExit("make gpu: torch sees no GPU here. SMOKE=1 runs the same at tiny sizes.")
+    logging.disable(logging.INFO)
+    started = time.time()
+    asked.deadline = started + asked.seconds
+    record = Record(asked.out / "gpu.jsonl", started)
+    again = [sys.executable, __file__, "--plan", *(["--smoke"] if asked.smoke else [])]
+    hidden = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    asked.planned = None
+    if "planner" in asked.only:
+        asked.planned = subprocess.Popen(again, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=hidden)
+    distributed.init()
+    record(
+        "machine",
+        device=torch.cuda.get_device_name() if CUDA else platform.machine(),
+        cores=os.cpu_count(),
+        torch=torch.__version__,
+        python=platform.python_version(),
+        commit=os.environ.get("COMMIT", "unknown"),
+    )
+    for section in SECTIONS:
+        if section.__name__ not in asked.only:
+            continue
+        if time.time() > asked.deadline:
+            record(section.__name__, skipped="no time left")
+            continue
+        try:
+            section(record, asked.smoke, asked)
+        except Exception as error:
+            traceback.print_exc()
+            record(section.__name__, failed=_said(error))
+        _forget()
+    record("end", seconds=time.time() - started)
+    distributed.shutdown()
+
+
+if __name__ == "__main__":
+    main()
