@@ -7,7 +7,8 @@ A model's entry is its name with underscores for "/" and ".".
 
 from functools import partial
 
-from prepretrain import load, zoo
+from prepretrain import load
+from prepretrain.zoo import releases as zoo
 
 dependencies = [
     *("torch", "torchvision", "timm", "open_clip", "numpy", "PIL"),

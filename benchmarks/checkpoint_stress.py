@@ -23,7 +23,9 @@ from pathlib import Path
 import torch
 import torch.distributed.checkpoint as dcp
 
-from prepretrain import checkpoint, config, ports, run
+from prepretrain import config
+from prepretrain.distributed import checkpoint, ports
+from prepretrain.runs import run
 
 CARD = """description: made scenes
 licence: made here

@@ -165,10 +165,10 @@ def tags_top1(run: Path, data: Path) -> float:
     """Accuracy on val of the hashtag head itself: the likeliest of the ten class names."""
     from cifar10.tagged import CLASSES
 
-    from prepretrain import run as runs
-    from prepretrain.encoders.base import pool
-    from prepretrain.sources.parquet import Parquet
-    from prepretrain.transforms import decode
+    from prepretrain.data.sources.parquet import Parquet
+    from prepretrain.data.transforms import decode
+    from prepretrain.models.encoders.base import pool
+    from prepretrain.runs import run as runs
 
     os.environ["PREPRETRAIN_DATA"] = str(run.parents[1] / "data")
     objective, source = runs.load_objective(run), Parquet(path=str(data / "val.parquet"))

@@ -18,12 +18,12 @@ from pathlib import Path
 import torch
 from loader import textures
 
-from prepretrain import distributed
-from prepretrain.evaluators.knn import Knn
-from prepretrain.features import extract
-from prepretrain.model import Model
-from prepretrain.probing import probes
-from prepretrain.sources.base import Source
+from prepretrain.data.sources.base import Source
+from prepretrain.distributed import group as distributed
+from prepretrain.evaluation.evaluators.knn import Knn
+from prepretrain.evaluation.features import extract
+from prepretrain.evaluation.probing import probes
+from prepretrain.models.model import Model
 
 WIDTH, CLASSES = 192, 10
 CARD = "train: {source: synthetic, images: 2}\nval: {source: synthetic, images: 2}\n"

@@ -35,11 +35,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from prepretrain import checkpoint, distributed, optim, plugin, shard, train
-from prepretrain.features import extract
-from prepretrain.loader import Stream
-from prepretrain.model import Model
-from prepretrain.optim import Schedule
+from prepretrain import plugin
+from prepretrain.data.loader import Stream
+from prepretrain.distributed import checkpoint, shard
+from prepretrain.distributed import group as distributed
+from prepretrain.evaluation.features import extract
+from prepretrain.models.model import Model
+from prepretrain.training import fit as train
+from prepretrain.training import optim
+from prepretrain.training.optim import Schedule
 
 DATA_SHEET = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # dense bf16 FLOP/s
 TAGS = 28672  # MAWS's vocabulary, rounded up to a multiple of 4096
@@ -596,7 +600,7 @@ SECTIONS = (limits, golden, equalities, syncs, steps, reference, profile, loader
 
 def plan_cases(tiny: bool) -> None:
     """Prints what the planner expects of the sharded, eager cases."""
-    from prepretrain import memory
+    from prepretrain.runs import memory
 
     for name, (build, encoder, images, _) in CASES.items():
         if tiny and name != "mae_b16":

@@ -16,10 +16,12 @@ from mae_step import training_step
 from timing import interleaved, report
 from torch import Tensor
 
-from prepretrain import distributed, optim, shard
-from prepretrain.encoders.base import pool
-from prepretrain.model import Model
+from prepretrain.distributed import group as distributed
+from prepretrain.distributed import shard
+from prepretrain.models.encoders.base import pool
+from prepretrain.models.model import Model
 from prepretrain.objectives.hashtag import Hashtag
+from prepretrain.training import optim
 
 
 class DenseHashtag(Hashtag):

@@ -17,9 +17,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from prepretrain import index
-from prepretrain.loader import Stream
-from prepretrain.sources.shards import Shards
+from prepretrain.data import tar_index
+from prepretrain.data.loader import Stream
+from prepretrain.data.sources.shards import Shards
 
 SIZE, SHARD = 1024, 100_000  # bytes of a blank image, images of a shard
 
@@ -69,7 +69,7 @@ def made(shard: Path, number: int) -> None:
     ends = np.cumsum([len(k) for k in keys], dtype="<i8")
     content = line + spans.tobytes() + ends.tobytes() + b"".join(keys)
     shard.with_name(f"{shard.name}.index").write_bytes(content)
-    assert index.read_head(shard)["file"].name.endswith(".index")
+    assert tar_index.read_head(shard)["file"].name.endswith(".index")
 
 
 def blank(sample: dict) -> dict:

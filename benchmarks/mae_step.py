@@ -26,9 +26,12 @@ import torch
 from timing import interleaved, report
 from torch import Tensor, nn
 
-from prepretrain import distributed, optim, shard, train
-from prepretrain.model import Model
+from prepretrain.distributed import group as distributed
+from prepretrain.distributed import shard
+from prepretrain.models.model import Model
 from prepretrain.objectives.mae import MAE
+from prepretrain.training import fit as train
+from prepretrain.training import optim
 
 RENAMED = {
     "decoder_embed": "embed",

@@ -10,9 +10,11 @@ import resource
 import torch
 from mae_step import training_step
 
-from prepretrain import distributed, optim, shard
-from prepretrain.model import Model
+from prepretrain.distributed import group as distributed
+from prepretrain.distributed import shard
+from prepretrain.models.model import Model
 from prepretrain.objectives.mae import MAE
+from prepretrain.training import optim
 
 
 def main() -> None:

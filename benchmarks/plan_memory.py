@@ -1,4 +1,4 @@
-"""The memory of training steps as planned (prepretrain/memory.py) and as measured, in new processes;
+"""The memory of training steps as planned (runs/memory.py) and as measured, in new processes;
 one JSON line a case.
 
     python benchmarks/plan_memory.py
@@ -19,11 +19,14 @@ from typing import Any
 
 import torch
 
-from prepretrain import distributed, memory, optim, ports, shard
-from prepretrain.model import Model
+from prepretrain.distributed import group as distributed
+from prepretrain.distributed import ports, shard
+from prepretrain.models.model import Model
 from prepretrain.objectives.base import Objective
 from prepretrain.objectives.hashtag import Hashtag
 from prepretrain.objectives.mae import MAE
+from prepretrain.runs import memory
+from prepretrain.training import optim
 
 CUDA = torch.cuda.is_available()
 CASES = [  # objective, encoder, recompute, processes, images in each

@@ -9,8 +9,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from prepretrain.card import open_source  # noqa: E402
-from prepretrain.hashtags import Vocabulary  # noqa: E402
+from prepretrain.data.card import open_source  # noqa: E402
+from prepretrain.data.vocabulary import Vocabulary  # noqa: E402
 
 
 def main() -> None:

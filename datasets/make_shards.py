@@ -18,7 +18,7 @@ import webdataset  # noqa: E402
 import yaml  # noqa: E402
 
 from prepretrain import plugin  # noqa: E402
-from prepretrain.sources.base import Source  # noqa: E402
+from prepretrain.data.sources.base import Source  # noqa: E402
 
 EXTENSIONS = {b"\xff\xd8": "jpg", b"\x89P": "png", b"RI": "webp"}
 

@@ -14,8 +14,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np  # noqa: E402
 
-from prepretrain.card import open_source  # noqa: E402
-from prepretrain.sources.base import Files  # noqa: E402
+from prepretrain.data.card import open_source  # noqa: E402
+from prepretrain.data.sources.base import Files  # noqa: E402
 
 Rows = list[tuple[str, int]]  # the path of an image, from the source's folder, and its label
 

@@ -1,9 +1,8 @@
 """The configuration: a dataclass schema over OmegaConf's YAML, with base files, a.b=c overrides and
 clear errors.
 
-Only plan.py, capacity.py, run.py, suite.py, replay.py, doctor.py and launch.py read it. Nothing is
-inferred into it: derived values (the scaled learning rate, steps, accumulation) are computed where
-they are used, and logged.
+Only runs/ reads it. Nothing is inferred into it: derived values (the scaled learning rate, steps,
+accumulation) are computed where they are used, and logged.
 """
 
 import dataclasses

@@ -9,23 +9,29 @@ import typing
 from typing import Any
 
 EXCLUDED = ("base",)
+KINDS = {  # the folder of each kind of part
+    "encoders": "prepretrain.models.encoders",
+    "evaluators": "prepretrain.evaluation.evaluators",
+    "objectives": "prepretrain.objectives",
+    "sources": "prepretrain.data.sources",
+}
 
 
 def names(kind: str) -> list[str]:
     """The parts of a kind ("objectives", "encoders", …): one per file of that folder."""
-    package = importlib.import_module(f"prepretrain.{kind}")
+    package = importlib.import_module(KINDS[kind])
     return sorted(m.name for m in pkgutil.iter_modules(package.__path__) if m.name not in EXCLUDED)
 
 
 def find(kind: str, name: str) -> type:
-    """The class in `prepretrain/<kind>/<name>.py`, or in a dotted module outside the package."""
+    """The class in the file `name` of the kind's folder, or in a dotted module outside of it."""
     if not isinstance(name, str):
         raise ValueError(
             f"{kind}.name: must be a name, not {name!r}. There are: {', '.join(names(kind))}."
         )
     if "." not in name and name not in names(kind):
         raise ValueError(unknown(f"no {kind.rstrip('s')}", name, names(kind), quote=True))
-    module = name if "." in name else f"prepretrain.{kind}.{name}"
+    module = name if "." in name else f"{KINDS[kind]}.{name}"
     try:
         loaded = importlib.import_module(module)
     except ModuleNotFoundError as error:
@@ -49,7 +55,7 @@ def find(kind: str, name: str) -> type:
 
 
 def _base(kind: str) -> type:
-    loaded = importlib.import_module(f"prepretrain.{kind}.base")
+    loaded = importlib.import_module(f"{KINDS[kind]}.base")
     return getattr(loaded, kind.rstrip("s").capitalize())
 
 

@@ -15,12 +15,13 @@ import torch
 import torch.multiprocessing as multiprocessing
 from PIL import Image
 
-from prepretrain import distributed, ports
-from prepretrain.card import load_card
-from prepretrain.hashtags import Vocabulary
+from prepretrain.data.card import load_card
+from prepretrain.data.vocabulary import Vocabulary
+from prepretrain.distributed import group as distributed
+from prepretrain.distributed import ports
 
 # New processes are copies of one that has imported everything, which takes five seconds.
-multiprocessing.get_context("forkserver").set_forkserver_preload(["prepretrain.launch"])
+multiprocessing.get_context("forkserver").set_forkserver_preload(["prepretrain.runs.launch"])
 
 CARD = """description: three colours
 licence: made by the tests

@@ -11,7 +11,7 @@ import subprocess
 import time
 from pathlib import Path
 
-from prepretrain import ports
+from prepretrain.distributed import ports
 
 CONF = """ClusterName=box
 # the port where processes meet follows from it, and another box may be on this machine

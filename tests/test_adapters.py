@@ -9,11 +9,12 @@ from test_features import Pictures, tiny_model
 from torch import nn
 from torch.testing import assert_close
 
-from prepretrain import distributed, shard
-from prepretrain.encoders.vit import ViT
-from prepretrain.model import Model
-from prepretrain.probing.adapters import ADAPTERS, adapt
-from prepretrain.probing.tuning import Recipe, Tuning
+from prepretrain.distributed import group as distributed
+from prepretrain.distributed import shard
+from prepretrain.evaluation.probing.adapters import ADAPTERS, adapt
+from prepretrain.evaluation.probing.tuning import Recipe, Tuning
+from prepretrain.models.encoders.vit import ViT
+from prepretrain.models.model import Model
 
 D, DEPTH, PATCHES = 32, 2, 16  # of vit_test8
 

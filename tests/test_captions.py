@@ -20,21 +20,24 @@ from test_text import BPE, TINY_XLMR, images, pieces, small  # noqa: F401
 from test_train import rows, train
 from torch.testing import assert_close
 
-from prepretrain import contrastive, distributed, run, shard
 from prepretrain.config import load as load_config
-from prepretrain.contrastive import Captioned, captions, sigmoid_loss, softmax_loss
-from prepretrain.distributed import rank, world
-from prepretrain.heads import LARGEST
-from prepretrain.launch import launch
-from prepretrain.loader import Stream
-from prepretrain.model import Model, load
+from prepretrain.data.loader import Stream
+from prepretrain.data.sources.parquet import Parquet
+from prepretrain.data.sources.shards import Shards
+from prepretrain.data.sources.synthetic import Synthetic
+from prepretrain.data.transforms import BadImage, Random
+from prepretrain.distributed import group as distributed
+from prepretrain.distributed import shard
+from prepretrain.distributed.group import rank, world
+from prepretrain.losses import contrastive
+from prepretrain.losses.contrastive import Captioned, captions, sigmoid_loss, softmax_loss
+from prepretrain.models.heads import LARGEST
+from prepretrain.models.model import Model, load
 from prepretrain.objectives.clip import CLIP
 from prepretrain.objectives.lit import LiT
 from prepretrain.objectives.mae import MAE
-from prepretrain.sources.parquet import Parquet
-from prepretrain.sources.shards import Shards
-from prepretrain.sources.synthetic import Synthetic
-from prepretrain.transforms import BadImage, Random
+from prepretrain.runs import run
+from prepretrain.runs.launch import launch
 
 TEXT = "text: {name: open_clip, architecture: ViT-B-32, width: 32, layers: 2, heads: 2}"
 MODEL = f"model={{encoder: vit_test8, {TEXT}, joint: {{width: 16}}}}"

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from prepretrain.card import MissingData, card_names, load_card, open_source
-from prepretrain.hashtags import Vocabulary
+from prepretrain.data.card import MissingData, card_names, load_card, open_source
+from prepretrain.data.vocabulary import Vocabulary
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 

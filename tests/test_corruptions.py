@@ -13,8 +13,15 @@ from PIL import Image
 from scipy import ndimage
 from sklearn.datasets import load_sample_image
 
-from prepretrain import corruptions
-from prepretrain.corruptions import NAMES, OFFICIAL, SEVERITIES, TABLES, corrupt, frost_textures
+from prepretrain.evaluation import corruptions
+from prepretrain.evaluation.corruptions import (
+    NAMES,
+    OFFICIAL,
+    SEVERITIES,
+    TABLES,
+    corrupt,
+    frost_textures,
+)
 
 _SHARED = os.environ.get("PREPRETRAIN_SHARED_DATA") or Path(__file__).parents[2] / "shared" / "data"
 FROST = Path(_SHARED, "robustness", "frost")

@@ -12,12 +12,13 @@ from sklearn.linear_model import LogisticRegression, Ridge
 from test_features import tiny_model
 from test_text import BPE
 
-from prepretrain import distributed, plugin
-from prepretrain.card import load_card
-from prepretrain.evaluators.base import accuracy, class_count
-from prepretrain.evaluators.linear import Linear
-from prepretrain.probing import logistic, probes
-from prepretrain.probing.probes import PROTOCOLS
+from prepretrain import plugin
+from prepretrain.data.card import load_card
+from prepretrain.distributed import group as distributed
+from prepretrain.evaluation.evaluators.base import accuracy, class_count
+from prepretrain.evaluation.evaluators.linear import Linear
+from prepretrain.evaluation.probing import logistic, probes
+from prepretrain.evaluation.probing.probes import PROTOCOLS
 
 CARD = """
 description: procedural scenes

@@ -18,7 +18,8 @@ from safetensors.torch import load_file
 from test_train import rows, train
 from torch.testing import assert_close
 
-from prepretrain import checkpoint, distributed, ports, watch
+from prepretrain.distributed import checkpoint, heartbeat, ports
+from prepretrain.distributed import group as distributed
 
 ROOT = Path(__file__).parents[1]
 LAUNCH = [sys.executable, str(ROOT / "tools" / "launch.py")]
@@ -195,14 +196,14 @@ def test_a_process_that_dies_or_stands_still_is_named_and_the_others_end_within_
     place, harm, rank
 ):
     statuses, said, took = two("runs/a", poisoned(harm, 80, 95, rank=rank))
-    assert took < 30 and statuses[1 - rank] in (1, watch.LOST)
+    assert took < 30 and statuses[1 - rank] in (1, heartbeat.LOST)
     assert f"process {rank} has ended or stands still" in said[1 - rank], said[1 - rank]
 
 
 @pytest.mark.faults
 def test_a_process_that_hangs_ends_all_within_the_time_with_the_stacks_of_each(place):
     statuses, said, took = two("runs/a", poisoned("hang", 80, 95, rank=1), "hang=8")
-    assert statuses == [watch.HUNG, watch.HUNG] and took < 30
+    assert statuses == [heartbeat.HUNG, heartbeat.HUNG] and took < 30
     stacks = [Path(f"runs/a/stacks/{rank}.txt").read_text() for rank in range(2)]
     assert "poison.py" in stacks[1] and "poison.py" not in stacks[0]
     assert all(
@@ -258,7 +259,7 @@ def test_what_is_saved_in_the_background_is_the_step_it_is_named_after(place, gr
 
 
 def test_a_save_in_the_background_that_fails_ends_the_run_with_the_reason(place, group):
-    from prepretrain import train as loop
+    from prepretrain.training import fit as loop
 
     plain, saved = loop.checkpoint.dcp.async_save, []
 

@@ -14,12 +14,14 @@ from conftest import processes
 from filelock import FileLock
 from PIL import Image
 
-from prepretrain import distributed, shard, store
-from prepretrain.evaluators.linear import Linear
-from prepretrain.features import extract, fingerprint, frozen
-from prepretrain.model import Model
+from prepretrain.data.sources.base import Source
+from prepretrain.distributed import group as distributed
+from prepretrain.distributed import shard
+from prepretrain.evaluation import feature_store
+from prepretrain.evaluation.evaluators.linear import Linear
+from prepretrain.evaluation.features import extract, fingerprint, frozen
+from prepretrain.models.model import Model
 from prepretrain.objectives.mae import MAE
-from prepretrain.sources.base import Source
 
 
 class Pictures(Source):
@@ -50,7 +52,7 @@ def tiny_model(**options: object) -> Model:
 def _save(rank: int, folder: str) -> None:
     distributed.init()
     torch.save(extract(tiny_model(), Pictures(13), batch_size=4), f"{folder}/{rank}.pt")
-    store.ROWS = 5
+    feature_store.ROWS = 5
     source = Pictures(13)
     found = extract(tiny_model(), source, batch_size=2, cache=Path(folder) / "cache")
     torch.save((*found, source.read, fingerprints()), f"{folder}/cached{rank}.pt")
@@ -106,7 +108,7 @@ def test_an_unreadable_image_stops_the_evaluation():
 
 
 def test_an_image_that_is_evaluated_twice_is_an_error(monkeypatch):
-    from prepretrain import features
+    from prepretrain.evaluation import features
 
     whole = features.evaluation_batches
     monkeypatch.setattr(
@@ -191,7 +193,7 @@ class Killing(Pictures):
 
 
 def _killed(folder: Path) -> None:
-    store.ROWS = 4
+    feature_store.ROWS = 4
     extract(tiny_model(), Killing(13), batch_size=4, cache=folder)
 
 
@@ -200,7 +202,7 @@ def test_a_pass_that_was_killed_goes_on_from_its_last_whole_chunk(tmp_path, monk
     child.start()
     child.join()
     assert child.exitcode == -signal.SIGKILL
-    monkeypatch.setattr(store, "ROWS", 4)
+    monkeypatch.setattr(feature_store, "ROWS", 4)
     assert kept(tmp_path) == [8, 9, 10, 11, 12]
     assert kept(tmp_path) == []
 
@@ -208,7 +210,7 @@ def test_a_pass_that_was_killed_goes_on_from_its_last_whole_chunk(tmp_path, monk
 def test_a_chunk_that_changed_on_disk_is_computed_again_and_a_torn_file_whole(
     tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(store, "ROWS", 4)
+    monkeypatch.setattr(feature_store, "ROWS", 4)
     kept(tmp_path)
     (file,) = tmp_path.glob("*.bin")
     with open(file, "r+b") as stream:  # a NaN in the sixth image's features

@@ -19,11 +19,13 @@ from timm.optim import param_groups_layer_decay
 from torch.testing import assert_close
 
 import prepretrain
-from prepretrain import distributed, optim, shard
-from prepretrain.evaluators.accuracy import Accuracy
-from prepretrain.launch import launch
-from prepretrain.model import Model
+from prepretrain.distributed import group as distributed
+from prepretrain.distributed import shard
+from prepretrain.evaluation.evaluators.accuracy import Accuracy
+from prepretrain.models.model import Model
 from prepretrain.objectives.classify import Classify, RandAugment
+from prepretrain.runs.launch import launch
+from prepretrain.training import optim
 
 FINETUNE = [
     "objective={name: classify, augment: rand-m9-mstd0.5-inc1, mixup: 0.8, cutmix: 1.0, smoothing: 0.1}",

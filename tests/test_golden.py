@@ -10,9 +10,9 @@ import torch
 from safetensors import safe_open
 from torch.testing import assert_close
 
-from prepretrain import text, weights
-from prepretrain.encoders.vit import patchify, take
-from prepretrain.model import Model, load
+from prepretrain.models import text, weights
+from prepretrain.models.encoders.vit import patchify, take
+from prepretrain.models.model import Model, load
 from prepretrain.objectives.mae import MAE
 from prepretrain.objectives.simmim import SimMIM, window_statistics
 

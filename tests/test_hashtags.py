@@ -3,7 +3,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from prepretrain.hashtags import Vocabulary, canonical
+from prepretrain.data.vocabulary import Vocabulary, canonical
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,8 @@ from sklearn.neighbors import KNeighborsClassifier
 from test_evaluators import CARD, clouds
 from test_train import rows, train
 
-from prepretrain.evaluators import knn
-from prepretrain.evaluators.knn import Knn
+from prepretrain.evaluation.evaluators import knn
+from prepretrain.evaluation.evaluators.knn import Knn
 
 
 @pytest.fixture

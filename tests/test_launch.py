@@ -12,8 +12,11 @@ import torch
 from conftest import command, processes
 from safetensors.torch import load_file, save_file
 
-from prepretrain import config, distributed, log, plan, run
-from prepretrain.launch import launch
+from prepretrain import config
+from prepretrain.distributed import group as distributed
+from prepretrain.runs import plan, run
+from prepretrain.runs.launch import launch
+from prepretrain.training import log
 
 ROOT = Path(__file__).parents[1]
 STAGES = sorted(

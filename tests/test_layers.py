@@ -1,72 +1,47 @@
-"""The architecture: which file may import which."""
+"""The architecture: which room, and which file in it, may import which."""
 
 import ast
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
 
+from prepretrain.plugin import KINDS
+
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "prepretrain"
 
-# A file imports only from rows above its own.
+# A room imports only from rows above its own.
 ROWS = [
-    {"ports"},
-    {
-        *("plugin", "clock", "distributed", "download", "transforms", "hashtags", "heads"),
-        *("index", "labels", "slurm", "store", "text"),
-    },
-    {
-        *(
-            "log",
-            "lease",
-            "results",
-            "config",
-            "weights",
-            "sources",
-            "encoders",
-            "shard",
-            "checkpoint",
-            "zoo",
-        ),
-        *("corruptions", "watch"),
-    },
-    {
-        "model",
-        "card",
-        "optim",
-        "decoder",
-        "probing/logistic",
-        "probing/adapters",
-        "catalogue",
-        "contrastive",
-        "published",
-    },
-    {"loader", "objectives", "probing/subsets", "numerics"},
-    {"train", "features", "memory", "probing/probes"},
-    {"validation", "probing/tuning"},
-    {"evaluators"},
-    {"plan"},
-    {"run", "capacity"},
-    {"suite", "replay", "doctor"},
-    {"launch", "report"},
+    {"plugin", "distributed"},
+    {"config", "data", "zoo", "cluster"},
+    {"models", "training"},
+    {"losses"},
+    {"objectives"},
+    {"evaluation"},
+    {"runs"},
+    {"reports"},
 ]
-PLUG_INS = {"objectives", "evaluators", "sources", "encoders"}
-READERS_OF_CONFIG = {"plan", "capacity", "run", "suite", "launch", "replay", "doctor"}
+READERS_OF_CONFIG = {"runs"}
 FILES = sorted(p for p in PACKAGE.rglob("*.py") if p.name != "__init__.py")
+ROOMS = sorted(set.union(*ROWS))
 
 
-def noun(path: Path) -> str:
-    """The row's name for a file: itself, or its folder if that is one of plug-ins."""
-    return _row_name(path.relative_to(PACKAGE).with_suffix("").parts)
+def module(path: Path) -> str:
+    """The dotted name of a file's module."""
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts)
 
 
-def _row_name(parts: tuple[str, ...]) -> str:
-    inside = (PACKAGE / parts[0]).is_dir() and parts[0] not in PLUG_INS
-    return "/".join(parts[: 1 + inside])
+MODULES = {module(p): p for p in FILES}
+
+
+def room(name: str) -> str:
+    """The room of a module: `models` of prepretrain.models.encoders.vit."""
+    return name.split(".")[1]
 
 
 def imported(path: Path) -> set[str]:
-    """The modules that a file imports, wherever in it."""
+    """The modules that a file imports, wherever in it, and the names that it takes from them."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -76,54 +51,65 @@ def imported(path: Path) -> set[str]:
     return found
 
 
-def ours(path: Path) -> set[str]:
-    """The rows' names that a file imports from."""
-    names = {n for n in imported(path) if n.startswith("prepretrain.")} - {"prepretrain.probing"}
-    return {_row_name(tuple(name.split(".")[1:])) for name in names} - {noun(path)}
+OURS = {name: imported(path) & MODULES.keys() for name, path in MODULES.items()}
 
 
 def row(name: str) -> int:
-    """The number of a name's row."""
+    """The number of a room's row."""
     return next(i for i, names in enumerate(ROWS) if name in names)
 
 
-def test_every_file_has_a_row_and_every_row_a_file():
-    assert {noun(p) for p in FILES} == set.union(*ROWS)
+def test_every_file_is_in_a_room_and_every_room_has_a_file():
+    assert {room(name) for name in MODULES} == set(ROOMS)
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
-def test_a_file_imports_only_from_rows_above_its_own(path):
-    below = {name for name in ours(path) if row(name) >= row(noun(path))}
-    assert not below, f"{path.name} imports {below}"
+@pytest.mark.parametrize("name", MODULES)
+def test_a_room_imports_only_from_rows_above_its_own(name):
+    others = {one for one in OURS[name] if room(one) != room(name)}
+    below = {one for one in others if row(room(one)) >= row(room(name))}
+    assert not below, f"{name} imports {below}"
 
 
-def test_plug_ins_of_a_kind_do_not_import_each_other():
-    for path in FILES:
-        kind = path.parent.name
-        if kind in PLUG_INS:
-            peers = {n for n in imported(path) if n.startswith(f"prepretrain.{kind}.")}
-            assert all(n.startswith(f"prepretrain.{kind}.base") for n in peers), f"{path}: {peers}"
+@pytest.mark.parametrize("name", ROOMS)
+def test_no_files_of_a_room_import_each_other_in_a_circle(name):
+    inside = {one: OURS[one] for one in MODULES if room(one) == name}
+    TopologicalSorter(inside).prepare()  # raises CycleError, which names the files
+
+
+@pytest.mark.parametrize("folder", KINDS.values(), ids=KINDS)
+def test_plug_ins_of_a_kind_do_not_import_each_other(folder):
+    found = {name for name in MODULES if name.startswith(f"{folder}.")}
+    assert f"{folder}.base" in found
+    for name in found:
+        assert OURS[name] & found <= {f"{folder}.base"}, name
 
 
 def test_only_what_plans_and_starts_runs_reads_the_config():
-    assert {noun(p) for p in FILES if "config" in ours(p)} == READERS_OF_CONFIG
+    readers = {room(name) for name in MODULES if "prepretrain.config" in OURS[name]}
+    assert readers == READERS_OF_CONFIG
+
+
+def users(library: str) -> set[str]:
+    """The modules that import a library, or a part of it."""
+    return {
+        name
+        for name, path in MODULES.items()
+        if any(f"{one}.".startswith(f"{library}.") for one in imported(path))
+    }
 
 
 def test_only_the_encoders_import_timms_models():
-    for path in FILES:
-        if noun(path) != "encoders":
-            assert not any(name.startswith("timm.models") for name in imported(path)), path
+    assert all(name.startswith("prepretrain.models.encoders.") for name in users("timm.models"))
 
 
 def test_only_its_encoder_the_text_towers_and_zero_shot_import_open_clip():
-    for path in FILES:
-        if path.stem not in ("openclip", "text", "zeroshot"):
-            assert not any(name.split(".")[0] == "open_clip" for name in imported(path)), path
+    allowed = ("models.encoders.", "models.text", "evaluation.evaluators.zeroshot")
+    for name in users("open_clip"):
+        assert name.removeprefix("prepretrain.").startswith(allowed), name
 
 
 def test_nothing_imports_the_tools():
-    for path in FILES:
-        assert not any(name.split(".")[0] in ("tools", "datasets") for name in imported(path)), path
+    assert not users("tools") and not users("datasets")
 
 
 def test_scripts_are_no_packages():

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 from conftest import processes
 
-from prepretrain import lease, run
+from prepretrain.cluster import lease
+from prepretrain.runs import run
 
 DEAD = {"job": None, "host": "node7", "pid": 1}
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 from conftest import processes
 
-from prepretrain.loader import Order, Stream, collate, evaluation_batches, permute
-from prepretrain.sources.base import Source
-from prepretrain.transforms import BadImage, Random
+from prepretrain.data.loader import Order, Stream, collate, evaluation_batches, permute
+from prepretrain.data.sources.base import Source
+from prepretrain.data.transforms import BadImage, Random
 
 
 class Numbers(Source):

@@ -12,12 +12,13 @@ from sklearn.linear_model import LogisticRegression
 from test_evaluators import clouds
 from test_features import tiny_model
 
-from prepretrain import distributed, plugin
-from prepretrain.card import load_card
-from prepretrain.evaluators.lowshot import Lowshot, _scaled, summary
-from prepretrain.probing import subsets, tuning
-from prepretrain.run import build_evaluator
-from prepretrain.sources.base import Source
+from prepretrain import plugin
+from prepretrain.data.card import load_card
+from prepretrain.data.sources.base import Source
+from prepretrain.distributed import group as distributed
+from prepretrain.evaluation.evaluators.lowshot import Lowshot, _scaled, summary
+from prepretrain.evaluation.probing import subsets, tuning
+from prepretrain.runs.run import build_evaluator
 
 LISTS = Path(
     os.environ.get("PREPRETRAIN_SHARED_DATA", Path(__file__).parents[2] / "shared" / "data"),

@@ -17,14 +17,19 @@ from safetensors.torch import load_file, save_file
 from test_train import rows, train
 from torch.testing import assert_close
 
-from prepretrain import config, distributed, plan, report, shard, validation
-from prepretrain.encoders import base as encoders
-from prepretrain.launch import launch
-from prepretrain.model import Model, load
+from prepretrain import config
+from prepretrain.distributed import group as distributed
+from prepretrain.distributed import shard
+from prepretrain.evaluation import validation
+from prepretrain.models.encoders import base as encoders
+from prepretrain.models.model import Model, load
 from prepretrain.objectives.feature_mae import FeatureMAE
 from prepretrain.objectives.mae import MAE
 from prepretrain.objectives.simmim import SimMIM, window_statistics
-from prepretrain.run import load_objective
+from prepretrain.reports import report
+from prepretrain.runs import plan
+from prepretrain.runs.launch import launch
+from prepretrain.runs.run import load_objective
 
 MILLIONS = {"swinv2_s": 49, "swinv2_b": 87, "swinv2_l": 195, "swinv2_h": 655, "swinv2_g": 1061}
 SWIN = [

@@ -10,16 +10,18 @@ import torch
 import torch.nn.functional as F
 from torch.testing import assert_close
 
-from prepretrain import plugin, shard, weights
-from prepretrain.encoders import base as encoders
-from prepretrain.encoders.vit import patchify, unpatchify
-from prepretrain.hashtags import Vocabulary
-from prepretrain.heads import TwoLayer
-from prepretrain.model import Model, load
+from prepretrain import plugin
+from prepretrain.data.transforms import Random
+from prepretrain.data.vocabulary import Vocabulary
+from prepretrain.distributed import shard
+from prepretrain.models import weights
+from prepretrain.models.encoders import base as encoders
+from prepretrain.models.encoders.vit import patchify, unpatchify
+from prepretrain.models.heads import TwoLayer
+from prepretrain.models.model import Model, load
 from prepretrain.objectives.classify import Classify
 from prepretrain.objectives.hashtag import Hashtag, sparse_cross_entropy
 from prepretrain.objectives.mae import MAE
-from prepretrain.transforms import Random
 
 PARAMETERS = {  # counts of MAWS's released encoders
     "vit_b16": 85_798_656,

@@ -7,10 +7,14 @@ import pytest
 import torch
 from conftest import command, processes
 
-from prepretrain import capacity, config, distributed, memory, optim, shard
-from prepretrain.model import Model
+from prepretrain import config
+from prepretrain.distributed import group as distributed
+from prepretrain.distributed import shard
+from prepretrain.models.model import Model
 from prepretrain.objectives.mae import MAE
-from prepretrain.plan import Plan
+from prepretrain.runs import capacity, memory
+from prepretrain.runs.plan import Plan
+from prepretrain.training import optim
 
 
 def build(encoder: str = "vit_test8") -> MAE:

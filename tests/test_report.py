@@ -10,7 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
-from prepretrain import published, report
+from prepretrain.reports import report
+from prepretrain.zoo import published
 
 
 @pytest.fixture

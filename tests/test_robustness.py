@@ -12,8 +12,10 @@ from PIL import Image
 from test_features import tiny_model
 from test_text import BPE
 
-from prepretrain import corruptions, distributed
-from prepretrain.evaluators.robustness import (
+from prepretrain.data.transforms import Random, decode, resize_center_crop
+from prepretrain.distributed import group as distributed
+from prepretrain.evaluation import corruptions
+from prepretrain.evaluation.evaluators.robustness import (
     ALEXNET,
     Robustness,
     answered,
@@ -21,9 +23,8 @@ from prepretrain.evaluators.robustness import (
     grouped_scores,
     mce,
 )
-from prepretrain.features import extract
-from prepretrain.model import Model
-from prepretrain.transforms import Random, decode, resize_center_crop
+from prepretrain.evaluation.features import extract
+from prepretrain.models.model import Model
 
 # Top-1 of torchvision's ResNet-50 on ImageNet-C, the mean over severities, and its corruption errors:
 # bethgelab/game-of-noise, Results/clean_results.txt at commit 82423a1, which states mCE 76.70, as

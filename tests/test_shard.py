@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch.distributed.fsdp import FSDPModule
 
-from prepretrain import shard
-from prepretrain.launch import launch
-from prepretrain.model import Model
+from prepretrain.distributed import shard
+from prepretrain.models.model import Model
 from prepretrain.objectives.mae import MAE
+from prepretrain.runs.launch import launch
 
 
 def step(

@@ -16,8 +16,9 @@ import slurm_box
 from conftest import furnish
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from prepretrain import checkpoint, ports, slurm
-from prepretrain.launch import launch, status
+from prepretrain.cluster import slurm
+from prepretrain.distributed import checkpoint, ports
+from prepretrain.runs.launch import launch, status
 
 pytestmark = [
     pytest.mark.slurm,
@@ -419,7 +420,8 @@ def test_a_suite_with_a_job_for_each_entry_is_one_array_and_each_goes_on_after_a
 def test_an_evaluation_that_is_stopped_starts_again(box, whole):
     Path("lab").mkdir(exist_ok=True)
     Path("lab/slow.py").write_text(
-        "import time\nfrom pathlib import Path\nfrom prepretrain.evaluators.base import Evaluator\n\n"
+        "import time\nfrom pathlib import Path\n"
+        "from prepretrain.evaluation.evaluators.base import Evaluator\n\n"
         "class Slow(Evaluator):\n    headline = 'seen'\n\n"
         "    def run(self, model, folder):\n"
         "        again = Path('slow').exists()\n        Path('slow').touch()\n"

@@ -9,10 +9,11 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from prepretrain import index, plugin
-from prepretrain.loader import Stream
-from prepretrain.sources import shards as shards_module
-from prepretrain.transforms import BadImage, decode
+from prepretrain import plugin
+from prepretrain.data import tar_index
+from prepretrain.data.loader import Stream
+from prepretrain.data.sources import shards as shards_module
+from prepretrain.data.transforms import BadImage, decode
 
 
 def jpeg(seed=0, size=16):
@@ -333,8 +334,8 @@ def test_the_index_is_written_once_and_again_when_the_shard_changed(two_shards, 
     open_shards(two_shards)
     assert (two_shards / "00000.tar.index").exists()
     walks = []
-    walk = index.walk
-    monkeypatch.setattr(index, "walk", lambda path: walks.append(path.name) or walk(path))
+    walk = tar_index.walk
+    monkeypatch.setattr(tar_index, "walk", lambda path: walks.append(path.name) or walk(path))
     open_shards(two_shards)
     assert walks == []
     write_tar(two_shards / "00001.tar", flat(sample("new")))
@@ -363,7 +364,7 @@ def test_where_the_folder_cannot_be_written_the_index_goes_to_the_cache(
     (two_shards / "00001.tar.index" / "blocked").mkdir(parents=True)
     assert open_shards(two_shards)[8]["key"] == "13"
     assert len(list((cache / "prepretrain" / "index").iterdir())) == 2
-    monkeypatch.setattr(index, "walk", None)
+    monkeypatch.setattr(tar_index, "walk", None)
     assert len(open_shards(two_shards)) == 9
 
 
@@ -643,7 +644,7 @@ def test_images_in_structs_of_bytes_and_path_are_read(tmp_path):
 
 
 def test_a_folder_of_parquet_files_is_read_in_order_with_little_memory(tmp_path, monkeypatch):
-    from prepretrain.sources import parquet as module
+    from prepretrain.data.sources import parquet as module
 
     monkeypatch.setattr(module, "_IN_MEMORY", 1)
     for number in range(3):
@@ -685,7 +686,7 @@ def test_scenes_are_the_same_whenever_and_in_whatever_order_they_are_made():
 def test_scenes_have_clean_labels_and_noisy_long_tailed_tags():
     from collections import Counter
 
-    from prepretrain.hashtags import canonical
+    from prepretrain.data.vocabulary import canonical
 
     source = plugin.build("sources", "synthetic", images=2000, size=16)
     labels = Counter(source.label(i) for i in range(2000))

@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 from conftest import processes
 
-from prepretrain import config, results, suite
-from prepretrain.launch import _jobs, launch
+from prepretrain import config
+from prepretrain.runs import results, suite
+from prepretrain.runs.launch import _jobs, launch
 
 ROOT = Path(__file__).parents[1]
 

@@ -11,9 +11,10 @@ from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 from transformers import XLMRobertaConfig, XLMRobertaForMaskedLM
 
-from prepretrain import shard, weights
-from prepretrain.model import Model, load, open_text, open_weights
-from prepretrain.text import OpenClip
+from prepretrain.distributed import shard
+from prepretrain.models import weights
+from prepretrain.models.model import Model, load, open_text, open_weights
+from prepretrain.models.text import OpenClip
 
 WORDS = (
     "the quick brown fox jumps over a lazy dog and sees red blue green cats in small houses".split()

@@ -15,9 +15,12 @@ from conftest import command, processes, start
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
-from prepretrain import checkpoint, config, distributed, run
-from prepretrain.card import load_card
-from prepretrain.hashtags import Vocabulary
+from prepretrain import config
+from prepretrain.data.card import load_card
+from prepretrain.data.vocabulary import Vocabulary
+from prepretrain.distributed import checkpoint
+from prepretrain.distributed import group as distributed
+from prepretrain.runs import run
 
 ENV = {**os.environ, "OMP_NUM_THREADS": "1"}
 CLOCKS = (

@@ -6,8 +6,8 @@ import pytest
 import torch
 from PIL import Image
 
-from prepretrain import transforms
-from prepretrain.transforms import BadImage, Random, crop_box, decode
+from prepretrain.data import transforms
+from prepretrain.data.transforms import BadImage, Random, crop_box, decode
 
 
 def photo(height=48, width=64, seed=0, mode="RGB"):

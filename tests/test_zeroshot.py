@@ -13,13 +13,15 @@ from test_captions import MODEL
 from test_features import tiny_model
 from test_text import BPE, small
 
-from prepretrain import distributed, run, shard
-from prepretrain.card import load_card
-from prepretrain.evaluators.retrieval import Retrieval, recalls
-from prepretrain.evaluators.zeroshot import Zeroshot, classifier, measure, probabilities
-from prepretrain.features import extract, extract_texts
-from prepretrain.launch import launch
-from prepretrain.model import Model
+from prepretrain.data.card import load_card
+from prepretrain.distributed import group as distributed
+from prepretrain.distributed import shard
+from prepretrain.evaluation.evaluators.retrieval import Retrieval, recalls
+from prepretrain.evaluation.evaluators.zeroshot import Zeroshot, classifier, measure, probabilities
+from prepretrain.evaluation.features import extract, extract_texts
+from prepretrain.models.model import Model
+from prepretrain.runs import run
+from prepretrain.runs.launch import launch
 
 ROOT = Path(__file__).parents[1]
 SPLITS = """
@@ -55,7 +57,7 @@ def test_zero_shot_is_open_clips_on_the_same_model_and_images(tmp_path):
     assert_close = torch.testing.assert_close
     assert_close(ours.T, weight, rtol=1e-4, atol=1e-5)
     _, labels = extract(model, source, pool="joint", share=1.0)
-    from prepretrain.transforms import decode, resize_center_crop
+    from prepretrain.data.transforms import decode, resize_center_crop
 
     pictures = torch.stack(
         [resize_center_crop(decode(source[i]["image"]), 32, share=1.0) for i in range(len(source))]

@@ -27,13 +27,15 @@ from torch.testing import assert_close
 from torchvision import transforms
 
 import prepretrain
-from prepretrain import catalogue, download, weights, zoo
-from prepretrain import model as models
-from prepretrain.download import Expected
-from prepretrain.launch import launch
-from prepretrain.model import Model
-from prepretrain.transforms import squash
-from prepretrain.weights import Weights
+from prepretrain.data.transforms import squash
+from prepretrain.models import model as models
+from prepretrain.models import weights
+from prepretrain.models.model import Model
+from prepretrain.models.weights import Weights
+from prepretrain.runs.launch import launch
+from prepretrain.zoo import catalogue, download
+from prepretrain.zoo import releases as zoo
+from prepretrain.zoo.download import Expected
 
 ROOT = Path(__file__).parents[1]
 GOLDEN = Path(os.environ.get("PREPRETRAIN_GOLDEN", Path(__file__).parent / "golden"))
@@ -757,7 +759,7 @@ def test_torch_hub_loads_a_release(tiny):
 def test_torch_hubs_dependencies_are_what_loading_imports():
     code = (
         "import sys, torch; before = set(sys.modules)\n"
-        "import prepretrain.model; prepretrain.model.encoders.sizes()\n"
+        "import prepretrain.models.model; prepretrain.models.model.encoders.sizes()\n"
         "print(*{m.partition('.')[0] for m in set(sys.modules) - before})"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -4,7 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from prepretrain import run
+from prepretrain.runs import run
 
 
 def main() -> None:

@@ -15,9 +15,9 @@ python tools/launch.py --replay runs/mae/dumps/000001234            what was not
 import argparse
 import sys
 
-from prepretrain.launch import examine, launch, look_again, status
-from prepretrain.slurm import STOPPED
-from prepretrain.train import Stopped
+from prepretrain.cluster.slurm import STOPPED
+from prepretrain.runs.launch import examine, launch, look_again, status
+from prepretrain.training.fit import Stopped
 
 
 def main() -> None:

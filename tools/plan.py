@@ -13,7 +13,7 @@ import json
 import logging
 import sys
 
-from prepretrain import capacity
+from prepretrain.runs import capacity
 
 
 def main() -> None:

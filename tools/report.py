@@ -3,7 +3,7 @@
 import argparse
 import sys
 
-from prepretrain import report
+from prepretrain.reports import report
 
 
 def main() -> None:

@@ -5,7 +5,8 @@ import json
 import sys
 from pathlib import Path
 
-from prepretrain import catalogue, zoo
+from prepretrain.zoo import catalogue
+from prepretrain.zoo import releases as zoo
 
 
 def main() -> None:

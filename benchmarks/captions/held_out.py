@@ -3,8 +3,8 @@
 import hashlib
 from typing import Literal
 
-from prepretrain.sources.base import Source, fingerprint_of
-from prepretrain.sources.shards import Shards
+from prepretrain.data.sources.base import Source, fingerprint_of
+from prepretrain.data.sources.shards import Shards
 
 
 class HeldOut(Source):

@@ -7,11 +7,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from prepretrain.contrastive import LOSSES, Captioned
-from prepretrain.encoders.vit import ViT
-from prepretrain.model import Model, open_text
-from prepretrain.transforms import decode, flip, random_resized_crop, resize_center_crop
-from prepretrain.weights import Weights
+from prepretrain.data.transforms import decode, flip, random_resized_crop, resize_center_crop
+from prepretrain.losses.contrastive import LOSSES, Captioned
+from prepretrain.models.encoders.vit import ViT
+from prepretrain.models.model import Model, open_text
+from prepretrain.models.weights import Weights
 
 
 class Objective(nn.Module):

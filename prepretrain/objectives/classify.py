@@ -13,7 +13,7 @@ from timm.data.auto_augment import rand_augment_transform
 from timm.data.random_erasing import RandomErasing
 from torch import Tensor
 
-from prepretrain.model import Model
+from prepretrain.models.model import Model
 from prepretrain.objectives.base import Objective, blank_images, picture
 
 

@@ -11,11 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from prepretrain import model as models
-from prepretrain import weights
-from prepretrain.decoder import Decoder
-from prepretrain.encoders import base as encoders
-from prepretrain.model import Model
+from prepretrain.models import model as models
+from prepretrain.models import weights
+from prepretrain.models.decoder import Decoder
+from prepretrain.models.encoders import base as encoders
+from prepretrain.models.model import Model
 from prepretrain.objectives.base import Masked
 
 

@@ -7,13 +7,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from prepretrain.card import data_folder
-from prepretrain.encoders.base import pool as pool_tokens
-from prepretrain.hashtags import Vocabulary
-from prepretrain.heads import HEADS
-from prepretrain.model import Model
+from prepretrain.data.card import data_folder
+from prepretrain.data.transforms import BadImage
+from prepretrain.data.vocabulary import Vocabulary
+from prepretrain.models.encoders.base import pool as pool_tokens
+from prepretrain.models.heads import HEADS
+from prepretrain.models.model import Model
 from prepretrain.objectives.base import Objective, blank_images, picture
-from prepretrain.transforms import BadImage
 
 
 class Hashtag(Objective):

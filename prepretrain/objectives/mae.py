@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prepretrain.decoder import Decoder
-from prepretrain.encoders.vit import patchify, take, unpatchify
-from prepretrain.model import Model
+from prepretrain.models.decoder import Decoder
+from prepretrain.models.encoders.vit import patchify, take, unpatchify
+from prepretrain.models.model import Model
 from prepretrain.objectives.base import Masked
 
 

@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from prepretrain.encoders.vit import Block, patchify, sincos, take, unpatchify
-from prepretrain.model import Model
+from prepretrain.models.encoders.vit import Block, patchify, sincos, take, unpatchify
+from prepretrain.models.model import Model
 from prepretrain.objectives.base import Masking, Objective, blank_images
 
 logger = logging.getLogger(__name__)

@@ -8,8 +8,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from prepretrain import distributed
-from prepretrain.model import Model
+from prepretrain.distributed import group as distributed
+from prepretrain.models.model import Model
 from prepretrain.objectives.mae import MAE
 
 

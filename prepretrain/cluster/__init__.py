@@ -1,0 +1,1 @@
+"""Runs jobs under SLURM: submits and requeues them, and gives a folder to one of them."""

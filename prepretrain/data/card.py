@@ -1,0 +1,377 @@
+"""What a dataset is: a YAML card with its splits, licence and class names, and how to open one."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+from prepretrain import plugin
+from prepretrain.data import labels
+from prepretrain.data.sources.base import Source
+
+_HERE = Path(__file__).resolve().parents[2] / "datasets"
+_TEXTS = ("description", "licence")
+_PATTERN = "*?[{"
+_PATHS = ("path", "listing")  # options of sources that start at the data folder
+_VARIANTS = ("corruption", "severity")
+
+
+class MissingData(ValueError):
+    """There is nothing where a card says that its data lies."""
+
+
+@dataclass(frozen=True)
+class Card:
+    """A dataset by name; nothing is read from its data until `open`."""
+
+    name: str
+    path: Path
+    description: str
+    licence: str
+    classes: list[str] | None
+    vocabulary: Path | None
+    splits: dict[str, dict]
+    names: dict[str, list[list[str]]]  # for zero-shot, by language: each class's synonyms
+    templates: dict[str, list[str]]  # for zero-shot, by language
+    groups: labels.Groups | None  # where its classes are some of another card's, or groups of them
+    answers: Path | None  # the right classes of each image of `val`, several or none
+
+    @property
+    def images(self) -> dict[str, int | None]:
+        """The declared number of images of each split; None where it is left to the data."""
+        return {split: options.get("images") for split, options in self.splits.items()}
+
+    def open(
+        self, split: str, *, corruption: str | None = None, severity: int | None = None
+    ) -> Source:
+        """The source of one split, checked against what the card declares.
+
+        A split with `corruptions` is opened with one of them and a severity. Raises MissingData
+        where there is nothing, and ValueError for what is not as declared.
+        """
+        where = f"{self.path}: {split}"
+        options = self._options(split)
+        declared, name = options.get("images"), options.pop("source")
+        if any(key in options for key in _VARIANTS) or (corruption, severity) != (None, None):
+            options["path"] = self._variant(split, corruption, severity)
+        for key in _VARIANTS:
+            options.pop(key, None)
+        for key in _PATHS:
+            if key in options:
+                options[key] = self._located(str(options[key]), split)
+        try:
+            if "images" not in plugin.options(plugin.find("sources", name)):
+                options.pop("images", None)  # a source that makes its images takes it itself
+            source = plugin.build("sources", name, **options)
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from error
+        if declared is not None and declared != len(source):
+            raise ValueError(
+                f"{where}: the card declares images: {declared}, and the data holds "
+                f"{len(source)}. Correct the card, or complete the data."
+            )
+        if source.classes:
+            self._check_classes(where, len(source.classes))
+        return source
+
+    def corruptions(self, split: str = "val") -> dict[str, list[int]]:
+        """{corruption: its severities}, which a split declares; {} for one without."""
+        options = self._options(split)
+        return {name: list(options["severity"]) for name in options.get("corruption", ())}
+
+    def missing(self, split: str = "val") -> dict[str, list[int]]:
+        """Those of `corruptions` whose folder is not there; {} where all are."""
+        absent = {
+            name: [n for n in levels if not (data_folder() / self._path(split, name, n)).is_dir()]
+            for name, levels in self.corruptions(split).items()
+        }
+        return {name: levels for name, levels in absent.items() if levels}
+
+    def open_answers(self, split: str) -> list[list[int]]:
+        """The classes that are right for each image of a split, in the order of its source.
+
+        An image without one is left out of the score ("Are we done with ImageNet?", Beyer et al.
+        2020). Raises MissingData without the file or the images, and ValueError for an image whose
+        name has no number, or one that the file does not reach.
+        """
+        where = f"{self.path}: {split}"
+        if self.answers is None:
+            raise ValueError(f"{where}: the card has no answers, such as answers: real.json.")
+        self._require(self.answers, f"{self.path}: answers")
+        source = self.open(split)
+        try:
+            return labels.answers(self.answers, map(source.key, range(len(source))))
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from error
+
+    def _options(self, split: str) -> dict:
+        if split not in self.splits:
+            raise ValueError(
+                plugin.unknown(f"{self.path}: no split", split, list(self.splits), quote=True)
+            )
+        return dict(self.splits[split])
+
+    def _path(self, split: str, corruption: str, severity: int) -> str:
+        path = str(self.splits[split]["path"])
+        return path.replace("{corruption}", corruption).replace("{severity}", str(severity))
+
+    def _variant(self, split: str, corruption: str | None, severity: int | None) -> str:
+        """The path of one corruption and severity that the split declares, and that is there."""
+        where, declared = f"{self.path}: {split}", self.corruptions(split)
+        if not declared:
+            raise ValueError(
+                f"{where}: has no corruptions, so there is no {corruption!r} of severity "
+                f"{severity!r}."
+            )
+        if corruption not in declared:
+            raise ValueError(
+                plugin.unknown(f"{where}: no corruption", str(corruption), [*declared], quote=True)
+            )
+        if severity not in declared[corruption]:
+            raise ValueError(
+                f"{where}: no severity {severity!r}. There are: "
+                f"{', '.join(map(str, declared[corruption]))}."
+            )
+        path, missing = self._path(split, corruption, severity), self.missing(split)
+        if severity in missing.get(corruption, ()):
+            every = "; ".join(f"{n} {', '.join(map(str, levels))}" for n, levels in missing.items())
+            raise MissingData(
+                f"{where}: there is nothing at {data_folder() / path}. All that is missing: {every}."
+            )
+        return path
+
+    def _check_classes(self, where: str, count: int) -> None:
+        """Raises ValueError where the data has another number of classes than the card."""
+        named = self.classes if self.groups is None else self.groups.classes
+        if named and len(named) != count:
+            verb = "names" if self.groups is None else "groups"
+            raise ValueError(
+                f"{where}: the card {verb} {len(named)} classes, and the data has {count}: labels "
+                "would not mean the same."
+            )
+
+    def _located(self, path: str, split: str) -> str:
+        if "://" in path:
+            return path
+        located = data_folder() / path
+        solid = located
+        while any(sign in solid.name for sign in _PATTERN):
+            solid = solid.parent
+        self._require(located, f"{self.path}: {split}", solid)
+        return str(located)
+
+    def _require(self, located: Path, where: str, solid: Path | None = None) -> None:
+        if not (solid or located).exists():
+            raise MissingData(
+                f"{where}: there is nothing at {located}. Put the data of card '{self.name}' there, "
+                f"or set PREPRETRAIN_DATA, the folder that relative paths start from (now "
+                f"'{data_folder()}')."
+            )
+
+
+def data_folder() -> Path:
+    """Where relative data paths of cards start: $PREPRETRAIN_DATA, or ./data."""
+    return Path(os.environ.get("PREPRETRAIN_DATA") or "data")
+
+
+def card_names() -> list[str]:
+    """The cards that can be asked for by name."""
+    return sorted({file.stem for folder in _folders() for file in folder.glob("*.yaml")})
+
+
+def load_card(name: str | Path) -> Card:
+    """The card of this name, or in this .yaml file."""
+    path = _find(str(name))
+    try:
+        content = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path}: not readable as YAML: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(
+            f"{path}: a card is a mapping with at least one split, such as "
+            "train: {source: folder, path: photos}. This file holds "
+            f"{'nothing' if content is None else type(content).__name__}."
+        )
+    return _card(path, content)
+
+
+def open_source(address: str) -> Source:
+    """The source at "card:split"; without a split, the card's train."""
+    if address.endswith(".yaml") or ":" not in address:
+        return load_card(address).open("train")
+    name, split = address.rsplit(":", 1)
+    return load_card(name).open(split)
+
+
+def _folders() -> list[Path]:
+    return [Path("datasets"), _HERE]
+
+
+def _find(name: str) -> Path:
+    if name.endswith((".yaml", ".yml")):
+        if not Path(name).is_file():
+            raise ValueError(f"no card at {name}. Cards by name: {', '.join(card_names())}.")
+        return Path(name)
+    for folder in _folders():
+        if (folder / f"{name}.yaml").is_file():
+            return folder / f"{name}.yaml"
+    raise ValueError(
+        plugin.unknown("no card", name, card_names(), quote=True)
+        + f" A new one is a file datasets/{name}.yaml (datasets/README.md)."
+    )
+
+
+def _card(path: Path, content: dict) -> Card:
+    content = dict(content)
+    texts = {key: str(content.pop(key, "")) for key in _TEXTS}
+    classes = _classes(path, content.pop("classes", None))
+    vocabulary = content.pop("vocabulary", None)
+    names = _names(path, content.pop("names", None), classes)
+    templates = _templates(path, content.pop("templates", None))
+    groups = _groups(path, content.pop("groups", None), classes)
+    answers = content.pop("answers", None)
+    for split, options in content.items():
+        _check_split(f"{path}: {split}", options)
+    if not content:
+        raise ValueError(
+            f"{path}: no split. A card has at least one, such as "
+            "train: {source: folder, path: photos}."
+        )
+    return Card(
+        path.stem,
+        path,
+        texts["description"],
+        texts["licence"],
+        classes,
+        data_folder() / vocabulary if vocabulary else None,
+        content,
+        names,
+        templates,
+        groups,
+        data_folder() / answers if answers else None,
+    )
+
+
+def _classes(path: Path, classes: object) -> list[str] | None:
+    if classes is None:
+        return None
+    if not isinstance(classes, list) or len(set(map(str, classes))) != len(classes) or not classes:
+        raise ValueError(f"{path}: classes: must be a list of different names, in label order.")
+    if not all(isinstance(name, str) for name in classes):
+        odd = next(name for name in classes if not isinstance(name, str))
+        raise ValueError(f"{path}: classes: {odd!r} is not a text. Put it in quotes.")
+    return classes
+
+
+def _names(path: Path, given: object, classes: list[str] | None) -> dict[str, list[list[str]]]:
+    """{language: [[synonym, …] of each class]}; a list alone is English."""
+    names = {}
+    for language, rows in _by_language(given).items():
+        where = f"{path}: names" + (f".{language}" if isinstance(given, dict) else "")
+        if not isinstance(rows, list):
+            raise ValueError(f"{where}: {rows!r} is not a list of names, in label order.")
+        names[language] = [row if isinstance(row, list) else [row] for row in rows]
+        check_names(names[language], where)
+        if classes is not None and len(rows) != len(classes):
+            raise ValueError(
+                f"{where}: holds {len(rows)} names, and there are {len(classes)} classes. Name each, "
+                f"in label order."
+            )
+    return names
+
+
+def check_names(names: list[list[str]], where: str) -> None:
+    """Raises ValueError for a class without a name, or a name of two classes, which no text could
+    tell apart."""
+    if not names:
+        raise ValueError(f"{where}: there are no names.")
+    seen: dict[str, int] = {}
+    for number, synonyms in enumerate(names):
+        for name in synonyms or [""]:
+            if not isinstance(name, str) or not name.strip():
+                raise ValueError(
+                    f"{where}: class {number} has the name {name!r}, which is empty or no text."
+                )
+            if seen.setdefault(name.strip().casefold(), number) != number:
+                raise ValueError(
+                    f"{where}: classes {seen[name.strip().casefold()]} and {number} are both called "
+                    f"{name!r}, so no text tells them apart. Name them differently."
+                )
+
+
+def _templates(path: Path, given: object) -> dict[str, list[str]]:
+    """{language: [template with {} for the name, …]}; a list alone is English."""
+    templates = _by_language(given)
+    for language, rows in templates.items():
+        where = f"{path}: templates" + (f".{language}" if isinstance(given, dict) else "")
+        if not isinstance(rows, list) or not rows:
+            raise ValueError(f"{where}: {rows!r} is not a list of templates.")
+        check_templates(rows, where)
+    return templates
+
+
+def check_templates(templates: list[str], where: str) -> None:
+    """Raises ValueError for a template without exactly one place, {}, for the name."""
+    for template in templates:
+        if not isinstance(template, str) or template.count("{}") != 1:
+            raise ValueError(
+                f"{where}: {template!r} must hold {{}} once, where the name goes, as in "
+                f"'a photo of a {{}}.'."
+            )
+
+
+def _groups(path: Path, given: object, classes: list[str] | None) -> labels.Groups | None:
+    if given is None:
+        return None
+    groups = labels.read_groups(given, f"{path}: groups")
+    _find(groups.of)  # raises where there is no such card
+    if classes is not None and len(classes) != len(groups.classes):
+        raise ValueError(
+            f"{path}: groups.classes: there are {len(groups.classes)}, and {len(classes)} classes."
+        )
+    return groups
+
+
+def _by_language(given: object) -> dict[str, object]:
+    if given is None:
+        return {}
+    if isinstance(given, dict):
+        return {str(language): rows for language, rows in given.items()}
+    return {"en": given}
+
+
+def _check_split(where: str, options: object) -> None:
+    if not isinstance(options, dict) or "source" not in options:
+        raise ValueError(
+            f"{where}: a split is a mapping with a source, such as {{source: shards, "
+            f"path: …}}, not {options!r}. Other keys of a card: "
+            "description, licence, classes, names, templates, vocabulary, groups, answers."
+        )
+    _check_variants(where, options)
+    images = options.get("images")
+    if images is not None and (
+        not isinstance(images, int) or isinstance(images, bool) or images < 1
+    ):
+        raise ValueError(
+            f"{where}.images: {images!r} is not a number of images. Leave the key out "
+            "to count the data."
+        )
+
+
+def _check_variants(where: str, options: dict) -> None:
+    """A path with {corruption} and {severity} wants the lists of both, and they want it."""
+    path = str(options.get("path", ""))
+    if not any(key in options or f"{{{key}}}" in path for key in _VARIANTS):
+        return
+    for key in _VARIANTS:
+        values = options.get(key)
+        if f"{{{key}}}" not in path or not isinstance(values, list) or not values:
+            raise ValueError(
+                f"{where}: {{{key}}} in the path and a list {key}: […] of its values go together; "
+                f"the path is {path!r}, the list {values!r}."
+            )
+    if not all(type(level) is int for level in options["severity"]):
+        raise ValueError(f"{where}.severity: {options['severity']!r} are not all numbers.")
+    if not all(isinstance(name, str) for name in options["corruption"]):
+        raise ValueError(f"{where}.corruption: {options['corruption']!r} are not all texts.")

@@ -1,0 +1,421 @@
+"""Batches in an order that is a pure function: the same for any number of processes and workers."""
+
+import math
+import mmap
+import os
+import signal
+from collections.abc import Callable, Generator, Iterator
+from multiprocessing.util import Finalize
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from prepretrain.data.sources.base import Source, fingerprint_of
+from prepretrain.data.transforms import BadImage, Random
+from prepretrain.distributed import group as distributed
+from prepretrain.distributed import heartbeat
+
+Transform = Callable[[dict], dict]
+
+_ROUNDS = 8
+_IN_A_ROW = 100  # not from the paper: bad images in a row, after which the data itself is broken
+
+
+class Order:
+    """position -> (epoch, index): every epoch holds each image once, in an order of its own.
+
+    With `window`, shards are shuffled, and images only within windows of that many shards, so
+    that a process reads from few files at a time; 0 shuffles over everything.
+    """
+
+    def __init__(self, groups: list[int], *, seed: int, window: int = 0):
+        self.sizes = np.asarray(groups, dtype=np.int64)
+        self.starts = np.cumsum(self.sizes) - self.sizes
+        self.length, self.seed, self.window = int(self.sizes.sum()), seed, window
+        self._shuffled: tuple[int, tuple] = (-1, ())
+
+    def __call__(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The epochs and the indexes at these positions."""
+        epochs, within = np.divmod(positions, self.length)
+        indexes = np.empty_like(within)
+        for epoch in np.unique(epochs):
+            here = epochs == epoch
+            find = self._in_windows if self.window else self._in_all
+            indexes[here] = find(int(epoch), within[here])
+        return epochs, indexes
+
+    def _in_all(self, epoch: int, within: np.ndarray) -> np.ndarray:
+        return permute(within, self.length, Random(self.seed, epoch, 0)("order"))
+
+    def _in_windows(self, epoch: int, within: np.ndarray) -> np.ndarray:
+        shards, starts = self._shards(epoch)
+        ends = np.append(starts[self.window :: self.window], self.length)
+        windows = np.searchsorted(ends, within, side="right")
+        indexes = np.empty_like(within)
+        for window in np.unique(windows):
+            here, first = windows == window, starts[window * self.window]
+            rng = Random(self.seed, epoch, int(window))("window")
+            moved = first + permute(within[here] - first, int(ends[window] - first), rng)
+            place = np.searchsorted(starts, moved, side="right") - 1
+            indexes[here] = self.starts[shards[place]] + moved - starts[place]
+        return indexes
+
+    def _shards(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """The epoch's order of the shards that hold images, and where each starts in it."""
+        if self._shuffled[0] != epoch:
+            full = np.flatnonzero(self.sizes)
+            shards = Random(self.seed, epoch, 0)("shards").permutation(full)
+            starts = np.cumsum(self.sizes[shards]) - self.sizes[shards]
+            self._shuffled = (epoch, (shards, starts))
+        return self._shuffled[1]
+
+
+def permute(values: np.ndarray, n: int, rng: np.random.Generator) -> np.ndarray:
+    """A random permutation of range(n) at `values`, in constant memory.
+
+    A Feistel network over the cells of a grid of about sqrt(n) x sqrt(n); what falls on the few
+    cells past n goes through again until it does not.
+    """
+    rows = math.isqrt(n - 1) + 1
+    columns = -(-n // rows)
+    keys = rng.integers(2**64, size=_ROUNDS, dtype=np.uint64)
+    out = np.array(values, dtype=np.uint64)
+    todo = np.arange(len(out))
+    while len(todo):
+        row, column = np.divmod(out[todo], np.uint64(columns))
+        for i in range(0, _ROUNDS, 2):
+            row = (row + _mixed(column ^ keys[i]) % np.uint64(rows)) % np.uint64(rows)
+            column = (column + _mixed(row ^ keys[i + 1]) % np.uint64(columns)) % np.uint64(columns)
+        out[todo] = row * np.uint64(columns) + column
+        todo = todo[out[todo] >= n]
+    return out.astype(np.int64)
+
+
+def _mixed(x: np.ndarray) -> np.ndarray:
+    """Spread every bit over all 64 (Stafford's thirteenth mix, the finaliser of SplitMix64)."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+class Stream:
+    """An endless stream of global batches of `batch_size` images; the state is one integer.
+
+    Rank r takes the r-th slice of every global batch, in `accumulate` equal parts.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        transform: Transform,
+        *,
+        batch_size: int,
+        seed: int,
+        accumulate: int = 1,
+        workers: int = 0,
+        max_bad: float = 0.01,
+        window: int = 0,
+        rank: int | None = None,
+        world: int | None = None,
+    ):
+        self.rank = distributed.rank() if rank is None else rank
+        self.world = distributed.world() if world is None else world
+        self.length = len(source)
+        _check(self.length, batch_size, self.world, accumulate)
+        self.batch_size, self.accumulate = batch_size, accumulate
+        self.workers, self.max_bad = workers, max_bad
+        self.fingerprint = fingerprint_of([source.fingerprint, seed, window])
+        self._order = Order(source.groups, seed=seed, window=window)
+        self._reader = _Training(source, transform, self._order)
+
+    def epoch_of(self, position: int) -> int:
+        """The epoch that the image at this position belongs to, from 0."""
+        return position // self.length
+
+    def batches(self, consumed: int = 0) -> Generator[dict, None, None]:
+        """This rank's micro batches of the global batches that start after `consumed` images.
+
+        A batch also holds "key", "position" and "bad", the substitutions made in it. Workers start at
+        once, and end when it is closed.
+        """
+        return _load(self._reader, _Slices(self, consumed), self.workers)
+
+
+class _Slices:
+    """The positions of each micro batch of one rank, for ever."""
+
+    def __init__(self, stream: Stream, consumed: int):
+        self.stream, self.consumed = stream, consumed
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        stream, start = self.stream, self.consumed
+        share = stream.batch_size // stream.world
+        part = share // stream.accumulate
+        while True:
+            first = start + stream.rank * share
+            for micro in range(stream.accumulate):
+                yield first + micro * part + np.arange(part)
+            start += stream.batch_size
+
+
+class _Training(Dataset):
+    """Positions to a batch; a bad image is replaced, by a pure function of its position."""
+
+    def __init__(self, source: Source, transform: Transform, order: Order):
+        self.source, self.transform, self.order = source, transform, order
+
+    def __getitem__(self, positions: np.ndarray) -> dict:
+        keys, rows, bad = [], [], []
+        for position, epoch, index in zip(positions, *self.order(positions)):
+            key, row = self._usable(int(position), int(epoch), int(index), bad)
+            keys.append(key)
+            rows.append(row)
+        return collate(rows) | {"key": keys, "position": positions.tolist(), "bad": bad}
+
+    def _usable(self, position: int, epoch: int, index: int, bad: list) -> tuple[str, dict]:
+        first = index
+        for attempt in range(_IN_A_ROW):
+            try:
+                return _transformed(
+                    self.source, self.transform, index, Random(self.order.seed, epoch, index)
+                )
+            except BadImage as error:
+                bad.append({"cause": error.cause, "key": error.key, "position": position})
+            rng = Random(self.order.seed, epoch, position)(f"substitute {attempt}")
+            index = int(rng.integers(self.order.length))
+        raise RuntimeError(
+            f"{_IN_A_ROW} bad images in a row in place of image {first}; the last: "
+            f"{bad[-1]['key']}: {bad[-1]['cause']}. Check the data."
+        )
+
+
+def evaluation_batches(
+    source: Source,
+    transform: Transform,
+    *,
+    batch_size: int,
+    workers: int = 0,
+    rank: int | None = None,
+    world: int | None = None,
+    seed: int = 0,
+    leave_out: bool = False,
+) -> Generator[dict, None, None]:
+    """Each image once, over all ranks, in the source's order; as many batches on every rank.
+
+    Rank r gets the r-th contiguous share. "mask" is False for rows that only fill the last batch;
+    their "position" is -1. An evaluation never substitutes: a bad image raises, or with leave_out
+    is a row whose "mask" is False.
+    """
+    rank = distributed.rank() if rank is None else rank
+    world = distributed.world() if world is None else world
+    _check(len(source), batch_size, 1, 1)
+    share = -(-len(source) // world)
+    size = min(batch_size, share)
+    end = min(len(source), (rank + 1) * share)
+    shares = []
+    for first in range(rank * share, (rank + 1) * share, size):
+        shares.append(np.arange(first, min(first + size, end)))
+    reader = _Evaluation(source, transform, size, seed, leave_out)
+    return _beating(_load(reader, shares, workers))
+
+
+def _beating(batches: Iterator[dict]) -> Generator[dict, None, None]:
+    for batch in batches:
+        heartbeat.beat("a batch of an evaluation")
+        yield batch
+
+
+class _Evaluation(Dataset):
+    """Indexes to a batch of a fixed size, filled up with copies of a row."""
+
+    def __init__(self, source: Source, transform: Transform, size: int, seed: int, leave_out: bool):
+        self.source, self.transform, self.size, self.seed = source, transform, size, seed
+        self.leave_out = leave_out
+
+    def __getitem__(self, indexes: np.ndarray) -> dict:
+        pairs = [self._read(int(index)) for index in indexes]
+        missing = self.size - len(pairs)
+        filler = next((row for _, row in reversed(pairs) if row is not None), None)
+        if filler is None:
+            filler = self._first()
+        rows = [filler if row is None else row for _, row in pairs] + [filler] * missing
+        return collate(rows) | {
+            "key": [key for key, _ in pairs] + [""] * missing,
+            "position": indexes.tolist() + [-1] * missing,
+            "mask": torch.tensor([row is not None for _, row in pairs] + [False] * missing),
+        }
+
+    def _first(self) -> dict:
+        """The source's first row that can be read."""
+        for index in range(len(self.source)):
+            if (row := self._read(index)[1]) is not None:
+                return row
+        raise ValueError(f"none of the {len(self.source)} images can be read.")
+
+    def _read(self, index: int) -> tuple[str, dict | None]:
+        try:
+            return _transformed(self.source, self.transform, index, Random(self.seed, 0, index))
+        except BadImage as error:
+            if self.leave_out:
+                return error.key or "", None
+            raise ValueError(
+                f"{error}. An evaluation counts every image: repair this one, or "
+                "remove it from the data."
+            ) from error
+
+
+def _transformed(source: Source, transform: Transform, index: int, random: Random):
+    """(key, what the transform makes of the image); any error names the image."""
+    key = f"image {index}"
+    try:
+        sample = source[index]
+        key = sample["key"]
+        return key, transform(sample | {"random": random})
+    except BadImage as error:
+        raise BadImage(error.cause, error.detail, error.key or key) from error
+    except Exception as error:
+        raise RuntimeError(f"{key}: {type(error).__name__}: {error}") from error
+
+
+def collate(rows: list[dict]) -> dict:
+    """One batch of equal fields.
+
+    Tensors are stacked, int becomes int64 [B], a list of int int64 [B, T], filled up with -1 to
+    the longest (T is at least 1), str a list. Colour images [B, 3, H, W] are channels-last in
+    memory, as decoders and resizing leave them.
+    """
+    for row in rows:
+        if row.keys() != rows[0].keys():
+            raise ValueError(
+                f"a transform gave the fields {sorted(rows[0])} for one image and "
+                f"{sorted(row)} for another."
+            )
+    return {name: _stacked(name, [row[name] for row in rows]) for name in rows[0]}
+
+
+def _stacked(name: str, values: list) -> Tensor | list[str]:
+    first = values[0]
+    if isinstance(first, Tensor):
+        return _stacked_tensors(name, values)
+    if isinstance(first, str):
+        return values
+    if isinstance(first, (int, np.integer)):
+        return torch.tensor([int(value) for value in values])
+    if isinstance(first, (list, tuple)) and all(
+        isinstance(v, (int, np.integer)) for value in values for v in value
+    ):
+        longest = max(1, *(len(value) for value in values))
+        return torch.tensor([[*value, *[-1] * (longest - len(value))] for value in values])
+    raise ValueError(
+        f"a transform gave {name}: {type(first).__name__}. A field is a tensor, an "
+        "int, a list of int or a str."
+    )
+
+
+def _stacked_tensors(name: str, values: list[Tensor]) -> Tensor:
+    first = values[0]
+    for value in values:
+        if value.shape != first.shape or value.dtype != first.dtype:
+            raise ValueError(
+                f"a transform gave {name}: {tuple(first.shape)} {first.dtype} for one "
+                f"image and {tuple(value.shape)} {value.dtype} for another."
+            )
+    colour = first.ndim == 3 and first.shape[0] == 3
+    shape = (*first.shape[1:], 3) if colour else tuple(first.shape)
+    batch = _buffer((len(values), *shape), first.dtype)
+    batch = batch.permute(0, 3, 1, 2) if colour else batch
+    for row, value in zip(batch, values):
+        row.copy_(value)
+    return batch
+
+
+def _buffer(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Uninitialised memory, shared where a worker hands it over, which saves one copy."""
+    if torch.utils.data.get_worker_info() is None:
+        return torch.empty(shape, dtype=dtype)
+    size = math.prod(shape) * dtype.itemsize
+    storage = torch.UntypedStorage._new_shared(size)
+    return torch.empty(0, dtype=dtype).set_(storage, 0, shape)
+
+
+def _load(reader: Dataset, places, workers: int) -> Generator[dict, None, None]:
+    if workers < 0:
+        raise ValueError(f"workers: {workers} is negative. 0 reads in the main process.")
+    if workers:
+        _share_leaving()
+    # Each item of `places` is a whole batch, made in one call; the order is kept by torch. The
+    # generator of its own keeps the loader from drawing on the global one.
+    loader = DataLoader(
+        reader,
+        sampler=places,
+        batch_size=None,
+        collate_fn=_unchanged,
+        num_workers=workers,
+        worker_init_fn=_quiet,
+        multiprocessing_context="fork" if workers else None,
+        generator=torch.Generator(),
+        pin_memory=torch.cuda.is_available(),
+    )
+    return _closing(iter(loader))
+
+
+def _closing(batches: Iterator[dict]) -> Generator[dict, None, None]:
+    """Ends the workers when it ends, by an error too: an iterator that is left to a garbage
+    collection no longer reaches them, and waits for them in vain for ten seconds."""
+    try:
+        yield from batches
+    finally:
+        if hasattr(batches, "_shutdown_workers"):  # torch has no public name for it
+            batches._shutdown_workers()
+
+
+def _unchanged(batch: dict) -> dict:
+    return batch
+
+
+def _quiet(_: int) -> None:
+    """Forget the handlers of the main process, which would act on its flags in a copy.
+
+    They ask the main process for a checkpoint; SLURM sends them to all that a job started, and they
+    must not end the workers, whose batches are still needed on the way to it. Workers end when the
+    main process says so or is gone.
+    """
+    signal.signal(signal.SIGTERM, _end_if_leaving)
+    signal.signal(signal.SIGUSR2, signal.SIG_IGN)
+
+
+# One byte that a process shares with the workers that it forks: whether it is leaving, at which it
+# sends SIGTERM and waits for them. And which process that is: copies of it need a byte of their own.
+_leaving: mmap.mmap | None = None
+_whose: int | None = None
+
+
+def _share_leaving() -> None:
+    global _leaving, _whose
+    if _whose != os.getpid():
+        _leaving, _whose = mmap.mmap(-1, 1), os.getpid()
+        # before multiprocessing ends its children, in a process that it started, too
+        Finalize(None, _leaving.__setitem__, args=(0, 1), exitpriority=0)
+
+
+def _end_if_leaving(*_: Any) -> None:
+    if _leaving[0]:
+        os._exit(0)
+
+
+def _check(length: int, batch_size: int, world: int, accumulate: int) -> None:
+    if length == 0:
+        raise ValueError("the source holds no image. Check the path in its card.")
+    if batch_size < 1 or accumulate < 1:
+        raise ValueError(f"batch_size {batch_size} and accumulate {accumulate} must be 1 or more.")
+    parts = world * accumulate
+    if batch_size % parts:
+        near = max(parts, round(batch_size / parts) * parts)
+        raise ValueError(
+            f"batch_size: {batch_size} images cannot be cut into {world} processes x "
+            f"{accumulate} parts. Take a multiple of {parts}, such as {near}, or "
+            "another accumulate."
+        )

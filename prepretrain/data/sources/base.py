@@ -1,0 +1,143 @@
+"""What every way of reading samples has in common."""
+
+import hashlib
+import io
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from prepretrain.data.transforms import BadImage, decode
+
+FIELDS = ("image", "label", "hashtags", "text", "captions")
+
+
+class Source:
+    """A map-style set of samples: a length, and a sample for each number; order is the loader's.
+
+    A sample holds "key" (str), "image" (the file's bytes), and, where the source has them, "label"
+    (int), "hashtags" (list of str), "text" (str) and "captions" (list of str, several texts that each
+    say what is in the image); `fields` names those it has. `groups` are the
+    sizes of the parts that are cheap to read together (shards). `fingerprint` says what the data
+    is, wherever it lies.
+    """
+
+    fields: tuple[str, ...] = ("image",)
+    classes: list[str] | None = None
+    groups: list[int]
+    fingerprint: str
+
+    def __len__(self) -> int:
+        return int(sum(self.groups))
+
+    def __getitem__(self, index: int) -> dict:
+        raise NotImplementedError
+
+    def key(self, index: int) -> str:
+        """The key alone, without reading the image where the source can."""
+        return self[index]["key"]
+
+    def label(self, index: int) -> int:
+        """The label alone, without reading the image where the source can."""
+        return self[index]["label"]
+
+    def hashtags(self, index: int) -> list[str]:
+        """The hashtags alone, without reading the image where the source can."""
+        return self[index]["hashtags"]
+
+    def texts(self, index: int) -> dict:
+        """{"text", "captions"} as far as there are, without the image where the source can."""
+        sample = self[index]
+        return {name: sample[name] for name in ("text", "captions") if name in sample}
+
+
+class Subset(Source):
+    """Some images of a source, in the order of their numbers given."""
+
+    def __init__(self, source: Source, indexes: list[int]):
+        self.source, self.indexes = source, indexes
+        self.fields, self.classes, self.groups = source.fields, source.classes, [len(indexes)]
+        self.fingerprint = fingerprint_of([source.fingerprint, *indexes])
+
+    def __getitem__(self, index: int) -> dict:
+        return self.source[self.indexes[index]]
+
+    def key(self, index: int) -> str:
+        return self.source.key(self.indexes[index])
+
+    def label(self, index: int) -> int:
+        return self.source.label(self.indexes[index])
+
+    def hashtags(self, index: int) -> list[str]:
+        return self.source.hashtags(self.indexes[index])
+
+    def texts(self, index: int) -> dict:
+        return self.source.texts(self.indexes[index])
+
+
+def spread(count: int, images: int | None) -> list[int]:
+    """The numbers of `images` of `count` images, spread evenly; of all if None or if there are
+    fewer."""
+    if images is None or images >= count:
+        return list(range(count))
+    return [i * count // images for i in range(images)]
+
+
+class Files(Source):
+    """Image files below a folder; the key of each is its path from there, as in "cat/1.jpg"."""
+
+    def __init__(
+        self, path: str | Path, names: list[str], labels: list[int] | None, *, border: int = 0
+    ):
+        """`border` pixels are cut off each side of every image."""
+        self.path, self.border = Path(path), border
+        sizes = (os.path.getsize(self.path / name) for name in names)
+        self.fingerprint = fingerprint_of(f"{n} {s}" for n, s in zip(names, sizes))
+        if border:
+            self.fingerprint = fingerprint_of([self.fingerprint, border])
+        self.fields = ("image",) if labels is None else ("image", "label")
+        self.groups = [len(names)]
+        # Arrays, not lists: a list's reference counts make every forked worker copy its pages.
+        encoded = [os.fsencode(name) for name in names]
+        self._ends = np.cumsum([len(name) for name in encoded], dtype=np.int64)
+        self._names = np.frombuffer(b"".join(encoded), dtype=np.uint8)
+        self._labels = None if labels is None else np.array(labels, dtype=np.int32)
+
+    def __getitem__(self, index: int) -> dict:
+        name = self.key(index)
+        image = (self.path / name).read_bytes()
+        sample = {"key": name, "image": _without_border(image, self.border, name)}
+        return sample if self._labels is None else sample | {"label": self.label(index)}
+
+    def key(self, index: int) -> str:
+        start = self._ends[index - 1] if index else 0
+        return os.fsdecode(self._names[start : self._ends[index]].tobytes())
+
+    def label(self, index: int) -> int:
+        return int(self._labels[index])
+
+
+def _without_border(data: bytes, border: int, key: str) -> bytes:
+    if not border:
+        return data
+    try:
+        pixels = decode(data).permute(1, 2, 0).numpy()
+    except BadImage as error:
+        raise BadImage(error.cause, error.detail, key) from error
+    if min(pixels.shape[:2]) <= 2 * border:
+        raise BadImage("all border", f"{pixels.shape[:2]} without {border} on each side", key)
+    file = io.BytesIO()
+    inner = np.ascontiguousarray(pixels[border:-border, border:-border])
+    Image.fromarray(inner).save(file, "PNG", compress_level=1)  # fast, and loses nothing
+    return file.getvalue()
+
+
+def fingerprint_of(parts: Iterable[object]) -> str:
+    """A short hash over the text of the parts, in order."""
+    digest = hashlib.sha256()
+    for part in parts:
+        text = str(part).encode()
+        digest.update(len(text).to_bytes(8, "little") + text)
+    return digest.hexdigest()[:16]

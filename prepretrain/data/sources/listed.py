@@ -1,0 +1,105 @@
+"""Images that a list file names, as many data sets give their splits and subsets."""
+
+import json
+import os
+import re
+from pathlib import Path
+
+from prepretrain.data.sources.base import Files, fingerprint_of
+
+_LABELLED = re.compile(r"(.+?)\s+(\d+)")
+_JSON = ("images", "annotations", "categories")
+
+
+class Listed(Files):
+    """The images that a list names, in its order; their paths start at the folder `path`.
+
+    listing  a text file with an image a line, "path label", or "path" alone, whose label is the
+             place of its first folder among the sorted folders of `path`; or a .json file like
+             iNaturalist's, with images, annotations (one an image) and categories, whose label is
+             the place of the category's id among the sorted ids
+    suffix   what the list leaves out at the end of each path, such as .jpg
+    """
+
+    def __init__(self, *, path: str, listing: str, suffix: str = ""):
+        if not os.path.isdir(path):
+            raise ValueError(f"{path}: is no folder.")
+        if not os.path.isfile(listing):
+            raise ValueError(f"{listing}: is no file.")
+        read = _read_json if listing.endswith(".json") else _read_text
+        names, labels, self.classes = read(listing, path)
+        names = [name.lstrip("/") + suffix for name in names]
+        _check(names, path, listing)
+        super().__init__(path, names, labels)
+        self.fingerprint = fingerprint_of([self.fingerprint, *labels])
+
+
+def _read_text(listing: str, path: str) -> tuple[list[str], list[int], list[str] | None]:
+    lines = [line.strip() for line in Path(listing).read_text().splitlines()]
+    lines = [line for line in lines if line]
+    matches = [_LABELLED.fullmatch(line) for line in lines]
+    if lines and all(matches):
+        return [match[1] for match in matches], [int(match[2]) for match in matches], None
+    if any(matches):
+        odd = lines[matches.index(None)]
+        raise ValueError(
+            f"{listing}: '{odd}' has no label, and other lines have one, as in 'cat/1.jpg 0'."
+        )
+    classes = sorted(e.name for e in os.scandir(path) if e.is_dir() and e.name[0] != ".")
+    places = {name: label for label, name in enumerate(classes)}
+    labels = [places.get(line.lstrip("/").partition("/")[0]) for line in lines]
+    if None in labels:
+        raise ValueError(
+            f"{listing}: '{lines[labels.index(None)]}' names no folder of {path}, where there are "
+            f"{len(classes)}: {', '.join(classes[:5])}{', …' if len(classes) > 5 else ''}."
+        )
+    return lines, labels, classes
+
+
+def _read_json(listing: str, _: str) -> tuple[list[str], list[int], list[str] | None]:
+    try:
+        content = json.loads(Path(listing).read_text())
+    except ValueError as error:
+        raise ValueError(f"{listing}: not readable as JSON: {error}") from error
+    if not isinstance(content, dict) or any(key not in content for key in _JSON):
+        raise ValueError(
+            f"{listing}: is no mapping with {', '.join(_JSON)}, as iNaturalist's files are."
+        )
+    categories = sorted(content["categories"], key=lambda one: one["id"])
+    places = {one["id"]: label for label, one in enumerate(categories)}
+    labels: dict[int, int] = {}
+    for one in content["annotations"]:
+        image = one["image_id"]
+        if image in labels:
+            raise ValueError(
+                f"{listing}: image {image} has several annotations, and a label is one."
+            )
+        if one["category_id"] not in places:
+            raise ValueError(
+                f"{listing}: image {image} is of category {one['category_id']}, which is not among "
+                f"its {len(places)} categories."
+            )
+        labels[image] = places[one["category_id"]]
+    if bare := [one["file_name"] for one in content["images"] if one["id"] not in labels]:
+        raise ValueError(f"{listing}: {len(bare)} images have no annotation: {bare[0]}, …")
+    images = content["images"]
+    names = [str(one.get("name", one["id"])) for one in categories]
+    return [one["file_name"] for one in images], [labels[one["id"]] for one in images], names
+
+
+def _check(names: list[str], path: str, listing: str) -> None:
+    """Raises ValueError unless each image is there, below the folder, and named once."""
+    if not names:
+        raise ValueError(f"{listing}: names no image.")
+    if outside := [name for name in names if ".." in name.split("/")]:
+        raise ValueError(f"{listing}: '{outside[0]}' lies outside {path}.")
+    if len(set(names)) != len(names):
+        seen: set[str] = set()
+        twice = next(name for name in names if name in seen or seen.add(name))
+        raise ValueError(f"{listing}: names '{twice}' twice.")
+    missing = [name for name in names if not os.path.isfile(os.path.join(path, name))]
+    if missing:
+        raise ValueError(
+            f"{listing}: {len(missing):,} of its {len(names):,} images are not below {path}: "
+            f"{', '.join(missing[:3])}{', …' if len(missing) > 3 else ''}."
+        )

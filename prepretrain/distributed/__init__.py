@@ -1,0 +1,1 @@
+"""Does what all processes do together: process group, sharding, checkpoints, heartbeat."""

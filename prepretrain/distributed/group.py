@@ -1,0 +1,169 @@
+"""One process group, always: the same code for one process, for eight and for a cluster."""
+
+import datetime
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as multiprocessing
+from torch import Tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from prepretrain.distributed import ports
+
+TIMEOUT = datetime.timedelta(minutes=30)
+
+
+def init() -> torch.device:
+    """Joins the process group that the environment describes (torchrun's variables), or makes one
+    of one.
+
+    Returns this process's device. With CUDA the group is `cuda:nccl,cpu:gloo`, so that checkpoint
+    planning and flags go over gloo; without it, gloo.
+    """
+    if not dist.is_initialized():
+        if torch.cuda.is_available():
+            torch.cuda.set_device(local_rank())
+        backend = "cuda:nccl,cpu:gloo" if torch.cuda.is_available() else "gloo"
+        alone = (
+            {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+        )
+        dist.init_process_group(backend, timeout=TIMEOUT, **alone)
+    return device()
+
+
+def shutdown() -> None:
+    """Leaves the process group, if there is one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def local_rank() -> int:
+    """This process's number on its machine; where each process sees one GPU only, always 0."""
+    rank_here = int(os.environ.get("LOCAL_RANK", 0))
+    return rank_here % torch.cuda.device_count() if torch.cuda.is_available() else rank_here
+
+
+def device() -> torch.device:
+    """The GPU of this process, or the CPU; the CPU where the group is simulated (`memory`)."""
+    if dist.is_initialized() and dist.get_backend() == "fake":
+        return torch.device("cpu")
+    return torch.device("cuda", local_rank()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def rank() -> int:
+    """This process's number; 0 without a group."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world() -> int:
+    """The number of processes; 1 without a group."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def is_main() -> bool:
+    """Whether this process is the one that writes what is written once."""
+    return rank() == 0
+
+
+def barrier() -> None:
+    """Waits for all processes, over gloo."""
+    all_sum(torch.zeros(1))
+
+
+def all_sum(tensor: Tensor) -> Tensor:
+    """The sum of a tensor over all processes; the argument is left as it was."""
+    total = tensor.clone()
+    if world() > 1:
+        dist.all_reduce(total)
+    return total
+
+
+def all_rows(tensor: Tensor) -> Tensor:
+    """Every process's [B, …], in order of rank, as [world x B, …]; gradients flow back to all of
+    them, so that a loss may compare rows of different processes."""
+    if world() == 1 or tensor.is_meta:  # meta: a plan that counts, for which one process is enough
+        return tensor
+    return _AllRows.apply(tensor)
+
+
+class _AllRows(torch.autograd.Function):
+    """Gathers; its gradient is the sum of what all processes have for this one's rows."""
+
+    @staticmethod
+    def forward(context: Any, tensor: Tensor) -> Tensor:
+        parts = [torch.empty_like(tensor) for _ in range(world())]
+        dist.all_gather(parts, tensor.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(context: Any, gradient: Tensor) -> Tensor:
+        # not reduce_scatter, which gloo lacks; the rows are a few hundred numbers an image
+        return all_sum(gradient.contiguous()).chunk(world())[rank()]
+
+
+def all_gather_object(value: Any, group: dist.ProcessGroup | None = None) -> list:
+    """Every process's value, in order of rank. Values come from our own processes, never from
+    data."""
+    if world() == 1:
+        return [value]
+    gathered: list = [None] * world()
+    dist.all_gather_object(gathered, value, group=group)
+    return gathered
+
+
+def second_group(patience: datetime.timedelta) -> dist.ProcessGroup:
+    """All processes once more, over gloo: for what they say to each other after an error, when
+    exchanges in the first group may no longer match. A process that waits longer than `patience`
+    for the others gets a RuntimeError."""
+    return dist.new_group(backend="gloo", timeout=patience)
+
+
+def together(count: int, function: Callable[..., Any], *arguments: Any) -> None:
+    """Runs function(*arguments) in `count` processes here that have joined a group, or in this one if
+    that is one, or one of those that the environment describes. Raises what the first to fail did."""
+    if count == 1 or "RANK" in os.environ:
+        _joined(None, None, function, arguments)
+        return
+    where = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(ports.free())}
+    multiprocessing.spawn(_joined, (where, function, arguments), nprocs=count)
+
+
+def _joined(
+    number: int | None, where: dict[str, str] | None, function: Callable, arguments: tuple
+) -> None:
+    if where is not None:
+        os.environ.update(where, RANK=str(number), LOCAL_RANK=str(number))
+    init()
+    try:
+        function(*arguments)
+    finally:
+        shutdown()
+
+
+def second_store(patience: datetime.timedelta) -> dist.TCPStore:
+    """The store that the processes found each other by, over a connection of its own, so that one
+    who waits does not keep others from asking."""
+    where = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    return dist.TCPStore(*where, is_master=False, wait_for_workers=False, timeout=patience)
+
+
+def from_main(value: Any) -> Any:
+    """Rank 0's value, on every process."""
+    if world() == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
+    return box[0]
+
+
+def put(target: Tensor, full: Tensor) -> None:
+    """Copies a whole tensor into a parameter; of a sharded one, each process keeps its own
+    shard."""
+    full = full.to(target.device, target.dtype)
+    if isinstance(target, DTensor):
+        # every process holds the same tensor, so nothing needs to be sent
+        full = distribute_tensor(full, target.device_mesh, target.placements, src_data_rank=None)
+    target.detach().copy_(full)

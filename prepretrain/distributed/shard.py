@@ -1,0 +1,325 @@
+"""Makes a module real on its devices: precision, recomputation, compilation, sharding, initial
+values."""
+
+import logging
+import warnings
+import zlib
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import Shard
+from torch.utils._pytree import tree_map_only
+
+from prepretrain.distributed import group as distributed
+from prepretrain.distributed.group import put
+
+PRECISIONS = {
+    "bf16": MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32),
+    "fp32": MixedPrecisionPolicy(param_dtype=torch.float32),
+}
+
+
+logger = logging.getLogger(__name__)
+
+# FSDP warns of modules that return a view (timm's SwinV2 blocks do), since changing it in place
+# would lose its hook; nothing here does.
+warnings.filterwarnings("ignore", message=".*returned a view tensor")
+
+
+def shard(
+    module: nn.Module,
+    *,
+    group: int | None = None,
+    precision: Literal["bf16", "fp32"] = "bf16",
+    recompute: Literal["none", "block", "offload"] = "none",
+    compile: bool = False,
+) -> None:
+    """Prepares a module that was built on the meta device, in place; its parameters are then on
+    their devices.
+
+    group: processes that share one copy of the parameters; 1 replicates, None (or more than there
+    are) shards over all of them, a number between shards within a group and replicates across
+    groups. recompute: keep every activation; or recompute each block's in the backward pass; or
+    keep each block's input in host memory and recompute the rest. Raises ValueError for a group
+    that does not divide the processes, or a parameter outside of any child.
+    """
+    if distributed.device().type == "cpu" and precision == "bf16" and not _has_bf16():
+        logger.warning(
+            "this CPU emulates bf16, many times slower than float32: use shard.precision=fp32."
+        )
+    wrap(module, group=group, precision=precision, recompute=recompute, compile=compile)
+    materialise(module, precision)
+
+
+def wrap(
+    module: nn.Module,
+    *,
+    group: int | None = None,
+    precision: Literal["bf16", "fp32"] = "bf16",
+    recompute: Literal["none", "block", "offload"] = "none",
+    compile: bool = False,
+) -> None:
+    """The first half of `shard`: all but memory for the parameters, which stay on the meta
+    device."""
+    mesh = _mesh(group)
+    spread = {"mesh": mesh, "shard_placement_fn": partial(_dimension, group=mesh["shard"].size())}
+    device = distributed.device()
+
+    def unit(part: nn.Module, around: str) -> None:
+        own = _precision(part, precision)
+        fully_shard(part, **spread, mp_policy=PRECISIONS[own])
+        if own != around:
+            part.register_forward_hook(_cast_output)
+
+    # The order matters: recomputation inside of compilation inside of sharding. The other ways either
+    # compile the checkpoint's own bookkeeping, or gather parameters again within a recomputed block.
+    for root in find_roots(module):
+        _choose_attention(root, device, precision)
+        for blocks in _block_lists(root):
+            for i, block in enumerate(blocks):
+                exceptions = _exceptions(block, precision)
+                for part in exceptions:
+                    unit(part, around=precision)
+                blocks[i] = _recomputed(block, recompute)
+                if compile:
+                    blocks[i].compile(fullgraph=recompute == "none" and not exceptions)
+                unit(blocks[i], around=_precision(blocks, precision))
+        for part in _exceptions(root, precision):
+            unit(part, around=precision)
+        unit(root, around=_precision(root, precision))
+
+
+def _precision(module: nn.Module, given: str) -> str:
+    """What a module computes in: small parts that need float32 say so."""
+    return getattr(module, "precision", given)
+
+
+def _exceptions(module: nn.Module, precision: str) -> list[nn.Module]:
+    """The outermost submodules that compute in something else than their surroundings."""
+    if _precision(module, precision) != precision:
+        return []
+    found = []
+    for child in module.children():
+        if isinstance(child, FSDPModule):  # a block, which has seen to its own
+            continue
+        if _precision(child, precision) != precision:
+            found.append(child)
+        else:
+            found += _exceptions(child, precision)
+    return found
+
+
+def keep_float32(module: nn.Module, patterns: Sequence[str]) -> None:
+    """Lets submodules say that a bf16 run computes them in float32: those whose names match one of
+    the patterns, as `model.head` or `*.norm*`, and all in them.
+
+    Each is gathered by itself; one within a part gives bf16 back to what follows. Raises ValueError
+    for a pattern that matches no module that is called and has parameters.
+    """
+    called = {
+        name: one
+        for name, one in module.named_modules()
+        if name
+        and not getattr(one, "container", False)
+        and not isinstance(one, (nn.ModuleList, nn.ModuleDict))
+        and any(True for _ in one.parameters())
+    }
+    found = set()
+    for pattern in patterns:
+        matching = {name for name in called if fnmatchcase(name, pattern)}
+        if not matching:
+            known = sorted({".".join(name.split(".")[:3]) for name in called})
+            raise ValueError(
+                f"shard.float32: no part is called '{pattern}'. There are {', '.join(known)}, and what "
+                f"is in them."
+            )
+        found |= matching
+    for name in found:
+        for one in called[name].modules():
+            one.precision = "fp32"
+
+
+def _cast_output(part: nn.Module, given: tuple, output: Any) -> Any:
+    """A hook: what follows an exception computes in bf16."""
+    return tree_map_only(Tensor, lambda t: t.bfloat16() if t.is_floating_point() else t, output)
+
+
+def _dimension(parameter: nn.Parameter, group: int) -> Shard | None:
+    """Another dimension than the first where that is shorter than the group, which FSDP would pad to
+    it: a position table [1, N, D] would be sent as often as there are processes."""
+    if len(parameter) >= group:
+        return None
+    even = [i for i, length in enumerate(parameter.shape) if length % group == 0]
+    return Shard(even[-1]) if even else None
+
+
+def materialise(module: nn.Module, precision: Literal["bf16", "fp32"] = "bf16") -> None:
+    """The second half of `shard`: memory on this process's device, without values but for
+    buffers."""
+    module.to_empty(device=distributed.device())
+    fill_buffers(module)
+    for part in module.modules():
+        for buffer in part.buffers(recurse=False):
+            if _precision(part, precision) == "bf16" and buffer.is_floating_point():
+                # as autocast would, where they meet parameters
+                buffer.data = buffer.data.bfloat16()
+
+
+def fill_buffers(module: nn.Module) -> None:
+    """Computes again the buffers that no checkpoint holds (SwinV2's position tables), which
+    `to_empty` leaves without values: every submodule's `init_non_persistent_buffers`, timm's name."""
+    for one in module.modules():
+        if hasattr(one, "init_non_persistent_buffers"):
+            one.init_non_persistent_buffers()
+
+
+def _has_bf16() -> bool:
+    """Whether the CPU multiplies bf16 in hardware (AMX or AVX512-BF16; other makes are not known)."""
+    flags = Path("/proc/cpuinfo")
+    known = flags.read_text() if flags.exists() else ""
+    return "flags" not in known or "amx_bf16" in known or "avx512_bf16" in known
+
+
+def size(group: int | None, world: int) -> int:
+    """How many processes share a copy of the weights. Raises ValueError for a group that does not
+    divide them."""
+    inside = world if group is None else min(group, world)
+    if inside < 1 or world % inside:
+        raise ValueError(f"shard.group: {group} must divide the number of processes, {world}.")
+    return inside
+
+
+def _mesh(group: int | None):
+    world = distributed.world()
+    inside = size(group, world)
+    return init_device_mesh(
+        distributed.device().type, (world // inside, inside), mesh_dim_names=("replicate", "shard")
+    )
+
+
+def find_roots(module: nn.Module) -> list[nn.Module]:
+    """The outermost submodules with a `forward` that is called: children of the objective and of
+    its Model.
+
+    The objective itself is never one: as FSDP's root it would have to run before its encoder may.
+    Raises ValueError naming a parameter that hangs on a container and so would belong to nobody.
+    """
+    roots = []
+    for child in module.children():
+        if getattr(child, "container", False):
+            roots += find_roots(child)
+        elif any(True for _ in child.parameters()):
+            roots.append(child)
+    for name, _ in module.named_parameters(recurse=False):
+        raise ValueError(
+            f"{type(module).__name__}.{name}: a parameter must belong to a child module, "
+            f"so that it can be sharded."
+        )
+    return roots
+
+
+BLOCKS = ("blocks", "resblocks", "layer")  # as timm, open_clip and transformers call their lists
+
+
+def blocks(module: nn.Module) -> list[nn.Module]:
+    """Every block that `shard` treats as one, recomputed and gathered by itself."""
+    return [block for root in find_roots(module) for some in _block_lists(root) for block in some]
+
+
+def send_gradients(module: nn.Module, now: bool) -> None:
+    """Whether the next backward passes of a sharded module add up its gradients over all processes,
+    or each process keeps its own until one does."""
+    for one in module.modules():
+        if hasattr(one, "set_requires_gradient_sync"):
+            one.set_requires_gradient_sync(now, recurse=False)
+
+
+def _block_lists(root: nn.Module) -> list[nn.ModuleList]:
+    return [
+        m
+        for name, m in root.named_modules()
+        if name.rpartition(".")[2] in BLOCKS and isinstance(m, (nn.ModuleList, nn.Sequential))
+    ]
+
+
+def _recomputed(block: nn.Module, how: str) -> nn.Module:
+    if how == "none":
+        return block
+    if how == "block":
+        return checkpoint_wrapper(block)
+    from fairscale.nn.checkpoint import checkpoint_wrapper as offloading_wrapper
+
+    return offloading_wrapper(block, offload_to_cpu=True)
+
+
+def _choose_attention(root: nn.Module, device: torch.device, precision: str) -> None:
+    """On a CPU in bf16 the fused attention's backward is slower than plain matrix products
+    (benchmarks/)."""
+    for module in root.modules():
+        if hasattr(module, "fused_attn"):
+            module.fused_attn = not (device.type == "cpu" and precision == "bf16")
+
+
+@torch.no_grad()
+def initialise(module: nn.Module, seed: int, *, frozen: bool = True) -> None:
+    """Fills every parameter by a generator of (seed, name), the same for any number of processes;
+    without `frozen` only those that are trained.
+
+    Everything is NaN first, so a parameter without a rule shows in step one; with an unknown layer
+    it raises.
+    """
+    for name, parameter in module.named_parameters():
+        if not (frozen or parameter.requires_grad):
+            continue
+        parameter.fill_(float("nan"))
+        full = torch.empty(parameter.shape)
+        # into one hash, since torch's CPU generator takes 32 bits of a seed and drops the others
+        mixed = zlib.crc32(f"{seed} {plain(name)}".encode())
+        generator = torch.Generator().manual_seed(mixed)
+        _fill(module, name, full, generator)
+        put(parameter, full)
+    for name, _ in module.named_buffers():
+        parts = name.split(".")
+        above = (module.get_submodule(".".join(parts[:i])) for i in range(len(parts)))
+        if not any(hasattr(one, "init_non_persistent_buffers") for one in above):
+            raise ValueError(
+                f"{name}: buffers are not initialised. Make it from the options in forward instead, "
+                f"or give its module an `init_non_persistent_buffers()`."
+            )
+
+
+def plain(name: str) -> str:
+    """A parameter's name without what recomputation adds to it."""
+    return name.replace("_checkpoint_wrapped_module.", "")
+
+
+def _fill(module: nn.Module, name: str, full: Tensor, generator: torch.Generator) -> None:
+    """The nearest module with a rule for the name, from outside in; then the rule of the layer's
+    type."""
+    parts = name.split(".")
+    for i in range(len(parts)):
+        owner = module.get_submodule(".".join(parts[:i]))
+        if hasattr(owner, "initialise") and owner.initialise(
+            plain(".".join(parts[i:])), full, generator
+        ):
+            return
+    layer, leaf = module.get_submodule(".".join(parts[:-1])), parts[-1]
+    if isinstance(layer, nn.LayerNorm):
+        full.fill_(1.0 if leaf == "weight" else 0.0)
+    elif isinstance(layer, nn.Linear) and leaf == "weight":
+        nn.init.xavier_uniform_(full, generator=generator)
+    elif isinstance(layer, nn.Linear):
+        full.zero_()
+    else:
+        raise ValueError(
+            f"{name}: no rule to initialise a {type(layer).__name__}. "
+            f"Give its module an `initialise(name, tensor, generator)`."
+        )

@@ -1,0 +1,1 @@
+"""Measures a model: evaluators, and the features, probes and adapters they use."""

@@ -1,0 +1,184 @@
+"""What an evaluator is, and the few pieces that several protocols share."""
+
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from prepretrain.data.card import load_card
+from prepretrain.evaluation.features import extract
+
+SPEED = ("feature_batch", "workers")  # options that change no result but for rounding
+
+
+class Evaluator:
+    """A protocol: its constructor takes the options, `run` measures a model.
+
+    `headline` is the metric that tables quote; `splits` are those of the card that it reads, so
+    that missing data are known before any time is spent. `variant` tells its results from those of
+    the same protocol with other options, where both are of interest side by side. A subclass's
+    constructor is keyword-only, typed and checked; its signature is the option list, and its
+    docstring documents each option.
+    """
+
+    headline: str
+    splits: tuple[str, ...] = ()
+    variant: str | None = None
+    options: dict[str, Any]  # every one with its value, but those of SPEED; set when it is built
+    cache = True  # whether `run` may keep features in its folder; not of a model that is training
+
+    def __init__(self, *, data: str):
+        self.data = data
+        self.card = load_card(data)
+
+    def check(self, model: nn.Module) -> None:
+        """Raises ValueError if this model cannot be measured, before any time is spent."""
+
+    def run(self, model: nn.Module, folder: Path) -> dict[str, float]:
+        """Named numbers, the same on every rank; called on every rank. `folder` is the run's."""
+        raise NotImplementedError
+
+    @classmethod
+    def quoted(cls, results: dict[str, float]) -> str:
+        """The key of these results that a table quotes: the headline, unless an option moved it."""
+        return cls.headline
+
+    def features_folder(self, folder: Path | None) -> Path | None:
+        """Where a run keeps features, as extract's `cache`; the folder may be removed at any
+        time."""
+        return folder / "features" if self.cache and folder is not None else None
+
+
+class Probing(Evaluator):
+    """A protocol that learns from the features of a card's `train` and is measured on its `val`.
+
+    data           the card
+    pool, layer, share, resize: as features.extract's
+    feature_batch  images at once a process, while features are computed;  workers: decoding processes
+    """
+
+    def __init__(
+        self,
+        *,
+        data: str,
+        pool: str,
+        layer: int | None,
+        share: float,
+        resize: Literal["crop", "squash"],
+        feature_batch: int,
+        workers: int,
+    ):
+        super().__init__(data=data)
+        kind = type(self).__module__.rpartition(".")[2]
+        require(resize in ("crop", "squash"), f"{kind}.resize", resize, "is 'crop' or 'squash'")
+        require(0 < share <= 1, f"{kind}.share", share, "must lie above 0 and up to 1")
+        require(feature_batch >= 1, f"{kind}.feature_batch", feature_batch, "must be at least 1")
+        require(workers >= 0, f"{kind}.workers", workers, "must not be negative")
+        self.kind, self.pool, self.layer = kind, pool, layer
+        self.share, self.resize = share, resize
+        self.feature_batch, self.workers = feature_batch, workers
+
+    def check(self, model: nn.Module) -> None:
+        """See Evaluator.check: a class token, where it is asked for."""
+        if self.pool == "class" and model.encoder.prefix < 1:
+            raise ValueError(
+                f"{self.kind}.pool: this encoder has no class token. Use {self.kind}.pool=mean."
+            )
+
+    def features(self, model: nn.Module, split: str, folder: Path | None) -> tuple[Tensor, Tensor]:
+        """Features and labels of a split of the card, from the folder's cache if they are there."""
+        return labelled_features(
+            self.card,
+            split,
+            model,
+            pool=self.pool,
+            layer=self.layer,
+            batch_size=self.feature_batch,
+            workers=self.workers,
+            share=self.share,
+            resize=self.resize,
+            cache=self.features_folder(folder),
+        )
+
+
+class Contrasting(Evaluator):
+    """A protocol that compares images with texts, in the space that they share.
+
+    data           the card
+    split          its split, of which each image is counted once
+    share          of the image's short side that the centre crop shows
+    feature_batch  images or texts at once a process;  workers: decoding processes
+    """
+
+    def __init__(self, *, data: str, split: str, share: float, feature_batch: int, workers: int):
+        super().__init__(data=data)
+        kind = type(self).__module__.rpartition(".")[2]
+        require(0 < share <= 1, f"{kind}.share", share, "must lie above 0 and up to 1")
+        require(feature_batch >= 1, f"{kind}.feature_batch", feature_batch, "must be at least 1")
+        require(workers >= 0, f"{kind}.workers", workers, "must not be negative")
+        self.kind, self.split, self.share = kind, split, share
+        self.splits = (split,)
+        self.feature_batch, self.workers = feature_batch, workers
+
+    def check(self, model: nn.Module) -> None:
+        """See Evaluator.check: a text tower is needed, and its tokenizer."""
+        model.require_text(f"{self.kind}/{self.data}")
+        model.text.tokenizer()
+
+    def images(self, model: nn.Module, source: Any, **reading: Any) -> tuple[Tensor, Tensor]:
+        """The shared features [n, J] of a source's images, and their labels; reading: extract's."""
+        return extract(
+            model,
+            source,
+            pool="joint",
+            batch_size=self.feature_batch,
+            workers=self.workers,
+            name=f"{self.card.name}:{self.split}",
+            share=self.share,
+            **reading,
+        )
+
+
+def require(fits: bool, option: str, value: Any, rule: str) -> None:
+    """Raises ValueError naming the option, the value and the rule, unless it fits."""
+    if not fits:
+        raise ValueError(f"{option}: {value!r} does not fit; it {rule}.")
+
+
+def labelled_features(
+    card: Any, split: str, model: nn.Module, **reading: Any
+) -> tuple[Tensor, Tensor]:
+    """Features and labels of a card's split, with errors that name both; reading: extract's."""
+    return extract(model, card.open(split), name=f"{card.name}:{split}", **reading)
+
+
+def class_count(card: Any, *labels: Tensor) -> int:
+    """The number of classes: the card's, else one more than the largest label; labels must be in
+    it."""
+    low = min(int(part.min()) for part in labels)
+    high = max(int(part.max()) for part in labels)
+    count = len(card.classes) if card.classes else high + 1
+    if low < 0 or high >= count:
+        raise ValueError(
+            f"{card.name}: labels run from {low} to {high}, and there are {count} classes "
+            f"(0 to {count - 1}). Mend the labels, or the card's list of classes."
+        )
+    if count < 2:
+        raise ValueError(f"{card.name}: has a single class, so there is nothing to tell apart.")
+    return count
+
+
+def accuracy(scores: Tensor, labels: Tensor) -> dict[str, float]:
+    """Top-1 in percent, and top-5 where there are more than five classes. `scores` is [n,
+    classes]; of equal scores the lower class comes first, on every device.
+
+    Raises RuntimeError for scores that are NaN.
+    """
+    if scores.isnan().any():
+        raise RuntimeError("scores are NaN, which has no rank. Did the training stay finite?")
+    own, classes = scores.gather(1, labels[:, None]), torch.arange(scores.shape[1])
+    before = (scores == own) & (classes.to(labels.device) < labels[:, None])
+    rank = ((scores > own) | before).sum(dim=1)
+    ranks = (1, 5) if scores.shape[1] > 5 else (1,)
+    return {f"top{k}": 100.0 * (rank < k).sum().item() / len(labels) for k in ranks}

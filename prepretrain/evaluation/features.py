@@ -1,0 +1,275 @@
+"""Features of a split: frozen encoder, no augmentation, each image exactly once; kept on disk where
+that is asked for."""
+
+import contextlib
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from filelock import FileLock, Timeout
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from prepretrain.data.loader import evaluation_batches
+from prepretrain.data.sources.base import Subset, fingerprint_of
+from prepretrain.data.transforms import BadImage, decode, resize_center_crop, squash
+from prepretrain.distributed import group as distributed
+from prepretrain.evaluation.feature_store import Store, file_name, size
+from prepretrain.training.log import logger
+
+# An image uint8 [3, S, S] as the encoder sees it, and its generators by purpose, to another like it.
+Change = Callable[[Tensor, Callable], Tensor]
+
+_VERSION = 1  # of how an image becomes a feature, weights and options apart: raise it with a change
+
+
+def extract(
+    model: nn.Module,
+    source: Any,
+    *,
+    pool: str = "class",
+    layer: int | None = None,
+    batch_size: int = 256,
+    workers: int = 0,
+    image_size: int | None = None,
+    name: str = "the source",
+    share: float = 0.875,
+    resize: Literal["crop", "squash"] = "crop",
+    change: Change | None = None,
+    labelled: bool = True,
+    cache: Path | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Features float32 [n, D] and labels int64 [n] in the source's order, the same on every rank.
+
+    `batch_size` is per rank; `image_size` defaults to the encoder's own; `pool`, `layer`: as
+    Model.features', and pool "tokens": all tokens, float16 [n, T, D], only with a cache; `name` is
+    what errors call the source; `share` is how much of the short side is seen, where `resize` is
+    "crop": the centre ("squash" shows all, without keeping the aspect); `change` is done to each
+    image then; not `labelled` needs no labels, and gives zeros.
+
+    cache: a folder that all ranks see, in which features are kept under a hash of the weights, the
+    model's options, the data's fingerprint and how they are read; what is returned is then
+    memory-mapped, and the next call finds it. A pass that was cut off goes on from its last whole
+    chunk, and chunks that changed on disk are computed again. The folder may be removed at any time.
+
+    Raises ValueError for data without labels, a cache together with `change`, tokens without a
+    cache, and a disk without room; RuntimeError for features that are not finite.
+    """
+    if labelled and "label" not in source.fields:
+        raise ValueError(
+            f"{name}: has no labels (its fields: {', '.join(source.fields)}). "
+            "This evaluation needs a card whose source gives them."
+        )
+    if cache is not None and change is not None:
+        raise ValueError(f"{name}: features of changed images are not cached. Leave one out.")
+    if cache is None and pool == "tokens":
+        raise ValueError(
+            f"{name}: all tokens of all images are kept on disk only. Give extract a cache; an "
+            "evaluator has none within a run, so use --stage eval/… there."
+        )
+    image_size = image_size or model.encoder.image_size
+    centre = _Centre(image_size, share, resize, change, labelled)
+
+    def compute(some: Any) -> tuple[Tensor, Tensor]:
+        rows = _Rows(len(some), name)
+        for batch in evaluation_batches(some, centre, batch_size=batch_size, workers=workers):
+            features = _features(model, batch["image"], pool, layer).cpu()
+            real = batch["mask"]
+            mine = torch.tensor(batch["position"])[real], features[real], batch["label"][real]
+            for part in distributed.all_gather_object(mine):
+                rows.put(*part)
+        return rows.finish()
+
+    with frozen(model):
+        if cache is None:
+            return compute(source)
+        reading = [_VERSION, pool, layer, image_size, share, resize, labelled]
+        key = fingerprint_of([fingerprint(model), source.fingerprint, len(source), *reading])
+        example = torch.zeros(1, 3, image_size, image_size, dtype=torch.uint8)
+        row = partial(_features, model, example, pool, layer)
+        return _cached(cache / f"{file_name(name)}-{key}", source, row, compute, name)
+
+
+def _features(model: nn.Module, image: Tensor, pool: str, layer: int | None) -> Tensor:
+    image = image.to(next(model.parameters()).device)
+    if pool == "tokens":
+        return model(image, layer).half()
+    return model.features(image, pool, layer).float()
+
+
+def _cached(
+    path: Path,
+    source: Any,
+    row: Callable[[], Tensor],
+    compute: Callable[[Any], tuple[Tensor, Tensor]],
+    name: str,
+) -> tuple[Tensor, Tensor]:
+    """What `compute` gives of a source, read from the store at `path`, with what it lacks added;
+    `row()` is an image's features, as an example."""
+    store, missing = _find(path)
+    if store is not None and not missing:
+        return store.read()
+    with contextlib.ExitStack() as held:
+        if not distributed.from_main(_lock(path, held) if distributed.is_main() else None):
+            if row().ndim > 2:
+                raise ValueError(f"{path}: another process is writing it. Wait for its end.")
+            logger.info("%s: another process is writing it; computed here without", path)
+            return compute(source)
+        store, missing = _find(path)  # as the process that held the lock before has left it
+        if store is None:
+            example = row()[0]
+            shape, dtype = tuple(example.shape), str(example.dtype).removeprefix("torch.")
+            _check_room(path, size(len(source), shape, dtype), name)
+            made = Store.create(path, len(source), shape, dtype) if distributed.is_main() else None
+            store = distributed.from_main(made)
+            missing = store.spans
+        for first, end in missing:
+            features, labels = compute(Subset(source, list(range(first, end))))
+            if distributed.is_main():
+                store.write(first, features, labels)
+        distributed.barrier()  # the others read what rank 0 has written
+    return store.read()
+
+
+def _find(path: Path) -> tuple[Store | None, list[tuple[int, int]]]:
+    """The store at `path` and what it lacks, as rank 0 sees it."""
+    store = Store.open(path) if distributed.is_main() else None
+    return distributed.from_main((store, store.missing() if store else []))
+
+
+def _lock(path: Path, held: contextlib.ExitStack) -> bool:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        held.enter_context(FileLock(f"{path}.lock", timeout=0))
+    except Timeout:
+        return False
+    return True
+
+
+def _check_room(path: Path, needed: int, name: str) -> None:
+    free = distributed.from_main(
+        shutil.disk_usage(path.parent).free if distributed.is_main() else 0
+    )
+    if needed > free:
+        raise ValueError(
+            f"{name}: its features take {needed / 1e9:.1f} GB at {path.parent}, where "
+            f"{free / 1e9:.1f} GB are free. Make room, take fewer images, or pool them (class, mean)."
+        )
+
+
+def fingerprint(model: nn.Module) -> str:
+    """A hash of a model's weights and options, the same however many ranks they are sharded over.
+
+    The precision that a sharded model computes in is not in it. Called on every rank.
+    """
+    digest = hashlib.sha256(json.dumps(model.options, sort_keys=True, default=str).encode())
+    for key, tensor in sorted(model.state_dict().items()):
+        whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        if distributed.is_main():
+            digest.update(f"{key} {whole.dtype} {tuple(whole.shape)}\n".encode())
+            digest.update(whole.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return distributed.from_main(digest.hexdigest())
+
+
+def extract_texts(
+    model: nn.Module, texts: list[str], *, batch_size: int = 256
+) -> tuple[Tensor, int]:
+    """Features float32 [n, J] of length 1 of texts, the same on every rank, and how many texts were
+    longer than the tower reads, and so cut.
+
+    `batch_size` is per rank; each rank computes its share. Raises ValueError for a text without
+    content, or features that are not finite.
+    """
+    tokenizer = model.text.tokenizer()
+    counts = [tokenizer.count(text) for text in texts]
+    if 0 in counts:
+        raise ValueError(f"text {counts.index(0)}: {texts[counts.index(0)]!r} is empty.")
+    device = next(model.parameters()).device
+    share = -(-len(texts) // distributed.world())
+    mine = texts[distributed.rank() * share : (distributed.rank() + 1) * share]
+    rows = []
+    with frozen(model):
+        # as many and as large batches on every rank, since a sharded tower runs on all at once
+        for first in range(0, share, batch_size):
+            part = mine[first : first + batch_size]
+            filled = part + texts[:1] * (min(batch_size, share - first) - len(part))
+            rows.append(model.text_features(tokenizer(filled).to(device)).cpu()[: len(part)])
+    features = torch.cat([row for part in distributed.all_gather_object(rows) for row in part])
+    if not features.isfinite().all():
+        raise RuntimeError("the features of texts are not finite. Did the training stay finite?")
+    return features, sum(count > tokenizer.room for count in counts)
+
+
+@contextlib.contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients; afterwards each module trains again that did before."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        # Not inference_mode: what FSDP gathers in it are inference tensors, and the training step
+        # after an evaluation then fails with "Inplace update to inference tensor".
+        with torch.no_grad():
+            yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+class _Centre:
+    """The transform of an evaluation: decode and take the centre; a class, so that workers can
+    pickle it."""
+
+    def __init__(self, size: int, share: float, resize: str, change: Change | None, labelled: bool):
+        self.size, self.share, self.resize = size, share, resize
+        self.change, self.labelled = change, labelled
+
+    def __call__(self, sample: dict) -> dict:
+        if self.labelled and sample.get("label") is None:
+            raise BadImage("no label")
+        image = decode(sample["image"])
+        if self.resize == "squash":
+            image = squash(image, self.size)
+        else:
+            image = resize_center_crop(image, self.size, share=self.share)
+        if self.change is not None:
+            image = self.change(image, sample["random"])
+        return {"image": image, "label": int(sample["label"]) if self.labelled else 0}
+
+
+class _Rows:
+    """Features put at their images' positions, with a count of how often each came."""
+
+    def __init__(self, count: int, name: str):
+        self.name, self.seen = name, torch.zeros(count, dtype=torch.int64)
+        self.features: Tensor | None = None
+        self.labels = torch.zeros(count, dtype=torch.int64)
+
+    def put(self, position: Tensor, features: Tensor, labels: Tensor) -> None:
+        """Stores the rows of one rank's batch."""
+        if self.features is None:
+            self.features = features.new_zeros(len(self.seen), *features.shape[1:])
+        self.features[position] = features
+        self.labels[position] = labels
+        self.seen.index_add_(0, position, torch.ones_like(position))
+
+    def finish(self) -> tuple[Tensor, Tensor]:
+        """All rows, after checking that each image was seen once and that every feature is
+        finite."""
+        wrong = (self.seen != 1).sum().item()
+        if wrong or self.features is None:
+            raise RuntimeError(
+                f"{self.name}: of {len(self.seen)} images {wrong} were not evaluated "
+                "exactly once; a result would be wrong."
+            )
+        bad = (~self.features.flatten(1).isfinite().all(dim=1)).sum().item()
+        if bad:
+            raise RuntimeError(
+                f"{self.name}: the features of {bad} of {len(self.seen)} images are not "
+                "finite. Were the model's weights loaded, and did its training stay finite?"
+            )
+        return self.features, self.labels

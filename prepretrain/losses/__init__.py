@@ -1,0 +1,1 @@
+"""Holds the losses that several objectives share."""

@@ -1,0 +1,196 @@
+"""Swin Transformer V2 (arXiv 2111.09883), on timm's, with timm's key names; and the names of the
+released SimMIM files.
+
+B images, N cells of the last grid, D its channels.
+"""
+
+import re
+from typing import Any
+
+import torch
+from timm.models.swin_transformer_v2 import SwinTransformerV2
+from torch import Tensor, nn
+
+from prepretrain.models.encoders.base import Encoder
+
+_DEPTHS = (2, 2, 18, 2)
+SIZES = {
+    # arXiv 2206.04664, Table 1
+    "swinv2_s": dict(base_width=96, depths=_DEPTHS, heads=(3, 6, 12, 24)),
+    "swinv2_b": dict(base_width=128, depths=_DEPTHS, heads=(4, 8, 16, 32)),
+    "swinv2_l": dict(base_width=192, depths=_DEPTHS, heads=(6, 12, 24, 48)),
+    "swinv2_h": dict(base_width=352, depths=_DEPTHS, heads=(11, 22, 44, 88)),
+    "swinv2_g": dict(base_width=448, depths=_DEPTHS, heads=(14, 28, 56, 112)),
+    # For CPUs and tests: # not from the paper
+    "swinv2_mini8": dict(base_width=48, depths=(2, 4), heads=(2, 4), window=4, image_size=32),
+    "swinv2_test8": dict(base_width=16, depths=(1, 2), heads=(1, 2), window=4, image_size=32),
+}
+
+
+class _Net(SwinTransformerV2):
+    """Draws no initial values on the meta device, where that takes most of the time and is in vain."""
+
+    def init_weights(self, needs_reset: bool = True) -> None:
+        """See timm's."""
+        if not next(self.parameters()).is_meta:
+            super().init_weights(needs_reset)
+
+
+class SwinV2(Encoder):
+    """A hierarchical encoder with shifted windows, cosine attention and a continuous position bias.
+
+    It has no class token; its tokens are the cells of the last stage. The defaults are the
+    pre-training's of arXiv 2206.04664, Table 1.
+    """
+
+    prefix = 0
+    timm_head = "head.fc"
+
+    def __init__(
+        self,
+        *,
+        base_width: int,
+        depths: tuple[int, ...],
+        heads: tuple[int, ...],
+        patch_size: int = 4,
+        window: int = 12,
+        pretrained_windows: tuple[int, ...] = (),
+        image_size: int = 192,
+        drop_path: float = 0.0,
+    ):
+        """base_width: channels of the first stage, doubled by each that follows.
+
+        pretrained_windows: the windows (one a stage) that the position bias was trained with, by
+        which its coordinates are scaled; empty: the windows of now. `follow` fills them in for a
+        model that starts from another.
+        """
+        super().__init__()
+        self.stride = patch_size * 2 ** (len(depths) - 1)
+        if len(heads) != len(depths) or not depths:
+            raise ValueError(f"model.heads: {heads} must name one number a stage, as {depths}.")
+        if pretrained_windows and len(pretrained_windows) != len(depths):
+            raise ValueError(
+                f"model.pretrained_windows: {pretrained_windows} must name one a stage, as {depths}."
+            )
+        if image_size % self.stride or image_size < self.stride:
+            raise ValueError(
+                f"model.image_size: {image_size} is no multiple of {self.stride}, the stride of "
+                f"{len(depths)} stages on patches of {patch_size}."
+            )
+        for grid in (image_size // patch_size // 2**i for i in range(len(depths))):
+            if grid > window and grid % window:
+                raise ValueError(
+                    f"model.window: {window} does not divide a stage's grid of {grid} cells; at "
+                    f"model.image_size={image_size} take a window that does."
+                )
+        if not 0 <= drop_path < 1:
+            raise ValueError(f"model.drop_path: {drop_path} must lie in [0, 1).")
+        self.image_size, self.patch, self.patch_width = image_size, patch_size, base_width
+        self.width = base_width * 2 ** (len(depths) - 1)
+        self.arguments = {
+            "img_size": image_size,
+            "patch_size": patch_size,
+            "embed_dim": base_width,
+            "depths": depths,
+            "num_heads": heads,
+            "window_size": window,
+            "pretrained_window_sizes": pretrained_windows or (0,) * len(depths),
+        }
+        net = _Net(**self.arguments, num_classes=0, drop_path_rate=drop_path)
+        self.patch_embed, self.layers, self.norm = net.patch_embed, net.layers, net.norm
+        self._groups = net.group_matcher()
+
+    def forward(
+        self,
+        image: Tensor,
+        *,
+        keep: Tensor | None = None,
+        hide: tuple[Tensor, Tensor] | None = None,
+        layer: int | None = None,
+    ) -> Tensor:
+        """See Encoder.forward. Raises ValueError for `keep`, which windows do not allow."""
+        self.refuse(keep=keep, layer=layer)
+        self.check(image)
+        tokens = self.patch_embed(image)
+        if hide is not None:
+            mask, token = hide
+            cells = mask.unflatten(1, tokens.shape[1:3])[..., None]
+            tokens = torch.where(cells, token.to(tokens.dtype), tokens)
+        return self.norm(self.layers(tokens)).flatten(1, 2)
+
+    def initialise(self, name: str, tensor: Tensor, generator: torch.Generator) -> bool:
+        """As SwinV2's code: linear layers N(0, 0.02) truncated, both norms of a block at zero, the
+        temperature ln 10."""
+        leaf = name.rpartition(".")[2]
+        if re.search(r"blocks\.\d+\.norm[12]\.", name):
+            tensor.zero_()
+        elif leaf == "logit_scale":
+            tensor.fill_(torch.log(torch.tensor(10.0)))
+        elif leaf in ("q_bias", "v_bias") or name == "patch_embed.proj.bias":
+            tensor.zero_()
+        elif name == "patch_embed.proj.weight":
+            # as a linear layer's: # not from the paper, whose code leaves torch's default
+            nn.init.trunc_normal_(tensor, std=0.02, generator=generator)
+        elif leaf == "weight" and "norm" not in name:
+            nn.init.trunc_normal_(tensor, std=0.02, generator=generator)
+        else:
+            return False
+        return True
+
+    @staticmethod
+    def follow(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
+        """See Encoder.follow: at another window or image size the position bias keeps the scale
+        that it was trained with (arXiv 2111.09883, section 3.3)."""
+        if after.get("pretrained_windows") or before.get("pretrained_windows"):
+            return {}
+        if all(after.get(k) == before.get(k) for k in ("window", "image_size")):
+            return {}
+        grid = before.get("image_size", 192) // before.get("patch_size", 4)
+        windows = [
+            min(before.get("window", 12), grid // 2**i) for i in range(len(before["depths"]))
+        ]
+        return {"pretrained_windows": windows}
+
+    @staticmethod
+    def released(names: list[str]) -> dict[str, str | None]:
+        """See Encoder.released: the files of SimMIM and SwinV2 name a stage's merging of patches with
+        the stage before it, and hold tables that follow from the options."""
+        theirs = any(n.startswith("layers.0.downsample.") for n in names)
+        return {n: _ours(n) if theirs else n for n in names}
+
+    def release(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """A state dict of ours under the released files' names, their tables included."""
+        tables = {n: b for n, b in self.named_buffers() if not n.endswith("k_bias")}
+        return {_theirs(n): t for n, t in {**state, **tables}.items()}
+
+    def no_weight_decay(self) -> set[str]:
+        """As SwinV2's code, beside all 1-d parameters: the position bias and the temperatures."""
+        return {n for n, _ in self.named_parameters() if "cpb_mlp" in n or "logit_scale" in n}
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """See ViT.group_matcher."""
+        return self._groups
+
+    def timm(self) -> dict[str, Any]:
+        """See Encoder.timm."""
+        arguments = {k: list(v) if isinstance(v, tuple) else v for k, v in self.arguments.items()}
+        return {"architecture": "swinv2_tiny_window8_256", "model_args": arguments}
+
+
+def _ours(name: str) -> str | None:
+    if name.endswith(("relative_position_index", "relative_coords_table", "attn_mask")):
+        return None
+    if name == "mask_token":
+        return None
+    return _moved(name.replace(".rpe_mlp.", ".cpb_mlp."), 1)
+
+
+def _theirs(name: str) -> str:
+    return _moved(name, -1)
+
+
+def _moved(name: str, by: int) -> str:
+    """The stage of a merging of patches, counted as the other side does."""
+    return re.sub(
+        r"^layers\.(\d+)\.downsample\.", lambda m: f"layers.{int(m[1]) + by}.downsample.", name
+    )

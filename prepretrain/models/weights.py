@@ -1,0 +1,229 @@
+"""Reads weights one tensor at a time and puts them into a module, accounting for every key."""
+
+import hashlib
+import json
+import logging
+import re
+import zipfile
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from prepretrain.distributed.group import put
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Named tensors, read when asked for, so that a sharded 6.5B model never lies whole in
+    memory."""
+
+    source: str
+    shapes: dict[str, tuple[int, ...]]
+    read: Callable[[str], Tensor]
+    options: dict[str, Any] | None = None  # what made the model they belong to
+    whole: bool = True  # False: a part was asked for, so the rest may go unused
+
+    def part(self, prefix: str) -> "Weights":
+        """The keys under `prefix.`, without it. Raises ValueError if there are none."""
+        dot = prefix + "."
+        shapes = {k.removeprefix(dot): s for k, s in self.shapes.items() if k.startswith(dot)}
+        if not shapes:
+            parts = sorted({k.split(".")[0] for k in self.shapes})
+            raise ValueError(
+                f"{self.source}: has no part '{prefix}'. There are: {', '.join(parts)}."
+            )
+        return replace(self, shapes=shapes, read=lambda name: self.read(dot + name))
+
+    def under(self, prefix: str) -> "Weights":
+        """The same tensors, named as a part of something larger."""
+        dot = prefix + "."
+        return replace(
+            self,
+            shapes={dot + k: s for k, s in self.shapes.items()},
+            read=lambda name: self.read(name.removeprefix(dot)),
+        )
+
+    def renamed(self, rules: Sequence[tuple[str, str]], unused: Sequence[str] = ()) -> "Weights":
+        """The tensors under the names that rules of (pattern, replacement), applied in order, give
+        them, without those whose own name a pattern of `unused` matches.
+
+        A pattern must match a whole key. Raises ValueError if two keys get the same name.
+        """
+        names: dict[str, str | None] = {}
+        for key in self.shapes:
+            name = key
+            for pattern, replacement in rules:
+                if match := re.fullmatch(pattern, name):
+                    name = match.expand(replacement)
+            names[key] = None if any(re.fullmatch(p, key) for p in unused) else name
+        return self.named(names)
+
+    def named(self, names: dict[str, str | None]) -> "Weights":
+        """The tensors under other names; None leaves one out, which is logged.
+
+        Raises ValueError if two keys get the same name.
+        """
+        origin: dict[str, str] = {}
+        for key, name in names.items():
+            if name is not None and origin.setdefault(name, key) != key:
+                raise ValueError(f"{self.source}: {key} and {origin[name]} both become {name}.")
+        dropped = [key for key, name in names.items() if name is None]
+        if dropped:
+            count, some = len(dropped), ", ".join(dropped[:8])
+            logger.info("%s: %d tensors are not taken: %s", self.source, count, some)
+        shapes = {name: self.shapes[key] for name, key in origin.items()}
+        return replace(self, shapes=shapes, read=lambda name: self.read(origin[name]))
+
+
+def open_file(path: Path) -> Weights:
+    """A .safetensors file, or a .pt / .pth file of plain tensors (read with weights_only, never
+    unpickled).
+
+    Options come from the `model.json` beside a file of ours. Raises ValueError for anything else.
+    """
+    if path.suffix == ".safetensors":
+        shapes, read = _open_safetensors(path)
+    elif path.suffix in (".pt", ".pth", ".bin", ".torch"):
+        shapes, read = _open_torch(path)
+    else:
+        raise ValueError(f"{path}: is neither .safetensors nor .pt / .pth.")
+    beside = path.with_name("model.json")
+    options = json.loads(beside.read_text())["options"] if beside.exists() else None
+    return Weights(str(path), shapes, read, options)
+
+
+def _open_safetensors(path: Path) -> tuple[dict, Callable[[str], Tensor]]:
+    try:
+        file = safe_open(path, "pt")
+    except Exception as error:  # the library's own exception type is not public
+        raise ValueError(
+            f"{path}: cannot be read as safetensors ({error}). Is it complete?"
+        ) from error
+    return {k: tuple(file.get_slice(k).get_shape()) for k in file.keys()}, file.get_tensor
+
+
+class _Inert:
+    """Stands in for a class that a file names beside its tensors; nothing of that class runs."""
+
+    def __new__(cls, *arguments: Any) -> OrderedDict:
+        """A dictionary, the one thing besides tensors that weights_only fills."""
+        return OrderedDict()
+
+
+# Settings that training code saves beside the weights: SimMIM's (a dict) and MAE's.
+_INERT = [(_Inert, name) for name in ("yacs.config.CfgNode", "argparse.Namespace")]
+
+
+def _open_torch(path: Path) -> tuple[dict, Callable[[str], Tensor]]:
+    try:
+        with torch.serialization.safe_globals(_INERT):
+            content = torch.load(
+                path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
+            )  # torch's format from before 1.6 is no zip, and cannot be mapped
+    except Exception as error:
+        raise ValueError(
+            f"{path}: cannot be read with weights_only ({error}). A file that holds more than "
+            f"tensors is refused: save its state_dict alone."
+        ) from error
+    for wrapper in ("model", "state_dict"):
+        if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
+            content = content[wrapper]
+    odd = (
+        [str(k) for k, v in content.items() if not isinstance(v, Tensor)]
+        if isinstance(content, dict)
+        else ["?"]
+    )
+    if odd:
+        raise ValueError(f"{path}: holds things that are no tensors: {', '.join(odd[:5])}.")
+    return {k: tuple(v.shape) for k, v in content.items()}, content.__getitem__
+
+
+def sha256(weights: Weights) -> str:
+    """Of the names, types, shapes and bytes of all tensors: a checkpoint and its export have the
+    same."""
+    digest = hashlib.sha256()
+    for name in sorted(weights.shapes):
+        tensor = weights.read(name).detach().contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+@torch.no_grad()
+def fill(module: nn.Module, weights: Weights) -> None:
+    """Copies weights into every parameter and buffer of a module, sharded or not; raises as `check`
+    does."""
+    weights = _renamed(module, weights)
+    _check(module, weights)
+    targets = module.state_dict(keep_vars=True)
+    for name, target in targets.items():
+        put(target, _adapted(module, name, weights.read(name)))
+    left = [k for k in weights.shapes if k not in targets]
+    if left:
+        logger.info(
+            "%s: %d keys not used, as asked: %s", weights.source, len(left), ", ".join(left[:8])
+        )
+
+
+def check(module: nn.Module, weights: Weights) -> None:
+    """Raises one ValueError that lists every key that is missing, left over or of another shape.
+
+    Nothing is read but names and shapes. Keys may be left over only where a part was asked for.
+    """
+    _check(module, _renamed(module, weights))
+
+
+def _renamed(module: nn.Module, weights: Weights) -> Weights:
+    """The weights under the names of the module's encoder, which knows those of released files."""
+    names: dict[str, str | None] = {name: name for name in weights.shapes}
+    for place, owner in module.named_modules():
+        if hasattr(owner, "released"):
+            dot = f"{place}." if place else ""
+            inside = [n.removeprefix(dot) for n in weights.shapes if n.startswith(dot)]
+            for old, new in owner.released(inside).items():
+                names[dot + old] = None if new is None else dot + new
+    return weights.named(names)
+
+
+def _check(module: nn.Module, weights: Weights) -> None:
+    targets = module.state_dict(keep_vars=True)
+    problems = []
+    if weights.whole:
+        problems += [
+            f"left over {k} {tuple(s)}" for k, s in weights.shapes.items() if k not in targets
+        ]
+    for name in [k for k in targets if k in weights.shapes]:
+        shape = tuple(
+            _adapted(module, name, torch.empty(weights.shapes[name], device="meta")).shape
+        )
+        if shape != tuple(targets[name].shape):
+            problems.append(f"{name} is {shape} and must be {tuple(targets[name].shape)}")
+    problems += [f"missing {k}" for k in targets if k not in weights.shapes]
+    if problems:
+        more = f"\n  … and {len(problems) - 20} more" if len(problems) > 20 else ""
+        raise ValueError(
+            f"{weights.source}: does not fit, {len(problems)} keys:\n  "
+            + "\n  ".join(problems[:20])
+            + more
+            + "\nIs it the right model.encoder? To take the encoder of a larger file alone, write "
+            f"{weights.source.split(':')[0]}:encoder."
+        )
+
+
+def _adapted(module: nn.Module, name: str, tensor: Tensor) -> Tensor:
+    """The tensor as the outermost submodule with an `adapt` wants it (positions for another image
+    size)."""
+    parts = name.split(".")
+    for i in range(len(parts)):
+        inner = module.get_submodule(".".join(parts[:i]))
+        if hasattr(inner, "adapt"):
+            return inner.adapt(".".join(parts[i:]), tensor)
+    return tensor

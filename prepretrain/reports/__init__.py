@@ -1,0 +1,1 @@
+"""Draws curves, tables and reconstructions from the folders of runs."""

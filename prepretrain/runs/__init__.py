@@ -1,0 +1,1 @@
+"""Turns a config into a run: plans, trains, evaluates and starts it."""

@@ -1,0 +1,230 @@
+"""Whether a training run fits on N GPUs, with which settings, and how long it takes: by simulated
+steps, without a GPU."""
+
+import logging
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+
+from prepretrain import config as configs
+from prepretrain.config import Training
+from prepretrain.runs import memory
+from prepretrain.runs.plan import Plan, build_objective, with_model_options
+
+logger = logging.getLogger(__name__)
+
+# not from the paper: the share of a GPU's memory that is left for CUDA's context, the workspaces of
+# NCCL and cuBLAS, and fragmentation, none of which is simulated
+RESERVE = 0.1
+RECOMPUTE = ("none", "block", "offload")  # each holds less memory than the one before
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What may be changed to make a run fit: none of it changes the result but for rounding."""
+
+    group: int
+    recompute: str
+    batch_per_process: int
+    accumulate: int
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """A way to run, and what a simulated step of it needs."""
+
+    config: Training
+    settings: Settings
+    step: memory.Step
+
+
+def load(stage: str, overrides: list[str], init: str | None = None) -> Training:
+    """A training stage's config, with the options of what it starts from. Raises ValueError for an
+    evaluation."""
+    config = configs.load(stage, overrides, init)
+    if not isinstance(config, Training):
+        raise ValueError(f"--stage {stage}: evaluates; only training is planned.")
+    return with_model_options(config)
+
+
+def estimate(
+    config: Training,
+    *,
+    gpus: int,
+    gigabytes: float,
+    mfu: float,
+    tflops: float,
+    images: float | None = None,
+) -> dict[str, Any]:
+    """The facts of a run on `gpus` of `gigabytes` (10⁹ bytes) each, as JSON can hold them: as it is
+    configured if that fits, else with the first settings that do.
+
+    Tried in order: recomputing more; then smaller parts, accumulated; then the same with larger
+    groups. mfu: the share of `tflops`, a GPU's peak, at which the step's FLOPs run, recomputed ones
+    included. images: seen in the whole run; None takes the config's length. Raises ValueError for a
+    config that cannot work on so many.
+    """
+    if gpus < 1 or gigabytes <= 0 or not 0 < mfu <= 1 or tflops <= 0:
+        raise ValueError(
+            f"--gpus {gpus} --memory {gigabytes} --mfu {mfu} --tflops {tflops}: all must be more than "
+            f"0, and --mfu at most 1."
+        )
+    plan = Plan(config, gpus)
+    if images is None and plan.schedule is None:
+        raise ValueError(
+            f"length: {config.length} counts epochs of data that are not here. Give the images of the "
+            f"whole run, as in --images 5e9."
+        )
+    images = plan.schedule.steps * config.batch_size if images is None else images
+    room = gigabytes * 1e9 * (1 - RESERVE)
+    tried: list[Attempt] = []
+    for attempt in _attempts(config, gpus, room):
+        tried.append(attempt)
+        if attempt.step.peak <= room:
+            break
+    fits = bool(tried) and tried[-1].step.peak <= room
+    best = min(tried, key=lambda one: one.step.peak) if tried else _attempt(config, gpus)
+    step, settings = best.step, best.settings
+    cost = step.flops / (settings.batch_per_process * settings.accumulate)
+    speed = gpus * tflops * 1e12 * mfu / cost
+    return {
+        "fits": fits,
+        "gpus": gpus,
+        "gpus_needed": gpus if fits else _enough(config, gpus, room),
+        "settings": {**asdict(settings), "precision": config.shard.precision},
+        "overrides": _overrides(config, best.config) if fits else [],
+        "bytes": step.bytes,
+        "peak_bytes": step.peak,
+        "bytes_at_peak": step.at_peak,
+        "memory_bytes": round(gigabytes * 1e9),
+        "usable_bytes": round(room),
+        "communicated_bytes": sum(step.sent.values()),
+        "communicated_bytes_by_collective": step.sent,
+        **plan.size(),
+        "training_flops_per_image": round(cost),
+        "images_per_second": speed,
+        "seconds_per_step": config.batch_size / speed,
+        "images": round(images),
+        "days": images / speed / 86400,
+        "mfu": mfu,
+        "tflops": tflops,
+        "tried": [{**asdict(one.settings), "peak_bytes": one.step.peak} for one in tried],
+    }
+
+
+def _attempts(config: Training, gpus: int, room: float) -> Iterator[Attempt]:
+    """Ways to run a config, the given one first, each cheaper in memory and dearer in time; those
+    whose state alone is too large are left out."""
+    given, *larger = _groups(config, gpus)
+    for group in (given, *larger):
+        wider = config if group == given else _changed(config, group=group)
+        if Plan(wider, gpus).state_bytes() > room:
+            logger.info("groups of %d: weights, gradients and optimizer alone do not fit", group)
+            continue
+        for how in RECOMPUTE[RECOMPUTE.index(config.shard.recompute) :]:
+            last = _attempt(_changed(wider, recompute=how), gpus)
+            yield last
+        whole = Plan(config, gpus).objective.whole_batch
+        while not whole and last.settings.batch_per_process > 1:
+            smaller = replace(last.config, batch_per_process=last.settings.batch_per_process // 2)
+            before, last = last, _attempt(smaller, gpus)
+            yield last
+            if last.step.peak >= before.step.peak:
+                break  # what accumulated gradients take is more than what smaller parts save
+
+
+def _groups(config: Training, gpus: int) -> list[int]:
+    """The processes that share a copy, as given and larger."""
+    given = min(config.shard.group or gpus, gpus)
+    if given < 1 or gpus % given:
+        raise ValueError(f"shard.group: {given} must divide the number of GPUs, {gpus}.")
+    return [g for g in range(given, gpus + 1) if gpus % g == 0 and (g % given == 0)]
+
+
+def _changed(config: Training, **shard: Any) -> Training:
+    return replace(config, shard=replace(config.shard, **shard))
+
+
+def _attempt(config: Training, gpus: int) -> Attempt:
+    plan, given = Plan(config, gpus), config.shard
+    images = config.batch_size // gpus // plan.accumulate
+    group = min(given.group or gpus, gpus)
+    settings = Settings(group, given.recompute, images, plan.accumulate)
+    step = memory.simulate(
+        partial(_on_meta, config),
+        images=images,
+        accumulate=plan.accumulate,
+        world=gpus,
+        group=given.group,
+        precision=given.precision,
+        recompute=given.recompute,
+    )
+    logger.info("%s: %.3g GB", settings, step.peak / 1e9)
+    return Attempt(config, settings, step)
+
+
+def _on_meta(config: Training) -> Any:
+    with torch.device("meta"):
+        return build_objective(config)
+
+
+def _overrides(old: Training, new: Training) -> list[str]:
+    """What to add to the command line for another way to run."""
+    pairs = [
+        ("shard.group", old.shard.group, new.shard.group),
+        ("shard.recompute", old.shard.recompute, new.shard.recompute),
+        ("batch_per_process", old.batch_per_process, new.batch_per_process),
+    ]
+    return [f"{key}={after}" for key, before, after in pairs if before != after]
+
+
+def _enough(config: Training, gpus: int, room: float) -> int | None:
+    """The first doubling of GPUs on which the run fits with all that saves memory; None if there is
+    none that the batch divides among."""
+    saving = _changed(config, group=None, recompute="offload")
+    while config.batch_size % (gpus := gpus * 2) == 0:
+        plan = Plan(replace(saving, batch_per_process=None), gpus)
+        for parts in (None,) if plan.objective.whole_batch else (None, 1):
+            one = replace(saving, batch_per_process=parts)
+            if plan.state_bytes() <= room and _attempt(one, gpus).step.peak <= room:
+                return gpus
+    return None
+
+
+def table(found: dict[str, Any]) -> str:
+    """An estimate, to read."""
+    gb, used = 1e9, found["settings"]
+    lines = [
+        f"{found['parameters'] / 1e6:,.0f} M parameters on {found['gpus']} GPUs, "
+        f"{used['batch_per_process']} images at a time in each, {used['accumulate']} times a step; "
+        f"groups of {used['group']}, {used['precision']}, recompute {used['recompute']}",
+        "",
+        f"{'per GPU, GB':<16}{'largest':>10}{'at peak':>10}",
+    ]
+    for kind in memory.KINDS:
+        largest, then = found["bytes"][kind], found["bytes_at_peak"][kind]
+        lines.append(f"{kind:<16}{largest / gb:>10.2f}{then / gb:>10.2f}")
+    lines += [
+        f"{'together':<16}{'':>10}{found['peak_bytes'] / gb:>10.2f}"
+        f"   of {found['usable_bytes'] / gb:g}, which is {1 - RESERVE:.0%} of the GPU's",
+        "",
+        f"sends {found['communicated_bytes'] / gb:.2f} GB a step and GPU, at "
+        f"{found['communicated_bytes'] / gb / found['seconds_per_step']:.1f} GB/s",
+        f"{found['training_flops_per_image'] / 1e9:,.0f} GFLOPs an image in training "
+        f"({found['flops_per_image'] / 1e9:,.0f} forward)",
+        f"{found['images_per_second']:,.0f} images/s at {found['mfu']:.0%} of {found['tflops']:g} "
+        f"TFLOP/s: {found['days']:,.1f} days for {found['images']:,} images",
+        "",
+    ]
+    if not found["fits"]:
+        enough = found["gpus_needed"]
+        more = f"{enough} GPUs do" if enough else "no number that the batch divides among does"
+        lines.append(f"It does not fit, with any of the settings tried: {more}.")
+    elif found["overrides"]:
+        lines.append(f"It fits with: {' '.join(found['overrides'])}")
+    else:
+        lines.append("It fits.")
+    return "\n".join(lines)

@@ -1,0 +1,251 @@
+"""Starts a stage: in this process, in local processes or on SLURM through submitit, or under
+torchrun's."""
+
+import json
+import logging
+import os
+import tempfile
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import submitit
+
+from prepretrain import config as configs
+from prepretrain.cluster import lease
+from prepretrain.cluster import slurm as clusters
+from prepretrain.config import Config, Evaluating, Suite, Training
+from prepretrain.distributed import checkpoint
+from prepretrain.distributed import group as distributed
+from prepretrain.runs import doctor, plan, replay, run, suite
+from prepretrain.training import log
+
+logger = logging.getLogger(__name__)
+
+_FOREVER = 10**7  # minutes: processes here have no time limit
+
+
+def launch(
+    stage: str,
+    overrides: list[str],
+    *,
+    init: str | None = None,
+    branch: str | None = None,
+    out: str | None = None,
+    nodes: int = 1,
+    procs: int = 1,
+    slurm: str | None = None,
+    hours: float = 72.0,
+    dry_run: bool = False,
+) -> Path:
+    """Checks a stage's config here, then runs it; returns the run's folder.
+
+    slurm: a partition. hours: time limit of a SLURM job. Raises ValueError for what the user can
+    mend, before anything is started.
+    """
+    config = configs.load(stage, overrides, init, branch)
+    folder = _folder(config, stage, out)
+    inherited = "RANK" in os.environ and "WORLD_SIZE" in os.environ
+    world = int(os.environ["WORLD_SIZE"]) if inherited else nodes * procs
+    if nodes < 1 or procs < 1:
+        raise ValueError(f"--nodes {nodes} --procs {procs}: both must be at least 1.")
+    if nodes > 1 and slurm is None and not inherited:
+        raise ValueError(
+            f"--nodes {nodes}: more than one machine needs --slurm PARTITION, or torchrun on each."
+        )
+    if isinstance(config, (Evaluating, Suite)) and config.init is None:
+        raise ValueError(
+            "--init: an evaluation needs the model to evaluate: a run's folder or a file."
+        )
+    if dry_run:
+        if isinstance(config, Suite):
+            entries, facts = suite.dry_run(config, folder, world)
+            merged = [f"# {entry.name}\n{configs.text(entry.config)}" for entry in entries]
+            _show(merged, {"stage": stage, "entries": facts})
+        else:
+            _show([configs.text(config)], run.dry_run(config, folder, stage, world))
+    elif inherited or (world == 1 and slurm is None):
+        _start(config, folder)
+    else:
+        log.setup()
+        if slurm is not None:
+            clusters.check(slurm, hours=hours, **asdict(config.slurm))
+        (suite if isinstance(config, Suite) else run).check(config, folder, world)
+        held = lease.refusal(folder) if isinstance(config, Training) else None
+        if held is not None:
+            raise ValueError(held)
+        if slurm is None:
+            _here(Task(config, folder), folder, procs)
+        else:
+            _queue(config, folder, slurm, nodes=nodes, procs=procs, hours=hours)
+    return folder
+
+
+def look_again(dump: str, procs: int) -> None:
+    """Replays a dumped step in `procs` processes here, and prints what was found; the last line is
+    JSON. Raises ValueError for what is no dump, or cannot be replayed so."""
+    replay.check(Path(dump), procs)
+    distributed.together(procs, _replay, Path(dump))
+
+
+def _replay(dump: Path) -> None:
+    log.setup()
+    rows = replay.replay(dump)
+    if distributed.is_main():
+        print(replay.told(rows))
+
+
+def examine(stage: str | None, overrides: list[str], *, out: str | None, procs: int) -> bool:
+    """Whether this machine, and a stage's data on it, will do; prints a table, and JSON as its last
+    line."""
+    config = None if stage is None else configs.load(stage, overrides)
+    if config is not None and not isinstance(config, Training):
+        raise ValueError(
+            f"--doctor: --stage {stage} does not train. Leave it out, or name another."
+        )
+    folder = Path("runs") if out is None and stage is None else _folder(config, stage or "", out)
+    with tempfile.TemporaryDirectory() as place:
+        said = Path(place, "said")
+        distributed.together(procs, _examine, folder, config, said)
+        text = said.read_text()
+    print(text)
+    return json.loads(text.splitlines()[-1])["ok"]
+
+
+def _examine(folder: Path, config: Training | None, said: Path) -> None:
+    found = doctor.examine(folder, config)
+    if distributed.is_main():
+        said.write_text(doctor.told(found))
+
+
+def _start(config: Config, folder: Path) -> None:
+    (suite if isinstance(config, Suite) else run).start(config, folder)
+
+
+def _jobs(config: Config) -> list[Config]:
+    """What each job does: one does all, unless a suite asks for one each."""
+    if not isinstance(config, Suite) or config.jobs == "one":
+        return [config]
+    return [replace(config, suite=[one]) for one in config.suite]
+
+
+def _folder(config: Config, stage: str, out: str | None) -> Path:
+    """--out; or the run that is evaluated; or the trunk and a branch's length; or runs/<stage>."""
+    if out is not None:
+        return Path(out)
+    if isinstance(config, Training) and config.branch is not None:
+        return Path(f"{config.branch.rstrip('/')}_{config.length}")
+    if (
+        isinstance(config, (Evaluating, Suite))
+        and config.init
+        and Path(config.init.partition(":")[0]).is_dir()
+    ):
+        return Path(config.init.partition(":")[0])
+    return Path("runs") / stage.removesuffix(".yaml").removeprefix("configs/").lstrip("./")
+
+
+def _show(merged: list[str], facts: dict[str, Any]) -> None:
+    """The merged configs and, as the last line, the facts as one JSON object."""
+    print("\n---\n".join(merged))
+    print(json.dumps(facts))
+
+
+class Task:
+    """What submitit runs in each process; SLURM starts the same again after a requeue, and the run
+    resumes."""
+
+    def __init__(self, config: Config, folder: Path):
+        self.config, self.folder = config, folder
+
+    def __call__(self) -> None:
+        """Joins the others by submitit's description of the job."""
+        clusters.join()
+        _start(self.config, self.folder)
+
+    def checkpoint(self) -> submitit.helpers.DelayedSubmission:
+        """The same task again: all state is in the run's folder."""
+        return submitit.helpers.DelayedSubmission(self)
+
+
+def _here(task: Task, folder: Path, procs: int) -> None:
+    executor = submitit.AutoExecutor(folder=folder / "submitit", cluster="local")
+    executor.update_parameters(nodes=1, tasks_per_node=procs, timeout_min=_FOREVER)
+    job = executor.submit(task)
+    logger.info("%s: %d processes; their output: %s", folder, procs, job.paths.stderr)
+    _follow(job, procs, folder / "log.txt")
+
+
+def _queue(config: Config, folder: Path, partition: str, **size: Any) -> None:
+    tasks = [Task(one, folder) for one in _jobs(config)]
+    options = {"name": str(folder), "partition": partition, **size, **asdict(config.slurm)}
+    for job in clusters.submit(tasks, folder, **options):
+        logger.info("%s: job %s; its output: %s", folder, job.job_id, job.paths.stderr)
+
+
+def status(run: str) -> str:
+    """How far a run is, for a person: its jobs, step, newest checkpoint, ends so far and logs.
+
+    Raises ValueError for a folder that is no run's.
+    """
+    folder = Path(run)
+    if not (folder / "config.yaml").exists() and not (folder / "submitit").exists():
+        raise ValueError(f"--status: {run} is no run's folder: it holds no config.yaml.")
+    lines = [str(folder)]
+    for job in _submitted(folder):
+        lines.append(f"  job {job}: {clusters.state(job) or 'unknown to SLURM'}")
+    metrics = folder / "metrics.jsonl"
+    rows = metrics.read_text().splitlines() if metrics.exists() else []
+    if rows:
+        age = time.time() - metrics.stat().st_mtime
+        lines.append(f"  step {json.loads(rows[-1])['step']} of {_steps(folder)}, {age:.0f} s ago")
+    saved = checkpoint.listed(folder)
+    lines.append(f"  newest checkpoint: {saved[-1] if saved else 'none'}")
+    if (folder / "export" / "model.safetensors").exists():
+        lines.append(f"  done: {folder / 'export' / 'model.safetensors'}")
+    for one in clusters.attempts(folder):
+        step = "" if one.get("step") is None else f" at step {one['step']}"
+        lines.append(
+            f"  {one['time']} job {one['job']}, start {one['restart'] + 1}: {one['ended']}{step}: "
+            f"{one['error'].splitlines()[0][:200]}"
+        )
+    lines.append(f"  logs: {folder / 'log.txt'}, of each process: {folder / 'submitit'}/*_log.err")
+    return "\n".join(lines)
+
+
+def _submitted(folder: Path) -> list[str]:
+    """The numbers of the SLURM jobs that were submitted for a folder, oldest first."""
+    found = [p.name.removesuffix("_submission.sh") for p in folder.glob("submitit/*_submission.sh")]
+    return sorted(found)
+
+
+def _steps(folder: Path) -> str:
+    try:
+        return str(plan.steps(folder))
+    except (ValueError, OSError):  # its data are not here
+        return "?"
+
+
+def _follow(job: submitit.Job, processes: int, path: Path) -> None:
+    """Shows the run's log as it grows, until its processes end; raises if they failed."""
+    shown = path.stat().st_size if path.exists() else 0
+    try:
+        while True:
+            done = job.done()
+            if path.exists():
+                with path.open() as file:
+                    file.seek(shown)
+                    print(file.read(), end="", flush=True)
+                    shown = file.tell()
+            if done:
+                break
+            time.sleep(0.5)
+    except KeyboardInterrupt:
+        job.cancel()
+        raise
+    for task in range(processes):
+        error = job.task(task).exception()
+        if error is not None:
+            raise RuntimeError(
+                f"process {task} failed. Its output: {job.task(task).paths.stderr}\n{error}"
+            )

@@ -1,0 +1,245 @@
+"""What a training step holds in memory, sends and computes: found by running it, as one of N
+processes that do not exist, on tensors without storage.
+
+The step is the real one, in torch's eager mode: an objective's, sharded by `shard` and updated by
+`optim`. Only this file uses torch's fake tensors and fake process group. torch's own FSDPMemTracker
+is not used: it follows one FSDP root, and an objective has several (`shard.find_roots`).
+"""
+
+import gc
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.tensor import DTensor
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+from prepretrain.distributed import shard
+from prepretrain.objectives.base import Objective
+from prepretrain.training import optim
+
+KINDS = ("parameters", "gradients", "optimizer", "activations", "in_flight")
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one process needs for an optimizer step.
+
+    bytes: the largest of each of KINDS, which need not be at the same time. in_flight is what FSDP
+    holds for a moment: gathered parameters, and gradients on their way to the processes that keep
+    them. peak: bytes of all kinds together where they are most; at_peak: what those are made of.
+    sent: bytes that the process sends in each collective, as a ring does. flops: forward, what is
+    recomputed, and backward.
+    """
+
+    bytes: dict[str, int]
+    peak: int
+    at_peak: dict[str, int]
+    sent: dict[str, int]
+    flops: int
+
+
+def simulate(
+    build: Callable[[], Objective],
+    *,
+    images: int,
+    accumulate: int = 1,
+    world: int,
+    group: int | None = None,
+    precision: Literal["bf16", "fp32"] = "bf16",
+    recompute: Literal["none", "block", "offload"] = "none",
+    fused_attention: bool = True,
+) -> Step:
+    """One step of process 0 of `world`, each taking `accumulate` parts of `images` images.
+
+    build: makes the objective on the meta device. fused_attention: a GPU's, else plain matrix
+    products. The second step is measured, when the optimizer has its state. Not simulated:
+    torch.compile, the allocator's rounding and fragmentation, workspaces of cuBLAS and NCCL. Raises
+    ValueError as `shard.shard` does, RuntimeError if there is a process group.
+    """
+    if dist.is_initialized():
+        raise RuntimeError("a step can only be simulated by a process without a process group.")
+    dist.init_process_group("fake", rank=0, world_size=world, store=FakeStore())
+    try:
+        objective = build()
+        shard.wrap(objective, group=group, precision=precision, recompute=recompute)
+        for module in objective.frozen():
+            shard.wrap(module, group=group, precision=precision)
+        with FakeTensorMode(allow_non_fake_inputs=True), _Ledger() as ledger, ledger.resizes():
+            for module in (objective, *objective.frozen()):
+                shard.materialise(module, precision)
+                for one in module.modules():
+                    if hasattr(one, "fused_attn"):
+                        one.fused_attn = fused_attention
+            if recompute == "offload":
+                ledger.offload(shard.blocks(objective))
+            return _measure(objective.train(), ledger, images, accumulate)
+    finally:
+        dist.destroy_process_group()
+
+
+def _measure(objective: Objective, ledger: "_Ledger", images: int, accumulate: int) -> Step:
+    frozen = [p for module in objective.frozen() for p in module.parameters()]
+    held = [*objective.parameters(), *frozen, *objective.buffers()]
+    optimizer = optim.build(objective, lr=0.0, weight_decay=0.0)
+    example = objective.example(images).items()
+
+    def update() -> None:
+        ledger.begin()
+        for part in range(accumulate):
+            batch = {k: torch.empty(v.shape, dtype=v.dtype) for k, v in example}
+            shard.send_gradients(objective, part == accumulate - 1)
+            objective(batch)["loss"].backward()
+            del batch
+            if part < accumulate - 1:  # all that a part leaves behind is gradients
+                ledger.label_rest("gradients")
+        ledger.label("parameters", held)
+        ledger.label("gradients", [p.grad for p in objective.parameters()])
+        optimizer.step()
+        ledger.label("optimizer", list(optimizer.state.values()))
+        optimizer.zero_grad()
+
+    with FlopCounterMode(display=False) as counter:
+        update()
+    gc.collect()  # the counter keeps what a block recomputed in cycles, so it stays out of the second
+    update()
+    return ledger.summary(counter.get_total_flops())
+
+
+class _Storage:
+    """A tensor's memory: its size now, and what it is for."""
+
+    def __init__(self, kind: str):
+        self.kind, self.size = kind, 0
+
+
+class _Ledger(TorchDispatchMode):
+    """Follows all memory that operations make, and the collectives among them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.known: dict[int, _Storage] = {}  # by address of torch's storage, while that lives
+        self.events: list[tuple[_Storage, int]] = []  # changes of size, in order
+        self.before: list[tuple[_Storage, int]] = []  # as they were when the step began
+        self.sent: Counter[str] = Counter()
+
+    def begin(self) -> None:
+        """Starts a step: forgets what has happened, not what is there."""
+        self.before = [(one, one.size) for one in self.known.values()]
+        self.events, self.sent = [], Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Runs an operation and enters what it made."""
+        if any(issubclass(t, DTensor) for t in types):
+            return NotImplemented  # comes again, as an operation on this process's part
+        result = func(*args, **(kwargs or {}))
+        moving = func.namespace in ("fsdp", "c10d", "_c10d_functional")
+        for tensor in _tensors((args, kwargs, result) if moving else result):
+            storage = self._of(tensor)
+            if moving and storage.kind == "activations":
+                storage.kind = "in_flight"
+        if func.namespace == "c10d":
+            self._count(func, args)
+        return result
+
+    def _of(self, tensor: Tensor) -> _Storage:
+        actual = tensor.untyped_storage()
+        address = actual._cdata
+        if address not in self.known:
+            self.known[address] = _Storage("activations")
+            self._resize(self.known[address], actual.nbytes())
+            weakref.finalize(actual, self._freed, address).atexit = False
+        return self.known[address]
+
+    def _resize(self, storage: _Storage, size: int) -> None:
+        self.events.append((storage, size - storage.size))
+        storage.size = size
+
+    def _freed(self, address: int) -> None:
+        self._resize(self.known.pop(address), 0)
+
+    @contextmanager
+    def resizes(self) -> Iterator[None]:
+        """Also follows what no operation tells of: FSDP's buffers for gathered parameters, which it
+        empties and fills in place."""
+        original = torch.UntypedStorage.resize_
+
+        def resize(storage: torch.UntypedStorage, size: int) -> Any:
+            result = original(storage, size)
+            if storage._cdata in self.known:
+                found = self.known[storage._cdata]
+                found.kind = "in_flight"
+                self._resize(found, size)
+            return result
+
+        torch.UntypedStorage.resize_ = resize
+        try:
+            yield
+        finally:
+            torch.UntypedStorage.resize_ = original
+
+    def offload(self, blocks: list[nn.Module]) -> None:
+        """Takes each block's input for absent between its forward and backward pass: `.to("cpu")`
+        does nothing on a machine that has no other device."""
+
+        def leave(block: nn.Module, given: tuple, output: Tensor) -> None:
+            storage = self._of(given[0])
+            size = storage.size
+            output.register_hook(lambda gradient: self._resize(storage, size))
+            self._resize(storage, 0)
+
+        for block in blocks:
+            block.register_forward_hook(leave)
+
+    def label(self, kind: str, values: list[Any]) -> None:
+        """Says what tensors are for, since they were made."""
+        for tensor in _tensors(values):
+            self._of(tensor).kind = kind
+
+    def label_rest(self, kind: str) -> None:
+        """Says it of all that nothing is known of."""
+        for storage in self.known.values():
+            if storage.kind == "activations":
+                storage.kind = kind
+
+    def _count(self, func: Any, args: Any) -> None:
+        name = func._overloadpacket.__name__
+        size = next(dist.ProcessGroup.unbox(a) for a in args if isinstance(a, torch.ScriptObject))
+        share = (size.size() - 1) / size.size()
+        whole, times = {
+            "_allgather_base_": (args[0], 1),
+            "allgather_": (args[0], 1),
+            "_reduce_scatter_base_": (args[1], 1),
+            "allreduce_": (args[0], 2),  # a reduce-scatter and an all-gather
+        }[name]
+        bytes_ = sum(t.numel() * t.element_size() for t in _tensors(whole))
+        self.sent[name.strip("_").removesuffix("_base")] += round(times * share * bytes_)
+
+    def summary(self, flops: int) -> Step:
+        """Goes through the step again, now that every storage's kind is known."""
+        now = Counter(dict.fromkeys(KINDS, 0))
+        for storage, size in self.before:
+            now[storage.kind] += size
+        largest, peak = Counter(now), Counter(now)
+        for storage, change in self.events:
+            now[storage.kind] += change
+            largest[storage.kind] = max(largest[storage.kind], now[storage.kind])
+            if now.total() > peak.total():
+                peak = Counter(now)
+        return Step(dict(largest), peak.total(), dict(peak), dict(self.sent), flops)
+
+
+def _tensors(values: Any) -> list[Tensor]:
+    """The tensors in nested lists; of a distributed one, this process's part."""
+    found = [v for v in tree_leaves(values) if isinstance(v, Tensor)]
+    return [t.to_local() if isinstance(t, DTensor) else t for t in found]

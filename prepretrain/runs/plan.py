@@ -1,0 +1,347 @@
+"""Everything about a training run that can be known before it starts: its parts on the meta device,
+its steps, its sizes."""
+
+import importlib.util
+import math
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from prepretrain import config as configs
+from prepretrain import plugin
+from prepretrain.config import Training
+from prepretrain.data import card
+from prepretrain.distributed import checkpoint, heartbeat, shard
+from prepretrain.evaluation import validation
+from prepretrain.evaluation.evaluators.base import SPEED, Evaluator
+from prepretrain.models import model as models
+from prepretrain.models.encoders import base as encoders
+from prepretrain.models.model import Model
+from prepretrain.objectives.base import Objective
+from prepretrain.training import durations, numerics
+from prepretrain.training.optim import Schedule
+
+
+class Plan:
+    """Everything about a training run that can be known without touching a device or the data:
+    built on meta."""
+
+    def __init__(self, config: Training, world: int):
+        """Raises ValueError for whatever in the config cannot work."""
+        if config.wandb is not None and importlib.util.find_spec("wandb") is None:
+            raise ValueError(
+                f"wandb: {config.wandb}: the package is not here. pip install wandb, or leave it out."
+            )
+        self.config, self.world = config, world
+        self.split, self.card = _split(config.data.train)
+        with torch.device("meta"):
+            self.objective = build_objective(config)
+        shard.size(config.shard.group, world)
+        self.accumulate = accumulation(config.batch_size, world, config.batch_per_process)
+        if self.objective.whole_batch and self.accumulate > 1:
+            raise ValueError(
+                f"batch_per_process: {config.batch_per_process} takes a process's share of "
+                f"{config.batch_size // world} images in {self.accumulate} parts, and objective "
+                f"'{config.objective['name']}' compares all of a batch with each other. Leave it out; to "
+                f"save memory take more processes, shard.recompute=block or a smaller batch_size."
+            )
+        if config.checkpoint.keep < 1:
+            raise ValueError(f"checkpoint.keep: {config.checkpoint.keep} must be at least 1.")
+        if config.hang is not None and config.hang < heartbeat.LEAST:
+            raise ValueError(
+                f"hang: {config.hang} must be at least {heartbeat.LEAST} seconds, or null for "
+                "never."
+            )
+        self.policy = numerics.Policy(**vars(config.numerics))
+        declared = self.card.images[self.split] if self.split in self.card.images else None
+        self._schedule(declared)
+
+    def open_data(self) -> Any:
+        """The training source, which the objective has found fit. Fixes the length of an epoch."""
+        source = self.card.open(self.split)
+        self.objective.check(self.card, source)
+        self._schedule(len(source))
+        return source
+
+    def _schedule(self, images: int | None) -> None:
+        self.images = images
+        if images is None and durations.parse(self.config.length, "length")[1] == "ep":
+            self.schedule = None  # known once the data are open
+            return
+        self.schedule = self.schedule_of(self.config.length, "length")
+        self._steps = partial(
+            durations.steps,
+            batch_size=self.config.batch_size,
+            images=images,
+            total=self.schedule.steps,
+        )
+
+    def schedule_of(self, length: str, where: str) -> Schedule:
+        """The schedule that a run of this config has at some length."""
+        batch, given = self.config.batch_size, self.config.optim
+        total = durations.steps(length, where, batch_size=batch, images=self.images)
+        if total < 1:
+            raise ValueError(f"{where}: {length!r} is less than a step.")
+        steps = partial(durations.steps, batch_size=batch, images=self.images, total=total)
+        scale = batch / 256
+        return Schedule(
+            given.lr * scale,
+            total,
+            steps(given.warmup, "optim.warmup"),
+            given.schedule,
+            given.lr_end * scale,
+            tuple(steps(m, "optim.milestones") for m in given.milestones),
+            given.decay,
+        )
+
+    def branches(self) -> list[int]:
+        """The steps at which shorter runs will branch off this one: where each one's rate first
+        falls."""
+        found = [self.schedule_of(length, "branches") for length in self.config.branches]
+        for length, schedule in zip(self.config.branches, found):
+            _check_trunk(self.schedule, schedule, f"branches: {length}")
+        return [schedule.milestones[0] for schedule in found]
+
+    def always(self) -> set[int]:
+        """The steps that are saved and never removed: where shorter runs branch off, and every
+        `checkpoint.permanent`."""
+        every, steps = self.config.checkpoint.permanent, self.schedule.steps
+        if every is None:
+            return set(self.branches())
+        apart = self.steps_of("checkpoint.permanent")
+        return {*self.branches(), *range(apart, steps + 1, apart)}
+
+    def branch_point(self) -> Path | None:
+        """The trunk's checkpoint that `branch` starts from, verified; None without one.
+
+        A branch is the run that would have been trained straight to its length: the same config, but
+        for the length, and the same rates up to its first milestone. Raises ValueError otherwise.
+        """
+        trunk = self.config.branch
+        if trunk is None:
+            return None
+        before = _recorded(trunk)
+        free = (*configs.CHANGEABLE, "length", "branch", "init")
+        changed = configs.differences(before, configs.plain(self.config), free)
+        if changed:
+            raise ValueError(
+                f"branch: {trunk} was trained with another config:\n  "
+                + "\n  ".join(changed)
+                + "\nA branch continues it exactly; only length may differ."
+            )
+        old = Plan(configs.check(Training, before, ""), self.world)
+        old._schedule(self.images)
+        _check_trunk(old.schedule, self.schedule, f"branch: {trunk}, length: {self.config.length}")
+        step = self.schedule.milestones[0]
+        found = checkpoint.newest(Path(trunk), step)
+        if found is None:
+            there = [int(p.name) for p in checkpoint.listed(Path(trunk))]
+            raise ValueError(
+                f"branch: {trunk} holds no checkpoint of step {step}, where a run of "
+                f"length={self.config.length} leaves it. It holds {there}. Name the length in the "
+                f"trunk's `branches`, and let it train that far."
+            )
+        return found
+
+    def open_validation(self) -> Any:
+        """The validation set, or as many images of it as asked for; None if there is none."""
+        given = self.config.validation
+        if given.data is None:
+            return None
+        if given.images is not None and given.images < 1:
+            raise ValueError(f"validation.images: {given.images} must be at least 1.")
+        split, found = _split(given.data)
+        source = found.open(split)
+        validation.check(self.objective, source, given.data)
+        return validation.spread(source, given.images)
+
+    def steps_of(self, key: str) -> int:
+        """The duration at `log_every`, `checkpoint.every`, … in steps, at least one."""
+        value = self.config
+        for part in key.split("."):
+            value = getattr(value, part)
+        return max(1, self._steps(value, key))
+
+    def evaluators(self) -> list[tuple[str, int, Evaluator]]:
+        """(name, every how many steps, evaluator) of the `evaluators:` section."""
+        built = []
+        for i, given in enumerate(self.config.evaluators):
+            options = dict(given)
+            for key in ("name", "every"):
+                if key not in options:
+                    raise ValueError(f"evaluators[{i}].{key}: is missing.")
+            every = options.pop("every")
+            data = options.pop("data", self.config.data.train.partition(":")[0])
+            name, evaluator = build_evaluator(options, data)
+            evaluator.cache = False  # at the next evaluation the weights are others
+            evaluator.check(self.objective.model)
+            built.append(
+                (
+                    (name, evaluator),
+                    max(1, self._steps(every, f"evaluators[{i}].every")),
+                )
+            )
+        if self.config.checkpoint.best and not built:
+            raise ValueError("checkpoint.best: nothing is measured. Name one in `evaluators`.")
+        return [(name, every, evaluator) for (name, evaluator), every in built]
+
+    def size(self) -> dict[str, int]:
+        """{"encoder_parameters" (no head, no decoder), "parameters", "flops_per_image"}."""
+        count = {
+            name: sum(p.numel() for p in part.parameters())
+            for name, part in (
+                ("encoder_parameters", self.objective.model.encoder),
+                ("parameters", self.objective),
+            )
+        }
+        return {**count, "flops_per_image": self.flops()}
+
+    def flops(self) -> int:
+        """FLOPs of one image's forward pass through the objective, 2 for a multiply-add, attention
+        included."""
+        with torch.device("meta"):
+            objective = build_objective(self.config)
+        for module in objective.modules():
+            if hasattr(module, "fused_attn"):
+                module.fused_attn = (
+                    False  # plain matrix products, so that they are counted on every device
+                )
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            objective.eval().requires_grad_(False)(objective.example(1))
+        return counter.get_total_flops()
+
+    def state_bytes(self) -> int:
+        """Bytes of a process's share of the state, all float32: weights, and of those that are
+        trained also gradients and AdamW's two moments."""
+        group = min(self.config.shard.group or self.world, self.world)
+        frozen = [p for module in self.objective.frozen() for p in module.parameters()]
+        held = [*self.objective.parameters(), *frozen]
+        return sum(p.numel() * 4 * (4 if p.requires_grad else 1) for p in held) // group
+
+    def summary(self) -> str:
+        """One line of what is derived from the config."""
+        optim_, s = self.config.optim, self.schedule
+        return (
+            f"{s.steps} steps of {self.config.batch_size} images ({self.world} processes, "
+            f"{self.accumulate} at a time each step), peak lr {s.peak:.3g} = {optim_.lr:g} x batch / 256, "
+            f"warm-up {s.warmup} steps, {self.images} images an epoch"
+        )
+
+
+def _check_trunk(trunk: Schedule, branch: Schedule, where: str) -> None:
+    """Raises ValueError unless a schedule follows another up to its own first milestone."""
+    if not branch.milestones:
+        raise ValueError(
+            f"{where}: only optim.schedule=step has a constant part that runs of several lengths share."
+        )
+    point = branch.milestones[0]
+    if point >= trunk.steps:
+        raise ValueError(
+            f"{where}: would leave at step {point}, and the trunk ends at step {trunk.steps}."
+        )
+    differing = next((s for s in range(point) if trunk.lr(s) != branch.lr(s)), None)
+    if differing is not None:
+        raise ValueError(
+            f"{where}: its rate differs from the trunk's at step {differing}, before it leaves at step "
+            f"{point}. Give optim.warmup in steps (6250it), not as a share of the length."
+        )
+
+
+def accumulation(batch_size: int, world: int, most: int | None) -> int:
+    """How many parts each process takes its share of a batch in: the fewest of at most `most`
+    images each."""
+    if batch_size < 1 or batch_size % world:
+        raise ValueError(
+            f"batch_size: {batch_size} does not divide among {world} processes. "
+            f"Take a multiple of {world}."
+        )
+    if most is not None and most < 1:
+        raise ValueError(f"batch_per_process: {most} must be at least 1.")
+    share = batch_size // world
+    parts = 1 if most is None else math.ceil(share / most)
+    while share % parts:
+        parts += 1
+    return parts
+
+
+def _split(name: str) -> tuple[str, card.Card]:
+    place, _, split = name.partition(":")
+    return split or "train", card.load_card(place)
+
+
+def build_objective(config: Training) -> Objective:
+    """The objective of a config around its model, without weights; build it on the meta device."""
+    options = dict(config.objective)
+    if "name" not in options:
+        raise ValueError(
+            f"objective.name: is missing. There are: {', '.join(plugin.names('objectives'))}."
+        )
+    built = plugin.build("objectives", options.pop("name"), Model(**config.model), **options)
+    shard.keep_float32(built, config.shard.float32)
+    return built
+
+
+def build_evaluator(given: dict[str, Any], data: str) -> tuple[str, Evaluator]:
+    """("linear/cifar10", or with a variant "lowshot/cifar10/vpt", and the evaluator) of an
+    `evaluator:` section."""
+    options = dict(given)
+    if "name" not in options:
+        raise ValueError(
+            f"evaluator.name: is missing. There are: {', '.join(plugin.names('evaluators'))}."
+        )
+    name = options.pop("name")
+    built = plugin.build("evaluators", name, data=data, **options)
+    given = plugin.check(type(built), {"data": data, **options}, "evaluator")
+    every = {"name": name, **plugin.defaults(type(built)), **given}
+    built.options = {k: v for k, v in every.items() if k not in SPEED}
+    return "/".join([name, data, *([built.variant] if built.variant else [])]), built
+
+
+def with_model_options(config: Training, folder: Path | None = None) -> Training:
+    """The config with every option of its model: those of `--init` or, once started, of the run,
+    under its own.
+
+    A run's folder describes itself, so a continued run does not need what it was started from.
+    Raises ValueError where the init's encoder is not the one that the config names.
+    """
+    recorded = folder / "config.yaml" if folder is not None else None
+    known: dict[str, Any] = {}
+    if recorded is not None and recorded.exists():
+        known = configs.read(recorded).get("model", {})
+    elif config.branch is not None:
+        known = _recorded(config.branch).get("model", {})
+    elif config.init is not None:
+        known = models.open_weights(config.init).options or {}
+    asked = config.model.get("encoder", known.get("encoder"))
+    if asked is None:
+        raise ValueError(
+            "model.encoder: is missing. Name a size, as in model.encoder=vit_b16, or give --init a run "
+            "to start from."
+        )
+    if known.get("encoder", asked) != asked:
+        raise ValueError(
+            f"model.encoder: the config asks for {asked}, and {config.init or folder} holds "
+            f"{known['encoder']}. Leave model.encoder out, or give another --init or --out."
+        )
+    return replace(config, model=encoders.follow(known, config.model))
+
+
+def steps(folder: Path) -> int:
+    """The length of a recorded run. Raises ValueError if that needs data that are not here."""
+    given = configs.check(Training, _recorded(str(folder)), "")
+    found = Plan(given, 1)
+    if found.schedule is None:
+        found.open_data()
+    return found.schedule.steps
+
+
+def _recorded(run: str) -> dict[str, Any]:
+    """The config that a run was started with."""
+    path = Path(run) / "config.yaml"
+    if not path.exists():
+        raise ValueError(f"branch: {run} is no run's folder: it holds no config.yaml.")
+    return configs.read(path)

@@ -1,0 +1,123 @@
+"""Takes one dumped step again, to find where the first value that is not finite comes from."""
+
+import json
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from prepretrain import config as configs
+from prepretrain.config import Training
+from prepretrain.data.loader import Stream
+from prepretrain.distributed import checkpoint, shard
+from prepretrain.distributed import group as distributed
+from prepretrain.runs.plan import Plan
+from prepretrain.training import fit as train
+from prepretrain.training import numerics, optim
+
+
+def replay(dump: Path) -> list[dict[str, Any]]:
+    """Computes a dumped step's losses and gradients as they were, from the weights that it started
+    from, and changes nothing; called by all processes. A row for each process of then and each of its
+    micro batches: {"process", "part", "loss", "found": see FirstNotFinite, "keys"}.
+
+    One process takes all shares in turn; as many as there were take one each. Raises ValueError for a
+    folder without a dump or without its weights, and for any other number of processes.
+    """
+    given = _read(dump)
+    config = configs.check(Training, configs.read(dump.parents[1] / "config.yaml"), "")
+    plan = Plan(config, given["world"])
+    source, objective, rank = plan.open_data(), plan.objective, distributed.rank()
+    ranks = range(given["world"]) if distributed.world() == 1 else [rank]
+    if objective.whole_batch and distributed.world() != given["world"]:
+        raise ValueError(
+            f"--procs {distributed.world()}: objective '{config.objective['name']}' compares all images "
+            f"of a batch, so all {given['world']} processes are needed: --procs {given['world']}."
+        )
+    spread = {"group": config.shard.group, "precision": config.shard.precision}
+    shard.shard(objective, **spread)
+    objective.prepare(partial(shard.shard, **spread))
+    saved = checkpoint.newest(dump)
+    if saved is None:
+        raise ValueError(f"{dump}: its checkpoint is damaged, so there is nothing to replay from.")
+    kept = checkpoint.restore(saved, objective, optim.build(objective, lr=0.0, weight_decay=0.0))
+    objective.train()
+    rows = []
+    for one in ranks:
+        stream = Stream(
+            source,
+            objective.transform(train=True),
+            batch_size=config.batch_size,
+            seed=config.seed,
+            accumulate=plan.accumulate,
+            window=config.data.window,
+            rank=one,
+            world=given["world"],
+        )
+        if stream.fingerprint != kept["data"]:
+            raise ValueError(f"{dump}: data.train is not what it was. Restore the data.")
+        train.seed_all(config.seed, given["step"] - 1, one)
+        batches = stream.batches(given["position"])
+        for part, dumped in enumerate(given["processes"][one]["batches"]):
+            batch = next(batches)
+            if batch["key"] != dumped["key"]:
+                raise RuntimeError(f"{dump}: process {one}, part {part}: other images than then.")
+            rows.append({"process": one, "part": part, **_look(objective, batch)})
+    return [row for part in distributed.all_gather_object(rows) for row in part]
+
+
+def check(dump: Path, procs: int) -> None:
+    """Raises ValueError for what is no dump, or cannot be replayed by so many processes."""
+    world = _read(dump)["world"]
+    if procs not in (1, world):
+        raise ValueError(
+            f"--procs {procs}: this step was taken by {world} processes: give --procs 1 or {world}."
+        )
+
+
+def _read(dump: Path) -> dict[str, Any]:
+    try:
+        given = json.loads((dump / numerics.DUMP).read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"--replay {dump}: holds no dump: {error}. Give a folder such as runs/mae/dumps/000001234."
+        ) from error
+    if not checkpoint.listed(dump):
+        raise ValueError(
+            f"--replay {dump}: holds no weights; only the first dumps of a run do. Replay one of "
+            f"{', '.join(sorted({p.parent.name for p in dump.parent.glob('*/checkpoints')})) or 'none'}."
+        )
+    return given
+
+
+def _look(objective: Any, batch: dict[str, Any]) -> dict[str, Any]:
+    """One forward and backward pass under observation."""
+    batch.pop("bad")
+    watched = numerics.FirstNotFinite(objective)
+    try:
+        figures = objective(train.to_device(batch))
+        figures["loss"].backward()
+    finally:
+        watched.close()
+    for parameter in objective.parameters():
+        parameter.grad = None
+    return {
+        "loss": numerics.as_json(figures["loss"]),
+        "found": watched.found,
+        "keys": batch["key"],
+    }
+
+
+def told(rows: list[dict[str, Any]]) -> str:
+    """What a replay found, a line for each part."""
+    lines = []
+    for row in rows:
+        found = row["found"]
+        where = (
+            "all finite"
+            if found is None
+            else f"first not finite: {found['module']} ({found['where']})"
+        )
+        lines.append(f"process {row['process']}, part {row['part']}: loss {row['loss']}: {where}")
+        if found is not None:
+            lines.append(f"  images: {' '.join(row['keys'])}")
+    return "\n".join(lines)

@@ -1,0 +1,412 @@
+"""What one process does for a stage: turns a config into parts, and runs them. Reads the config;
+all below do not."""
+
+import contextlib
+import json
+import logging
+import math
+import os
+import re
+import socket
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+from prepretrain import config as configs
+from prepretrain.cluster import lease, slurm
+from prepretrain.config import Evaluating, Training
+from prepretrain.data import card
+from prepretrain.data.loader import Stream
+from prepretrain.data.transforms import BadImage, decode, resize_center_crop
+from prepretrain.distributed import checkpoint, heartbeat, shard
+from prepretrain.distributed import group as distributed
+from prepretrain.evaluation import validation
+from prepretrain.evaluation.evaluators import zeroshot
+from prepretrain.evaluation.evaluators.base import Evaluator
+from prepretrain.models import model as models
+from prepretrain.models import weights
+from prepretrain.models.model import Model
+from prepretrain.objectives.base import Objective
+from prepretrain.runs import results
+from prepretrain.runs.plan import Plan, build_evaluator, build_objective, with_model_options
+from prepretrain.training import log, optim
+from prepretrain.training.fit import Evaluation, Signals, Stopped, fit
+
+logger = logging.getLogger(__name__)
+
+
+def start(config: Training | Evaluating, folder: Path) -> None:
+    """Runs a stage to its end in this process, as one of those that the environment describes."""
+    with joined(folder):
+        if isinstance(config, Evaluating):
+            evaluate(config, folder)
+        else:
+            train(config, folder)
+
+
+@contextlib.contextmanager
+def joined(folder: Path) -> Iterator[None]:
+    """This process as one of those that the environment describes, with its log in the folder."""
+    try:
+        distributed.init()
+        _open_folder(folder)
+        log.setup(folder)
+        yield
+    except Exception as error:
+        slurm.leave(error, stopped=isinstance(error, Stopped))
+        raise
+    finally:
+        distributed.shutdown()
+
+
+def _open_folder(folder: Path) -> None:
+    """Makes the run's folder, on one process. Raises ValueError, on all, if others do not see it."""
+    mark = folder.absolute() / f".shared-{distributed.from_main(os.urandom(4).hex())}"
+    if distributed.is_main():
+        folder.mkdir(parents=True, exist_ok=True)
+        mark.touch()
+    distributed.barrier()
+    for _ in range(50):  # a network's file system may show it late
+        if mark.exists():
+            break
+        time.sleep(0.1)
+    seen = distributed.all_gather_object((f"{socket.gethostname()}:{mark.parent}", mark.exists()))
+    if distributed.is_main():
+        mark.unlink()
+    blind = sorted({place for place, sees in seen if not sees})
+    if blind:
+        raise ValueError(
+            f"{folder}: is not shared: {', '.join(blind)} is not what process 0 writes to, "
+            f"{seen[0][0]}. Give --out a folder that all machines share."
+        )
+
+
+def train(config: Training, folder: Path) -> None:
+    """Stage one, stage two or fine-tuning: whatever the objective says."""
+    with lease.held(folder), heartbeat.watching(folder, config.hang):
+        asked = Signals()  # from here on, so that whatever is started gets at least a step further
+        try:
+            _train(config, folder, asked)
+        finally:
+            asked.restore()
+
+
+def _train(config: Training, folder: Path, asked: Signals) -> None:
+    config = with_model_options(config, folder)
+    plan = Plan(config, distributed.world())
+    source = plan.open_data()
+    _record(config, folder)
+    objective = plan.objective
+    spread = {"group": config.shard.group, "precision": config.shard.precision}
+    shard.shard(objective, **spread, recompute=config.shard.recompute, compile=config.shard.compile)
+    objective.prepare(partial(shard.shard, **spread))
+    saved = checkpoint.newest(folder) or plan.branch_point()
+    if saved is None:
+        shard.initialise(objective, config.seed)
+        for module, found in starting(config, objective):
+            weights.fill(module, found)
+    optimizer = optim.build(
+        objective,
+        lr=plan.schedule.peak,
+        weight_decay=config.optim.weight_decay,
+        betas=config.optim.betas,
+        eps=config.optim.eps,
+        layer_decay=config.optim.layer_decay,
+        ema=config.optim.ema,
+    )
+    data = Stream(
+        source,
+        objective.transform(train=True),
+        batch_size=config.batch_size,
+        seed=config.seed,
+        accumulate=plan.accumulate,
+        workers=config.data.workers,
+        max_bad=config.data.max_bad,
+        window=config.data.window,
+    )
+    logger.info("%s", plan.summary())
+    evaluators = plan.evaluators()
+    evals = [
+        Evaluation(f"{name}/", every, partial(_measure, name, evaluator, objective.model, folder))
+        for name, every, evaluator in evaluators
+    ]
+    if config.checkpoint.best:
+        quoted = evaluators[0][2].quoted
+        evals[0] = replace(evals[0], run=partial(_best, evals[0], quoted, objective.model, folder))
+    if config.validation.data is not None:
+        sets = plan.open_validation(), source
+        batch = config.batch_size // plan.world // plan.accumulate
+        run = partial(_validate, objective, *sets, batch, config.data.workers, folder)
+        evals.append(Evaluation("val_", plan.steps_of("validation.every"), run))
+    fit(
+        objective,
+        data,
+        optimizer,
+        plan.schedule,
+        folder=folder,
+        seed=config.seed,
+        options=objective.model.options,
+        saved=saved,
+        clip=config.optim.clip,
+        log_every=plan.steps_of("log_every"),
+        save_every=plan.steps_of("checkpoint.every"),
+        keep=config.checkpoint.keep,
+        always=plan.always(),
+        async_save=config.checkpoint.async_save,
+        policy=plan.policy,
+        evals=evals,
+        wandb=config.wandb,
+        signals=asked,
+    )
+    with optim.averaged(objective, optimizer):
+        _finish(plan, folder)
+
+
+def starting(config: Training, objective: Objective) -> list[tuple[Any, weights.Weights]]:
+    """(module, weights) of all that a fresh run starts from: --init, then what the objective names.
+
+    Raises ValueError if there is no --init and the objective makes no sense without.
+    """
+    if config.init is None and objective.needs_init:
+        raise ValueError(
+            f"--init: is missing; objective '{config.objective['name']}' leaves the image tower as it "
+            f"is, so it must have been trained before: --init runs/wsp, or the like."
+        )
+    found = []
+    if config.init is not None:
+        found.append(models.fitting(objective.model, models.open_weights(config.init)))
+    return found + objective.starting()
+
+
+def _measure(
+    name: str,
+    evaluator: Evaluator,
+    model: Model,
+    folder: Path,
+    asked: dict[str, Any] | None = None,
+) -> dict[str, float]:
+    """asked: see `evaluate`; None while the model is training, whose weights have no name."""
+    found = evaluator.run(model, folder)
+    logger.info("%s: %s", name, ", ".join(f"{k} {v:g}" for k, v in found.items()))
+    results.add(folder, {name: found}, {name: asked or request(evaluator, {}, None)})
+    return found
+
+
+def _validate(
+    objective: Objective, held: Any, trained: Any, batch_size: int, workers: int, folder: Path
+) -> dict[str, float]:
+    """The loss on held-out images, and how far it lies above that on as many training images seen in
+    the same way."""
+    loss, images = validation.measure(objective, held, batch_size=batch_size, workers=workers)
+    some = validation.spread(trained, images)
+    seen, _ = validation.measure(objective, some, batch_size=batch_size, workers=workers)
+    found = {"loss": loss, "gap": loss - seen, "images": images}
+    logger.info("validation: %s", ", ".join(f"{k} {v:.6g}" for k, v in found.items()))
+    results.add(folder, {f"val_{k}": v for k, v in found.items()})
+    return found
+
+
+def _best(evaluation: Evaluation, quoted: Callable, model: Model, folder: Path) -> dict[str, float]:
+    """Measures, and exports the model to best/ if it is the best of the run so far."""
+    found = evaluation.run()
+    key = quoted(found)
+    name = f"best {evaluation.prefix}{key}"
+    if results.read(folder)[0].get(name, -math.inf) < found[key]:
+        _export(model, folder, "best")
+        results.add(folder, {name: found[key]})
+    return found
+
+
+def _export(model: Model, folder: Path, name: str) -> None:
+    state = get_model_state_dict(
+        model, options=StateDictOptions(full_state_dict=True, cpu_offload=True)
+    )
+    if distributed.is_main():
+        models.write(model, state, folder / name, str(folder))
+
+
+def _finish(plan: Plan, folder: Path) -> None:
+    _export(plan.objective.model, folder, "export")
+    results.add(folder, {"images": plan.schedule.steps * plan.config.batch_size, **plan.size()})
+    logger.info("%s: done. Its weights: %s", folder, folder / "export" / "model.safetensors")
+
+
+def evaluate(config: Evaluating, folder: Path, sha256: str | None = None) -> dict[str, float]:
+    """Measures a model and adds the numbers to the folder's results.json under
+    "<evaluator>/<card>", with a label behind it if there is one, and what was asked to its
+    evaluations.json.
+
+    sha256: of the model's weights, where it is known.
+    """
+    name, evaluator = evaluator_of(config)
+    model = models.load(config.init, **config.model).to(distributed.device())
+    evaluator.check(model)
+    asked = request(evaluator, config.model, sha256 or fingerprint(config.init))
+    return _measure(name, evaluator, model, folder, asked)
+
+
+def evaluator_of(config: Evaluating) -> tuple[str, Evaluator]:
+    """The evaluator, and the name that its results have."""
+    name, evaluator = build_evaluator(config.evaluator, config.data)
+    if config.label is None:
+        return name, evaluator
+    return f"{name}/{checked_label(config.label)}", evaluator
+
+
+def checked_label(label: str) -> str:
+    """The label. Raises ValueError for one that would not do in names of results and folders."""
+    if not isinstance(label, str) or not re.fullmatch(r"[\w.+-]+", label):
+        raise ValueError(f"label: {label!r} does not fit; it is text of letters, digits and _.+-")
+    return label
+
+
+def fingerprint(source: str) -> str:
+    """The sha256 of the weights of a source, which every process calls for together."""
+    found = models.open_weights(source)
+    return distributed.from_main(weights.sha256(found) if distributed.is_main() else None)
+
+
+def request(evaluator: Evaluator, model: dict[str, Any], sha256: str | None) -> dict[str, Any]:
+    """What evaluations.json says of a result, as JSON has it: with two alike the numbers are.
+
+    model: the options that it is loaded with. sha256: of its weights.
+    """
+    asked = {"options": {"evaluator": evaluator.options, "model": model}, "model": sha256}
+    return json.loads(json.dumps(asked))
+
+
+def _record(config: Training, folder: Path) -> None:
+    """Writes config.yaml at a run's first start; later, raises as `_check_unchanged`."""
+    _check_unchanged(config, folder)
+    distributed.barrier()
+    if distributed.is_main():
+        configs.write(configs.plain(config), folder / "config.yaml")
+    distributed.barrier()
+
+
+def _check_unchanged(config: Training, folder: Path) -> None:
+    """Raises ValueError listing the keys that differ from what the run was started with, if it
+    was."""
+    path = folder / "config.yaml"
+    changed = (
+        configs.differences(configs.read(path), configs.plain(config)) if path.exists() else []
+    )
+    if changed:
+        raise ValueError(
+            f"{folder}: was started with another config:\n  "
+            + "\n  ".join(changed)
+            + "\nUse the same, or start another run with --out."
+        )
+
+
+def check(config: Training | Evaluating, folder: Path, world: int) -> Plan | None:
+    """Checks all that a start would, without a device; a training run's plan. Raises ValueError."""
+    if isinstance(config, Evaluating):
+        evaluator_of(config)
+        models.open_weights(config.init)
+        return None
+    config = with_model_options(config, folder)
+    _check_unchanged(config, folder)
+    plan = Plan(config, world)
+    plan.open_data()
+    plan.open_validation()
+    plan.always()
+    plan.branch_point()
+    for module, found in starting(config, plan.objective):
+        weights.check(module, found)
+    plan.evaluators()
+    return plan
+
+
+def dry_run(config: Training | Evaluating, folder: Path, stage: str, world: int) -> dict[str, Any]:
+    """Checks everything that a start would, on the meta device, and returns the facts of the run.
+
+    Data that are not here are no error if the card declares how many images there are: "data" then
+    says so.
+    """
+    if isinstance(config, Evaluating):
+        check(config, folder, world)
+        model = models.load(config.init, **config.model)
+        evaluator_of(config)[1].check(model)
+        encoder = model.encoder
+        return {
+            "stage": stage,
+            "encoder": type(encoder).__name__,
+            "encoder_parameters": sum(p.numel() for p in encoder.parameters()),
+        }
+    data = "checked"
+    try:
+        plan = check(config, folder, world)
+    except card.MissingData as error:
+        plan = Plan(with_model_options(config, folder), world)
+        if plan.schedule is None:
+            raise
+        data = f"not here, so not checked: {error}"
+    return {
+        "stage": stage,
+        "encoder": plan.config.model["encoder"],
+        **plan.size(),
+        "steps": plan.schedule.steps,
+        "images": plan.schedule.steps * config.batch_size,
+        "accumulate": plan.accumulate,
+        "lr": plan.schedule.peak,
+        "state_gib_per_process": round(plan.state_bytes() / 2**30, 3),
+        "data": data,
+    }
+
+
+def load_objective(folder: Path) -> Objective:
+    """A run's trained objective on the CPU, decoder and heads included."""
+    given = configs.check(Training, configs.read(Path(folder) / "config.yaml"), "")
+    with torch.device("meta"):
+        objective = build_objective(given)
+    objective.to_empty(device="cpu")
+    shard.fill_buffers(objective)
+    saved = checkpoint.newest(Path(folder))
+    if saved is None:
+        raise ValueError(f"{folder}: holds no complete checkpoint.")
+    shapes, read, _ = checkpoint.open_tensors(saved)
+    weights.fill(objective, weights.Weights(str(folder), shapes, read))
+    return objective.eval()
+
+
+def classify(
+    source: str, images: list[Path], names: list[str], templates: list[str]
+) -> list[dict[str, float]]:
+    """{name: probability} of each image file, by a model with a text tower.
+
+    Raises ValueError naming an image that cannot be read, or names that are empty or not different.
+    """
+    model, rows = models.load(source), []
+    for path in images:
+        try:
+            pixels = decode(path.read_bytes())
+        except (OSError, BadImage) as error:
+            raise ValueError(f"{path}: {error}") from error
+        rows.append(resize_center_crop(pixels, model.encoder.image_size, share=1.0))
+    found = zeroshot.probabilities(model, torch.stack(rows), names, templates)
+    return [dict(zip(names, row.tolist())) for row in found]
+
+
+def export(source: str, folder: Path) -> Path:
+    """Writes a run's or file's encoder for others to load; returns the weights' path."""
+    return models.load(source).save(folder, source)
+
+
+def export_released(run: Path, folder: Path) -> Path:
+    """Writes a run's tensors as `released.pth`, under the names of the files that the objective's
+    authors released; returns its path. Raises ValueError for an objective without such files."""
+    objective = load_objective(run)
+    if not hasattr(objective, "release"):
+        raise ValueError(f"--released: {run} is of an objective without released files of its own.")
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "released.pth"
+    torch.save({"model": objective.release()}, f"{path}.tmp")
+    os.replace(f"{path}.tmp", path)
+    return path

@@ -1,0 +1,1 @@
+"""Runs the one loop: optimizer and schedule, steps that are not finite, metrics."""

@@ -1,0 +1,175 @@
+"""What a run tells a person and a program: log lines, metrics.jsonl, TensorBoard, a progress
+bar."""
+
+import json
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+from tqdm import tqdm
+
+from prepretrain.distributed import group as distributed
+
+logger = logging.getLogger("prepretrain")
+
+ROLLBACKS = "rollbacks"  # the key of a row that is of a beginning, not of a step
+
+
+def setup(folder: Path | None = None) -> None:
+    """Log lines to the terminal (rank 0; others only warnings) and, with a folder, to
+    `<folder>/log.txt`."""
+    logger.setLevel(logging.INFO if distributed.is_main() else logging.WARNING)
+    logger.propagate = False
+    for old in list(logger.handlers):
+        logger.removeHandler(old)
+        old.close()
+    rank = "" if distributed.world() == 1 else f"[{distributed.rank()}] "
+    shape = logging.Formatter(f"%(asctime)s {rank}%(levelname).1s %(message)s", "%H:%M:%S")
+    handlers: list[logging.Handler] = [_Terminal()]
+    if folder is not None:
+        handlers.append(logging.FileHandler(folder / "log.txt", delay=True))
+        if not distributed.is_main():
+            handlers[-1].setLevel(logging.CRITICAL)  # why a job ends, whoever caused it
+    for handler in handlers:
+        handler.setFormatter(shape)
+        logger.addHandler(handler)
+
+
+class _Terminal(logging.StreamHandler):
+    """Writes through tqdm, so that a line does not tear the progress bar."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            tqdm.write(self.format(record), file=sys.stderr)
+        except OSError:  # the terminal is gone; the run and its log.txt go on
+            pass
+
+
+class Metrics:
+    """metrics.jsonl, one line a logged step, each step once, with TensorBoard beside it. Rank 0
+    writes."""
+
+    def __init__(self, folder: Path, step: int, wandb: str | None = None):
+        """Opens the log for a run that continues after `step`; later lines, from a run cut off, are
+        removed. wandb: a Weights & Biases project to log to as well, in one run however often this
+        one is continued."""
+        self.file = self.board = self.remote = None
+        self.measured: list[str] = []  # figures that were logged of this very step
+        if not distributed.is_main():
+            return
+        rows = _rewind(folder / "metrics.jsonl", step)
+        self.seconds = max((row.get("seconds", 0.0) for row in rows), default=0.0)
+        self.measured = sorted({key for row in rows if row["step"] == step for key in row})
+        self.file = (folder / "metrics.jsonl").open("a")
+        self.replaced = folder / "quarantine.jsonl"
+        _rewind(self.replaced, step)
+        from torch.utils.tensorboard import (
+            SummaryWriter,  # slow to import; only the writing rank pays
+        )
+
+        self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+        if wandb is not None:
+            self.remote = _remote(folder, wandb)
+            for row in rows:  # what a killed process had not sent yet, or, offline, had not written
+                if row["step"] >= self.remote.step:
+                    self.remote.log(row, step=row["step"])
+
+    def write(self, row: dict) -> None:
+        """Appends one row, which holds at least "step"."""
+        if self.file is None:
+            return
+        self.file.write(json.dumps(row) + "\n")
+        self.file.flush()
+        for key, value in row.items():
+            if key != "step" and isinstance(value, (int, float)):
+                self.board.add_scalar(key, value, row["step"])
+        if self.remote is not None:  # which drops steps that it had before the run was cut off
+            self.remote.log(row, step=row["step"])
+
+    def write_rollbacks(self, step: int, rollbacks: list[dict]) -> None:
+        """Appends how a run came to begin at a step that it had left behind, if so."""
+        if rollbacks and rollbacks[-1]["to"] == step:
+            self.write({"step": step, ROLLBACKS: rollbacks})
+
+    def quarantine(self, step: int, replaced: list[dict]) -> None:
+        """Appends the images that were replaced in a step to quarantine.jsonl, with cause and
+        key."""
+        if self.file is None or not replaced:
+            return
+        with self.replaced.open("a") as file:
+            for one in replaced:
+                file.write(json.dumps({"step": step, **one}) + "\n")
+                logger.warning("image %s was replaced: %s", one["key"], one["cause"])
+
+    def close(self) -> None:
+        """Closes both files."""
+        if self.file is not None:
+            self.file.close()
+            self.board.close()
+        if self.remote is not None:
+            self.remote.finish()
+
+
+def _remote(folder: Path, project: str) -> Any:
+    """The folder's Weights & Biases run: new, or the one whose id is in wandb.txt."""
+    import wandb  # optional
+
+    config = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))
+    path = folder / "wandb.txt"
+    if not path.exists():
+        path.write_text(os.urandom(8).hex())
+    name = path.read_text()
+    return wandb.init(
+        project=project, id=name, name=str(folder), dir=str(folder), config=config, resume="allow"
+    )
+
+
+def _rewind(path: Path, step: int) -> list[dict]:
+    """Removes the rows after a step, how the run came to begin at it, and the torn last line of a
+    killed process; returns the rows that stay."""
+    if not path.exists():
+        return []
+    kept = []
+    for line in path.read_text().splitlines():
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if row["step"] < step or (row["step"] == step and ROLLBACKS not in row):
+            kept.append(row)
+    new = path.with_suffix(".tmp")
+    new.write_text("".join(json.dumps(row) + "\n" for row in kept))
+    os.replace(new, path)
+    return kept
+
+
+class Progress:
+    """A bar on a terminal (images/s, loss, time left); elsewhere plain lines at the rate of the
+    log."""
+
+    def __init__(self, steps: int, start: int):
+        self.bar = None
+        if distributed.is_main() and sys.stderr.isatty():
+            self.bar = tqdm(
+                total=steps, initial=start, unit="step", dynamic_ncols=True, smoothing=0.1
+            )
+
+    def advance(self) -> None:
+        """One step is done."""
+        if self.bar is not None:
+            self.bar.update()
+
+    def show(self, text: str, plain: str) -> None:
+        """Shows figures behind the bar, or a plain log line where there is no bar."""
+        if self.bar is not None:
+            self.bar.set_postfix_str(text)
+        else:
+            logger.info(plain)
+
+    def close(self) -> None:
+        """Leaves the bar as it stands."""
+        if self.bar is not None:
+            self.bar.close()

@@ -1,0 +1,1 @@
+"""Lists the released checkpoints and fetches them."""
