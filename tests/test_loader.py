@@ -332,7 +332,7 @@ def test_a_signal_to_the_group_asks_the_main_process_and_leaves_the_workers_aliv
         import os, signal, sys
         sys.path[:0] = ["tests", "."]
         from test_loader import Numbers, transform
-        from prepretrain.loader import Stream
+        from prepretrain.data.loader import Stream
         asked = []
         signal.signal(signal.SIGUSR2, lambda *_: asked.append(1))
         signal.signal(signal.SIGTERM, lambda *_: asked.append(2))

@@ -21,8 +21,8 @@ ROOT = Path(__file__).parents[1]
 WITNESS = """
 import os
 from pathlib import Path
-from prepretrain import distributed
-from prepretrain.evaluators.base import Evaluator
+from prepretrain.distributed import group as distributed
+from prepretrain.evaluation.evaluators.base import Evaluator
 
 class Witness(Evaluator):
     headline, splits = "seen", ("val",)

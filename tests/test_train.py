@@ -188,8 +188,10 @@ def test_no_space_while_saving_leaves_the_earlier_checkpoint_and_says_so(place):
     code = """
 import resource, sys
 from pathlib import Path
-from prepretrain import config, distributed, run, checkpoint
-distributed.init()
+from prepretrain import config
+from prepretrain.distributed import checkpoint, group
+from prepretrain.runs import run
+group.init()
 save = checkpoint.save
 def limited(*arguments, **options):
     if arguments[1] == 8:  # from here on a file may grow to 10 kB only, as on a disk that is full

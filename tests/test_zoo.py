@@ -281,7 +281,7 @@ def test_a_damaged_record_is_an_error_that_names_it(server):
 
 def test_two_processes_get_one_download(server):
     url = server.put("/a/x.pt", BODY, "slow")
-    code = "import sys; from prepretrain import download; print(download.fetch(sys.argv[1]))"
+    code = "import sys; from prepretrain.zoo import download; print(download.fetch(sys.argv[1]))"
     started = [
         subprocess.Popen([sys.executable, "-c", code, url], stdout=subprocess.PIPE, text=True)
         for _ in range(2)

@@ -22,11 +22,17 @@ from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop, sdpa_flop
 
 from prepretrain.distributed import shard
 from prepretrain.objectives.base import Objective
 from prepretrain.training import optim
+
+# A CPU's fused attention, which torch counts from 2.15 on only.
+_ATTENTION = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: sdpa_flop,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: sdpa_backward_flop,
+}
 
 KINDS = ("parameters", "gradients", "optimizer", "activations", "in_flight")
 
@@ -109,7 +115,7 @@ def _measure(objective: Objective, ledger: "_Ledger", images: int, accumulate: i
         ledger.label("optimizer", list(optimizer.state.values()))
         optimizer.zero_grad()
 
-    with FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(display=False, custom_mapping=_ATTENTION) as counter:
         update()
     gc.collect()  # the counter keeps what a block recomputed in cycles, so it stays out of the second
     update()
