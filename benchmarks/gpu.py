@@ -283,7 +283,7 @@ def equalities(record: Record, tiny: bool, asked: argparse.Namespace) -> None:
     """A run repeated, and one that was stopped and continued, beside the run that was not."""
 
     def weights_of(objective: nn.Module) -> Tensor:
-        return torch.cat([p.detach().full_tensor().flatten().float().cpu() for p in objective.parameters()])
+        return torch.cat([distributed.whole(p.detach()).flatten().float().cpu() for p in objective.parameters()])
 
     def run(folder: Path, stop_at: int | None = None) -> Tensor:
         small = partial(mae, "vit_test8" if tiny else "vit_ti16")

@@ -4,23 +4,33 @@ import shutil
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from prepretrain.distributed import group as distributed
 from prepretrain.distributed import shard
 from prepretrain.models.model import Model
 from prepretrain.objectives.mae import MAE
 from prepretrain.runs.launch import launch
 
 
-def step(
-    names: list[str], depth: int = 2, **how
-) -> tuple[float, dict[str, torch.dtype], dict[str, torch.Tensor], int]:
-    """A step of MAE in bf16: loss, in what each norm and layer of the encoder computes, gradients, and
-    into how many pieces it is sharded."""
+def build(names: list[str], depth: int = 2) -> MAE:
+    """An MAE on the meta device, with what is named in float32."""
     with torch.device("meta"):
         model = Model(encoder="vit_test8", positions="fixed", depth=depth)
         objective = MAE(model, decoder_depth=depth - 1, decoder_width=32, decoder_heads=2)
     shard.keep_float32(objective, names)
+    return objective
+
+
+def step(
+    names: list[str], depth: int = 2, **how
+) -> tuple[float, dict[str, torch.dtype], dict[str, torch.Tensor], int]:
+    """A step of MAE in bf16: loss, in what each norm and layer of the encoder computes, and
+    gradients."""
+    objective = build(names, depth)
+    model = objective.model
     shard.shard(objective, **how)
     shard.initialise(objective, 0)
     seen = {}
@@ -41,27 +51,26 @@ def step(
     loss = objective(batch)["loss"]
     loss.backward()
     gradients = {
-        shard.plain(name): p.grad.full_tensor()
+        shard.plain(name): distributed.whole(p.grad)
         for name, p in objective.named_parameters()
         if p.grad is not None
     }
-    pieces = sum(isinstance(m, FSDPModule) for m in objective.modules())
-    return loss.item(), seen, gradients, pieces
+    return loss.item(), seen, gradients
 
 
 @pytest.mark.parametrize(
-    "names, exact, more",
+    "names, exact",
     [
-        ([], "", 0),
-        (["*.norm*"], "norm", 8),  # four in the blocks, one after them, and three of the decoder
-        (["model.encoder"], "", 0),
-        (["model.encoder.blocks.1"], "blocks.1.", 0),
-        (["model.encoder.blocks.1", "*.blocks.1.norm1"], "blocks.1.", 0),
+        ([], ""),
+        (["*.norm*"], "norm"),
+        (["model.encoder"], ""),
+        (["model.encoder.blocks.1"], "blocks.1."),
+        (["model.encoder.blocks.1", "*.blocks.1.norm1"], "blocks.1."),
     ],
 )
-def test_what_is_named_computes_in_float32_and_gives_bf16_back(group, names, exact, more):
+def test_what_is_named_computes_in_float32_and_gives_bf16_back(group, names, exact):
     torch.manual_seed(0)
-    _, seen, gradients, pieces = step(names)
+    _, seen, gradients = step(names)
     expected = {
         name: torch.float32
         if names == ["model.encoder"] or exact and exact in name
@@ -69,12 +78,44 @@ def test_what_is_named_computes_in_float32_and_gives_bf16_back(group, names, exa
         for name in seen
     }
     assert seen == expected and len(seen) == 2 * 6 + 1
-    assert pieces == 5 + more  # encoder, decoder and their three blocks
     torch.manual_seed(0)
     plain = step([], precision="fp32")[2]
     for name, gradient in gradients.items():
         # bf16 has 8 bits; a gradient that never came back from an exception would be none at all
         assert (gradient - plain[name]).norm() <= 0.1 * plain[name].norm(), name
+
+
+@pytest.mark.parametrize(
+    "world, names, units",
+    [
+        (2, [], 5),  # encoder, decoder and their three blocks
+        (2, ["*.norm*"], 13),  # four norms in the blocks, one after them, and three of the decoder
+        (2, ["model.encoder"], 5),
+        (1, ["*.norm*"], 0),  # one process has nothing to share
+    ],
+)
+def test_each_block_and_each_exception_is_gathered_by_itself(world, names, units):
+    dist.init_process_group("fake", rank=0, world_size=world, store=FakeStore())
+    try:
+        objective = build(names)
+        shard.wrap(objective)
+        assert sum(isinstance(m, FSDPModule) for m in objective.modules()) == units
+    finally:
+        dist.destroy_process_group()
+
+
+def test_one_process_in_bf16_keeps_its_parameters_and_gradients_in_float32(group):
+    objective = build([])
+    names = list(objective.state_dict())
+    shard.shard(objective, precision="bf16")
+    shard.initialise(objective, 0)
+    batch = {k: torch.zeros(v.shape, dtype=v.dtype) for k, v in objective.example(2).items()}
+    objective(batch)["loss"].backward()
+    assert list(objective.state_dict()) == names
+    for parameter in objective.parameters():
+        assert parameter.dtype == torch.float32
+        assert parameter.grad is None or parameter.grad.dtype == torch.float32
+    assert objective.model.encoder.norm.weight.dtype == torch.bfloat16  # what a forward pass reads
 
 
 HOW = [{"recompute": "block"}, {"recompute": "offload"}]
@@ -85,9 +126,9 @@ if shutil.which("g++"):
 @pytest.mark.parametrize("how", HOW, ids=str)
 def test_exceptions_go_with_recomputation_and_compilation(group, how):
     torch.manual_seed(0)
-    loss, _, gradients, _ = step(["*.norm1"], depth=1)
+    loss, _, gradients = step(["*.norm1"], depth=1)
     torch.manual_seed(0)
-    other, _, others, _ = step(["*.norm1"], depth=1, **how)
+    other, _, others = step(["*.norm1"], depth=1, **how)
     assert other == pytest.approx(loss, rel=1e-3)
     for name, gradient in gradients.items():
         assert (gradient - others[name]).norm() <= 0.02 * gradient.norm(), name

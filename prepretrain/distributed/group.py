@@ -159,6 +159,12 @@ def from_main(value: Any) -> Any:
     return box[0]
 
 
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor with all its shards, which the processes call for together; one that is not sharded
+    as it is."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
 def put(target: Tensor, full: Tensor) -> None:
     """Copies a whole tensor into a parameter; of a sharded one, each process keeps its own
     shard."""

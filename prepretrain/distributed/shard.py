@@ -4,17 +4,17 @@ values."""
 import logging
 import warnings
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from fnmatch import fnmatchcase
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Shard
 from torch.utils._pytree import tree_map_only
 
@@ -69,13 +69,15 @@ def wrap(
 ) -> None:
     """The first half of `shard`: all but memory for the parameters, which stay on the meta
     device."""
-    mesh = _mesh(group)
-    spread = {"mesh": mesh, "shard_placement_fn": partial(_dimension, group=mesh["shard"].size())}
     device = distributed.device()
+    alone = size(group, distributed.world()) == distributed.world() == 1
+    shard_unit = _alone if alone else _sharded(_mesh(group))
+    units: set[nn.Module] = set()
 
     def unit(part: nn.Module, around: str) -> None:
         own = _precision(part, precision)
-        fully_shard(part, **spread, mp_policy=PRECISIONS[own])
+        shard_unit(part, own)
+        units.add(part)
         if own != around:
             part.register_forward_hook(_cast_output)
 
@@ -85,16 +87,64 @@ def wrap(
         _choose_attention(root, device, precision)
         for blocks in _block_lists(root):
             for i, block in enumerate(blocks):
-                exceptions = _exceptions(block, precision)
+                exceptions = _exceptions(block, precision, units)
                 for part in exceptions:
                     unit(part, around=precision)
                 blocks[i] = _recomputed(block, recompute)
                 if compile:
                     blocks[i].compile(fullgraph=recompute == "none" and not exceptions)
                 unit(blocks[i], around=_precision(blocks, precision))
-        for part in _exceptions(root, precision):
+        for part in _exceptions(root, precision, units):
             unit(part, around=precision)
         unit(root, around=_precision(root, precision))
+        if alone:
+            _cast_parameters(root, precision)
+
+
+def _sharded(mesh: DeviceMesh) -> Callable[[nn.Module, str], None]:
+    """What makes a module one of FSDP's units on a mesh."""
+    place = partial(_dimension, group=mesh["shard"].size())
+
+    def shard_unit(part: nn.Module, precision: str) -> None:
+        fully_shard(part, mesh=mesh, shard_placement_fn=place, mp_policy=PRECISIONS[precision])
+
+    return shard_unit
+
+
+def _alone(part: nn.Module, precision: str) -> None:
+    """A unit of a process without others: it takes its inputs in its own precision, as FSDP's do, and
+    has nothing to gather, which would cost more than a small model's step (benchmarks/gpu.py)."""
+    dtype = PRECISIONS[precision].param_dtype
+    part.register_forward_pre_hook(partial(_cast_inputs, dtype), with_kwargs=True)
+
+
+def _cast_inputs(dtype: torch.dtype, part: nn.Module, args: tuple, kwargs: dict) -> tuple:
+    """A hook: what a unit is given, in its dtype."""
+    given = args, kwargs
+    return tree_map_only(Tensor, lambda t: t.to(dtype) if t.is_floating_point() else t, given)
+
+
+def _cast_parameters(module: nn.Module, precision: str) -> None:
+    """Lets a module and all in it, but for exceptions, read their parameters in bf16, as FSDP's units
+    do; the parameters themselves, and their gradients, stay float32."""
+    own = _precision(module, precision)
+    if own == "bf16":
+        names = tuple(name for name, p in module._parameters.items() if p is not None)
+        if names:
+            module.__class__ = _casting(type(module), names)
+    for child in module.children():
+        _cast_parameters(child, own)
+
+
+@cache
+def _casting(kind: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]:
+    """A module's class, in which its parameters are read in bf16."""
+    readers = {name: property(partial(_in_bf16, name)) for name in names}
+    return type(f"Cast{kind.__name__}", (kind,), {**readers, "__module__": kind.__module__})
+
+
+def _in_bf16(name: str, module: nn.Module) -> Tensor:
+    return module._parameters[name].bfloat16()
 
 
 def _precision(module: nn.Module, given: str) -> str:
@@ -102,18 +152,19 @@ def _precision(module: nn.Module, given: str) -> str:
     return getattr(module, "precision", given)
 
 
-def _exceptions(module: nn.Module, precision: str) -> list[nn.Module]:
-    """The outermost submodules that compute in something else than their surroundings."""
+def _exceptions(module: nn.Module, precision: str, units: set[nn.Module]) -> list[nn.Module]:
+    """The outermost submodules that compute in something else than their surroundings, and are in no
+    unit yet."""
     if _precision(module, precision) != precision:
         return []
     found = []
     for child in module.children():
-        if isinstance(child, FSDPModule):  # a block, which has seen to its own
+        if child in units:  # a block, which has seen to its own
             continue
         if _precision(child, precision) != precision:
             found.append(child)
         else:
-            found += _exceptions(child, precision)
+            found += _exceptions(child, precision, units)
     return found
 
 
@@ -197,7 +248,7 @@ def size(group: int | None, world: int) -> int:
     return inside
 
 
-def _mesh(group: int | None):
+def _mesh(group: int | None) -> DeviceMesh:
     world = distributed.world()
     inside = size(group, world)
     return init_device_mesh(

@@ -13,7 +13,6 @@ from typing import Any, Literal
 import torch
 from filelock import FileLock, Timeout
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from prepretrain.data.loader import evaluation_batches
 from prepretrain.data.sources.base import Subset, fingerprint_of
@@ -169,7 +168,7 @@ def fingerprint(model: nn.Module) -> str:
     """
     digest = hashlib.sha256(json.dumps(model.options, sort_keys=True, default=str).encode())
     for key, tensor in sorted(model.state_dict().items()):
-        whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        whole = distributed.whole(tensor)
         if distributed.is_main():
             digest.update(f"{key} {whole.dtype} {tuple(whole.shape)}\n".encode())
             digest.update(whole.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())

@@ -279,7 +279,7 @@ def to_device(batch: dict[str, Any]) -> dict[str, Any]:
 def _norm(parameters: list[nn.Parameter]) -> Tensor:
     """The gradients' norm over all processes."""
     norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+    return distributed.whole(norm)
 
 
 def _clip(parameters: list[nn.Parameter], norm: Tensor, limit: float | None) -> None:

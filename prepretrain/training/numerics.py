@@ -123,10 +123,7 @@ def group_norms(named: Iterable[tuple[str, nn.Parameter]]) -> dict[str, float]:
         if parameter.grad is not None:
             parts.setdefault(_block(name), []).append(parameter.grad)
     norms = {block: torch.nn.utils.get_total_norm(grads) for block, grads in parts.items()}
-    return {
-        block: float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
-        for block, norm in norms.items()
-    }
+    return {block: float(distributed.whole(norm)) for block, norm in norms.items()}
 
 
 def _block(name: str) -> str:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
 from prepretrain.data.loader import Stream
@@ -119,10 +119,6 @@ def identity(recipe: Recipe, model: Model) -> dict[str, Any]:
     return json.loads(json.dumps({**asdict(recipe), "model": fingerprint(model)}))
 
 
-def _whole(tensor: Tensor) -> Tensor:
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-
-
 def _fill_frozen(fresh: nn.Module, encoder: nn.Module) -> None:
     """Copies an encoder's weights into the frozen ones of another, which may hold an adapter more."""
     given = encoder.state_dict()
@@ -131,4 +127,4 @@ def _fill_frozen(fresh: nn.Module, encoder: nn.Module) -> None:
         odd = sorted(given.keys() ^ frozen.keys())
         raise RuntimeError(f"the frozen encoder is not the one that is measured: {odd[:8]}.")
     for name, target in frozen.items():
-        distributed.put(target, _whole(given[name]))
+        distributed.put(target, distributed.whole(given[name]))
