@@ -12,7 +12,8 @@ from torch.testing import assert_close
 
 from prepretrain.models import text, weights
 from prepretrain.models.encoders.vit import patchify, take
-from prepretrain.models.model import Model, load
+from prepretrain.models.load import load
+from prepretrain.models.model import Model
 from prepretrain.objectives.mae import MAE
 from prepretrain.objectives.simmim import SimMIM, window_statistics
 

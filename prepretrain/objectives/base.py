@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from prepretrain.data.transforms import decode, flip, random_resized_crop, resize_center_crop
 from prepretrain.losses.contrastive import LOSSES, Captioned
 from prepretrain.models.encoders.vit import ViT
-from prepretrain.models.model import Model, open_text
+from prepretrain.models.load import open_text
+from prepretrain.models.model import Model
 from prepretrain.models.weights import Weights
 
 

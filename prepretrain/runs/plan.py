@@ -18,8 +18,8 @@ from prepretrain.data import card
 from prepretrain.distributed import checkpoint, heartbeat, shard
 from prepretrain.evaluation import validation
 from prepretrain.evaluation.evaluators.base import SPEED, Evaluator
-from prepretrain.models import model as models
 from prepretrain.models.encoders import base as encoders
+from prepretrain.models.load import open_weights
 from prepretrain.models.model import Model
 from prepretrain.objectives.base import Objective
 from prepretrain.training import durations, numerics
@@ -315,7 +315,7 @@ def with_model_options(config: Training, folder: Path | None = None) -> Training
     elif config.branch is not None:
         known = _recorded(config.branch).get("model", {})
     elif config.init is not None:
-        known = models.open_weights(config.init).options or {}
+        known = open_weights(config.init).options or {}
     asked = config.model.get("encoder", known.get("encoder"))
     if asked is None:
         raise ValueError(

@@ -29,8 +29,9 @@ from prepretrain.distributed import group as distributed
 from prepretrain.evaluation import validation
 from prepretrain.evaluation.evaluators import zeroshot
 from prepretrain.evaluation.evaluators.base import Evaluator
-from prepretrain.models import model as models
 from prepretrain.models import weights
+from prepretrain.models.export import save
+from prepretrain.models.load import fitting, load, open_weights
 from prepretrain.models.model import Model
 from prepretrain.objectives.base import Objective
 from prepretrain.runs import results
@@ -180,7 +181,7 @@ def starting(config: Training, objective: Objective) -> list[tuple[Any, weights.
         )
     found = []
     if config.init is not None:
-        found.append(models.fitting(objective.model, models.open_weights(config.init)))
+        found.append(fitting(objective.model, open_weights(config.init)))
     return found + objective.starting()
 
 
@@ -228,7 +229,7 @@ def _export(model: Model, folder: Path, name: str) -> None:
         model, options=StateDictOptions(full_state_dict=True, cpu_offload=True)
     )
     if distributed.is_main():
-        models.write(model, state, folder / name, str(folder))
+        save(model, folder / name, str(folder), state)
 
 
 def _finish(plan: Plan, folder: Path) -> None:
@@ -245,7 +246,7 @@ def evaluate(config: Evaluating, folder: Path, sha256: str | None = None) -> dic
     sha256: of the model's weights, where it is known.
     """
     name, evaluator = evaluator_of(config)
-    model = models.load(config.init, **config.model).to(distributed.device())
+    model = load(config.init, **config.model).to(distributed.device())
     evaluator.check(model)
     asked = request(evaluator, config.model, sha256 or fingerprint(config.init))
     return _measure(name, evaluator, model, folder, asked)
@@ -268,7 +269,7 @@ def checked_label(label: str) -> str:
 
 def fingerprint(source: str) -> str:
     """The sha256 of the weights of a source, which every process calls for together."""
-    found = models.open_weights(source)
+    found = open_weights(source)
     return distributed.from_main(weights.sha256(found) if distributed.is_main() else None)
 
 
@@ -309,7 +310,7 @@ def check(config: Training | Evaluating, folder: Path, world: int) -> Plan | Non
     """Checks all that a start would, without a device; a training run's plan. Raises ValueError."""
     if isinstance(config, Evaluating):
         evaluator_of(config)
-        models.open_weights(config.init)
+        open_weights(config.init)
         return None
     config = with_model_options(config, folder)
     _check_unchanged(config, folder)
@@ -332,7 +333,7 @@ def dry_run(config: Training | Evaluating, folder: Path, stage: str, world: int)
     """
     if isinstance(config, Evaluating):
         check(config, folder, world)
-        model = models.load(config.init, **config.model)
+        model = load(config.init, **config.model)
         evaluator_of(config)[1].check(model)
         encoder = model.encoder
         return {
@@ -383,7 +384,7 @@ def classify(
 
     Raises ValueError naming an image that cannot be read, or names that are empty or not different.
     """
-    model, rows = models.load(source), []
+    model, rows = load(source), []
     for path in images:
         try:
             pixels = decode(path.read_bytes())
@@ -396,7 +397,7 @@ def classify(
 
 def export(source: str, folder: Path) -> Path:
     """Writes a run's or file's encoder for others to load; returns the weights' path."""
-    return models.load(source).save(folder, source)
+    return save(load(source), folder, source)
 
 
 def export_released(run: Path, folder: Path) -> Path:
