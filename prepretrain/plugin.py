@@ -14,6 +14,7 @@ KINDS = {  # the folder of each kind of part
     "evaluators": "prepretrain.evaluation.evaluators",
     "objectives": "prepretrain.objectives",
     "sources": "prepretrain.data.sources",
+    "towers": "prepretrain.models.text",
 }
 
 

@@ -16,7 +16,7 @@ from prepretrain.models import weights
 from prepretrain.models.export import save
 from prepretrain.models.load import load, open_text, open_weights
 from prepretrain.models.model import Model
-from prepretrain.models.text import OpenClip
+from prepretrain.models.text.open_clip import OpenClip
 
 WORDS = (
     "the quick brown fox jumps over a lazy dog and sees red blue green cats in small houses".split()
@@ -175,8 +175,8 @@ def test_a_tokenizer_travels_to_a_worker(pieces):
 @pytest.mark.parametrize(
     "text, said",
     [
-        ({"name": "clip"}, "model.text.name: no text tower 'clip'.*There are: open_clip, xlmr"),
-        ({"name": "xlm"}, "model.text.name: no text tower 'xlm'. Did you mean 'xlmr'"),
+        ({"name": "clip"}, "model.text.name: no tower 'clip'.*There are: open_clip, xlmr"),
+        ({"name": "xlm"}, "model.text.name: no tower 'xlm'. Did you mean 'xlmr'"),
         ("xlmr", "model.text: 'xlmr' is no section"),
         (
             {"name": "xlmr", "widht": 3},

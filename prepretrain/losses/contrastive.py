@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from prepretrain.data.transforms import BadImage, decode, random_resized_crop, resize_center_crop
 from prepretrain.data.vocabulary import canonical
 from prepretrain.distributed import group as distributed
-from prepretrain.models.text import Tokenizer
+from prepretrain.models.text.base import Tokenizer
 
 
 def softmax_loss(

@@ -11,11 +11,11 @@ from torch import nn
 
 from prepretrain import plugin
 from prepretrain.distributed import checkpoint, shard
-from prepretrain.models import text as texts
-from prepretrain.models import weights
+from prepretrain.models import maws, weights
 from prepretrain.models.encoders import base as encoders
 from prepretrain.models.encoders.base import Encoder
 from prepretrain.models.model import Model
+from prepretrain.models.text.base import Tower
 from prepretrain.models.weights import Weights
 from prepretrain.zoo import releases as zoo
 
@@ -44,8 +44,8 @@ def open_weights(source: str) -> Weights:
     """
     place, _, part = source.partition(":")
     found = _locate(place)
-    if texts.is_released(found.shapes):
-        shapes, read = texts.released(found.shapes, found.read)
+    if maws.is_released(found.shapes):
+        shapes, read = maws.released(found.shapes, found.read)
         found = replace(found, shapes=shapes, read=read)
     if not any(
         k.startswith("encoder.") for k in found.shapes
@@ -58,14 +58,14 @@ def open_weights(source: str) -> Weights:
     return replace(found, source=source)
 
 
-def open_text(source: str, tower: texts.Tower) -> Weights:
+def open_text(source: str, tower: Tower) -> Weights:
     """The weights of a text tower alone: a model's with one (a run, an export, a released CLIP
     model), or a public checkpoint of the tower's family (open_clip's, Hugging Face's).
 
     Raises ValueError naming the source.
     """
     found = _locate(source)
-    if texts.is_released(found.shapes) or any(k.startswith("text.tower.") for k in found.shapes):
+    if maws.is_released(found.shapes) or any(k.startswith("text.tower.") for k in found.shapes):
         return replace(open_weights(source).part("text"), source=source)
     shapes, read = tower.adopt(found.shapes, found.read)
     return replace(found, shapes=shapes, read=read)

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from prepretrain import plugin
-from prepretrain.models import text as texts
 from prepretrain.models.encoders import base as encoders
 from prepretrain.models.heads import Classifier, Joint
+from prepretrain.models.text.base import Tower
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -36,7 +36,7 @@ class Model(nn.Module):
         """encoder: a size's name, as in `vit_l16`; options: those of its family (image_size,
         drop_path, …). mean, std: of each colour, 0 to 1; by default those that the encoder states
         (of another library's weights), else ImageNet's. text: {name: open_clip | xlmr, options of
-        that class in text.py}, and joint: the options of heads.Joint; a model without `text` has
+        that class in text/}, and joint: the options of heads.Joint; a model without `text` has
         neither. head: the options of heads.Classifier; a model without has none."""
         super().__init__()
         self.encoder = encoders.build(encoder, **options)
@@ -130,19 +130,17 @@ class Model(nn.Module):
             )
 
 
-def _tower(given: Any) -> texts.Tower:
+def _tower(given: Any) -> Tower:
     if not isinstance(given, dict):
         raise ValueError(
             f"model.text: {given!r} is no section. It has a name, as in {{name: xlmr}}."
         )
     given = dict(given)
-    name = str(given.pop("name", None))
-    if name not in texts.TOWERS:
-        known = sorted(texts.TOWERS)
-        raise ValueError(
-            "model.text.name: " + plugin.unknown("no text tower", name, known, quote=True)
-        )
-    return texts.TOWERS[name](**plugin.check(texts.TOWERS[name], given, "model.text"))
+    try:
+        family = plugin.find("towers", str(given.pop("name", None)))
+    except ValueError as error:
+        raise ValueError(f"model.text.name: {error}") from error
+    return family(**plugin.check(family, given, "model.text"))
 
 
 def _colour(values: Any, name: str) -> tuple[float, float, float]:
