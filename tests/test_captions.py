@@ -30,10 +30,11 @@ from prepretrain.distributed import group as distributed
 from prepretrain.distributed import shard
 from prepretrain.distributed.group import rank, world
 from prepretrain.losses import contrastive
-from prepretrain.losses.contrastive import Captioned, captions, sigmoid_loss, softmax_loss
+from prepretrain.losses.contrastive import sigmoid_loss, softmax_loss
 from prepretrain.models.heads import LARGEST
 from prepretrain.models.load import load
 from prepretrain.models.model import Model
+from prepretrain.objectives.captions import Captioned, captions
 from prepretrain.objectives.clip import CLIP
 from prepretrain.objectives.lit import LiT
 from prepretrain.objectives.mae import MAE

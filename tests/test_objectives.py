@@ -14,6 +14,7 @@ from prepretrain import plugin
 from prepretrain.data.transforms import Random
 from prepretrain.data.vocabulary import Vocabulary
 from prepretrain.distributed import shard
+from prepretrain.losses.sparse import sparse_cross_entropy
 from prepretrain.models import weights
 from prepretrain.models.encoders import base as encoders
 from prepretrain.models.encoders.vit import patchify, unpatchify
@@ -22,7 +23,7 @@ from prepretrain.models.heads import TwoLayer
 from prepretrain.models.load import load
 from prepretrain.models.model import Model
 from prepretrain.objectives.classify import Classify
-from prepretrain.objectives.hashtag import Hashtag, sparse_cross_entropy
+from prepretrain.objectives.hashtag import Hashtag
 from prepretrain.objectives.mae import MAE
 
 PARAMETERS = {  # counts of MAWS's released encoders
