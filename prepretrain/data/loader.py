@@ -419,3 +419,11 @@ def _check(length: int, batch_size: int, world: int, accumulate: int) -> None:
             f"{accumulate} parts. Take a multiple of {parts}, such as {near}, or "
             "another accumulate."
         )
+
+
+def to_device(batch: dict[str, Any]) -> dict[str, Any]:
+    """A batch with its tensors on this process's device."""
+    device = distributed.device()
+    return {
+        k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in batch.items()
+    }

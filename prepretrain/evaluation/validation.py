@@ -6,12 +6,11 @@ from typing import Any
 
 import torch
 
-from prepretrain.data.loader import evaluation_batches
+from prepretrain.data.loader import evaluation_batches, to_device
 from prepretrain.data.sources import base as sources
 from prepretrain.distributed import group as distributed
 from prepretrain.evaluation.features import frozen
 from prepretrain.objectives.base import Objective
-from prepretrain.training.fit import to_device
 
 logger = logging.getLogger(__name__)
 

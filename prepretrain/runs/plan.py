@@ -23,7 +23,7 @@ from prepretrain.models.load import open_weights
 from prepretrain.models.model import Model
 from prepretrain.objectives.base import Objective
 from prepretrain.training import durations, numerics
-from prepretrain.training.optim import Schedule
+from prepretrain.training.schedule import Schedule
 
 
 class Plan:

@@ -37,7 +37,8 @@ from prepretrain.objectives.base import Objective
 from prepretrain.runs import results
 from prepretrain.runs.plan import Plan, build_evaluator, build_objective, with_model_options
 from prepretrain.training import log, optim
-from prepretrain.training.fit import Evaluation, Signals, Stopped, fit
+from prepretrain.training.fit import Evaluation, Stopped, fit
+from prepretrain.training.signals import Signals
 
 logger = logging.getLogger(__name__)
 
