@@ -22,10 +22,11 @@ from torch.testing import assert_close
 
 from prepretrain.config import load as load_config
 from prepretrain.data.loader import Stream
+from prepretrain.data.random import Random
 from prepretrain.data.sources.parquet import Parquet
 from prepretrain.data.sources.shards import Shards
 from prepretrain.data.sources.synthetic import Synthetic
-from prepretrain.data.transforms import BadImage, Random
+from prepretrain.data.transforms import BadImage
 from prepretrain.distributed import group as distributed
 from prepretrain.distributed import shard
 from prepretrain.distributed.group import rank, world

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch.testing import assert_close
 
 from prepretrain import plugin
-from prepretrain.data.transforms import Random
+from prepretrain.data.random import Random
 from prepretrain.data.vocabulary import Vocabulary
 from prepretrain.distributed import shard
 from prepretrain.losses.sparse import sparse_cross_entropy

@@ -17,7 +17,7 @@ from torch import Tensor
 from prepretrain import plugin
 from prepretrain.data.card import open_source
 from prepretrain.data.loader import evaluation_batches
-from prepretrain.evaluation.validation import spread
+from prepretrain.data.subset import spread
 from prepretrain.runs.run import load_objective
 from prepretrain.zoo import published
 

@@ -15,6 +15,7 @@ from prepretrain import config as configs
 from prepretrain import plugin
 from prepretrain.config import Training
 from prepretrain.data import card
+from prepretrain.data.subset import spread
 from prepretrain.distributed import checkpoint, heartbeat, shard
 from prepretrain.evaluation import validation
 from prepretrain.evaluation.evaluators.base import SPEED, Evaluator
@@ -157,7 +158,7 @@ class Plan:
         split, found = _split(given.data)
         source = found.open(split)
         validation.check(self.objective, source, given.data)
-        return validation.spread(source, given.images)
+        return spread(source, given.images)
 
     def steps_of(self, key: str) -> int:
         """The duration at `log_every`, `checkpoint.every`, … in steps, at least one."""

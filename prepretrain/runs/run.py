@@ -23,6 +23,7 @@ from prepretrain.cluster import lease, slurm
 from prepretrain.config import Evaluating, Training
 from prepretrain.data import card
 from prepretrain.data.loader import Stream
+from prepretrain.data.subset import spread
 from prepretrain.data.transforms import BadImage, decode, resize_center_crop
 from prepretrain.distributed import checkpoint, heartbeat, shard
 from prepretrain.distributed import group as distributed
@@ -105,9 +106,11 @@ def _train(config: Training, folder: Path, asked: Signals) -> None:
     source = plan.open_data()
     _record(config, folder)
     objective = plan.objective
-    spread = {"group": config.shard.group, "precision": config.shard.precision}
-    shard.shard(objective, **spread, recompute=config.shard.recompute, compile=config.shard.compile)
-    objective.prepare(partial(shard.shard, **spread))
+    sharding = {"group": config.shard.group, "precision": config.shard.precision}
+    shard.shard(
+        objective, **sharding, recompute=config.shard.recompute, compile=config.shard.compile
+    )
+    objective.prepare(partial(shard.shard, **sharding))
     saved = checkpoint.newest(folder) or plan.branch_point()
     if saved is None:
         shard.initialise(objective, config.seed)
@@ -206,7 +209,7 @@ def _validate(
     """The loss on held-out images, and how far it lies above that on as many training images seen in
     the same way."""
     loss, images = validation.measure(objective, held, batch_size=batch_size, workers=workers)
-    some = validation.spread(trained, images)
+    some = spread(trained, images)
     seen, _ = validation.measure(objective, some, batch_size=batch_size, workers=workers)
     found = {"loss": loss, "gap": loss - seen, "images": images}
     logger.info("validation: %s", ", ".join(f"{k} {v:.6g}" for k, v in found.items()))
