@@ -39,7 +39,7 @@ from prepretrain.objectives.captions import Captioned, captions
 from prepretrain.objectives.clip import CLIP
 from prepretrain.objectives.lit import LiT
 from prepretrain.objectives.mae import MAE
-from prepretrain.runs import run
+from prepretrain.runs.export import load_objective
 from prepretrain.runs.launch import launch
 
 TEXT = "text: {name: open_clip, architecture: ViT-B-32, width: 32, layers: 2, heads: 2}"
@@ -180,7 +180,7 @@ def test_clip_and_lit_are_the_same_runs_on_one_process_and_on_two_and_resume(
     exported = load("runs/one/export")
     tokens = model.text.tokenizer()(["a striped red bee"])
     assert_close(model.text_features(tokens), exported.text_features(tokens))
-    assert run.load_objective(Path("runs/one")).model.text_features(tokens).isfinite().all()
+    assert load_objective(Path("runs/one")).model.text_features(tokens).isfinite().all()
 
 
 def test_stage_two_on_captions_starts_from_stage_ones_encoder_alone(place, group):

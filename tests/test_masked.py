@@ -30,8 +30,8 @@ from prepretrain.objectives.mae import MAE
 from prepretrain.objectives.simmim import SimMIM, window_statistics
 from prepretrain.reports import report
 from prepretrain.runs import plan
+from prepretrain.runs.export import load_objective
 from prepretrain.runs.launch import launch
-from prepretrain.runs.run import load_objective
 
 MILLIONS = {"swinv2_s": 49, "swinv2_b": 87, "swinv2_l": 195, "swinv2_h": 655, "swinv2_g": 1061}
 SWIN = [

@@ -21,7 +21,7 @@ from prepretrain.evaluation.evaluators.zeroshot import Zeroshot, classifier, mea
 from prepretrain.evaluation.features import extract, extract_texts
 from prepretrain.models.export import save
 from prepretrain.models.model import Model
-from prepretrain.runs import run
+from prepretrain.runs.classify import classify
 from prepretrain.runs.launch import launch
 
 ROOT = Path(__file__).parents[1]
@@ -270,9 +270,9 @@ def test_a_person_can_ask_for_probabilities(tmp_path):
     assert done.returncode == 1 and "--names: class 1 has the name ''" in done.stderr
     for names, said in ((["cat", "CAT"], "both called 'CAT'"), (["a", " "], "is empty")):
         with pytest.raises(ValueError, match=said):
-            run.classify(str(tmp_path / "clip"), [Path(images[0])], names, ["{}"])
+            classify(str(tmp_path / "clip"), [Path(images[0])], names, ["{}"])
     with pytest.raises(ValueError, match="none.png"):
-        run.classify(str(tmp_path / "clip"), [tmp_path / "none.png"], ["a", "b"], ["{}"])
+        classify(str(tmp_path / "clip"), [tmp_path / "none.png"], ["a", "b"], ["{}"])
     with pytest.raises(ValueError, match="has no text tower"):
         probabilities(tiny_model(), torch.zeros(1, 3, 32, 32, dtype=torch.uint8), ["a"], ["{}"])
 

@@ -18,7 +18,7 @@ from prepretrain import plugin
 from prepretrain.data.card import open_source
 from prepretrain.data.loader import evaluation_batches
 from prepretrain.data.subset import spread
-from prepretrain.runs.run import load_objective
+from prepretrain.runs.export import load_objective
 from prepretrain.zoo import published
 
 # Okabe and Ito's colours, told apart with any kind of colour vision; past eight the dashes differ.

@@ -15,7 +15,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 from prepretrain import config as configs
@@ -24,11 +23,9 @@ from prepretrain.config import Evaluating, Training
 from prepretrain.data import card
 from prepretrain.data.loader import Stream
 from prepretrain.data.subset import spread
-from prepretrain.data.transforms import BadImage, decode, resize_center_crop
 from prepretrain.distributed import checkpoint, heartbeat, shard
 from prepretrain.distributed import group as distributed
 from prepretrain.evaluation import validation
-from prepretrain.evaluation.evaluators import zeroshot
 from prepretrain.evaluation.evaluators.base import Evaluator
 from prepretrain.models import weights
 from prepretrain.models.export import save
@@ -36,7 +33,7 @@ from prepretrain.models.load import fitting, load, open_weights
 from prepretrain.models.model import Model
 from prepretrain.objectives.base import Objective
 from prepretrain.runs import results
-from prepretrain.runs.plan import Plan, build_evaluator, build_objective, with_model_options
+from prepretrain.runs.plan import Plan, build_evaluator, with_model_options
 from prepretrain.training import log, optim
 from prepretrain.training.fit import Evaluation, Stopped, fit
 from prepretrain.training.signals import Signals
@@ -364,54 +361,3 @@ def dry_run(config: Training | Evaluating, folder: Path, stage: str, world: int)
         "state_gib_per_process": round(plan.state_bytes() / 2**30, 3),
         "data": data,
     }
-
-
-def load_objective(folder: Path) -> Objective:
-    """A run's trained objective on the CPU, decoder and heads included."""
-    given = configs.check(Training, configs.read(Path(folder) / "config.yaml"), "")
-    with torch.device("meta"):
-        objective = build_objective(given)
-    objective.to_empty(device="cpu")
-    shard.fill_buffers(objective)
-    saved = checkpoint.newest(Path(folder))
-    if saved is None:
-        raise ValueError(f"{folder}: holds no complete checkpoint.")
-    shapes, read, _ = checkpoint.open_tensors(saved)
-    weights.fill(objective, weights.Weights(str(folder), shapes, read))
-    return objective.eval()
-
-
-def classify(
-    source: str, images: list[Path], names: list[str], templates: list[str]
-) -> list[dict[str, float]]:
-    """{name: probability} of each image file, by a model with a text tower.
-
-    Raises ValueError naming an image that cannot be read, or names that are empty or not different.
-    """
-    model, rows = load(source), []
-    for path in images:
-        try:
-            pixels = decode(path.read_bytes())
-        except (OSError, BadImage) as error:
-            raise ValueError(f"{path}: {error}") from error
-        rows.append(resize_center_crop(pixels, model.encoder.image_size, share=1.0))
-    found = zeroshot.probabilities(model, torch.stack(rows), names, templates)
-    return [dict(zip(names, row.tolist())) for row in found]
-
-
-def export(source: str, folder: Path) -> Path:
-    """Writes a run's or file's encoder for others to load; returns the weights' path."""
-    return save(load(source), folder, source)
-
-
-def export_released(run: Path, folder: Path) -> Path:
-    """Writes a run's tensors as `released.pth`, under the names of the files that the objective's
-    authors released; returns its path. Raises ValueError for an objective without such files."""
-    objective = load_objective(run)
-    if not hasattr(objective, "release"):
-        raise ValueError(f"--released: {run} is of an objective without released files of its own.")
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "released.pth"
-    torch.save({"model": objective.release()}, f"{path}.tmp")
-    os.replace(f"{path}.tmp", path)
-    return path
