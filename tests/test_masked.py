@@ -28,7 +28,7 @@ from prepretrain.models.model import Model
 from prepretrain.objectives.feature_mae import FeatureMAE
 from prepretrain.objectives.mae import MAE
 from prepretrain.objectives.simmim import SimMIM, window_statistics
-from prepretrain.reports import report
+from prepretrain.reports import reconstructions
 from prepretrain.runs import plan
 from prepretrain.runs.export import load_objective
 from prepretrain.runs.launch import launch
@@ -440,11 +440,11 @@ def test_several_runs_are_drawn_side_by_side_on_the_same_images(place, group, te
     train("runs/mae", "length=2it", "optim.warmup=0it")
     train("runs/swin", *SWIN, "length=2it", "optim.warmup=0it")
     train("runs/feature", *_feature(teacher), "length=2it", "optim.warmup=0it")
-    report.reconstruct(["runs/mae", "runs/swin"], "colours:val", 3, "both.png", ["a", "b"])
-    report.reconstruct(["runs/mae"], "colours:val", 3, "one.png")
+    reconstructions.reconstruct(["runs/mae", "runs/swin"], "colours:val", 3, "both.png", ["a", "b"])
+    reconstructions.reconstruct(["runs/mae"], "colours:val", 3, "one.png")
     both, one = (np.asarray(Image.open(f"{name}.png")).shape for name in ("both", "one"))
     assert both[0] == one[0] and both[1] > 1.5 * one[1]  # two masks and two reconstructions
     with pytest.raises(ValueError, match="predicts no pixels"):
-        report.reconstruct(["runs/feature"], "colours:val", 3, "none.png")
+        reconstructions.reconstruct(["runs/feature"], "colours:val", 3, "none.png")
     with pytest.raises(ValueError, match="--names: 1 names for 2 runs"):
-        report.reconstruct(["runs/mae", "runs/swin"], "colours:val", 3, "no.png", ["a"])
+        reconstructions.reconstruct(["runs/mae", "runs/swin"], "colours:val", 3, "no.png", ["a"])
