@@ -168,10 +168,10 @@ def tags_top1(run: Path, data: Path) -> float:
     from prepretrain.data.sources.parquet import Parquet
     from prepretrain.data.transforms import decode
     from prepretrain.models.encoders.base import pool
-    from prepretrain.runs import run as runs
+    from prepretrain.runs.export import load_objective
 
     os.environ["PREPRETRAIN_DATA"] = str(run.parents[1] / "data")
-    objective, source = runs.load_objective(run), Parquet(path=str(data / "val.parquet"))
+    objective, source = load_objective(run), Parquet(path=str(data / "val.parquet"))
     columns = objective.vocabulary.ids(["#" + c for c in CLASSES])
     names = [objective.vocabulary.tags[i] for i in columns]
     right = 0

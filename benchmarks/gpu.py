@@ -43,7 +43,7 @@ from prepretrain.evaluation.features import extract
 from prepretrain.models.model import Model
 from prepretrain.training import fit as train
 from prepretrain.training import optim
-from prepretrain.training.optim import Schedule
+from prepretrain.training.schedule import Schedule
 
 DATA_SHEET = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # dense bf16 FLOP/s
 TAGS = 28672  # MAWS's vocabulary, rounded up to a multiple of 4096

@@ -8,7 +8,7 @@ __all__ = ["load"]
 def __getattr__(name: str) -> Any:
     """`prepretrain.load`, found when asked for: `import prepretrain` alone imports no torch."""
     if name == "load":
-        from prepretrain.models.model import load
+        from prepretrain.models.load import load
 
         return load
     raise AttributeError(f"module 'prepretrain' has no attribute '{name}'")

@@ -8,19 +8,20 @@ import types
 import typing
 from typing import Any
 
-EXCLUDED = ("base",)
 KINDS = {  # the folder of each kind of part
     "encoders": "prepretrain.models.encoders",
     "evaluators": "prepretrain.evaluation.evaluators",
     "objectives": "prepretrain.objectives",
     "sources": "prepretrain.data.sources",
+    "towers": "prepretrain.models.text",
 }
+SHARED = ("base", "captions")  # files in these folders that are no part, and that parts import
 
 
 def names(kind: str) -> list[str]:
     """The parts of a kind ("objectives", "encoders", …): one per file of that folder."""
     package = importlib.import_module(KINDS[kind])
-    return sorted(m.name for m in pkgutil.iter_modules(package.__path__) if m.name not in EXCLUDED)
+    return sorted(m.name for m in pkgutil.iter_modules(package.__path__) if m.name not in SHARED)
 
 
 def find(kind: str, name: str) -> type:

@@ -22,21 +22,24 @@ from torch.testing import assert_close
 
 from prepretrain.config import load as load_config
 from prepretrain.data.loader import Stream
+from prepretrain.data.random import Random
 from prepretrain.data.sources.parquet import Parquet
 from prepretrain.data.sources.shards import Shards
 from prepretrain.data.sources.synthetic import Synthetic
-from prepretrain.data.transforms import BadImage, Random
+from prepretrain.data.transforms import BadImage
 from prepretrain.distributed import group as distributed
 from prepretrain.distributed import shard
 from prepretrain.distributed.group import rank, world
 from prepretrain.losses import contrastive
-from prepretrain.losses.contrastive import Captioned, captions, sigmoid_loss, softmax_loss
+from prepretrain.losses.contrastive import sigmoid_loss, softmax_loss
 from prepretrain.models.heads import LARGEST
-from prepretrain.models.model import Model, load
+from prepretrain.models.load import load
+from prepretrain.models.model import Model
+from prepretrain.objectives.captions import Captioned, captions
 from prepretrain.objectives.clip import CLIP
 from prepretrain.objectives.lit import LiT
 from prepretrain.objectives.mae import MAE
-from prepretrain.runs import run
+from prepretrain.runs.export import load_objective
 from prepretrain.runs.launch import launch
 
 TEXT = "text: {name: open_clip, architecture: ViT-B-32, width: 32, layers: 2, heads: 2}"
@@ -177,7 +180,7 @@ def test_clip_and_lit_are_the_same_runs_on_one_process_and_on_two_and_resume(
     exported = load("runs/one/export")
     tokens = model.text.tokenizer()(["a striped red bee"])
     assert_close(model.text_features(tokens), exported.text_features(tokens))
-    assert run.load_objective(Path("runs/one")).model.text_features(tokens).isfinite().all()
+    assert load_objective(Path("runs/one")).model.text_features(tokens).isfinite().all()
 
 
 def test_stage_two_on_captions_starts_from_stage_ones_encoder_alone(place, group):

@@ -22,6 +22,7 @@ import prepretrain
 from prepretrain.distributed import group as distributed
 from prepretrain.distributed import shard
 from prepretrain.evaluation.evaluators.accuracy import Accuracy
+from prepretrain.models.export import save
 from prepretrain.models.model import Model
 from prepretrain.objectives.classify import Classify, RandAugment
 from prepretrain.runs.launch import launch
@@ -133,7 +134,7 @@ def test_accuracy_counts_each_image_once_on_one_two_and_three_processes(place):
     model = Model(encoder="vit_test8", head={"classes": 3})
     shard.initialise(model, 0)
     torch.nn.init.normal_(model.head.linear.weight)
-    model.save(Path("tuned"), "made by the test")
+    save(model, Path("tuned"), "made by the test")
     for count in (1, 2, 3):
         processes(count, _count_in, str(place))
     found = [json.loads(p.read_text()) for p in sorted(place.glob("found_*.json"))]
@@ -223,9 +224,8 @@ def test_what_cannot_be_fine_tuned_is_refused_before_it_starts(place, overrides,
 def test_a_classifier_of_other_classes_is_not_started_from_unless_its_encoder_is_asked_for(
     place, group
 ):
-    Model(encoder="vit_test8", final_norm=False, head={"classes": 5, "norm": True}).save(
-        Path("five"), "made by the test"
-    )
+    five = Model(encoder="vit_test8", final_norm=False, head={"classes": 5, "norm": True})
+    save(five, Path("five"), "made by the test")
     with pytest.raises(ValueError, match="classifier of 5 classes, and the model asked for has 3"):
         launch("small.yaml", FINETUNE, init="five", dry_run=True)
     launch("small.yaml", FINETUNE, init="five:encoder", dry_run=True)

@@ -10,9 +10,10 @@ import torch
 from safetensors import safe_open
 from torch.testing import assert_close
 
-from prepretrain.models import text, weights
+from prepretrain.models import maws, weights
 from prepretrain.models.encoders.vit import patchify, take
-from prepretrain.models.model import Model, load
+from prepretrain.models.load import load
+from prepretrain.models.model import Model
 from prepretrain.objectives.mae import MAE
 from prepretrain.objectives.simmim import SimMIM, window_statistics
 
@@ -310,7 +311,7 @@ def test_the_released_clip_models_have_our_architectures_keys_and_shapes():
     rows = {k: r for k, r in json.loads(path.read_text()).items() if k.startswith("maws_clip/")}
     for name, row in rows.items():
         vit, _, size = name.removeprefix("maws_clip/").partition("_xlmr_")
-        shapes, _ = text.released({k: tuple(s) for k, s in row["shapes"].items()}, torch.empty)
+        shapes, _ = maws.released({k: tuple(s) for k, s in row["shapes"].items()}, torch.empty)
         with torch.device("meta"):
             model = Model(
                 encoder=vit,

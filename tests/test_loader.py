@@ -9,9 +9,11 @@ import pytest
 import torch
 from conftest import processes
 
-from prepretrain.data.loader import Order, Stream, collate, evaluation_batches, permute
+from prepretrain.data.loader import Stream, collate, evaluation_batches
+from prepretrain.data.order import Order, permute
+from prepretrain.data.random import Random
 from prepretrain.data.sources.base import Source
-from prepretrain.data.transforms import BadImage, Random
+from prepretrain.data.transforms import BadImage
 
 
 class Numbers(Source):

@@ -22,14 +22,16 @@ from prepretrain.distributed import group as distributed
 from prepretrain.distributed import shard
 from prepretrain.evaluation import validation
 from prepretrain.models.encoders import base as encoders
-from prepretrain.models.model import Model, load
+from prepretrain.models.export import save
+from prepretrain.models.load import load
+from prepretrain.models.model import Model
 from prepretrain.objectives.feature_mae import FeatureMAE
 from prepretrain.objectives.mae import MAE
 from prepretrain.objectives.simmim import SimMIM, window_statistics
-from prepretrain.reports import report
+from prepretrain.reports import reconstructions
 from prepretrain.runs import plan
+from prepretrain.runs.export import load_objective
 from prepretrain.runs.launch import launch
-from prepretrain.runs.run import load_objective
 
 MILLIONS = {"swinv2_s": 49, "swinv2_b": 87, "swinv2_l": 195, "swinv2_h": 655, "swinv2_g": 1061}
 SWIN = [
@@ -54,7 +56,7 @@ def teacher(tmp_path) -> str:
     """An exported ViT with other values than a student of seed 0 has."""
     model = Model(encoder="vit_test8", mean=(0.2, 0.3, 0.4), width=16)
     shard.initialise(model, 7)
-    model.save(tmp_path / "teacher", "made by the tests")
+    save(model, tmp_path / "teacher", "made by the tests")
     return str(tmp_path / "teacher" / "model.safetensors")
 
 
@@ -74,7 +76,7 @@ def test_swinv2_gives_timms_tokens_and_exports_to_timm(tmp_path):
     for name, parameter in model.named_parameters():
         if ".norm1." in name or ".norm2." in name:  # they start at zero, and blocks do nothing
             torch.nn.init.ones_(parameter)
-    model.save(tmp_path, "test")
+    save(model, tmp_path, "test")
     peer = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
     image = photos()
     with torch.no_grad():
@@ -86,7 +88,7 @@ def test_swinv2_gives_timms_tokens_and_exports_to_timm(tmp_path):
 def test_swinv2s_position_bias_keeps_its_scale_at_another_window_and_image_size(tmp_path):
     model = Model(encoder="swinv2_test8", depths=[1, 1, 1], heads=[1, 2, 2], image_size=64)
     shard.initialise(model, 0)
-    model.save(tmp_path, "test")
+    save(model, tmp_path, "test")
     larger = load(str(tmp_path / "model.safetensors"), image_size=96, window=6)
     assert larger.options["pretrained_windows"] == [4, 4, 4]
     old, new = (m.encoder.layers[0].blocks[0].attn.relative_coords_table for m in (model, larger))
@@ -162,7 +164,7 @@ def test_a_vit_for_simmim_leaves_out_its_final_norm_and_exports_so(tmp_path, cap
     model = Model(encoder="vit_test8", final_norm=False)
     shard.initialise(model, 0)
     assert not any(k.startswith("encoder.norm") for k in model.state_dict())
-    model.save(tmp_path, "test")
+    save(model, tmp_path, "test")
     peer = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
     image = photos()
     with torch.no_grad():
@@ -241,7 +243,7 @@ def test_a_teacher_of_another_grid_is_refused_unless_its_features_are_resampled(
 def test_a_teacher_without_a_class_token_missing_or_pickled_is_refused(tmp_path):
     swin = Model(encoder="swinv2_test8")
     shard.initialise(swin, 0)
-    swin.save(tmp_path / "swin", "test")
+    save(swin, tmp_path / "swin", "test")
     student = Model(encoder="vit_test8")
     with pytest.raises(ValueError, match="has no class token"):
         FeatureMAE(student, teacher=str(tmp_path / "swin" / "model.safetensors"))
@@ -438,11 +440,11 @@ def test_several_runs_are_drawn_side_by_side_on_the_same_images(place, group, te
     train("runs/mae", "length=2it", "optim.warmup=0it")
     train("runs/swin", *SWIN, "length=2it", "optim.warmup=0it")
     train("runs/feature", *_feature(teacher), "length=2it", "optim.warmup=0it")
-    report.reconstruct(["runs/mae", "runs/swin"], "colours:val", 3, "both.png", ["a", "b"])
-    report.reconstruct(["runs/mae"], "colours:val", 3, "one.png")
+    reconstructions.reconstruct(["runs/mae", "runs/swin"], "colours:val", 3, "both.png", ["a", "b"])
+    reconstructions.reconstruct(["runs/mae"], "colours:val", 3, "one.png")
     both, one = (np.asarray(Image.open(f"{name}.png")).shape for name in ("both", "one"))
     assert both[0] == one[0] and both[1] > 1.5 * one[1]  # two masks and two reconstructions
     with pytest.raises(ValueError, match="predicts no pixels"):
-        report.reconstruct(["runs/feature"], "colours:val", 3, "none.png")
+        reconstructions.reconstruct(["runs/feature"], "colours:val", 3, "none.png")
     with pytest.raises(ValueError, match="--names: 1 names for 2 runs"):
-        report.reconstruct(["runs/mae", "runs/swin"], "colours:val", 3, "no.png", ["a"])
+        reconstructions.reconstruct(["runs/mae", "runs/swin"], "colours:val", 3, "no.png", ["a"])

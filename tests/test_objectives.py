@@ -11,16 +11,19 @@ import torch.nn.functional as F
 from torch.testing import assert_close
 
 from prepretrain import plugin
-from prepretrain.data.transforms import Random
+from prepretrain.data.random import Random
 from prepretrain.data.vocabulary import Vocabulary
 from prepretrain.distributed import shard
+from prepretrain.losses.sparse import sparse_cross_entropy
 from prepretrain.models import weights
 from prepretrain.models.encoders import base as encoders
 from prepretrain.models.encoders.vit import patchify, unpatchify
+from prepretrain.models.export import save
 from prepretrain.models.heads import TwoLayer
-from prepretrain.models.model import Model, load
+from prepretrain.models.load import load
+from prepretrain.models.model import Model
 from prepretrain.objectives.classify import Classify
-from prepretrain.objectives.hashtag import Hashtag, sparse_cross_entropy
+from prepretrain.objectives.hashtag import Hashtag
 from prepretrain.objectives.mae import MAE
 
 PARAMETERS = {  # counts of MAWS's released encoders
@@ -103,7 +106,7 @@ def test_patches_are_cut_as_the_convolution_of_the_released_files_cuts_them():
 
 def test_an_export_loads_in_timm_with_strict_keys_and_gives_the_same_features(tmp_path):
     model = small(image_size=48)
-    model.save(tmp_path, "test")
+    save(model, tmp_path, "test")
     peer = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
     image = torch.randint(0, 256, (2, 3, 48, 48), dtype=torch.uint8)
     with torch.no_grad():
@@ -117,7 +120,7 @@ def test_an_export_loads_in_timm_with_strict_keys_and_gives_the_same_features(tm
 
 
 def test_positions_are_resampled_for_another_image_size_and_nothing_else_is(tmp_path):
-    small().save(tmp_path, "test")
+    save(small(), tmp_path, "test")
     larger = load(str(tmp_path), image_size=64)
     assert larger.encoder.pos_embed.shape == (1, 65, 32)
     assert_close(larger.encoder.pos_embed[:, 0], load(str(tmp_path)).encoder.pos_embed[:, 0])

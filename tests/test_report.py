@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from prepretrain.reports import report
+from prepretrain.reports import curves, reconstructions, tables
 from prepretrain.zoo import published
 
 
@@ -34,7 +34,7 @@ def run(tmp_path):
 
 
 def test_curves_of_several_runs_and_keys_are_one_picture(run, tmp_path):
-    report.curves([run("a"), run("b")], tmp_path / "out" / "curves.png", keys=("loss", "lr"))
+    curves.draw([run("a"), run("b")], tmp_path / "out" / "curves.png", keys=("loss", "lr"))
     picture = np.asarray(Image.open(tmp_path / "out" / "curves.png").convert("RGB"))
     colours = {tuple(pixel) for pixel in picture.reshape(-1, 3)}
     assert {(0, 0x72, 0xB2), (0xD5, 0x5E, 0)} <= colours, (
@@ -44,26 +44,26 @@ def test_curves_of_several_runs_and_keys_are_one_picture(run, tmp_path):
 
 def test_a_key_that_no_line_holds_is_named_with_its_run(run, tmp_path):
     with pytest.raises(ValueError, match="a: no line of metrics.jsonl holds 'accuracy'"):
-        report.curves([run("a")], tmp_path / "x.png", keys=("accuracy",))
+        curves.draw([run("a")], tmp_path / "x.png", keys=("accuracy",))
 
 
 def test_a_folder_that_is_no_run_and_a_torn_line_are_named(run, tmp_path):
     with pytest.raises(ValueError, match="nowhere: there is no metrics.jsonl"):
-        report.curves([tmp_path / "nowhere"], tmp_path / "x.png")
+        curves.draw([tmp_path / "nowhere"], tmp_path / "x.png")
     torn = run("torn")
     with (torn / "metrics.jsonl").open("a") as file:
         file.write('{"step": 50, "ima')
     with pytest.raises(ValueError, match="metrics.jsonl:50: not a line of JSON"):
-        report.metrics(torn)
+        curves.metrics(torn)
 
 
 def test_smoothing_keeps_length_level_and_a_single_point():
-    np.testing.assert_allclose(report.smooth(np.array([3.0])), [3.0])
-    np.testing.assert_allclose(report.smooth(np.full(100, 0.5)), 0.5)
+    np.testing.assert_allclose(curves.smooth(np.array([3.0])), [3.0])
+    np.testing.assert_allclose(curves.smooth(np.full(100, 0.5)), 0.5)
     straight = np.exp(-np.arange(200) / 20)
-    np.testing.assert_allclose(report.smooth(straight)[:190], straight[:190], rtol=1e-6)
+    np.testing.assert_allclose(curves.smooth(straight)[:190], straight[:190], rtol=1e-6)
     np.testing.assert_allclose(
-        report.smooth(np.linspace(-1, 1, 99))[:90], np.linspace(-1, 1, 99)[:90], atol=1e-9
+        curves.smooth(np.linspace(-1, 1, 99))[:90], np.linspace(-1, 1, 99)[:90], atol=1e-9
     )
 
 
@@ -75,7 +75,7 @@ def test_a_table_quotes_the_headline_of_each_evaluation(run):
         ),
         run("wsp", {"lowshot/demo": {"top1_1shot": 20.0, "top1_5shot": 44.44, "images": 100}}),
     ]
-    rows = report.rows(runs)
+    rows = tables.rows(runs)
     assert rows == [
         {
             "run": "mae",
@@ -89,7 +89,7 @@ def test_a_table_quotes_the_headline_of_each_evaluation(run):
             "protocol": "lowshot/demo: not recorded",
         },
     ]
-    lines = report.table(rows).splitlines()
+    lines = tables.table(rows).splitlines()
     assert len({len(line) for line in lines}) == 1, "columns are not aligned"
     assert [cell.strip() for cell in lines[0].strip("|").split("|")] == [
         "run",
@@ -147,7 +147,7 @@ def evaluated(run):
 
 
 def test_a_table_says_what_was_asked_but_for_defaults_and_what_a_fine_tuning_reached(evaluated):
-    (row,) = report.rows([evaluated], ["ours"])
+    (row,) = tables.rows([evaluated], ["ours"])
     assert row == {
         "run": "ours",
         "linear/demo top1": "51.24",
@@ -160,7 +160,7 @@ def test_a_table_says_what_was_asked_but_for_defaults_and_what_a_fine_tuning_rea
         "finetune/demo: classify 9ep, batch 64, lr 0.0005",
     }
     with pytest.raises(ValueError, match="--names: 2 names for 1 runs"):
-        report.rows([evaluated], ["a", "b"])
+        tables.rows([evaluated], ["a", "b"])
 
 
 def read(path) -> list[dict[str, str]]:
@@ -170,20 +170,20 @@ def read(path) -> list[dict[str, str]]:
 
 
 def test_a_csv_parses_back_to_the_rows(evaluated, tmp_path):
-    rows = report.rows([evaluated], groups=["maws", "swag"])
-    report.write_table(rows, tmp_path / "out" / "table.csv")
+    rows = tables.rows([evaluated], groups=["maws", "swag"])
+    tables.write_table(rows, tmp_path / "out" / "table.csv")
     found = read(tmp_path / "out" / "table.csv")
     assert found == [{key: str(value) for key, value in row.items()} for row in rows]
     assert int(found[0]["images"]) == 64000
     with pytest.raises(ValueError, match="table.txt is neither .md nor .csv"):
-        report.write_table(rows, tmp_path / "table.txt")
+        tables.write_table(rows, tmp_path / "table.txt")
 
 
 def test_published_rows_share_no_column_with_ours_nor_with_another_dataset_or_protocol(
     evaluated, tmp_path, capsys
 ):
     path = tmp_path / "table.md"
-    report.compare([evaluated], path, groups=published.groups())
+    tables.compare([evaluated], path, groups=published.groups())
     assert path.read_text() == capsys.readouterr().out
     lines = [[c.strip() for c in line[2:-2].split(" | ")] for line in path.read_text().splitlines()]
     names, rows = lines[0], lines[2:]
@@ -194,7 +194,7 @@ def test_published_rows_share_no_column_with_ours_nor_with_another_dataset_or_pr
         assert said and all(name in cells[-1] for name in said), "a number without its protocol"
         assert not set(said) & {name for name, cell in zip(names, rows[0]) if cell != "–"}
     for metric in names[1:-1]:
-        if metric not in report.rows([evaluated])[0] and "SimMIM" not in metric:
+        if metric not in tables.rows([evaluated])[0] and "SimMIM" not in metric:
             kinds = re.findall(r"fine-tuned|linear|\d-shot|zero-shot", metric)
             data = re.findall("ImageNet-1k top|ImageNetV2|-ReaL|ObjectNet|iNat|Food", metric)
             assert len(kinds) == len(data) == 1, metric
@@ -216,12 +216,12 @@ def test_published_numbers_are_those_of_their_tables():
 
 def test_a_group_that_nobody_published_is_named_with_the_nearest(evaluated):
     with pytest.raises(ValueError, match="no group 'mawz'. Did you mean 'maws'?"):
-        report.rows([evaluated], groups=["mawz"])
+        tables.rows([evaluated], groups=["mawz"])
 
 
 def test_a_run_without_results_is_named(run):
     with pytest.raises(ValueError, match="a: there is no results.json"):
-        report.rows([run("a")])
+        tables.rows([run("a")])
 
 
 def versions(*images: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -233,7 +233,7 @@ def versions(*images: torch.Tensor) -> dict[str, torch.Tensor]:
 def test_reconstructions_show_every_image_three_times(count, tmp_path):
     colours = [torch.randint(20, 230, (3, 1, 1), dtype=torch.uint8) for _ in range(count)]
     images = torch.stack([colour.expand(3, 16, 16) for colour in colours])
-    report.reconstructions(versions(images, images, images), tmp_path / "r.png")
+    reconstructions.draw(versions(images, images, images), tmp_path / "r.png")
     picture = np.asarray(Image.open(tmp_path / "r.png").convert("RGB")).reshape(-1, 3).astype(int)
     for colour in colours:
         same = (abs(picture - colour.flatten().numpy()) <= 1).all(1).sum()
@@ -243,6 +243,6 @@ def test_reconstructions_show_every_image_three_times(count, tmp_path):
 def test_reconstructions_of_other_shapes_or_types_are_refused(tmp_path):
     images = torch.zeros(2, 3, 8, 8, dtype=torch.uint8)
     with pytest.raises(ValueError, match="'masked' must be uint8"):
-        report.reconstructions(versions(images, images.float(), images), tmp_path / "r.png")
+        reconstructions.draw(versions(images, images.float(), images), tmp_path / "r.png")
     with pytest.raises(ValueError, match="'reconstructed' must be uint8"):
-        report.reconstructions(versions(images, images, images[:1]), tmp_path / "r.png")
+        reconstructions.draw(versions(images, images, images[:1]), tmp_path / "r.png")

@@ -12,7 +12,8 @@ from PIL import Image
 from test_features import tiny_model
 from test_text import BPE
 
-from prepretrain.data.transforms import Random, decode, resize_center_crop
+from prepretrain.data.random import Random
+from prepretrain.data.transforms import decode, resize_center_crop
 from prepretrain.distributed import group as distributed
 from prepretrain.evaluation import corruptions
 from prepretrain.evaluation.evaluators.robustness import (

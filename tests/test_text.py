@@ -13,8 +13,10 @@ from transformers import XLMRobertaConfig, XLMRobertaForMaskedLM
 
 from prepretrain.distributed import shard
 from prepretrain.models import weights
-from prepretrain.models.model import Model, load, open_text, open_weights
-from prepretrain.models.text import OpenClip
+from prepretrain.models.export import save
+from prepretrain.models.load import load, open_text, open_weights
+from prepretrain.models.model import Model
+from prepretrain.models.text.open_clip import OpenClip
 
 WORDS = (
     "the quick brown fox jumps over a lazy dog and sees red blue green cats in small houses".split()
@@ -173,8 +175,8 @@ def test_a_tokenizer_travels_to_a_worker(pieces):
 @pytest.mark.parametrize(
     "text, said",
     [
-        ({"name": "clip"}, "model.text.name: no text tower 'clip'.*There are: open_clip, xlmr"),
-        ({"name": "xlm"}, "model.text.name: no text tower 'xlm'. Did you mean 'xlmr'"),
+        ({"name": "clip"}, "model.text.name: no tower 'clip'.*There are: open_clip, xlmr"),
+        ({"name": "xlm"}, "model.text.name: no tower 'xlm'. Did you mean 'xlmr'"),
         ("xlmr", "model.text: 'xlmr' is no section"),
         (
             {"name": "xlmr", "widht": 3},
@@ -222,7 +224,7 @@ def test_an_export_loads_in_open_clip_with_strict_keys_and_gives_the_same_featur
             parameter.add_(
                 0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(3))
             )
-    model.save(tmp_path, "test")
+    save(model, tmp_path, "test")
     place = f"local-dir:{tmp_path / 'open_clip'}"
     peer, preprocess = open_clip.create_model_from_pretrained(place)
     tokens = open_clip.get_tokenizer(place)(["a red bee", "a wave"])
@@ -240,7 +242,7 @@ def test_an_export_with_a_text_tower_loads_again_and_its_encoder_loads_in_timm(t
     import timm
 
     model = small({**TINY_XLMR, "tokenizer": pieces})
-    model.save(tmp_path, "test")
+    save(model, tmp_path, "test")
     assert not (tmp_path / "open_clip").exists()  # XLM-R is not open_clip's own tower
     again = load(str(tmp_path))
     tokens = model.text.tokenizer()(["a dog", "cats"])
@@ -256,7 +258,7 @@ def test_an_export_with_a_text_tower_loads_again_and_its_encoder_loads_in_timm(t
 
 
 def test_the_encoder_alone_of_a_model_with_text_is_taken_by_name(tmp_path):
-    small(BPE).save(tmp_path, "test")
+    save(small(BPE), tmp_path, "test")
     alone = load(f"{tmp_path}:encoder")
     assert alone.text is None and "text" not in alone.options
     assert open_weights(str(tmp_path)).options["text"]["name"] == "open_clip"
@@ -299,7 +301,7 @@ def test_a_config_with_a_tokenizer_of_the_hub_takes_a_local_folder_and_exports_i
     tokens = tokenizer(["The lazy dog!", "cats " * 200])
     assert tokens.shape == (2, 64) and tokenizer.room == 63
     assert tokenizer.count("The lazy dog!") == 3 and tokenizer.count("cats " * 200) == 200
-    model.save(tmp_path, "test")
+    save(model, tmp_path, "test")
     place = f"local-dir:{tmp_path / 'open_clip'}"
     peer = open_clip.create_model(place).eval()
     assert torch.equal(

@@ -7,7 +7,8 @@ import torch
 from PIL import Image
 
 from prepretrain.data import transforms
-from prepretrain.data.transforms import BadImage, Random, crop_box, decode
+from prepretrain.data.random import Random
+from prepretrain.data.transforms import BadImage, crop_box, decode
 
 
 def photo(height=48, width=64, seed=0, mode="RGB"):

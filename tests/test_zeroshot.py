@@ -19,8 +19,9 @@ from prepretrain.distributed import shard
 from prepretrain.evaluation.evaluators.retrieval import Retrieval, recalls
 from prepretrain.evaluation.evaluators.zeroshot import Zeroshot, classifier, measure, probabilities
 from prepretrain.evaluation.features import extract, extract_texts
+from prepretrain.models.export import save
 from prepretrain.models.model import Model
-from prepretrain.runs import run
+from prepretrain.runs.classify import classify
 from prepretrain.runs.launch import launch
 
 ROOT = Path(__file__).parents[1]
@@ -44,7 +45,7 @@ def noisy() -> Model:
 
 def test_zero_shot_is_open_clips_on_the_same_model_and_images(tmp_path):
     model = noisy()
-    model.save(tmp_path / "export", "test")
+    save(model, tmp_path / "export", "test")
     place = f"local-dir:{tmp_path / 'export' / 'open_clip'}"
     peer = open_clip.create_model(place).eval()
     evaluator = Zeroshot(data=card(tmp_path))
@@ -180,8 +181,8 @@ def test_labels_without_names_are_refused(tmp_path):
 
 def test_a_model_without_a_text_tower_is_told_which_stage_makes_one(place, tmp_path):
     run_ = small(BPE)
-    Model.save(tiny_model(), tmp_path / "mae", "test")
-    run_.save(tmp_path / "clip", "test")
+    save(tiny_model(), tmp_path / "mae", "test")
+    save(run_, tmp_path / "clip", "test")
     for stage in ("eval/zeroshot", "eval/retrieval"):
         with pytest.raises(ValueError, match="no text tower.*--stage wsp_clip or --stage wsp_lit"):
             launch(stage, ["data=scenes"], init=str(tmp_path / "mae"), dry_run=True)
@@ -255,7 +256,7 @@ def test_an_image_without_a_caption_stops_a_retrieval(tmp_path):
 
 def test_a_person_can_ask_for_probabilities(tmp_path):
     model = noisy()
-    model.save(tmp_path / "clip", "test")
+    save(model, tmp_path / "clip", "test")
     for number, colour in enumerate(((200, 0, 0), (0, 0, 200))):
         Image.new("RGB", (50, 40), colour).save(tmp_path / f"{number}.png")
     images = [str(tmp_path / f"{n}.png") for n in range(2)]
@@ -269,9 +270,9 @@ def test_a_person_can_ask_for_probabilities(tmp_path):
     assert done.returncode == 1 and "--names: class 1 has the name ''" in done.stderr
     for names, said in ((["cat", "CAT"], "both called 'CAT'"), (["a", " "], "is empty")):
         with pytest.raises(ValueError, match=said):
-            run.classify(str(tmp_path / "clip"), [Path(images[0])], names, ["{}"])
+            classify(str(tmp_path / "clip"), [Path(images[0])], names, ["{}"])
     with pytest.raises(ValueError, match="none.png"):
-        run.classify(str(tmp_path / "clip"), [tmp_path / "none.png"], ["a", "b"], ["{}"])
+        classify(str(tmp_path / "clip"), [tmp_path / "none.png"], ["a", "b"], ["{}"])
     with pytest.raises(ValueError, match="has no text tower"):
         probabilities(tiny_model(), torch.zeros(1, 3, 32, 32, dtype=torch.uint8), ["a"], ["{}"])
 

@@ -30,6 +30,8 @@ import prepretrain
 from prepretrain.data.transforms import squash
 from prepretrain.models import model as models
 from prepretrain.models import weights
+from prepretrain.models.export import save
+from prepretrain.models.load import open_weights
 from prepretrain.models.model import Model
 from prepretrain.models.weights import Weights
 from prepretrain.runs.launch import launch
@@ -455,7 +457,7 @@ def test_a_release_loads_by_its_name_with_other_options(tiny):
 def test_a_path_comes_before_a_release(tiny, tmp_path, monkeypatch, server):
     monkeypatch.chdir(tmp_path)
     tiny(vit().encoder.state_dict())
-    vit().save(Path("tiny/vit"), "here")
+    save(vit(), Path("tiny/vit"), "here")
     prepretrain.load("tiny/vit")
     assert server.asked == []
 
@@ -636,7 +638,7 @@ def check_release(row: zoo.Release, shapes: dict[str, tuple], monkeypatch) -> No
     found = Weights(row.url, shapes, lambda k: torch.empty(shapes[k], device="meta"))
     monkeypatch.setattr(zoo, "fetch", lambda _: Path("file.pt"))
     monkeypatch.setattr(weights, "open_file", lambda _: found)
-    weights.check(built(row), models.open_weights(row.name))
+    weights.check(built(row), open_weights(row.name))
 
 
 @pytest.mark.parametrize("size", ["vit_b_16", "vit_l_16", "vit_h_14"])
@@ -759,7 +761,7 @@ def test_torch_hub_loads_a_release(tiny):
 def test_torch_hubs_dependencies_are_what_loading_imports():
     code = (
         "import sys, torch; before = set(sys.modules)\n"
-        "import prepretrain.models.model; prepretrain.models.model.encoders.sizes()\n"
+        "import prepretrain.models.load; prepretrain.models.load.encoders.sizes()\n"
         "print(*{m.partition('.')[0] for m in set(sys.modules) - before})"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

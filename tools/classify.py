@@ -8,7 +8,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from prepretrain.runs import run
+from prepretrain.runs.classify import classify
 
 
 def main() -> None:
@@ -25,7 +25,7 @@ def main() -> None:
     asked = parser.parse_args()
     names = [name.strip() for name in asked.names.split(",")]
     try:
-        found = run.classify(asked.model, asked.images, names, asked.template or ["{}"])
+        found = classify(asked.model, asked.images, names, asked.template or ["{}"])
     except (ValueError, OSError) as error:
         sys.exit(f"classify: {error}")
     for path, row in zip(asked.images, found):

@@ -4,7 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from prepretrain.runs import run
+from prepretrain.runs.export import export, export_released
 
 
 def main() -> None:
@@ -18,7 +18,7 @@ def main() -> None:
         help="a SimMIM run's file under the released files' names, decoder included",
     )
     asked = parser.parse_args()
-    write = run.export_released if asked.released else run.export
+    write = export_released if asked.released else export
     try:
         print(write(asked.source, asked.out or Path(asked.source) / "export"))
     except (ValueError, OSError) as error:

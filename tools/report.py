@@ -3,17 +3,17 @@
 import argparse
 import sys
 
-from prepretrain.reports import report
+from prepretrain.reports import curves, reconstructions, tables
 
 
 def main() -> None:
     """Reads the command line and calls the report it names."""
     parser = argparse.ArgumentParser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    curves = commands.add_parser("curves", help="loss over images seen, one line a run, as a PNG")
-    curves.add_argument("runs", nargs="+", metavar="RUN")
-    curves.add_argument("--keys", nargs="+", default=["loss"], help="what to draw of metrics.jsonl")
-    curves.add_argument("--out", required=True, metavar="PNG")
+    lines = commands.add_parser("curves", help="loss over images seen, one line a run, as a PNG")
+    lines.add_argument("runs", nargs="+", metavar="RUN")
+    lines.add_argument("--keys", nargs="+", default=["loss"], help="what to draw of metrics.jsonl")
+    lines.add_argument("--out", required=True, metavar="PNG")
     table = commands.add_parser("table", help="the headline metric of each evaluation, in Markdown")
     table.add_argument("runs", nargs="+", metavar="RUN")
     table.add_argument("--out", metavar="FILE", help="to write it to as well: .md or .csv")
@@ -33,16 +33,18 @@ def main() -> None:
     )
     pictures.add_argument("--images", type=int, default=8)
     pictures.add_argument("--out", required=True, metavar="PNG")
-    for command in (curves, table, pictures):
+    for command in (lines, table, pictures):
         command.add_argument("--names", nargs="+", default=[], help="of the runs, to show")
     asked = parser.parse_args()
     try:
         if asked.command == "curves":
-            report.curves(asked.runs, asked.out, asked.keys, asked.names)
+            curves.draw(asked.runs, asked.out, asked.keys, asked.names)
         elif asked.command == "table":
-            report.compare(asked.runs, asked.out, asked.names, asked.published)
+            tables.compare(asked.runs, asked.out, asked.names, asked.published)
         else:
-            report.reconstruct(asked.runs, asked.data, asked.images, asked.out, asked.names)
+            reconstructions.reconstruct(
+                asked.runs, asked.data, asked.images, asked.out, asked.names
+            )
     except (ValueError, OSError) as error:
         sys.exit(f"report: {error}")
 

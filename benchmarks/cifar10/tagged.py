@@ -1,9 +1,9 @@
 """A source outside of the package: photos with labels, told as noisy, partly coarse hashtags
 instead."""
 
+from prepretrain.data.random import Random
 from prepretrain.data.sources.base import Source, fingerprint_of
 from prepretrain.data.sources.parquet import Parquet
-from prepretrain.data.transforms import Random
 
 CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 COARSE = [

@@ -1,7 +1,6 @@
 """Bytes to pixels, and the crops of training and evaluation; random only by keyed generators."""
 
 import functools
-import hashlib
 import io
 import math
 import warnings
@@ -16,7 +15,6 @@ MAX_PIXELS = 100_000_000  # not from the paper: 2.5 times the largest photo of a
 
 _ORIENTATION = 0x0112
 _END = b"\xff\xd9"
-_WORD = (1 << 64) - 1
 
 
 class BadImage(ValueError):
@@ -28,25 +26,6 @@ class BadImage(ValueError):
 
     def __str__(self) -> str:
         return ": ".join(part for part in (self.key, self.cause, self.detail) if part)
-
-
-class Random:
-    """Generators that are a pure function of (seed, epoch, index, purpose), whoever asks."""
-
-    def __init__(self, seed: int, epoch: int, index: int):
-        self.seed, self.epoch, self.index = int(seed), int(epoch), int(index)
-
-    def __call__(self, purpose: str) -> np.random.Generator:
-        # Philox counts up from the low word; index and epoch sit in the two high words, so that
-        # the streams of two images cannot overlap.
-        counter = (self.epoch & _WORD) << 192 | (self.index & _WORD) << 128
-        key = _digest(purpose) << 64 | self.seed & _WORD
-        return np.random.Generator(np.random.Philox(key=key, counter=counter))
-
-
-@functools.lru_cache(maxsize=1024)
-def _digest(purpose: str) -> int:
-    return int.from_bytes(hashlib.blake2b(purpose.encode(), digest_size=8).digest(), "little")
 
 
 def decode(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Tensor:

@@ -15,7 +15,8 @@ from filelock import FileLock, Timeout
 from torch import Tensor, nn
 
 from prepretrain.data.loader import evaluation_batches
-from prepretrain.data.sources.base import Subset, fingerprint_of
+from prepretrain.data.sources.base import fingerprint_of
+from prepretrain.data.subset import Subset
 from prepretrain.data.transforms import BadImage, decode, resize_center_crop, squash
 from prepretrain.distributed import group as distributed
 from prepretrain.evaluation.feature_store import Store, file_name, size

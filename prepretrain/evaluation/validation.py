@@ -6,12 +6,10 @@ from typing import Any
 
 import torch
 
-from prepretrain.data.loader import evaluation_batches
-from prepretrain.data.sources import base as sources
+from prepretrain.data.loader import evaluation_batches, to_device
 from prepretrain.distributed import group as distributed
 from prepretrain.evaluation.features import frozen
 from prepretrain.objectives.base import Objective
-from prepretrain.training.fit import to_device
 
 logger = logging.getLogger(__name__)
 
@@ -29,13 +27,6 @@ def check(objective: Objective, source: Any, name: str) -> None:
     lacking = [f for f in objective.fields if f not in source.fields]
     if lacking:
         raise ValueError(f"validation.data={name}: has no {', '.join(lacking)}.")
-
-
-def spread(source: Any, images: int | None) -> Any:
-    """`images` images spread evenly over a source; all of it if None or if it has fewer."""
-    if images is None or images >= len(source):
-        return source
-    return sources.Subset(source, sources.spread(len(source), images))
 
 
 def measure(

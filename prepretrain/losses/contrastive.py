@@ -4,17 +4,13 @@ B images and captions of a process, G = B x processes of the batch, J channels o
 """
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from prepretrain.data.transforms import BadImage, decode, random_resized_crop, resize_center_crop
-from prepretrain.data.vocabulary import canonical
 from prepretrain.distributed import group as distributed
-from prepretrain.models.text import Tokenizer
 
 
 def softmax_loss(
@@ -90,53 +86,3 @@ def _log_sigmoid(
 
 def _hits(logits: Tensor, match: Tensor) -> Tensor:
     return (logits.detach().argmax(1) == match).sum().to(logits.dtype)
-
-
-class Captioned:
-    """A sample to {"image": uint8 [3, S, S], "tokens": int64 [L], "cut": 1 if the caption was longer
-    than the tower reads, else 0}."""
-
-    def __init__(
-        self,
-        size: int,
-        tokenizer: Tokenizer,
-        crop_scale: tuple[float, float] | None,
-        hashtags: bool,
-    ):
-        """crop_scale None: validation's centre crop, and always the first caption. hashtags: they
-        are the caption of a sample that has none."""
-        self.size, self.tokenizer = size, tokenizer
-        self.crop_scale, self.hashtags = crop_scale, hashtags
-
-    def __call__(self, sample: dict[str, Any]) -> dict[str, Any]:
-        """Raises BadImage("no caption"), or "bad metadata" for one that is no Unicode text, which the
-        loader substitutes and counts."""
-        found = captions(sample, self.hashtags)
-        if not found:
-            raise BadImage("no caption")
-        train, random = self.crop_scale is not None, sample["random"]
-        caption = found[int(random("caption").integers(len(found))) if train else 0]
-        try:
-            caption.encode()  # json may hold halves of a sign, which no tokenizer takes
-        except UnicodeEncodeError as error:
-            raise BadImage("bad metadata", f"caption: {error}") from error
-        count = self.tokenizer.count(caption)
-        if count == 0:
-            raise BadImage("no caption", f"{caption[:40]!r} has no token")
-        image = decode(sample["image"])
-        if train:  # not mirrored: left and right are words
-            image = random_resized_crop(image, self.size, random("crop"), scale=self.crop_scale)
-        else:
-            image = resize_center_crop(image, self.size)
-        cut = int(count > self.tokenizer.room)
-        return {"image": image, "tokens": self.tokenizer([caption])[0], "cut": cut}
-
-
-def captions(sample: dict[str, Any], hashtags: bool = False) -> list[str]:
-    """A sample's captions that are not blank, or its text, or, if asked for, its hashtags as one."""
-    several = [c for c in sample.get("captions", []) if c.strip()]
-    text = sample.get("text", "")
-    if several or text.strip():
-        return several or [text]
-    tags = " ".join(filter(None, map(canonical, sample.get("hashtags", []) if hashtags else [])))
-    return [tags] if tags else []

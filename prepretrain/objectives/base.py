@@ -2,15 +2,14 @@
 them."""
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from prepretrain.data.transforms import decode, flip, random_resized_crop, resize_center_crop
-from prepretrain.losses.contrastive import LOSSES, Captioned
 from prepretrain.models.encoders.vit import ViT
-from prepretrain.models.model import Model, open_text
+from prepretrain.models.model import Model
 from prepretrain.models.weights import Weights
 
 
@@ -167,89 +166,3 @@ class Masking:
         noise = sample["random"]("mask").random(self.places, dtype="float32")
         image = picture(sample, self.size, self.crop_scale)
         return {"image": image, "noise": torch.from_numpy(noise)}
-
-
-class Contrastive(Objective):
-    """What training on captions has in common: a Model with a text tower, and a loss that compares
-    every image with every caption of the whole batch, over all processes."""
-
-    fields = ("image", "text")
-    whole_batch = takes_text = True
-    locked = False  # the image tower learns nothing
-
-    def __init__(
-        self,
-        model: Model,
-        *,
-        loss: Literal["softmax", "sigmoid"] = "softmax",
-        chunk: int | None = 1024,
-        hashtags: bool = False,
-        text_weights: str | None = None,
-        crop_scale: tuple[float, float] = (0.9, 1.0),
-    ):
-        """loss: softmax (CLIP) or sigmoid (SigLIP; needs model.joint.bias). chunk: images whose
-        products with all captions are held at once in a process; null holds all. hashtags: where a
-        sample has no caption, its hashtags are one. text_weights: where the text tower starts from:
-        a run, or a checkpoint of open_clip's or Hugging Face's; null starts it from scratch."""
-        super().__init__(model)
-        if (loss == "sigmoid") != (model.joint.logit_bias is not None):
-            raise ValueError(
-                f"objective.loss: {loss} and model.joint.bias={model.joint.logit_bias is not None} do "
-                f"not go together: sigmoid needs model.joint.bias=true, softmax has no use for one."
-            )
-        if chunk is not None and chunk < 1:
-            raise ValueError(f"objective.chunk: {chunk} must be at least 1, or null.")
-        self.loss, self.chunk, self.hashtags = loss, chunk, hashtags
-        self.text_weights, self.crop_scale = text_weights, crop_scale
-        if self.locked:
-            model.encoder.requires_grad_(False)
-
-    def check(self, card: Any, source: Any) -> None:
-        """Refuses data without captions (or hashtags, where those will do), and a text tower whose
-        tokenizer is missing."""
-        wanted = ("text", "captions", "hashtags") if self.hashtags else ("text", "captions")
-        if not set(wanted) & set(source.fields):
-            raise ValueError(
-                f"data.train={card.name}: has no {' or '.join(wanted)}, which this objective needs. It "
-                f"has: {', '.join(source.fields)}."
-                + ("" if self.hashtags else " objective.hashtags=true takes hashtags as captions.")
-            )
-        self.model.text.tokenizer()
-
-    def starting(self) -> list[tuple[nn.Module, Weights]]:
-        """See Objective.starting."""
-        if self.text_weights is None:
-            return []
-        return [(self.model.text, open_text(self.text_weights, self.model.text))]
-
-    def transform(self, train: bool) -> Callable[[dict[str, Any]], dict[str, Any]]:
-        """A random crop, not mirrored, and one of the captions; in validation the centre and the
-        first."""
-        return Captioned(
-            self.model.encoder.image_size,
-            self.model.text.tokenizer(),
-            self.crop_scale if train else None,
-            self.hashtags,
-        )
-
-    def example(self, images: int) -> dict[str, Tensor]:
-        """See Objective.example."""
-        length = self.model.text.context
-        return {
-            "image": blank_images(images, self.model.encoder.image_size),
-            "tokens": torch.zeros(images, length, dtype=torch.int64, device="meta"),
-            "cut": torch.zeros(images, dtype=torch.int64, device="meta"),
-        }
-
-    def forward(self, batch: dict[str, Any]) -> dict[str, Tensor]:
-        """{"image": uint8 [B, 3, H, W], "tokens": int64 [B, L], "cut": int64 [B]} to the loss of this
-        process's rows, the share of images whose caption is the likeliest of the whole batch, the
-        scale, and the share of captions that were longer than the tower reads."""
-        image, text, scale, bias = self.model.pairs(batch["image"], batch["tokens"])
-        loss, accuracy = LOSSES[self.loss](image, text, scale, bias, self.chunk)
-        return {
-            "loss": loss,
-            "accuracy": accuracy,
-            "scale": scale.detach()[0],
-            "cut_captions": batch["cut"].float().mean(),
-        }

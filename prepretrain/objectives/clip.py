@@ -1,6 +1,6 @@
 """Weakly supervised training on captions: CLIP (arXiv 2103.00020) from stage one's weights."""
 
-from prepretrain.objectives.base import Contrastive
+from prepretrain.objectives.captions import Contrastive
 
 
 class CLIP(Contrastive):

@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from prepretrain.models import model as models
 from prepretrain.models import weights
 from prepretrain.models.decoder import Decoder
 from prepretrain.models.encoders import base as encoders
+from prepretrain.models.load import open_weights, options_of
 from prepretrain.models.model import Model
 from prepretrain.objectives.base import Masked
 
@@ -51,7 +51,7 @@ class FeatureMAE(Masked):
         """
         super().__init__(model, mask_ratio=mask_ratio, crop_scale=crop_scale)
         self.source = teacher
-        options = encoders.follow(models.options_of(teacher), teacher_options or {})
+        options = encoders.follow(options_of(teacher), teacher_options or {})
         if "encoder" not in options:
             raise ValueError(
                 f"objective.teacher: {teacher} does not say which encoder it is. Add "
@@ -96,7 +96,7 @@ class FeatureMAE(Masked):
     def prepare(self, shard: Callable[[nn.Module], None]) -> None:
         """See Objective.prepare: shards the teacher and loads its weights."""
         shard(self.teacher)
-        weights.fill(self.teacher, models.open_weights(self.source))
+        weights.fill(self.teacher, open_weights(self.source))
         self.teacher.eval()
 
     def losses(self, batch: dict[str, Any]) -> Tensor:

@@ -1,7 +1,7 @@
 """Captions for a locked image tower: LiT (arXiv 2111.07991), as MAWS's zero-shot models are trained
 (arXiv 2303.13496, section 4.3)."""
 
-from prepretrain.objectives.base import Contrastive
+from prepretrain.objectives.captions import Contrastive
 
 
 class LiT(Contrastive):

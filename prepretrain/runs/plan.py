@@ -15,15 +15,16 @@ from prepretrain import config as configs
 from prepretrain import plugin
 from prepretrain.config import Training
 from prepretrain.data import card
+from prepretrain.data.subset import spread
 from prepretrain.distributed import checkpoint, heartbeat, shard
 from prepretrain.evaluation import validation
 from prepretrain.evaluation.evaluators.base import SPEED, Evaluator
-from prepretrain.models import model as models
 from prepretrain.models.encoders import base as encoders
+from prepretrain.models.load import open_weights
 from prepretrain.models.model import Model
 from prepretrain.objectives.base import Objective
 from prepretrain.training import durations, numerics
-from prepretrain.training.optim import Schedule
+from prepretrain.training.schedule import Schedule
 
 
 class Plan:
@@ -157,7 +158,7 @@ class Plan:
         split, found = _split(given.data)
         source = found.open(split)
         validation.check(self.objective, source, given.data)
-        return validation.spread(source, given.images)
+        return spread(source, given.images)
 
     def steps_of(self, key: str) -> int:
         """The duration at `log_every`, `checkpoint.every`, … in steps, at least one."""
@@ -315,7 +316,7 @@ def with_model_options(config: Training, folder: Path | None = None) -> Training
     elif config.branch is not None:
         known = _recorded(config.branch).get("model", {})
     elif config.init is not None:
-        known = models.open_weights(config.init).options or {}
+        known = open_weights(config.init).options or {}
     asked = config.model.get("encoder", known.get("encoder"))
     if asked is None:
         raise ValueError(

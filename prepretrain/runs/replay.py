@@ -7,7 +7,7 @@ from typing import Any
 
 from prepretrain import config as configs
 from prepretrain.config import Training
-from prepretrain.data.loader import Stream
+from prepretrain.data.loader import Stream, to_device
 from prepretrain.distributed import checkpoint, shard
 from prepretrain.distributed import group as distributed
 from prepretrain.runs.plan import Plan
@@ -94,7 +94,7 @@ def _look(objective: Any, batch: dict[str, Any]) -> dict[str, Any]:
     batch.pop("bad")
     watched = numerics.FirstNotFinite(objective)
     try:
-        figures = objective(train.to_device(batch))
+        figures = objective(to_device(batch))
         figures["loss"].backward()
     finally:
         watched.close()

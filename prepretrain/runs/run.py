@@ -15,7 +15,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 from prepretrain import config as configs
@@ -23,20 +22,21 @@ from prepretrain.cluster import lease, slurm
 from prepretrain.config import Evaluating, Training
 from prepretrain.data import card
 from prepretrain.data.loader import Stream
-from prepretrain.data.transforms import BadImage, decode, resize_center_crop
+from prepretrain.data.subset import spread
 from prepretrain.distributed import checkpoint, heartbeat, shard
 from prepretrain.distributed import group as distributed
 from prepretrain.evaluation import validation
-from prepretrain.evaluation.evaluators import zeroshot
 from prepretrain.evaluation.evaluators.base import Evaluator
-from prepretrain.models import model as models
 from prepretrain.models import weights
+from prepretrain.models.export import save
+from prepretrain.models.load import fitting, load, open_weights
 from prepretrain.models.model import Model
 from prepretrain.objectives.base import Objective
 from prepretrain.runs import results
-from prepretrain.runs.plan import Plan, build_evaluator, build_objective, with_model_options
+from prepretrain.runs.plan import Plan, build_evaluator, with_model_options
 from prepretrain.training import log, optim
-from prepretrain.training.fit import Evaluation, Signals, Stopped, fit
+from prepretrain.training.fit import Evaluation, Stopped, fit
+from prepretrain.training.signals import Signals
 
 logger = logging.getLogger(__name__)
 
@@ -103,9 +103,11 @@ def _train(config: Training, folder: Path, asked: Signals) -> None:
     source = plan.open_data()
     _record(config, folder)
     objective = plan.objective
-    spread = {"group": config.shard.group, "precision": config.shard.precision}
-    shard.shard(objective, **spread, recompute=config.shard.recompute, compile=config.shard.compile)
-    objective.prepare(partial(shard.shard, **spread))
+    sharding = {"group": config.shard.group, "precision": config.shard.precision}
+    shard.shard(
+        objective, **sharding, recompute=config.shard.recompute, compile=config.shard.compile
+    )
+    objective.prepare(partial(shard.shard, **sharding))
     saved = checkpoint.newest(folder) or plan.branch_point()
     if saved is None:
         shard.initialise(objective, config.seed)
@@ -180,7 +182,7 @@ def starting(config: Training, objective: Objective) -> list[tuple[Any, weights.
         )
     found = []
     if config.init is not None:
-        found.append(models.fitting(objective.model, models.open_weights(config.init)))
+        found.append(fitting(objective.model, open_weights(config.init)))
     return found + objective.starting()
 
 
@@ -204,7 +206,7 @@ def _validate(
     """The loss on held-out images, and how far it lies above that on as many training images seen in
     the same way."""
     loss, images = validation.measure(objective, held, batch_size=batch_size, workers=workers)
-    some = validation.spread(trained, images)
+    some = spread(trained, images)
     seen, _ = validation.measure(objective, some, batch_size=batch_size, workers=workers)
     found = {"loss": loss, "gap": loss - seen, "images": images}
     logger.info("validation: %s", ", ".join(f"{k} {v:.6g}" for k, v in found.items()))
@@ -228,7 +230,7 @@ def _export(model: Model, folder: Path, name: str) -> None:
         model, options=StateDictOptions(full_state_dict=True, cpu_offload=True)
     )
     if distributed.is_main():
-        models.write(model, state, folder / name, str(folder))
+        save(model, folder / name, str(folder), state)
 
 
 def _finish(plan: Plan, folder: Path) -> None:
@@ -245,7 +247,7 @@ def evaluate(config: Evaluating, folder: Path, sha256: str | None = None) -> dic
     sha256: of the model's weights, where it is known.
     """
     name, evaluator = evaluator_of(config)
-    model = models.load(config.init, **config.model).to(distributed.device())
+    model = load(config.init, **config.model).to(distributed.device())
     evaluator.check(model)
     asked = request(evaluator, config.model, sha256 or fingerprint(config.init))
     return _measure(name, evaluator, model, folder, asked)
@@ -268,7 +270,7 @@ def checked_label(label: str) -> str:
 
 def fingerprint(source: str) -> str:
     """The sha256 of the weights of a source, which every process calls for together."""
-    found = models.open_weights(source)
+    found = open_weights(source)
     return distributed.from_main(weights.sha256(found) if distributed.is_main() else None)
 
 
@@ -309,7 +311,7 @@ def check(config: Training | Evaluating, folder: Path, world: int) -> Plan | Non
     """Checks all that a start would, without a device; a training run's plan. Raises ValueError."""
     if isinstance(config, Evaluating):
         evaluator_of(config)
-        models.open_weights(config.init)
+        open_weights(config.init)
         return None
     config = with_model_options(config, folder)
     _check_unchanged(config, folder)
@@ -332,7 +334,7 @@ def dry_run(config: Training | Evaluating, folder: Path, stage: str, world: int)
     """
     if isinstance(config, Evaluating):
         check(config, folder, world)
-        model = models.load(config.init, **config.model)
+        model = load(config.init, **config.model)
         evaluator_of(config)[1].check(model)
         encoder = model.encoder
         return {
@@ -359,54 +361,3 @@ def dry_run(config: Training | Evaluating, folder: Path, stage: str, world: int)
         "state_gib_per_process": round(plan.state_bytes() / 2**30, 3),
         "data": data,
     }
-
-
-def load_objective(folder: Path) -> Objective:
-    """A run's trained objective on the CPU, decoder and heads included."""
-    given = configs.check(Training, configs.read(Path(folder) / "config.yaml"), "")
-    with torch.device("meta"):
-        objective = build_objective(given)
-    objective.to_empty(device="cpu")
-    shard.fill_buffers(objective)
-    saved = checkpoint.newest(Path(folder))
-    if saved is None:
-        raise ValueError(f"{folder}: holds no complete checkpoint.")
-    shapes, read, _ = checkpoint.open_tensors(saved)
-    weights.fill(objective, weights.Weights(str(folder), shapes, read))
-    return objective.eval()
-
-
-def classify(
-    source: str, images: list[Path], names: list[str], templates: list[str]
-) -> list[dict[str, float]]:
-    """{name: probability} of each image file, by a model with a text tower.
-
-    Raises ValueError naming an image that cannot be read, or names that are empty or not different.
-    """
-    model, rows = models.load(source), []
-    for path in images:
-        try:
-            pixels = decode(path.read_bytes())
-        except (OSError, BadImage) as error:
-            raise ValueError(f"{path}: {error}") from error
-        rows.append(resize_center_crop(pixels, model.encoder.image_size, share=1.0))
-    found = zeroshot.probabilities(model, torch.stack(rows), names, templates)
-    return [dict(zip(names, row.tolist())) for row in found]
-
-
-def export(source: str, folder: Path) -> Path:
-    """Writes a run's or file's encoder for others to load; returns the weights' path."""
-    return models.load(source).save(folder, source)
-
-
-def export_released(run: Path, folder: Path) -> Path:
-    """Writes a run's tensors as `released.pth`, under the names of the files that the objective's
-    authors released; returns its path. Raises ValueError for an objective without such files."""
-    objective = load_objective(run)
-    if not hasattr(objective, "release"):
-        raise ValueError(f"--released: {run} is of an objective without released files of its own.")
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "released.pth"
-    torch.save({"model": objective.release()}, f"{path}.tmp")
-    os.replace(f"{path}.tmp", path)
-    return path

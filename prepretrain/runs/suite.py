@@ -19,7 +19,7 @@ from prepretrain import config as configs
 from prepretrain.config import Evaluating, Suite, Training
 from prepretrain.data import card
 from prepretrain.distributed import group as distributed
-from prepretrain.models import model as models
+from prepretrain.models.load import load, open_weights
 from prepretrain.models.model import Model
 from prepretrain.runs import results, run
 from prepretrain.training.fit import Stopped
@@ -93,7 +93,7 @@ def _each(
     """(entry, what `look(entry, the model it evaluates)` returns) of each; ValueErrors together."""
     if not config.suite:
         raise ValueError("suite: is empty. Name one stage or more, as in [{stage: eval/linear}].")
-    models.open_weights(config.init)  # what is wrong with it is wrong once, not in every entry
+    open_weights(config.init)  # what is wrong with it is wrong once, not in every entry
     found, problems, loaded = [], [], _Loaded(config.init)
     for i, given in enumerate(config.suite):
         name = f"suite[{i}] ({given['stage']})" if "stage" in given else f"suite[{i}]"
@@ -121,7 +121,7 @@ class _Loaded:
             return None
         if self.held is None or self.held[0] != config.model:
             self.held = None  # before the next one needs the memory
-            self.held = config.model, models.load(self.source, **config.model)
+            self.held = config.model, load(self.source, **config.model)
         return self.held[1]
 
 

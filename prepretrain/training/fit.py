@@ -1,15 +1,13 @@
 """`fit()`, the one training loop: it knows steps, files and `objective(batch)["loss"]`, and nothing
 of any task."""
 
-import contextlib
 import gc
 import logging
 import math
 import random
-import signal
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,12 +16,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from prepretrain.data.loader import Stream
+from prepretrain.data.loader import Stream, to_device
 from prepretrain.distributed import checkpoint, heartbeat, shard
 from prepretrain.distributed import group as distributed
 from prepretrain.training import durations, numerics, optim
 from prepretrain.training.log import Metrics, Progress
-from prepretrain.training.optim import Schedule
+from prepretrain.training.schedule import Schedule
+from prepretrain.training.signals import Signals
 
 logger = logging.getLogger(__name__)
 
@@ -98,7 +97,7 @@ def _fit(
     async_save: bool = False,
     evals: Sequence[Evaluation] = (),
     wandb: str | None = None,
-    signals: "Signals | None" = None,
+    signals: Signals | None = None,
 ) -> None:
     """options: what made the model, kept in checkpoints so that they describe themselves. clip:
     largest gradient norm. save_every: steps between checkpoints, one is always saved at the end; None
@@ -209,7 +208,7 @@ def _evaluate(
     step: int,
     steps: int,
     metrics: Metrics,
-    asked: "Signals",
+    asked: Signals,
     skip: Sequence[str] = (),
 ) -> None:
     """Runs what is due after a step; `skip` names what a run that was cut off had measured by then."""
@@ -268,14 +267,6 @@ def _gradients(
     return total, bad, seen
 
 
-def to_device(batch: dict[str, Any]) -> dict[str, Any]:
-    """A batch with its tensors on this process's device."""
-    device = distributed.device()
-    return {
-        k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in batch.items()
-    }
-
-
 def _norm(parameters: list[nn.Parameter]) -> Tensor:
     """The gradients' norm over all processes."""
     norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
@@ -331,35 +322,6 @@ def _check_bad(bad: Counter, images: int, limit: float) -> None:
             f"data.max_bad: {count} of {images} images were replaced ({causes}), more than the share "
             f"{limit}. Look at them in the log; clean the data, or raise data.max_bad."
         )
-
-
-class Signals:
-    """SIGTERM and SIGUSR2 only set a flag, from when it is made until `restore`; `fit` saves at a
-    step's end."""
-
-    def __init__(self) -> None:
-        self.received: int | None = None  # which one came
-        self.old = {s: signal.signal(s, self._set) for s in (signal.SIGTERM, signal.SIGUSR2)}
-
-    @contextlib.contextmanager
-    def passed_on(self) -> Iterator[None]:
-        """For what takes long and saves nothing: where others handle signals too they are theirs, and
-        so is one that came since the loop last looked."""
-        others = {number: handler for number, handler in self.old.items() if callable(handler)}
-        for number, handler in others.items():
-            signal.signal(number, handler)
-        if self.received in others:
-            signal.raise_signal(self.received)
-        yield
-        for number in others:
-            signal.signal(number, self._set)
-
-    def _set(self, number: int, frame: Any) -> None:
-        self.received = number
-
-    def restore(self) -> None:
-        for number, handler in self.old.items():
-            signal.signal(number, handler)
 
 
 class _Meter:

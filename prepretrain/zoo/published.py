@@ -1,4 +1,4 @@
-"""Published numbers to lay beside one's own: those of the released checkpoints (zoo.py), and those
+"""Published numbers to lay beside one's own: those of the released checkpoints (releases.py), and those
 of MAWS's tables.
 
 The tables are of the ICCV 2023 camera-ready of "The effectiveness of MAE pre-pretraining for

@@ -53,38 +53,6 @@ class Source:
         return {name: sample[name] for name in ("text", "captions") if name in sample}
 
 
-class Subset(Source):
-    """Some images of a source, in the order of their numbers given."""
-
-    def __init__(self, source: Source, indexes: list[int]):
-        self.source, self.indexes = source, indexes
-        self.fields, self.classes, self.groups = source.fields, source.classes, [len(indexes)]
-        self.fingerprint = fingerprint_of([source.fingerprint, *indexes])
-
-    def __getitem__(self, index: int) -> dict:
-        return self.source[self.indexes[index]]
-
-    def key(self, index: int) -> str:
-        return self.source.key(self.indexes[index])
-
-    def label(self, index: int) -> int:
-        return self.source.label(self.indexes[index])
-
-    def hashtags(self, index: int) -> list[str]:
-        return self.source.hashtags(self.indexes[index])
-
-    def texts(self, index: int) -> dict:
-        return self.source.texts(self.indexes[index])
-
-
-def spread(count: int, images: int | None) -> list[int]:
-    """The numbers of `images` of `count` images, spread evenly; of all if None or if there are
-    fewer."""
-    if images is None or images >= count:
-        return list(range(count))
-    return [i * count // images for i in range(images)]
-
-
 class Files(Source):
     """Image files below a folder; the key of each is its path from there, as in "cat/1.jpg"."""
 

@@ -6,8 +6,8 @@ import math
 import numpy as np
 from PIL import Image, ImageDraw
 
+from prepretrain.data.random import Random
 from prepretrain.data.sources.base import Source, fingerprint_of
-from prepretrain.data.transforms import Random
 
 COLOURS = {
     "red": (205, 45, 45),

@@ -11,14 +11,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from prepretrain.data.sources.base import Source, Subset
+from prepretrain.data.sources.base import Source
+from prepretrain.data.subset import Subset, spread
 from prepretrain.distributed import group as distributed
 from prepretrain.evaluation.evaluators.base import Evaluator, accuracy, class_count, require
 from prepretrain.evaluation.features import extract
 from prepretrain.evaluation.probing import logistic, subsets, tuning
 from prepretrain.evaluation.probing.adapters import ADAPTERS
 from prepretrain.evaluation.probing.tuning import Recipe, Tuning
-from prepretrain.evaluation.validation import spread
 
 SHOTS = (1, 2, 5, 10)  # MSN's (1, 2, 5) and MAWS's (1, 5, 10)
 Job = tuple[str, int]  # ("5shot", the seed or the list's number)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from prepretrain.distributed import group as distributed
 from prepretrain.evaluation.evaluators.base import Contrasting
 from prepretrain.evaluation.features import extract_texts
-from prepretrain.losses.contrastive import captions
+from prepretrain.objectives.captions import captions
 
 AT = (1, 5, 10)
 

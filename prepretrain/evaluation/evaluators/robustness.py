@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from prepretrain import plugin
 from prepretrain.data.card import Card, MissingData, data_folder, load_card
-from prepretrain.data.sources.base import Source, Subset, spread
+from prepretrain.data.sources.base import Source
+from prepretrain.data.subset import Subset, evenly
 from prepretrain.distributed import group as distributed
 from prepretrain.evaluation import corruptions as makers
 from prepretrain.evaluation.evaluators.base import Probing, accuracy, class_count, require
@@ -182,14 +183,14 @@ class Robustness(Probing):
         return card
 
     def _part(self, source: Source) -> Source:
-        return Subset(source, spread(len(source), self.images)) if self.images else source
+        return Subset(source, evenly(len(source), self.images)) if self.images else source
 
     def _answers(self, card: Card) -> list[list[int]] | None:
         """The right answers of each image of a set's part; None if each has one, its label."""
         if card.answers is None:
             return None
         answers = card.open_answers("val")
-        return [answers[i] for i in spread(len(answers), self.images)]
+        return [answers[i] for i in evenly(len(answers), self.images)]
 
     def _classifier(
         self, model: nn.Module, clean: Source, folder: Path

@@ -19,7 +19,7 @@ from prepretrain.models.model import Model
 from prepretrain.objectives.classify import Classify
 from prepretrain.training import optim
 from prepretrain.training.fit import fit
-from prepretrain.training.optim import Schedule
+from prepretrain.training.schedule import Schedule
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,142 @@
+"""Writes a Model where `load`, timm and open_clip find it."""
+
+import json
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from prepretrain.distributed import checkpoint
+from prepretrain.models.encoders.vit import ViT
+from prepretrain.models.heads import LARGEST
+from prepretrain.models.model import Model
+
+logger = logging.getLogger(__name__)
+
+
+def save(model: Model, folder: Path, source: str, state: dict[str, Tensor] | None = None) -> Path:
+    """Writes a Model's weights, with the options that make it again; returns their path.
+
+    `model.safetensors` and `model.json` are for `load`. An image encoder, with its classifier if it
+    has one, is under timm's key names, so that `timm.create_model("local-dir:<folder>")` loads it
+    with strict keys. A model with a text tower keeps its own names; its encoder for timm is in
+    `timm/`, and in `open_clip/`, where open_clip has such towers, both for
+    `open_clip.create_model("local-dir:<folder>/open_clip")`. Files appear complete or not at all.
+
+    source: where the weights come from, kept beside them. state: the whole state dict of a model
+    that is sharded.
+    """
+    state = {k: v.detach().cpu().contiguous() for k, v in (state or model.state_dict()).items()}
+    if model.text is None:
+        return _write_encoder(model, state, folder, source)
+    encoder = {k: v for k, v in state.items() if k.startswith("encoder.")}
+    _write_encoder(model, encoder, folder / "timm", source)
+    try:
+        config, tensors = _for_open_clip(model, state)
+    except ValueError as error:
+        logger.info("%s: not written for open_clip: %s", folder, error)
+    else:
+        _write_tensors(folder / "open_clip", "open_clip_model.safetensors", tensors)
+        _write_json(folder / "open_clip" / "open_clip_config.json", config)
+        model.text.save_tokenizer(folder / "open_clip")
+    return _write_ours(model.options, state, folder, source)
+
+
+def _write_encoder(model: Model, state: dict[str, Tensor], folder: Path, source: str) -> Path:
+    named = {
+        _timms(k, model.encoder.timm_head).removeprefix("encoder."): v for k, v in state.items()
+    }
+    options = {k: v for k, v in model.options.items() if k not in ("text", "joint")}
+    path = _write_ours(options, named, folder, source)
+    _write_json(folder / "config.json", _timm_config(model))
+    return path
+
+
+def _timms(key: str, head: str) -> str:
+    """timm's name of a tensor of a Model: those of a classifier stand beside the encoder's."""
+    for ours, theirs in (("head.linear.", f"{head}."), ("head.norm.", "fc_norm.")):
+        if key.startswith(ours):
+            return theirs + key.removeprefix(ours)
+    return key
+
+
+def _write_ours(
+    options: dict[str, Any], state: dict[str, Tensor], folder: Path, source: str
+) -> Path:
+    path = _write_tensors(folder, "model.safetensors", state)
+    sha256 = checkpoint.describe(path)["sha256"]
+    _write_json(folder / "model.json", {"options": options, "source": source, "sha256": sha256})
+    return path
+
+
+def _write_tensors(folder: Path, name: str, state: dict[str, Tensor]) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / name
+    save_file(state, f"{path}.tmp", metadata={"format": "pt"})
+    os.replace(f"{path}.tmp", path)
+    return path
+
+
+def _for_open_clip(
+    model: Model, state: dict[str, Tensor]
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """open_clip's config and tensors. Raises ValueError where it has no such tower."""
+    text_cfg = model.text.open_clip()
+    encoder = {k.removeprefix("encoder."): v for k, v in state.items() if k.startswith("encoder.")}
+    vision_cfg, visual = model.encoder.open_clip(encoder, model.joint.pool)
+    tensors = {f"visual.{k}": v for k, v in visual.items()}
+    tensors["visual.proj"] = state["joint.vision_projection"]
+    for key, value in state.items():
+        if key.startswith("text.tower."):
+            tensors[f"text.{key.removeprefix('text.tower.')}"] = value
+    tensors["text.text_projection"] = state["joint.text_projection"]
+    tensors["logit_scale"] = state["joint.logit_scale"].clamp(max=LARGEST).reshape(())
+    config = {
+        "embed_dim": model.joint.width,
+        "custom_text": True,
+        "vision_cfg": vision_cfg,
+        "text_cfg": text_cfg,
+    }
+    if model.joint.logit_bias is not None:
+        tensors["logit_bias"] = state["joint.logit_bias"].reshape(())
+        config["init_logit_bias"] = -10.0  # makes the parameter; the value is the checkpoint's
+    preprocess = {"mean": list(model.mean), "std": list(model.std), "interpolation": "bicubic"}
+    return {"model_cfg": config, "preprocess_cfg": preprocess}, tensors
+
+
+def _timm_config(model: Model) -> dict[str, Any]:
+    size = model.encoder.image_size
+    built = model.encoder.timm()
+    data = {
+        "input_size": [3, size, size],
+        "mean": list(model.mean),
+        "std": list(model.std),
+        "interpolation": "bicubic",
+        "crop_pct": 0.875,
+        "num_classes": 0,
+        "fixed_input_size": True,
+    }
+    arguments = {**built["model_args"], "num_classes": 0}
+    if model.head is not None:
+        data["num_classes"] = arguments["num_classes"] = model.head.classes
+        arguments["global_pool"] = {"class": "token", "mean": "avg"}[model.head.pool]
+        if isinstance(model.encoder, ViT):  # timm's norms the mean, unless it is told
+            arguments["fc_norm"] = model.head.normed
+            if model.head.normed:
+                arguments.pop("final_norm")
+    return {
+        "architecture": built["architecture"],
+        "num_classes": data["num_classes"],
+        "num_features": model.encoder.width,
+        "model_args": arguments,
+        "pretrained_cfg": data,
+    }
+
+
+def _write_json(path: Path, value: dict) -> None:
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(value, indent=1) + "\n")
+    os.replace(temporary, path)

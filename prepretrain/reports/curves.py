@@ -1,0 +1,85 @@
+"""Draws what runs logged, over the images seen."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.ticker import EngFormatter
+
+from prepretrain.reports.figure import COLOURS, DASHES, INK, blank, panels, save
+
+
+def metrics(run: str | Path) -> list[dict]:
+    """The rows of a run's metrics.jsonl."""
+    path = Path(run) / "metrics.jsonl"
+    if not path.exists():
+        raise ValueError(
+            f"{run}: there is no metrics.jsonl. Is it a run's folder, and has the run logged a step?"
+        )
+    rows = []
+    for number, line in enumerate(path.read_text().splitlines(), 1):
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}:{number}: not a line of JSON ({error}).") from error
+    return rows
+
+
+def draw(
+    runs: Sequence[str | Path],
+    path: str | Path,
+    keys: Sequence[str] = ("loss",),
+    names: Sequence[str] = (),
+) -> None:
+    """Draws one panel a key, one line a run, over images seen; where there are many points, the
+    smooth line over its own values. names: of the runs, by default their folders'."""
+    if not runs:
+        raise ValueError("report: no runs to draw. Name at least one run's folder.")
+    if names and len(names) != len(runs):
+        raise ValueError(f"--names: {len(names)} names for {len(runs)} runs.")
+    figure = blank(6.4 * len(keys), 4.2)
+    called = names or [Path(run).resolve().name for run in runs]
+    read = [(name, metrics(run)) for name, run in zip(called, runs)]
+    for axes, key in zip(panels(figure, len(keys)), keys):
+        for number, (name, rows) in enumerate(read):
+            _curve(axes, number, name, _points(rows, key), key)
+        axes.set(xlabel="images seen", ylabel=key)
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+        axes.legend(frameon=False, labelcolor=INK)
+    save(figure, path)
+
+
+def _points(rows: list[dict], key: str) -> list[tuple[float, float]]:
+    """(images, value) of the rows that hold a key; an evaluation's rows name their step only."""
+    batch = next((r["images"] / r["step"] for r in rows if "images" in r), 0.0)
+    return [(r["step"] * batch, r[key]) for r in rows if key in r]
+
+
+def _curve(axes: Axes, number: int, name: str, points: list[tuple[float, float]], key: str) -> None:
+    if not points:
+        raise ValueError(
+            f"{name}: no line of metrics.jsonl holds '{key}'. Choose a key that the run logged."
+        )
+    images, values = np.array(points, dtype=float).T
+    colour, dash = COLOURS[number % len(COLOURS)], DASHES[number // len(COLOURS) % len(DASHES)]
+    axes.plot(images, values, color=colour, alpha=0.25, linewidth=0.8)
+    axes.plot(images, smooth(values), dash, color=colour, linewidth=1.8, label=name)
+
+
+def smooth(values: np.ndarray, share: float = 0.03) -> np.ndarray:
+    """A moving average over `share` of the points; of their logarithms, where all are positive.
+
+    In logarithms, because a plain average bends a loss upwards where it falls fast.
+    """
+    half = round(len(values) * share / 2)
+    safe = bool((values > 0).all())
+    sums = np.concatenate([[0.0], np.cumsum(np.log(values) if safe else values)])
+    middle = np.arange(len(values))
+    left = np.minimum(half, middle)
+    right = np.minimum(
+        left, len(values) - 1 - middle
+    )  # symmetric at the start, where a loss is steep
+    means = (sums[middle + right + 1] - sums[middle - left]) / (left + right + 1)
+    return np.exp(means) if safe else means

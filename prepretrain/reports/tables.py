@@ -1,0 +1,127 @@
+"""Lays the results of runs and published ones beside each other."""
+
+import csv
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from prepretrain import plugin
+from prepretrain.zoo import published
+
+
+def results(run: str | Path) -> dict:
+    """A run's results.json."""
+    path = Path(run) / "results.json"
+    if not path.exists():
+        raise ValueError(f"{run}: there is no results.json. Has the run been evaluated?")
+    return json.loads(path.read_text())
+
+
+def rows(
+    runs: Sequence[str | Path], names: Sequence[str] = (), groups: Sequence[str] = ()
+) -> list[dict[str, str | int]]:
+    """One row a run: the headline metric of each evaluation, images seen, parameters and FLOPs, and
+    what was asked of the evaluations ("protocol"); then the published rows of groups.
+
+    A published metric has a column of its own, under the name that it was published by. names: of
+    the runs, by default their folders'.
+    """
+    if names and len(names) != len(runs):
+        raise ValueError(f"--names: {len(names)} names for {len(runs)} runs.")
+    called = names or [Path(run).resolve().name for run in runs]
+    ours = [{"run": name, **_measured(run)} for run, name in zip(runs, called)]
+    return ours + [_published(row) for group in groups for row in published.find(group)]
+
+
+def _measured(run: str | Path) -> dict[str, str | int]:
+    path, row, protocols = Path(run) / "evaluations.json", {}, []
+    asked = json.loads(path.read_text()) if path.exists() else {}
+    for name, value in results(run).items():
+        if not isinstance(value, dict):
+            row[name] = value if isinstance(value, int) else f"{value:.4g}"
+            continue
+        # a suite's training has several, each under its own name
+        several = all(isinstance(inner, dict) for inner in value.values())
+        for key, found in value.items() if several else [(None, value)]:
+            quoted = plugin.find("evaluators", (key or name).split("/")[0]).quoted(found)
+            row[f"{name} {key + ' ' if key else ''}{quoted}"] = f"{found[quoted]:.2f}"
+        protocols.append(f"{name}: {_asked(asked[name]) if name in asked else 'not recorded'}")
+    return row | ({"protocol": "; ".join(protocols)} if protocols else {})
+
+
+def _asked(record: dict[str, Any]) -> str:
+    """What evaluations.json says of a result: of an evaluation the options that are no defaults."""
+    options = record["options"]
+    if "evaluator" not in options:
+        objective, rate = options["objective"]["name"], options["optim"]["lr"]
+        return f"{objective} {options['length']}, batch {options['batch_size']}, lr {rate:g}"
+    kind = plugin.find("evaluators", options["evaluator"]["name"])
+    default = json.loads(json.dumps(plugin.defaults(kind)))  # a tuple is a list in the record
+    other = {k: v for k, v in options["evaluator"].items() if k not in ("name", "data")}
+    other = {k: v for k, v in other.items() if k not in default or v != default[k]}
+    other |= {f"model.{key}": value for key, value in options["model"].items()}
+    return ", ".join(f"{key}={value}" for key, value in other.items()) or "defaults"
+
+
+def _published(row: published.Row) -> dict[str, str | int]:
+    said = "; ".join([*row.metrics, row.source])
+    doubt = "" if row.checked else " (its columns re-aligned by hand)"
+    numbers = {name: str(value) for name, value in row.metrics.items()}
+    return {"run": f"{row.name} (published)", **numbers, "protocol": said + doubt}
+
+
+def columns(rows: Sequence[dict[str, str | int]]) -> list[str]:
+    """Those of a table in the order in which the rows name them, the protocol last."""
+    if not rows:
+        raise ValueError("report: no rows for a table. Name at least one run's folder.")
+    found = dict.fromkeys(key for row in rows for key in row)
+    return sorted(found, key=lambda key: key == "protocol")
+
+
+def table(rows: Sequence[dict[str, str | int]]) -> str:
+    """A Markdown table, with a dash where a row has nothing."""
+    names = columns(rows)
+    cells = [names] + [[_cell(row.get(key, "–")) for key in names] for row in rows]
+    width = [max(len(line[i]) for line in cells) for i in range(len(names))]
+    text = [key in ("run", "protocol") for key in names]  # to the left, numbers to the right
+    lines = [
+        "| "
+        + " | ".join(c.ljust(w) if t else c.rjust(w) for c, w, t in zip(line, width, text))
+        + " |"
+        for line in cells
+    ]
+    rule = "|" + "|".join("-" * (w + 1) + ("-" if t else ":") for w, t in zip(width, text)) + "|"
+    return "\n".join([lines[0], rule, *lines[1:]])
+
+
+def _cell(value: str | int) -> str:
+    return f"{value:,}" if isinstance(value, int) else value.replace("|", "\\|")
+
+
+def compare(
+    runs: Sequence[str | Path],
+    path: str | Path | None = None,
+    names: Sequence[str] = (),
+    groups: Sequence[str] = (),
+) -> None:
+    """Prints the table of runs and of published groups, and writes it to a file, if one is named."""
+    found = rows(runs, names, groups)
+    if path is not None:
+        write_table(found, path)
+    print(table(found))
+
+
+def write_table(rows: Sequence[dict[str, str | int]], path: str | Path) -> None:
+    """The table as Markdown (.md), or as .csv with an empty field where a row has nothing."""
+    path = Path(path)
+    if path.suffix not in (".md", ".csv"):
+        raise ValueError(f"--out: {path} is neither .md nor .csv.")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".md":
+        path.write_text(table(rows) + "\n")
+        return
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, columns(rows))
+        writer.writeheader()
+        writer.writerows(rows)
