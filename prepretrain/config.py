@@ -205,16 +205,23 @@ def load(
 def find(stage: str) -> Path:
     """The file of a stage: a path to a .yaml, or a name under configs/ here or in the
     repository."""
-    folders = [Path("configs"), REPOSITORY / "configs"]
-    places = [Path(stage)] if stage.endswith(".yaml") else [f / f"{stage}.yaml" for f in folders]
+    named = [folder / f"{stage}.yaml" for folder in _folders()]
+    places = [Path(stage)] if stage.endswith(".yaml") else named
     for place in places:
         if place.is_file():
             return place
-    known = sorted(
-        {str(p.relative_to(f).with_suffix("")) for f in folders for p in f.rglob("*.yaml")}
-    )
-    known = [k for k in known if not k.startswith("size/")]
-    raise ValueError(plugin.unknown("--stage: no stage", stage, known, quote=True))
+    raise ValueError(plugin.unknown("--stage: no stage", stage, stages(), quote=True))
+
+
+def stages() -> list[str]:
+    """The stages that can be named: configs here and in the repository that are a run by
+    themselves."""
+    files = {p.relative_to(f) for f in _folders() for p in f.rglob("*.yaml")}
+    return sorted(str(p.with_suffix("")) for p in files if p.parts[0] != "size")
+
+
+def _folders() -> list[Path]:
+    return [Path("configs"), REPOSITORY / "configs"]
 
 
 def _read(path: Path, seen: tuple[Path, ...] = (), bases: Any = None) -> dict[str, Any]:
@@ -239,7 +246,7 @@ def _read(path: Path, seen: tuple[Path, ...] = (), bases: Any = None) -> dict[st
 
 
 def _base(name: str, path: Path) -> Path:
-    for folder in (path.parent, Path("configs"), REPOSITORY / "configs"):
+    for folder in (path.parent, *_folders()):
         if (folder / name).is_file():
             return folder / name
     raise ValueError(f"{path}: base: there is no {name} beside it or in configs/.")
@@ -252,7 +259,7 @@ def _overrides(given: list[str]) -> dict[str, Any]:
         if not equals or not key or key.startswith("-"):
             raise ValueError(
                 f"{one!r}: an override is key=value, as in optim.lr=1e-4; flags are --stage --init --out "
-                f"--nodes --procs --slurm --hours --dry-run --replay --doctor."
+                f"--nodes --procs --slurm --hours --dry-run --replay --doctor --list."
             )
         try:
             result = merge(result, OmegaConf.to_container(OmegaConf.from_dotlist([one])))
