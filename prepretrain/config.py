@@ -49,13 +49,14 @@ class Optim:
 
 @dataclass
 class Shard:
-    """How a model is spread over processes and memory; changes no result but for rounding."""
+    """How a model is sharded over processes, and its precision and memory; changes results by
+    rounding only."""
 
     group: int | None = (
         None  # most processes that share a copy of the weights; 1 replicates, null shards over all
     )
     precision: Literal["bf16", "fp32"] = "bf16"
-    recompute: Literal["none", "block", "offload"] = "none"
+    recompute: Literal["none", "block", "offload"] = "none"  # activation checkpointing
     compile: bool = False
     float32: tuple[str, ...] = ()  # parts that a bf16 run computes in float32: model.head, *.norm*
 
@@ -73,14 +74,16 @@ class Checkpoint:
 
 @dataclass
 class Numerics:
-    """What a run bears of losses and gradients that are not finite, and of spikes: see numerics.py.
-    Whatever it does, what such a step was made of is kept in dumps/, to be replayed."""
+    """Decides what to do about NaN, Inf and gradient spikes: see training/numerics.py. Whatever it
+    decides, the failing step is dumped to dumps/ for `--replay`."""
 
-    skip: int = 0  # steps that are not finite and may be left out, among any 1000
-    rollbacks: int = 0  # then: times to go back to a checkpoint, and on behind the step's images
-    sigma: float = 6.0  # deviations above the mean from which a gradient norm is a spike
-    window: int = 128  # steps that both are of
-    skip_spikes: bool = False  # leave such steps out, too; otherwise they are only logged
+    skip: int = 0  # most non-finite steps to skip among any 1000
+    # after that, how often to roll back to the newest checkpoint and continue after the offending
+    # batch
+    rollbacks: int = 0
+    sigma: float = 6.0  # a spike is a gradient norm above the mean + sigma standard deviations
+    window: int = 128  # steps over which mean and standard deviation are computed
+    skip_spikes: bool = False  # also skip a spike's step; otherwise it is only logged
 
 
 @dataclass
@@ -89,7 +92,7 @@ class Validation:
 
     data: str | None = None  # a card's split, as cifar10:val; null measures none
     every: str = "5%"
-    images: int | None = None  # so many, spread evenly over it; null takes all
+    images: int | None = None  # how many, evenly spaced over the split; null takes all
 
 
 @dataclass
@@ -164,8 +167,8 @@ class Suite:
 
 Config = Training | Evaluating | Suite
 
-# What may change between a run and its continuation: nothing that changes the result but for
-# rounding, and what a run that failed may bear when it is tried again.
+# Keys that may change between a run and its continuation: those that change the result by rounding
+# only, and the limits of `numerics`, so that a run that stopped can be continued past that step.
 CHANGEABLE = (
     "data.workers",
     "data.max_bad",
