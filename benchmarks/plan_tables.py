@@ -17,6 +17,8 @@ import torch
 ROOT = Path(__file__).parents[1]
 HEAD = """# Memory and communication at scale
 
+[README](../README.md) · [precision and speed](precision.md)
+
 Written by `benchmarks/plan_tables.py` on {date} at commit {commit}, with torch {torch}; each row by
 
     python tools/plan.py --stage STAGE base=size/SIZE.yaml --gpus GPUS --memory 80

@@ -49,13 +49,14 @@ class Optim:
 
 @dataclass
 class Shard:
-    """How a model is spread over processes and memory; changes no result but for rounding."""
+    """How a model is sharded over processes, and its precision and memory; changes results by
+    rounding only."""
 
     group: int | None = (
         None  # most processes that share a copy of the weights; 1 replicates, null shards over all
     )
     precision: Literal["bf16", "fp32"] = "bf16"
-    recompute: Literal["none", "block", "offload"] = "none"
+    recompute: Literal["none", "block", "offload"] = "none"  # activation checkpointing
     compile: bool = False
     float32: tuple[str, ...] = ()  # parts that a bf16 run computes in float32: model.head, *.norm*
 
@@ -73,14 +74,16 @@ class Checkpoint:
 
 @dataclass
 class Numerics:
-    """What a run bears of losses and gradients that are not finite, and of spikes: see numerics.py.
-    Whatever it does, what such a step was made of is kept in dumps/, to be replayed."""
+    """Decides what to do about NaN, Inf and gradient spikes: see training/numerics.py. Whatever it
+    decides, the failing step is dumped to dumps/ for `--replay`."""
 
-    skip: int = 0  # steps that are not finite and may be left out, among any 1000
-    rollbacks: int = 0  # then: times to go back to a checkpoint, and on behind the step's images
-    sigma: float = 6.0  # deviations above the mean from which a gradient norm is a spike
-    window: int = 128  # steps that both are of
-    skip_spikes: bool = False  # leave such steps out, too; otherwise they are only logged
+    skip: int = 0  # most non-finite steps to skip among any 1000
+    # after that, how often to roll back to the newest checkpoint and continue after the offending
+    # batch
+    rollbacks: int = 0
+    sigma: float = 6.0  # a spike is a gradient norm above the mean + sigma standard deviations
+    window: int = 128  # steps over which mean and standard deviation are computed
+    skip_spikes: bool = False  # also skip a spike's step; otherwise it is only logged
 
 
 @dataclass
@@ -89,7 +92,7 @@ class Validation:
 
     data: str | None = None  # a card's split, as cifar10:val; null measures none
     every: str = "5%"
-    images: int | None = None  # so many, spread evenly over it; null takes all
+    images: int | None = None  # how many, evenly spaced over the split; null takes all
 
 
 @dataclass
@@ -164,8 +167,8 @@ class Suite:
 
 Config = Training | Evaluating | Suite
 
-# What may change between a run and its continuation: nothing that changes the result but for
-# rounding, and what a run that failed may bear when it is tried again.
+# Keys that may change between a run and its continuation: those that change the result by rounding
+# only, and the limits of `numerics`, so that a run that stopped can be continued past that step.
 CHANGEABLE = (
     "data.workers",
     "data.max_bad",
@@ -205,16 +208,23 @@ def load(
 def find(stage: str) -> Path:
     """The file of a stage: a path to a .yaml, or a name under configs/ here or in the
     repository."""
-    folders = [Path("configs"), REPOSITORY / "configs"]
-    places = [Path(stage)] if stage.endswith(".yaml") else [f / f"{stage}.yaml" for f in folders]
+    named = [folder / f"{stage}.yaml" for folder in _folders()]
+    places = [Path(stage)] if stage.endswith(".yaml") else named
     for place in places:
         if place.is_file():
             return place
-    known = sorted(
-        {str(p.relative_to(f).with_suffix("")) for f in folders for p in f.rglob("*.yaml")}
-    )
-    known = [k for k in known if not k.startswith("size/")]
-    raise ValueError(plugin.unknown("--stage: no stage", stage, known, quote=True))
+    raise ValueError(plugin.unknown("--stage: no stage", stage, stages(), quote=True))
+
+
+def stages() -> list[str]:
+    """The stages that can be named: configs here and in the repository that are a run by
+    themselves."""
+    files = {p.relative_to(f) for f in _folders() for p in f.rglob("*.yaml")}
+    return sorted(str(p.with_suffix("")) for p in files if p.parts[0] != "size")
+
+
+def _folders() -> list[Path]:
+    return [Path("configs"), REPOSITORY / "configs"]
 
 
 def _read(path: Path, seen: tuple[Path, ...] = (), bases: Any = None) -> dict[str, Any]:
@@ -239,7 +249,7 @@ def _read(path: Path, seen: tuple[Path, ...] = (), bases: Any = None) -> dict[st
 
 
 def _base(name: str, path: Path) -> Path:
-    for folder in (path.parent, Path("configs"), REPOSITORY / "configs"):
+    for folder in (path.parent, *_folders()):
         if (folder / name).is_file():
             return folder / name
     raise ValueError(f"{path}: base: there is no {name} beside it or in configs/.")
@@ -252,7 +262,7 @@ def _overrides(given: list[str]) -> dict[str, Any]:
         if not equals or not key or key.startswith("-"):
             raise ValueError(
                 f"{one!r}: an override is key=value, as in optim.lr=1e-4; flags are --stage --init --out "
-                f"--nodes --procs --slurm --hours --dry-run --replay --doctor."
+                f"--nodes --procs --slurm --hours --dry-run --replay --doctor --list."
             )
         try:
             result = merge(result, OmegaConf.to_container(OmegaConf.from_dotlist([one])))

@@ -92,7 +92,7 @@ def test_what_is_skipped_or_rolled_back_is_decided_alike_by_a_run_that_is_resume
         assert rows(name) == whole and same(exported(name), exported("runs/whole"))
 
 
-def test_a_run_that_may_bear_no_more_stops_with_a_reason_and_goes_on_when_it_may(place, group):
+def test_a_run_past_its_limits_stops_with_a_reason_and_continues_when_one_is_raised(place, group):
     given = poisoned("nan", 80, 111)
     with pytest.raises(FloatingPointError, match="numerics.skip=1 and numerics.rollbacks=0"):
         train("runs/a", given, "numerics.skip=1")

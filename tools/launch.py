@@ -10,6 +10,8 @@ python tools/launch.py --stage mae --dry-run                        checks all, 
 python tools/launch.py --status runs/mae                            how far a run is
 python tools/launch.py --doctor --stage mae --procs 2               checks the machine and the data
 python tools/launch.py --replay runs/mae/dumps/000001234            what was not finite in a step
+python tools/launch.py --list                                       what a config can name
+python tools/launch.py --list objectives                            one kind; or a name: its options
 """
 
 import argparse
@@ -17,6 +19,7 @@ import sys
 
 from prepretrain.cluster.slurm import STOPPED
 from prepretrain.runs.launch import examine, launch, look_again, status
+from prepretrain.runs.listing import listing
 from prepretrain.training.fit import Stopped
 
 
@@ -56,15 +59,25 @@ def main() -> None:
     parser.add_argument(
         "--doctor", action="store_true", help="check this machine, and the data of --stage"
     )
+    parser.add_argument(
+        "--list",
+        nargs="?",
+        const="",
+        metavar="KIND|NAME",
+        help="list stages, encoders, objectives, …; one kind; or a name with its options",
+    )
     parser.add_argument("overrides", nargs="*", metavar="a.b=value", help="keys of the config")
     given = vars(parser.parse_intermixed_args())
-    run, dump, doctor = (given.pop(name) for name in ("status", "replay", "doctor"))
-    others = [run is not None, dump is not None, doctor]
+    modes = ("status", "replay", "doctor", "list")
+    run, dump, doctor, what = (given.pop(name) for name in modes)
+    others = [run is not None, dump is not None, doctor, what is not None]
     if sum(others) > 1 or (given["stage"] is None and not any(others)):
-        parser.error("one of --stage, --status, --replay and --doctor is needed")
+        parser.error("one of --stage, --status, --replay, --doctor and --list is needed")
     try:
         if run is not None:
             return print(status(run))
+        if what is not None:
+            return print(listing(what))
         if dump is not None:
             return look_again(dump, given["procs"])
         if doctor:

@@ -227,8 +227,8 @@ def _sync(path: Path) -> None:
 
 
 def _clean(final: Path, keep: int, always: Collection[int]) -> None:
-    """Removes old checkpoints, each under a temporary name first, and newer ones: a run that writes
-    this step found them damaged, or gave them up to go back behind them."""
+    """Deletes old checkpoints, each renamed to a temporary name first. Also deletes checkpoints
+    newer than this step: they were damaged, or a rollback discarded them."""
     step, places = int(final.name), listed(final.parent.parent)
     newer = [p for p in places if int(p.name) > step]
     free = [p for p in places if int(p.name) <= step and int(p.name) not in always]

@@ -1,5 +1,5 @@
-"""Makes a module real on its devices: precision, recomputation, compilation, sharding, initial
-values."""
+"""Moves a module from the meta device to its devices: precision, activation checkpointing,
+torch.compile, FSDP, initial values."""
 
 import logging
 import warnings
@@ -148,13 +148,13 @@ def _in_bf16(name: str, module: nn.Module) -> Tensor:
 
 
 def _precision(module: nn.Module, given: str) -> str:
-    """What a module computes in: small parts that need float32 say so."""
+    """The compute dtype of a module. A submodule that needs float32 sets `precision = "fp32"`."""
     return getattr(module, "precision", given)
 
 
 def _exceptions(module: nn.Module, precision: str, units: set[nn.Module]) -> list[nn.Module]:
-    """The outermost submodules that compute in something else than their surroundings, and are in no
-    unit yet."""
+    """Returns the outermost submodules whose compute dtype differs from `precision` and which are
+    in no unit yet."""
     if _precision(module, precision) != precision:
         return []
     found = []
@@ -169,11 +169,11 @@ def _exceptions(module: nn.Module, precision: str, units: set[nn.Module]) -> lis
 
 
 def keep_float32(module: nn.Module, patterns: Sequence[str]) -> None:
-    """Lets submodules say that a bf16 run computes them in float32: those whose names match one of
-    the patterns, as `model.head` or `*.norm*`, and all in them.
+    """Computes submodules of a bf16 run in float32: those whose names match one of the patterns, as
+    `model.head` or `*.norm*`, and all in them.
 
-    Each is gathered by itself; one within a part gives bf16 back to what follows. Raises ValueError
-    for a pattern that matches no module that is called and has parameters.
+    Each match becomes its own FSDP unit; its output is cast back to bf16. Raises ValueError for a
+    pattern that matches no module that is called and has parameters.
     """
     called = {
         name: one

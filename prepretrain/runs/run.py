@@ -203,8 +203,8 @@ def _measure(
 def _validate(
     objective: Objective, held: Any, trained: Any, batch_size: int, workers: int, folder: Path
 ) -> dict[str, float]:
-    """The loss on held-out images, and how far it lies above that on as many training images seen in
-    the same way."""
+    """Measures val_loss on held-out images, and val_gap = val_loss - train_loss, both on equally
+    many images with the same crops and masks."""
     loss, images = validation.measure(objective, held, batch_size=batch_size, workers=workers)
     some = spread(trained, images)
     seen, _ = validation.measure(objective, some, batch_size=batch_size, workers=workers)

@@ -56,10 +56,11 @@ def fit(
 ) -> None:
     """Trains to `schedule.steps` optimizer steps, from a checkpoint of the run if there is one.
 
-    saved: that checkpoint, verified. policy: what it bears of values that are not finite. how: the
-    options of `_fit`. Raises FloatingPointError, on every process and before the weights change, for a
-    loss or gradient that is not finite and more than the policy bears; ValueError for too many bad
-    images or data that are not the run's; Stopped after a signal.
+    saved: that checkpoint, verified. policy: how many non-finite steps to skip or roll back before
+    stopping. how: the options of `_fit`: seed, options, clip, log_every, save_every, keep, always,
+    async_save, evals, wandb, signals. Raises FloatingPointError, on every process and before the
+    weights change, for a non-finite loss or gradient past the policy's limits; ValueError for too
+    many bad images or data that are not the run's; Stopped after a signal.
     """
     guard = numerics.Guard(policy)
     if saved is not None:

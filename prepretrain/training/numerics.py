@@ -1,5 +1,5 @@
-"""What becomes of a step whose loss or gradient is not finite or far off: left out, gone back behind,
-or the end; and what is kept of it to look at."""
+"""Decides what to do about NaN, Inf and gradient spikes: skip the step, roll back to the last
+checkpoint, or stop. Dumps the failing step for `--replay`."""
 
 import json
 import logging
@@ -36,13 +36,13 @@ class GoBack(Exception):
 
 @dataclass(frozen=True)
 class Policy:
-    """What a run bears. The defaults bear nothing: it stops at the first step that is not finite."""
+    """Limits how many non-finite steps a run skips or rolls back; by default it stops at once."""
 
-    skip: int = 0  # steps that are not finite and may be left out, among any 1000
-    rollbacks: int = 0  # times that a run may go back to its newest checkpoint, past those images
-    sigma: float = 6.0  # a gradient norm this far above the mean of the last is a spike
-    window: int = 128  # steps that the mean and the deviation are of
-    skip_spikes: bool = False  # leave a spike's step out, too; otherwise it is only logged
+    skip: int = 0  # most non-finite steps to skip among any 1000
+    rollbacks: int = 0  # after that, how often to roll back and continue after the offending batch
+    sigma: float = 6.0  # a spike is a gradient norm above the mean + sigma standard deviations
+    window: int = 128  # steps over which mean and standard deviation are computed
+    skip_spikes: bool = False  # also skip a spike's step; otherwise it is only logged
 
     def __post_init__(self) -> None:
         for name, least in (("skip", 0), ("rollbacks", 0), ("window", 2)):
@@ -101,10 +101,12 @@ class Guard:
             self.skipped = [*recent, step + 1]
             logger.warning("%s It is left out.", said)
             return NOT_FINITE
-        borne = f"numerics.skip={self.policy.skip} and numerics.rollbacks={self.policy.rollbacks}"
+        limits = f"numerics.skip={self.policy.skip} and numerics.rollbacks={self.policy.rollbacks}"
         if len(self.rollbacks) < self.policy.rollbacks:
             raise GoBack(said, step)
-        raise FloatingPointError(f"{said} (More than {borne} bear.)")
+        raise FloatingPointError(
+            f"{said} (The limits are {limits}; raise one to continue past this step.)"
+        )
 
     def go_back(self, failed: int, kept: dict[str, Any], batch_size: int) -> None:
         """The past at a checkpoint with state `kept`, from which the run goes on with the images

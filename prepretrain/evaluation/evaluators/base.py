@@ -16,10 +16,10 @@ class Evaluator:
     """A protocol: its constructor takes the options, `run` measures a model.
 
     `headline` is the metric that tables quote; `splits` are those of the card that it reads, so
-    that missing data are known before any time is spent. `variant` tells its results from those of
-    the same protocol with other options, where both are of interest side by side. A subclass's
-    constructor is keyword-only, typed and checked; its signature is the option list, and its
-    docstring documents each option.
+    that missing data are known before any time is spent. `variant` is appended to the result's
+    name, so that two settings of one protocol can be reported together. A subclass's constructor is
+    keyword-only, typed and checked; its signature is the option list, and its docstring documents
+    each option.
     """
 
     headline: str
