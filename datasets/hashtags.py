@@ -7,10 +7,8 @@ import argparse
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from prepretrain.data.card import open_source  # noqa: E402
-from prepretrain.data.vocabulary import Vocabulary  # noqa: E402
+from prepretrain.data.card import open_source
+from prepretrain.data.vocabulary import Vocabulary
 
 
 def main() -> None:

@@ -12,7 +12,6 @@ import sys
 from pathlib import Path
 
 os.environ["WDS_SECURE"] = "1"  # before webdataset is imported: no pickles, no shell commands
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import webdataset  # noqa: E402
 import yaml  # noqa: E402

@@ -10,12 +10,10 @@ import shutil
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import numpy as np
 
-import numpy as np  # noqa: E402
-
-from prepretrain.data.card import open_source  # noqa: E402
-from prepretrain.data.sources.base import Files  # noqa: E402
+from prepretrain.data.card import open_source
+from prepretrain.data.sources.base import Files
 
 Rows = list[tuple[str, int]]  # the path of an image, from the source's folder, and its label
 

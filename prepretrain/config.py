@@ -16,8 +16,6 @@ from omegaconf.errors import OmegaConfBaseException
 
 from prepretrain import plugin
 
-REPOSITORY = Path(__file__).resolve().parents[1]
-
 
 @dataclass
 class Data:
@@ -203,9 +201,9 @@ def load(
 
 
 def find(stage: str) -> Path:
-    """The file of a stage: a path to a .yaml, or a name under configs/ here or in the
-    repository."""
-    folders = [Path("configs"), REPOSITORY / "configs"]
+    """The file of a stage: a path to a .yaml, or a name under configs/, first here, then in the
+    package."""
+    folders = _folders()
     places = [Path(stage)] if stage.endswith(".yaml") else [f / f"{stage}.yaml" for f in folders]
     for place in places:
         if place.is_file():
@@ -238,8 +236,12 @@ def _read(path: Path, seen: tuple[Path, ...] = (), bases: Any = None) -> dict[st
     return merge(merged, own)
 
 
+def _folders() -> list[Path]:
+    return plugin.folders("configs", "configs")
+
+
 def _base(name: str, path: Path) -> Path:
-    for folder in (path.parent, Path("configs"), REPOSITORY / "configs"):
+    for folder in (path.parent, *_folders()):
         if (folder / name).is_file():
             return folder / name
     raise ValueError(f"{path}: base: there is no {name} beside it or in configs/.")

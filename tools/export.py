@@ -4,8 +4,6 @@ import argparse
 import sys
 from pathlib import Path
 
-from prepretrain.runs.export import export, export_released
-
 
 def main() -> None:
     """Reads the command line and exports."""
@@ -18,6 +16,8 @@ def main() -> None:
         help="a SimMIM run's file under the released files' names, decoder included",
     )
     asked = parser.parse_args()
+    from prepretrain.runs.export import export, export_released  # torch takes seconds, which --help does not
+
     write = export_released if asked.released else export
     try:
         print(write(asked.source, asked.out or Path(asked.source) / "export"))

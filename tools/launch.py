@@ -15,10 +15,6 @@ python tools/launch.py --replay runs/mae/dumps/000001234            what was not
 import argparse
 import sys
 
-from prepretrain.cluster.slurm import STOPPED
-from prepretrain.runs.launch import examine, launch, look_again, status
-from prepretrain.training.fit import Stopped
-
 
 def main() -> None:
     """Parses the flags; everything else is a key of the config."""
@@ -62,6 +58,10 @@ def main() -> None:
     others = [run is not None, dump is not None, doctor]
     if sum(others) > 1 or (given["stage"] is None and not any(others)):
         parser.error("one of --stage, --status, --replay and --doctor is needed")
+    from prepretrain.cluster.slurm import STOPPED  # torch takes seconds, which --help does not
+    from prepretrain.runs.launch import examine, launch, look_again, status
+    from prepretrain.training.fit import Stopped
+
     try:
         if run is not None:
             return print(status(run))

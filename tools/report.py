@@ -3,8 +3,6 @@
 import argparse
 import sys
 
-from prepretrain.reports import curves, reconstructions, tables
-
 
 def main() -> None:
     """Reads the command line and calls the report it names."""
@@ -36,6 +34,8 @@ def main() -> None:
     for command in (lines, table, pictures):
         command.add_argument("--names", nargs="+", default=[], help="of the runs, to show")
     asked = parser.parse_args()
+    from prepretrain.reports import curves, reconstructions, tables  # torch takes seconds, which --help does not
+
     try:
         if asked.command == "curves":
             curves.draw(asked.runs, asked.out, asked.keys, asked.names)

@@ -10,7 +10,6 @@ from prepretrain import plugin
 from prepretrain.data import labels
 from prepretrain.data.sources.base import Source
 
-_HERE = Path(__file__).resolve().parents[2] / "datasets"
 _TEXTS = ("description", "licence")
 _PATTERN = "*?[{"
 _PATHS = ("path", "listing")  # options of sources that start at the data folder
@@ -205,7 +204,7 @@ def open_source(address: str) -> Source:
 
 
 def _folders() -> list[Path]:
-    return [Path("datasets"), _HERE]
+    return plugin.folders("datasets", "cards")
 
 
 def _find(name: str) -> Path:
