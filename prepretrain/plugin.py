@@ -3,6 +3,7 @@
 import difflib
 import importlib
 import importlib.resources
+import importlib.util
 import inspect
 import pkgutil
 import types
@@ -29,6 +30,15 @@ def folders(name: str, packaged: str) -> list[Path]:
     package = Path(str(importlib.resources.files("prepretrain")))
     installed = package / packaged
     return [Path(name), installed if installed.is_dir() else package.parent / name]
+
+
+def require(package: str, extra: str, where: str) -> None:
+    """Raises ValueError if a package that only one feature needs is not installed."""
+    if importlib.util.find_spec(package) is None:
+        raise ValueError(
+            f"{where}: needs the package {package}, which is not installed. "
+            f'pip install "prepretrain[{extra}]"'
+        )
 
 
 def names(kind: str) -> list[str]:

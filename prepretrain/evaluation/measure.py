@@ -17,8 +17,8 @@ def evaluate(
     """Measures a model by an evaluator, and returns its named metrics.
 
     evaluator: a file's name in evaluation/evaluators ("knn", "linear", …), or a dotted module of
-    your own. data: a card. options: the evaluator's. folder: where it keeps features, which makes
-    the next call faster; without one, nothing is kept. The model is moved to this process's device.
+    your own. data: a card. options: the evaluator's. folder: where it keeps features and what it
+    trains, which makes the next call faster; without one, nothing is kept. The model is moved to this process's device.
     Under torchrun, call it on every process.
 
         evaluate(load("maws/vit_b16"), "knn", data="cifar10", pool="mean")    # {"top1": …}
