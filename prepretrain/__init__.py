@@ -17,13 +17,13 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # the same names once more, as type checkers do not run __getattr__
-    from prepretrain.data.card import open_source as open_data
+    from prepretrain.data.card import open_data as open_data
     from prepretrain.data.sources.base import Source as Source
     from prepretrain.evaluation.evaluators.base import Evaluator as Evaluator
     from prepretrain.evaluation.measure import evaluate as evaluate
     from prepretrain.models.encoders.base import Encoder as Encoder
-    from prepretrain.models.model import Model as Model
     from prepretrain.models.load import load as load
+    from prepretrain.models.model import Model as Model
     from prepretrain.objectives.base import Objective as Objective
     from prepretrain.runs.launch import launch as launch
     from prepretrain.training.fit import fit as fit
@@ -39,7 +39,7 @@ _PUBLIC = {  # a name, and where it is defined
     "fit": "prepretrain.training.fit.fit",
     "launch": "prepretrain.runs.launch.launch",
     "load": "prepretrain.models.load.load",
-    "open_data": "prepretrain.data.card.open_source",
+    "open_data": "prepretrain.data.card.open_data",
     "releases": "prepretrain.zoo.releases.releases",
 }
 __all__ = list(_PUBLIC)

@@ -63,7 +63,9 @@ def test_every_command_of_a_wheel_says_what_it_takes(installed, tmp_path):
     assert set(commands) == {"prepretrain", *(f"prepretrain-{name}" for name in others)}
     for value in commands.values():
         module, _, function = value.partition(":")
-        call = f"import sys; sys.argv[1:] = ['--help']; from {module} import {function}; {function}()"
+        call = (
+            f"import sys; sys.argv[1:] = ['--help']; from {module} import {function}; {function}()"
+        )
         assert "usage:" in python("-c", call, cwd=tmp_path, path=installed)
 
 

@@ -16,7 +16,10 @@ def main() -> None:
         help="a SimMIM run's file under the released files' names, decoder included",
     )
     asked = parser.parse_args()
-    from prepretrain.runs.export import export, export_released  # torch takes seconds, which --help does not
+    from prepretrain.runs.export import (  # torch takes seconds, which --help does not
+        export,
+        export_released,
+    )
 
     write = export_released if asked.released else export
     try:

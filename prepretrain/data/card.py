@@ -195,7 +195,7 @@ def load_card(name: str | Path) -> Card:
     return _card(path, content)
 
 
-def open_source(address: str) -> Source:
+def open_data(address: str) -> Source:
     """The source at "card:split"; without a split, the card's train."""
     if address.endswith(".yaml") or ":" not in address:
         return load_card(address).open("train")
