@@ -1,8 +1,11 @@
 """The public names of `prepretrain`, and what importing them costs."""
 
 import ast
+import json
+import re
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -87,6 +90,17 @@ def test_an_evaluator_that_trains_is_run_too(place):
 def test_an_option_that_an_evaluator_does_not_have_is_named(place):
     with pytest.raises(ValueError, match="evaluator.neighbours: unknown option"):
         pp.evaluate(tiny_model(), "knn", data="colours", neighbours=5)
+
+
+def test_the_objective_that_contributing_shows_trains(place, monkeypatch):
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    code = re.search(r"    from functools.*?(?=\n    PYTHONPATH)", text, re.DOTALL).group()
+    Path("my_lab").mkdir()
+    Path("my_lab/rotation.py").write_text(textwrap.dedent(code))
+    monkeypatch.syspath_prepend(place)
+    folder = pp.launch("small.yaml", ["objective={name: my_lab.rotation}", "length=3it"])
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert len(rows) == 3 and all(0 < row["loss"] < 10 for row in rows)
 
 
 def test_a_package_that_one_feature_needs_is_named_with_its_extra(monkeypatch):
