@@ -21,7 +21,8 @@ def main() -> None:
         "--template", action="append", help="where {} is the name; may be given several times"
     )
     asked = parser.parse_args()
-    from prepretrain.runs.classify import classify  # torch takes seconds, which --help does not
+    # here and not above, as importing torch takes seconds, which --help does not need
+    from prepretrain.runs.classify import classify
 
     names = [name.strip() for name in asked.names.split(",")]
     try:

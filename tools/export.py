@@ -16,10 +16,8 @@ def main() -> None:
         help="a SimMIM run's file under the released files' names, decoder included",
     )
     asked = parser.parse_args()
-    from prepretrain.runs.export import (  # torch takes seconds, which --help does not
-        export,
-        export_released,
-    )
+    # here and not above, as importing torch takes seconds, which --help does not need
+    from prepretrain.runs.export import export, export_released
 
     write = export_released if asked.released else export
     try:

@@ -58,7 +58,8 @@ def main() -> None:
     others = [run is not None, dump is not None, doctor]
     if sum(others) > 1 or (given["stage"] is None and not any(others)):
         parser.error("one of --stage, --status, --replay and --doctor is needed")
-    from prepretrain.cluster.slurm import STOPPED  # torch takes seconds, which --help does not
+    # here and not above, as importing torch takes seconds, which --help does not need
+    from prepretrain.cluster.slurm import STOPPED
     from prepretrain.runs.launch import examine, launch, look_again, status
     from prepretrain.training.fit import Stopped
 

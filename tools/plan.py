@@ -42,7 +42,8 @@ def main() -> None:
     )
     parser.add_argument("overrides", nargs="*", metavar="a.b=value", help="keys of the config")
     asked = parser.parse_intermixed_args()
-    from prepretrain.runs import capacity  # torch takes seconds, which --help does not
+    # here and not above, as importing torch takes seconds, which --help does not need
+    from prepretrain.runs import capacity
 
     logging.basicConfig(format="%(message)s", level=logging.INFO, stream=sys.stderr)
     try:

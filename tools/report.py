@@ -34,11 +34,8 @@ def main() -> None:
     for command in (lines, table, pictures):
         command.add_argument("--names", nargs="+", default=[], help="of the runs, to show")
     asked = parser.parse_args()
-    from prepretrain.reports import (  # torch takes seconds, which --help does not
-        curves,
-        reconstructions,
-        tables,
-    )
+    # here and not above, as importing torch takes seconds, which --help does not need
+    from prepretrain.reports import curves, reconstructions, tables
 
     try:
         if asked.command == "curves":
