@@ -1,4 +1,5 @@
 # make demo: both stages on data that it makes, about four minutes on two cores.   make test: the tests.
+# make lint: ruff's rules and format, and mypy on the public API.   make constraints: the versions that passed, kept.
 # make gpu: what a GPU does with this project, in at most nine minutes; make gpu SMOKE=1: the same, tiny, on the CPU.
 # make test-faults: all that break runs, over and over: what docs/reliability.md counts. About 40 minutes.
 PYTHON ?= python3
@@ -6,16 +7,19 @@ PY := .venv/bin/python
 MADE := data/demo/hashtags.json
 FAULTS := tests/test_faults.py tests/test_lease.py tests/test_slurm.py tests/test_train.py
 
-.PHONY: setup demo test test-faults gpu
+# No newer versions than passed the tests.   make setup CONSTRAINTS= takes the newest that setup.py admits.
+CONSTRAINTS ?= tests/constraints.txt
+
+.PHONY: setup demo test test-faults lint constraints gpu
 
 setup: .venv/ready
 
-.venv/ready: setup.py
+.venv/ready: setup.py $(CONSTRAINTS)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 	  { echo "prepretrain needs Python 3.10 or newer; name one with: make PYTHON=python3.12 …"; exit 1; }
 	@$(PYTHON) -m venv .venv || { echo "no venv module: on Debian and Ubuntu, apt install python3-venv"; exit 1; }
 	$(PY) -m pip install --quiet --upgrade pip setuptools wheel
-	$(PY) -m pip install --quiet --editable '.[test]'
+	$(PY) -m pip install --quiet --editable '.[test]' $(if $(CONSTRAINTS),--constraint $(CONSTRAINTS))
 	touch $@
 
 $(MADE): .venv/ready
@@ -43,6 +47,17 @@ test: .venv/ready
 
 test-faults: .venv/ready
 	OMP_NUM_THREADS=1 $(PY) -m pytest -v --timeout 1200 $(FAULTS)
+
+lint: .venv/ready
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+
+# Without what torch itself pins, and without certificates and time zones, which must stay new.
+constraints: .venv/ready
+	sed -i '/^[^#]/d' tests/constraints.txt
+	$(PY) -m pip freeze --exclude-editable | grep -vE '^(nvidia|cuda|triton|certifi|tzdata)' | \
+	  sed 's/==/<=/; s/+.*//' >> tests/constraints.txt
 
 # The GPU's own python, where that has what is needed: make gpu GPU_PYTHON=python3
 GPU_PYTHON ?= $(PY)

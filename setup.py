@@ -1,17 +1,80 @@
-"""Installs the package `prepretrain`; configs/, datasets/ and tools/ are used from the checkout."""
+"""Installs the package `prepretrain` and its commands.
+
+configs/, datasets/ and tools/ go into the package, so that a wheel holds them: as
+prepretrain.configs, prepretrain.cards and prepretrain.tools. None of them has an __init__.py.
+Upper bounds are the next major release of what has been tried; tests/constraints.txt holds the
+very versions that passed the tests.
+"""
 
 from setuptools import find_packages, setup
+
+FOLDERS = {
+    "prepretrain.configs": "configs",
+    "prepretrain.cards": "datasets",
+    "prepretrain.tools": "tools",
+}
+
+# What one feature each needs; without it, that feature says which extra to install.
+FEATURES = {
+    "text": ["transformers>=5,<6", "sentencepiece<1"],  # XLM-R, tokenizers of Hugging Face
+    "tensorboard": ["tensorboard>=2.14,<3"],  # curves beside metrics.jsonl
+    "torchcodec": ["torchcodec"],  # the fastest JPEG decoder; each release fits one of torch
+    "wandb": ["wandb<1"],  # the config's `wandb:`
+}
+ALL = [requirement for requirements in FEATURES.values() for requirement in requirements]
 
 setup(
     name="prepretrain",
     version="0.1.0",
     description="Visual foundation models in two stages: masked autoencoding, then weak supervision",
-    packages=find_packages(include=["prepretrain", "prepretrain.*"]),
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    packages=[*find_packages(include=["prepretrain", "prepretrain.*"]), *FOLDERS],
+    package_dir={"": ".", **FOLDERS},
+    package_data={
+        "prepretrain": ["py.typed"],
+        "prepretrain.configs": ["*.yaml", "**/*.yaml"],
+        "prepretrain.cards": ["*.yaml", "*.md"],
+    },
+    entry_points={
+        "console_scripts": [
+            "prepretrain = prepretrain.tools.launch:main",
+            "prepretrain-plan = prepretrain.tools.plan:main",
+            "prepretrain-zoo = prepretrain.tools.zoo:main",
+            "prepretrain-report = prepretrain.tools.report:main",
+            "prepretrain-export = prepretrain.tools.export:main",
+        ]
+    },
     python_requires=">=3.10",
     install_requires=[
-        "torch>=2.11", "torchvision", "timm>=1.0.20", "fairscale", "open_clip_torch", "webdataset", "submitit",
-        "fvcore", "omegaconf>=2.3", "safetensors", "pyarrow", "pillow", "numpy", "scikit-learn", "tqdm", "matplotlib",
-        "tensorboard", "torchcodec", "filelock", "transformers>=5", "sentencepiece",
+        "torch>=2.11,<3",
+        "torchvision<1",
+        "timm>=1.0.20,<1.1",
+        "fairscale<0.5",
+        "open_clip_torch>=3,<4",
+        "webdataset<2",
+        "submitit>=1.5,<2",
+        "fvcore<0.2",
+        "omegaconf>=2.3,<3",
+        "pyyaml>=6,<7",
+        "safetensors<1",
+        "pyarrow<27",
+        "pillow<14",
+        "numpy<3",
+        "scipy<2",
+        "filelock<5",
+        "tqdm<5",
+        "matplotlib<4",
     ],
-    extras_require={"test": ["pytest", "pytest-timeout", "pytest-xdist", "wandb"]},
+    extras_require={
+        **FEATURES,
+        "all": ALL,
+        "test": [
+            *ALL,
+            *("pytest<10", "pytest-timeout<3", "pytest-xdist<4"),
+            "scikit-learn<2",  # what the probes are compared with
+            *("setuptools>=77", "wheel"),  # tests/test_wheel.py builds one
+            *("mypy<3", "ruff>=0.15,<0.18"),
+        ],
+    },
 )

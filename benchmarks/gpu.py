@@ -266,7 +266,12 @@ def golden(record: Record, tiny: bool, asked: argparse.Namespace) -> None:
         (_, on_cpu), (loss_here, here) = found["cpu"], found[str(where)]
         worst = max(((here[k] - g).norm() / g.norm()).item() for k, g in on_cpu.items())
         error = abs(loss_here / tensors[name].item() - 1)
-        record(f"golden_mae_{name}", error=error, worst_gradient=worst, ok=error < 1e-5 and worst < 1e-4)
+        record(
+            f"golden_mae_{name}",
+            error=error,
+            worst_gradient=worst,
+            ok=error < 1e-5 and worst < 1e-4,
+        )
     for name, small in (
         ("hashtag", partial(hashtag, "vit_test8")),
         ("clip", partial(clip, "vit_test8", None)),
@@ -283,7 +288,9 @@ def equalities(record: Record, tiny: bool, asked: argparse.Namespace) -> None:
     """A run repeated, and one that was stopped and continued, beside the run that was not."""
 
     def weights_of(objective: nn.Module) -> Tensor:
-        return torch.cat([distributed.whole(p.detach()).flatten().float().cpu() for p in objective.parameters()])
+        return torch.cat(
+            [distributed.whole(p.detach()).flatten().float().cpu() for p in objective.parameters()]
+        )
 
     def run(folder: Path, stop_at: int | None = None) -> Tensor:
         small = partial(mae, "vit_test8" if tiny else "vit_ti16")
@@ -307,7 +314,12 @@ def equalities(record: Record, tiny: bool, asked: argparse.Namespace) -> None:
         continued = run(Path(place, "c"))
     for name, other in (("repeated", again), ("continued", continued)):
         difference = (first - other).abs().max().item() / first.abs().max().item()
-        record(f"equal_{name}", bitwise=torch.equal(first, other), difference=difference, ok=difference < 1e-2)
+        record(
+            f"equal_{name}",
+            bitwise=torch.equal(first, other),
+            difference=difference,
+            ok=difference < 1e-2,
+        )
 
 
 def syncs(record: Record, tiny: bool, asked: argparse.Namespace) -> None:
@@ -468,7 +480,9 @@ def reference(record: Record, tiny: bool, asked: argparse.Namespace) -> None:
             synchronize()
 
         spent = seconds_a_step(step, _steps(tiny), warmup=2)
-        record(f"reference_mae_{name}", images_per_second=len(batch) / spent, milliseconds=spent * 1e3)
+        record(
+            f"reference_mae_{name}", images_per_second=len(batch) / spent, milliseconds=spent * 1e3
+        )
         del model, optimizer, step
         _forget()
 
@@ -484,7 +498,9 @@ def loader(record: Record, tiny: bool, asked: argparse.Namespace) -> None:
         some = list(pipeline.textures(min(count, 200)))
         pipeline.write([some[i % len(some)] for i in range(count)], Path(place, "00000.tar"))
         source = plugin.build("sources", "shards", path=place)
-        objective = sharded(partial(mae, encoder), precision="fp32" if tiny else "bf16", compile=not tiny)
+        objective = sharded(
+            partial(mae, encoder), precision="fp32" if tiny else "bf16", compile=not tiny
+        )
         transform = objective.transform(train=True)
         cores = os.cpu_count() or 1
         for workers in (0,) if tiny else (1, 4, cores - 1):
@@ -497,13 +513,17 @@ def loader(record: Record, tiny: bool, asked: argparse.Namespace) -> None:
             rate = batches * images / (time.perf_counter() - before)
             stream.close()
             record(f"loader_{workers}_workers", images_per_second=rate, cores=cores)
-        stream = Stream(source, transform, batch_size=images, seed=0, workers=0 if tiny else cores - 1)
+        stream = Stream(
+            source, transform, batch_size=images, seed=0, workers=0 if tiny else cores - 1
+        )
         optimizer = optim.build(objective, lr=1e-5, weight_decay=0.05)
         count = 4 if tiny else 60
         Path(place, "run").mkdir()
         how = {"folder": Path(place, "run"), "seed": 0, "options": {}, "save_every": None}
         train.fit(objective, stream, optimizer, Schedule(1e-5, count), log_every=count // 2, **how)
-        rows = [json.loads(line) for line in Path(place, "run/metrics.jsonl").read_text().splitlines()]
+        rows = [
+            json.loads(line) for line in Path(place, "run/metrics.jsonl").read_text().splitlines()
+        ]
     last = rows[-1]
     record("fed_mae", images_per_second=last["images_per_second"], data_wait=last["data_wait"])
 
@@ -513,7 +533,8 @@ def profile(record: Record, tiny: bool, asked: argparse.Namespace) -> None:
     if not CUDA:
         record("profile", skipped="no GPU")
         return
-    from torch.profiler import ProfilerActivity, profile as profiling
+    from torch.profiler import ProfilerActivity
+    from torch.profiler import profile as profiling
 
     objective = sharded(partial(mae, "vit_b16"), precision="bf16")
     batch, images = batch_of(objective, 256, torch.device("cpu")), 256
@@ -553,7 +574,9 @@ def saves(record: Record, tiny: bool, asked: argparse.Namespace) -> None:
     size = sum(p.numel() for p in objective.parameters()) * 12
     with tempfile.TemporaryDirectory() as place:
         for name in ("whole", "in_background"):
-            background = checkpoint.Background(Path(place, name), keep=1) if name != "whole" else None
+            background = (
+                checkpoint.Background(Path(place, name), keep=1) if name != "whole" else None
+            )
             synchronize()
             before = time.perf_counter()
             if background is None:
@@ -579,7 +602,15 @@ def features(record: Record, tiny: bool, asked: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as place:
         for name, cache in (("without_store", None), ("with_store", Path(place))):
             before = time.perf_counter()
-            extract(model, source, pool="mean", batch_size=256, workers=cores, cache=cache, labelled=False)
+            extract(
+                model,
+                source,
+                pool="mean",
+                batch_size=256,
+                workers=cores,
+                cache=cache,
+                labelled=False,
+            )
             record(f"features_{name}", images_per_second=count / (time.perf_counter() - before))
 
 
@@ -595,7 +626,19 @@ def planner(record: Record, tiny: bool, asked: argparse.Namespace) -> None:
             record(values.pop("figure"), **values)
 
 
-SECTIONS = (limits, golden, equalities, syncs, steps, reference, profile, loader, saves, features, planner)
+SECTIONS = (
+    limits,
+    golden,
+    equalities,
+    syncs,
+    steps,
+    reference,
+    profile,
+    loader,
+    saves,
+    features,
+    planner,
+)
 
 
 def plan_cases(tiny: bool) -> None:
@@ -637,7 +680,9 @@ def main() -> None:
     names = [section.__name__ for section in SECTIONS]
     parser.add_argument("--out", type=Path, default=Path("runs/gpu"))
     parser.add_argument("--only", nargs="+", choices=names, default=names)
-    parser.add_argument("--seconds", type=float, default=510.0, help="no section starts after these")
+    parser.add_argument(
+        "--seconds", type=float, default=510.0, help="no section starts after these"
+    )
     parser.add_argument("--smoke", action="store_true", help="tiny sizes, on any device")
     parser.add_argument("--reference", metavar="DIR", help="a checkout of facebookresearch/mae")
     parser.add_argument("--plan", action="store_true", help=argparse.SUPPRESS)
@@ -655,7 +700,9 @@ def main() -> None:
     hidden = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
     asked.planned = None
     if "planner" in asked.only:
-        asked.planned = subprocess.Popen(again, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=hidden)
+        asked.planned = subprocess.Popen(
+            again, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=hidden
+        )
     distributed.init()
     record(
         "machine",

@@ -26,9 +26,9 @@ from torchvision import transforms as v1
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from prepretrain import plugin  # noqa: E402
-from prepretrain.data.loader import Stream  # noqa: E402
-from prepretrain.data.transforms import decode, flip, random_resized_crop  # noqa: E402
+from prepretrain import plugin
+from prepretrain.data.loader import Stream
+from prepretrain.data.transforms import decode, flip, random_resized_crop
 
 SIZE, BATCH, SCALE = 224, 64, (0.2, 1.0)
 

@@ -91,7 +91,9 @@ def check_parity(reference: nn.Module, batch: dict[str, Tensor]) -> dict[str, fl
     loss = objective(batch)["loss"]
     loss.backward()
     ours = {
-        name: distributed.whole(p.grad) for name, p in objective.named_parameters() if p.grad is not None
+        name: distributed.whole(p.grad)
+        for name, p in objective.named_parameters()
+        if p.grad is not None
     }
     theirs = {
         our_name(name): p.grad for name, p in reference.named_parameters() if p.grad is not None

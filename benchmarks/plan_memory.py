@@ -65,7 +65,7 @@ def measure(objective_name: str, encoder: str, recompute: str, images: int) -> N
     optimizer = optim.build(objective.train(), lr=1e-5, weight_decay=0.0)
     example, device = objective.example(images), distributed.device()
     batch = {k: torch.zeros(v.shape, dtype=v.dtype, device=device) for k, v in example.items()}
-    for step in range(2):
+    for _ in range(2):
         if CUDA:
             torch.cuda.reset_peak_memory_stats()
         objective(batch)["loss"].backward()

@@ -7,10 +7,8 @@ import argparse
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from prepretrain.data.card import open_source  # noqa: E402
-from prepretrain.data.vocabulary import Vocabulary  # noqa: E402
+from prepretrain.data.card import open_data
+from prepretrain.data.vocabulary import Vocabulary
 
 
 def main() -> None:
@@ -25,7 +23,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="the vocabulary to write")
     parser.add_argument("--top", type=int, default=20, help="how many tags to show")
     args = parser.parse_args()
-    source = open_source(args.card)
+    source = open_data(args.card)
     if "hashtags" not in source.fields:
         raise ValueError(f"{args.card}: has no hashtags. It has: {', '.join(source.fields)}.")
     tags = [source.hashtags(index) for index in range(len(source))]

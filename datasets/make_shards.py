@@ -12,13 +12,12 @@ import sys
 from pathlib import Path
 
 os.environ["WDS_SECURE"] = "1"  # before webdataset is imported: no pickles, no shell commands
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import webdataset  # noqa: E402
-import yaml  # noqa: E402
+import webdataset
+import yaml
 
-from prepretrain import plugin  # noqa: E402
-from prepretrain.data.sources.base import Source  # noqa: E402
+from prepretrain import plugin
+from prepretrain.data.sources.base import Source
 
 EXTENSIONS = {b"\xff\xd8": "jpg", b"\x89P": "png", b"RI": "webp"}
 

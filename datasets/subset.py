@@ -10,12 +10,10 @@ import shutil
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import numpy as np
 
-import numpy as np  # noqa: E402
-
-from prepretrain.data.card import open_source  # noqa: E402
-from prepretrain.data.sources.base import Files  # noqa: E402
+from prepretrain.data.card import open_data
+from prepretrain.data.sources.base import Files
 
 Rows = list[tuple[str, int]]  # the path of an image, from the source's folder, and its label
 
@@ -99,7 +97,7 @@ def main() -> None:
         rule.add_argument("--seed", type=int, default=0)
         rule.add_argument("--out", type=Path, required=True, help="the folder to make")
     args = parser.parse_args()
-    source = open_source(args.card)
+    source = open_data(args.card)
     if not isinstance(source, Files) or "label" not in source.fields:
         raise ValueError(f"{args.card}: a subset is chosen from image files with labels.")
     if args.rule == "uniform":

@@ -16,8 +16,6 @@ from omegaconf.errors import OmegaConfBaseException
 
 from prepretrain import plugin
 
-REPOSITORY = Path(__file__).resolve().parents[1]
-
 
 @dataclass
 class Data:
@@ -206,8 +204,8 @@ def load(
 
 
 def find(stage: str) -> Path:
-    """The file of a stage: a path to a .yaml, or a name under configs/ here or in the
-    repository."""
+    """The file of a stage: a path to a .yaml, or a name under configs/, first here, then in the
+    package."""
     named = [folder / f"{stage}.yaml" for folder in _folders()]
     places = [Path(stage)] if stage.endswith(".yaml") else named
     for place in places:
@@ -246,6 +244,10 @@ def _read(path: Path, seen: tuple[Path, ...] = (), bases: Any = None) -> dict[st
     for base in [bases] if isinstance(bases, str) else bases:
         merged = merge(merged, _read(_base(base, path), (*seen, path)))
     return merge(merged, own)
+
+
+def _folders() -> list[Path]:
+    return plugin.folders("configs", "configs")
 
 
 def _base(name: str, path: Path) -> Path:

@@ -2,10 +2,13 @@
 
 import difflib
 import importlib
+import importlib.resources
+import importlib.util
 import inspect
 import pkgutil
 import types
 import typing
+from pathlib import Path
 from typing import Any
 
 KINDS = {  # the folder of each kind of part
@@ -16,6 +19,26 @@ KINDS = {  # the folder of each kind of part
     "towers": "prepretrain.models.text",
 }
 SHARED = ("base", "captions")  # files in these folders that are no part, and that parts import
+
+
+def folders(name: str, packaged: str) -> list[Path]:
+    """Where the files of a folder are looked for: `name` in the current directory, then the one
+    that comes with the package.
+
+    A wheel holds that one as `packaged` (setup.py); in a checkout it lies beside the package.
+    """
+    package = Path(str(importlib.resources.files("prepretrain")))
+    installed = package / packaged
+    return [Path(name), installed if installed.is_dir() else package.parent / name]
+
+
+def require(package: str, extra: str, where: str) -> None:
+    """Raises ValueError if a package that only one feature needs is not installed."""
+    if importlib.util.find_spec(package) is None:
+        raise ValueError(
+            f"{where}: needs the package {package}, which is not installed. "
+            f'pip install "prepretrain[{extra}]"'
+        )
 
 
 def names(kind: str) -> list[str]:

@@ -86,7 +86,7 @@ def test_chunks_change_the_loss_by_rounding_only_and_keep_no_row_of_products():
     for chunk in (None, 2):
         image, text = (features(16, s).requires_grad_() for s in (1, 2))
         sizes = []
-        pack = lambda tensor: sizes.append(tensor.numel()) or tensor  # noqa: E731
+        pack = lambda tensor: sizes.append(tensor.numel()) or tensor
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             loss, _ = softmax_loss(image, text, torch.tensor([20.0]), torch.zeros(1), chunk)
         loss.backward()

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from prepretrain.data.card import MissingData, card_names, load_card, open_source
+from prepretrain.data.card import MissingData, card_names, load_card, open_data
 from prepretrain.data.vocabulary import Vocabulary
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -50,9 +50,9 @@ def test_a_card_says_what_a_dataset_is_and_opens_its_splits(photos):
     assert mine.classes == ["cat", "dog"]
     assert mine.vocabulary == photos / "data" / "photos" / "tags.json"
     assert mine.images == {"train": 3, "val": 4}
-    assert len(mine.open("train")) == len(open_source(path)) == 3
+    assert len(mine.open("train")) == len(open_data(path)) == 3
     with pytest.raises(ValueError, match="no split 'vale'. Did you mean 'val'.*train, val"):
-        open_source(path + ":vale")
+        open_data(path + ":vale")
 
 
 def test_cards_are_found_by_name_here_and_in_the_repository(tmp_path, monkeypatch):
@@ -61,7 +61,7 @@ def test_cards_are_found_by_name_here_and_in_the_repository(tmp_path, monkeypatc
     assert load_card("cifar10").classes[0] == "airplane"
     (tmp_path / "datasets").mkdir()
     card(tmp_path / "datasets", "train: {source: synthetic, images: 2, size: 16}")
-    assert len(open_source("mine:train")) == 2
+    assert len(open_data("mine:train")) == 2
     with pytest.raises(ValueError, match="'cifar'. Did you mean 'cifar10'.*datasets/cifar.yaml"):
         load_card("cifar")
     with pytest.raises(ValueError, match="no card at none.yaml"):
@@ -128,13 +128,13 @@ def test_a_bad_card_is_refused_by_file_and_key(photos, text, message):
 def test_what_a_card_declares_is_checked_against_the_data(photos, options, message):
     path = card(photos, f"train: {{{options}}}")
     with pytest.raises(ValueError, match=f"mine.yaml: train.*{message}"):
-        open_source(path)
+        open_data(path)
 
 
 def test_labels_that_would_mean_other_classes_are_refused(photos):
     path = card(photos, "classes: [cat, dog, owl]\ntrain: {source: folder, path: photos}")
     with pytest.raises(ValueError, match="names 3 classes, and the data has 2"):
-        open_source(path)
+        open_data(path)
 
 
 # What labels stand for.
@@ -433,7 +433,7 @@ def test_scenes_are_packed_into_shards_counted_and_opened_by_their_card(
     tags = tmp_path / "demo" / "hashtags.json"
     counted = script("datasets/hashtags.py", "demo", "--min-count", "4", "--out", str(tags))
     assert "of 60 images" in counted and "have none of them" in counted
-    vocabulary, source = Vocabulary.load(tags), open_source("demo:train")
+    vocabulary, source = Vocabulary.load(tags), open_data("demo:train")
     vocabulary.check(source)
     assert len(source) == 60 and min(vocabulary.counts) >= 4
     assert "cifar10" in script("datasets/hashtags.py", "cifar10", "--min-count", "4", "--out", "x")
@@ -449,7 +449,7 @@ def test_packing_keeps_the_bytes_labels_and_dotted_keys_of_a_folder(tmp_path, sc
     )
     assert "3 images in 1 shards" in made
     path = card(tmp_path, f"train: {{source: shards, path: {tmp_path}/out}}")
-    source = open_source(path)
+    source = open_data(path)
     assert [source.label(i) for i in range(3)] == [0, 0, 1]
     assert source[0]["image"] == (tmp_path / "in/cat/a.b.jpg").read_bytes()
     assert Image.open(io.BytesIO(source[1]["image"])).format == "PNG"
@@ -488,7 +488,7 @@ def test_the_most_frequent_classes_are_split_at_random_into_lists(tmp_path, scri
     assert text[0] == text[1] != text[2]
     assert "a: exists already" in script(*call, str(tmp_path / "a"))
     listed = f"{{source: listed, path: {tmp_path}/in, listing: {tmp_path}/a/train.txt}}"
-    source = open_source(card(tmp_path, f"train: {listed}"))
+    source = open_data(card(tmp_path, f"train: {listed}"))
     assert [[source.key(i), str(source.label(i))] for i in range(8)] == train
 
 

@@ -190,7 +190,7 @@ def test_a_hashtag_run_needs_the_vocabulary_of_its_data(vocabulary, tmp_path):
     with pytest.raises(ValueError, match="was counted from data abc, and this data is xyz"):
         objective.check(Card, Other())
     with pytest.raises(ValueError, match="objective.tags: 4, and .* holds 3"):
-        Hashtag(Model(encoder="vit_test8"), vocabulary="tags.json", tags=4).vocabulary
+        Hashtag(Model(encoder="vit_test8"), vocabulary="tags.json", tags=4).vocabulary  # noqa: B018
     with pytest.raises(ValueError, match="missing.json"):
         Hashtag(Model(encoder="vit_test8"), vocabulary="missing.json")
 

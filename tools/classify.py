@@ -8,8 +8,6 @@ import argparse
 import sys
 from pathlib import Path
 
-from prepretrain.runs.classify import classify
-
 
 def main() -> None:
     """Reads the command line and prints, for each image, the names, the likeliest first."""
@@ -23,6 +21,9 @@ def main() -> None:
         "--template", action="append", help="where {} is the name; may be given several times"
     )
     asked = parser.parse_args()
+    # here and not above, as importing torch takes seconds, which --help does not need
+    from prepretrain.runs.classify import classify
+
     names = [name.strip() for name in asked.names.split(",")]
     try:
         found = classify(asked.model, asked.images, names, asked.template or ["{}"])

@@ -4,8 +4,6 @@ import argparse
 import sys
 from pathlib import Path
 
-from prepretrain.runs.export import export, export_released
-
 
 def main() -> None:
     """Reads the command line and exports."""
@@ -18,6 +16,9 @@ def main() -> None:
         help="a SimMIM run's file under the released files' names, decoder included",
     )
     asked = parser.parse_args()
+    # here and not above, as importing torch takes seconds, which --help does not need
+    from prepretrain.runs.export import export, export_released
+
     write = export_released if asked.released else export
     try:
         print(write(asked.source, asked.out or Path(asked.source) / "export"))

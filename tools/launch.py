@@ -17,11 +17,6 @@ python tools/launch.py --list objectives                            one kind; or
 import argparse
 import sys
 
-from prepretrain.cluster.slurm import STOPPED
-from prepretrain.runs.launch import examine, launch, look_again, status
-from prepretrain.runs.listing import listing
-from prepretrain.training.fit import Stopped
-
 
 def main() -> None:
     """Parses the flags; everything else is a key of the config."""
@@ -73,6 +68,12 @@ def main() -> None:
     others = [run is not None, dump is not None, doctor, what is not None]
     if sum(others) > 1 or (given["stage"] is None and not any(others)):
         parser.error("one of --stage, --status, --replay, --doctor and --list is needed")
+    # here and not above, as importing torch takes seconds, which --help does not need
+    from prepretrain.cluster.slurm import STOPPED
+    from prepretrain.runs.launch import examine, launch, look_again, status
+    from prepretrain.runs.listing import listing
+    from prepretrain.training.fit import Stopped
+
     try:
         if run is not None:
             return print(status(run))

@@ -13,8 +13,6 @@ import json
 import logging
 import sys
 
-from prepretrain.runs import capacity
-
 
 def main() -> None:
     """Parses the flags; everything else is a key of the config."""
@@ -44,6 +42,9 @@ def main() -> None:
     )
     parser.add_argument("overrides", nargs="*", metavar="a.b=value", help="keys of the config")
     asked = parser.parse_intermixed_args()
+    # here and not above, as importing torch takes seconds, which --help does not need
+    from prepretrain.runs import capacity
+
     logging.basicConfig(format="%(message)s", level=logging.INFO, stream=sys.stderr)
     try:
         found = capacity.estimate(

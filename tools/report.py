@@ -3,8 +3,6 @@
 import argparse
 import sys
 
-from prepretrain.reports import curves, reconstructions, tables
-
 
 def main() -> None:
     """Reads the command line and calls the report it names."""
@@ -36,6 +34,9 @@ def main() -> None:
     for command in (lines, table, pictures):
         command.add_argument("--names", nargs="+", default=[], help="of the runs, to show")
     asked = parser.parse_args()
+    # here and not above, as importing torch takes seconds, which --help does not need
+    from prepretrain.reports import curves, reconstructions, tables
+
     try:
         if asked.command == "curves":
             curves.draw(asked.runs, asked.out, asked.keys, asked.names)

@@ -20,7 +20,8 @@ def main() -> None:
     verify = commands.add_parser("verify", help="checks a file against what is known of it")
     verify.add_argument("source", metavar="FILE_OR_NAME")
     write = commands.add_parser("write", help="writes MODEL_ZOO.md")
-    write.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "MODEL_ZOO.md")
+    page = Path(__file__).parents[1] / "MODEL_ZOO.md"  # of a checkout; a wheel holds none
+    write.add_argument("--out", type=Path, default=page, required=not page.exists())
     asked = parser.parse_args()
     try:
         if asked.command == "list":

@@ -10,7 +10,6 @@ from prepretrain import plugin
 from prepretrain.data import labels
 from prepretrain.data.sources.base import Source
 
-_HERE = Path(__file__).resolve().parents[2] / "datasets"
 _TEXTS = ("description", "licence")
 _PATTERN = "*?[{"
 _PATHS = ("path", "listing")  # options of sources that start at the data folder
@@ -196,7 +195,7 @@ def load_card(name: str | Path) -> Card:
     return _card(path, content)
 
 
-def open_source(address: str) -> Source:
+def open_data(address: str) -> Source:
     """The source at "card:split"; without a split, the card's train."""
     if address.endswith(".yaml") or ":" not in address:
         return load_card(address).open("train")
@@ -205,7 +204,7 @@ def open_source(address: str) -> Source:
 
 
 def _folders() -> list[Path]:
-    return [Path("datasets"), _HERE]
+    return plugin.folders("datasets", "cards")
 
 
 def _find(name: str) -> Path:

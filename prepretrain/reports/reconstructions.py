@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from prepretrain.data.card import open_source
+from prepretrain.data.card import open_data
 from prepretrain.data.loader import evaluation_batches
 from prepretrain.data.subset import spread
 from prepretrain.reports.figure import INK, blank, save
@@ -23,7 +23,7 @@ def reconstruct(
     the runs, by default their folders'. Raises ValueError for runs of other image sizes, or that
     predict no pixels.
     """
-    source = open_source(data)
+    source = open_data(data)
     if not 1 <= images <= len(source):
         raise ValueError(f"--images: {images} does not fit; '{data}' has {len(source)} images.")
     if names and len(names) != len(runs):

@@ -1,7 +1,6 @@
 """Everything about a training run that can be known before it starts: its parts on the meta device,
 its steps, its sizes."""
 
-import importlib.util
 import math
 from dataclasses import replace
 from functools import partial
@@ -33,10 +32,8 @@ class Plan:
 
     def __init__(self, config: Training, world: int):
         """Raises ValueError for whatever in the config cannot work."""
-        if config.wandb is not None and importlib.util.find_spec("wandb") is None:
-            raise ValueError(
-                f"wandb: {config.wandb}: the package is not here. pip install wandb, or leave it out."
-            )
+        if config.wandb is not None:
+            plugin.require("wandb", "wandb", f"wandb: {config.wandb}")
         self.config, self.world = config, world
         self.split, self.card = _split(config.data.train)
         with torch.device("meta"):

@@ -66,11 +66,7 @@ class Metrics:
         self.file = (folder / "metrics.jsonl").open("a")
         self.replaced = folder / "quarantine.jsonl"
         _rewind(self.replaced, step)
-        from torch.utils.tensorboard import (
-            SummaryWriter,  # slow to import; only the writing rank pays
-        )
-
-        self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+        self.board = _board(folder, step)
         if wandb is not None:
             self.remote = _remote(folder, wandb)
             for row in rows:  # what a killed process had not sent yet, or, offline, had not written
@@ -84,7 +80,7 @@ class Metrics:
         self.file.write(json.dumps(row) + "\n")
         self.file.flush()
         for key, value in row.items():
-            if key != "step" and isinstance(value, (int, float)):
+            if self.board is not None and key != "step" and isinstance(value, (int, float)):
                 self.board.add_scalar(key, value, row["step"])
         if self.remote is not None:  # which drops steps that it had before the run was cut off
             self.remote.log(row, step=row["step"])
@@ -105,12 +101,23 @@ class Metrics:
                 logger.warning("image %s was replaced: %s", one["key"], one["cause"])
 
     def close(self) -> None:
-        """Closes both files."""
+        """Closes all of them."""
         if self.file is not None:
             self.file.close()
+        if self.board is not None:
             self.board.close()
         if self.remote is not None:
             self.remote.finish()
+
+
+def _board(folder: Path, step: int) -> Any:
+    """TensorBoard's writer, without what was written after the step; None if it is not installed."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter  # slow; only the writing rank pays
+    except ImportError:
+        logger.info('no curves for TensorBoard: pip install "prepretrain[tensorboard]"')
+        return None
+    return SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
 
 
 def _remote(folder: Path, project: str) -> Any:

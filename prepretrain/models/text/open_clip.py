@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from prepretrain import plugin
 from prepretrain.models.text.base import Keys, Tokenizer, Tower
 
 
@@ -147,6 +148,8 @@ class OpenClipTokenizer(Tokenizer):
         from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
 
         self.context, self.ours = context, "hf_tokenizer_name" not in given
+        if not self.ours:
+            plugin.require("transformers", "text", f"model.text.architecture: {architecture}")
         if source is not None and (self.ours or not Path(source).is_dir()):
             why = "it has open_clip's own BPE" if self.ours else f"there is no folder {source}"
             raise ValueError(

@@ -7,6 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from prepretrain import plugin
 from prepretrain.models.text.base import Keys, Tokenizer, Tower
 
 BOS, PAD, EOS, UNKNOWN = 0, 1, 2, 3  # XLM-R's, which are fairseq's
@@ -37,6 +38,7 @@ class XLMR(Tower):
         and EOS. positions: rows of the position table, which starts at the third. tokenizer: the path
         of XLM-R's SentencePiece model (`sentencepiece.bpe.model`)."""
         super().__init__()
+        plugin.require("transformers", "text", "model.text.name: xlmr")
         from transformers import XLMRobertaConfig, XLMRobertaModel  # seconds: see OpenClip
 
         asked = {"width": width, "depth": depth, "heads": heads, "hidden": hidden}
@@ -142,6 +144,7 @@ class SentencePiece(Tokenizer):
 
     def __init__(self, path: Path, context: int, vocabulary: int):
         """Raises ValueError if the file is missing, not a model, or of another vocabulary."""
+        plugin.require("sentencepiece", "text", f"model.text.tokenizer: {path}")
         import sentencepiece
 
         if not path.is_file():
