@@ -12,6 +12,7 @@ KINDS = {  # the folder of each kind of part
     "encoders": "prepretrain.models.encoders",
     "evaluators": "prepretrain.evaluation.evaluators",
     "objectives": "prepretrain.objectives",
+    "optimizers": "prepretrain.training.optimizers",
     "sources": "prepretrain.data.sources",
     "towers": "prepretrain.models.text",
 }
