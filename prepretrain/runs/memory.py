@@ -25,6 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
+from prepretrain import contracts
 from prepretrain.distributed import shard
 from prepretrain.objectives.base import Objective
 from prepretrain.training import optim
@@ -94,7 +95,7 @@ def simulate(
             for module in (objective, *objective.frozen()):
                 shard.materialise(module, precision)
                 for one in module.modules():
-                    if hasattr(one, "fused_attn"):
+                    if isinstance(one, contracts.FusedAttention):
                         one.fused_attn = fused_attention
             if recompute == "offload":
                 ledger.offload(shard.blocks(objective))

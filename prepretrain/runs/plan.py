@@ -12,7 +12,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from prepretrain import config as configs
-from prepretrain import plugin
+from prepretrain import contracts, plugin
 from prepretrain.config import Training
 from prepretrain.data import card
 from prepretrain.data.subset import spread
@@ -234,7 +234,7 @@ class Plan:
         with torch.device("meta"):
             objective = build_objective(self.config)
         for module in objective.modules():
-            if hasattr(module, "fused_attn"):
+            if isinstance(module, contracts.FusedAttention):
                 module.fused_attn = (
                     False  # plain matrix products, so that they are counted on every device
                 )

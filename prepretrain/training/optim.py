@@ -1,4 +1,4 @@
-"""Parameter groups, the optimizer, and a moving average of the weights."""
+"""Builds an objective's optimizer: its parameter groups, and a moving average of the weights."""
 
 import contextlib
 from collections.abc import Iterator
@@ -10,7 +10,7 @@ from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from prepretrain import plugin
+from prepretrain import contracts, plugin
 from prepretrain.distributed.shard import find_roots
 from prepretrain.training.optimizers.base import Groups, Optimizer
 
@@ -51,13 +51,14 @@ def groups(
     """
     all_groups = []
     for root in find_roots(objective):
-        names = getattr(root, "no_weight_decay", set)()
-        if layer_decay != 1.0 and hasattr(root, "group_matcher"):
+        names = root.no_weight_decay() if isinstance(root, contracts.NoWeightDecay) else set()
+        if layer_decay != 1.0 and isinstance(root, contracts.Layered):
             found = param_groups_layer_decay(
                 root, weight_decay, no_weight_decay_list=names, layer_decay=layer_decay
             )
             # the layer above an encoder's last block is its norm; without one, what stands on it
-            above = 1.0 if getattr(root, "final_norm", True) else layer_decay
+            ends = not isinstance(root, contracts.FinalNorm) or root.final_norm
+            above = 1.0 if ends else layer_decay
             all_groups += [g | {"lr_scale": g["lr_scale"] * above} for g in found]
         else:
             all_groups += param_groups_weight_decay(root, weight_decay, no_weight_decay_list=names)

@@ -14,5 +14,5 @@ class AdamW(Optimizer, torch.optim.AdamW):
         self, groups: Groups, *, betas: tuple[float, float] = (0.9, 0.95), eps: float = 1e-8
     ):
         """betas: decay of the averages of the gradient and of its square."""
-        # fused: one pass over the state, a third of the time of the default loop on a CPU (benchmarks/)
+        # fused: one pass over the state, a third of the default loop's time on a CPU (benchmarks/)
         super().__init__(groups, betas=betas, eps=eps, fused=True)
