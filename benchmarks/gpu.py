@@ -35,7 +35,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from prepretrain import plugin
+from prepretrain import contracts, plugin
 from prepretrain.data.loader import Stream
 from prepretrain.distributed import checkpoint, shard
 from prepretrain.distributed import group as distributed
@@ -127,7 +127,7 @@ def flops(build: Callable[[], nn.Module]) -> int:
     """FLOPs of one image's training step: three forward passes."""
     objective = on_meta(build).eval().requires_grad_(False)
     for module in objective.modules():
-        if hasattr(module, "fused_attn"):
+        if isinstance(module, contracts.FusedAttention):
             module.fused_attn = False  # plain products, which are counted on every device
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         objective(objective.example(1))

@@ -29,12 +29,15 @@ class Data:
 
 @dataclass
 class Optim:
-    """AdamW and its schedule. Durations carry a unit: 90ep, 3e9img, 1000it, 5%."""
+    """An optimizer and its schedule. Durations carry a unit: 90ep, 3e9img, 1000it, 5%.
+
+    In a file the optimizer's own options (AdamW's betas) stand beside these keys.
+    """
 
     lr: float  # per 256 images: the peak is lr x batch_size / 256
+    name: str = "adamw"  # a file of training/optimizers/
+    options: dict[str, Any] = field(default_factory=dict)  # the optimizer's own, all of them
     weight_decay: float = 0.05
-    betas: tuple[float, float] = (0.9, 0.95)
-    eps: float = 1e-8
     layer_decay: float = 1.0  # 1: the same rate for all layers
     clip: float | None = None  # largest norm of the gradient; null does not clip
     ema: float | None = None  # decay of an average of the weights, which is evaluated and exported
@@ -286,12 +289,34 @@ def check(schema: type, given: Any, where: str) -> Any:
     key."""
     if not isinstance(given, dict):
         raise ValueError(f"{where}: {given!r} is no section. It has: {', '.join(_names(schema))}.")
+    if schema is Optim:
+        return _optim(given, where)
+    return schema(**_values(schema, given, where, _names(schema)))
+
+
+def _optim(given: dict[str, Any], where: str) -> Optim:
+    """The section whose keys are those of Optim and the options of the optimizer that it names."""
+    name, keys = given.get("name", Optim.name), _names(Optim)
+    optimizer = plugin.find("optimizers", name)
+    options = plugin.options(optimizer)
+    if taken := sorted(options.keys() & set(keys)):
+        raise ValueError(
+            f"{where}.name: {name} calls an option {', '.join(taken)}, which is a key of {where} "
+            f"already. Rename the option."
+        )
+    own = {k: v for k, v in given.items() if k not in options}
+    chosen = {k: v for k, v in given.items() if k in options}
+    values = _values(Optim, own, where, [*keys, *options])
+    every = plugin.defaults(optimizer) | plugin.check(optimizer, chosen, where)
+    return Optim(**values, options=every)
+
+
+def _values(schema: type, given: dict[str, Any], where: str, known: list[str]) -> dict[str, Any]:
+    """The coerced values of a dataclass's fields; known: the keys that an error lists."""
     hints, values, dot = typing.get_type_hints(schema), {}, f"{where}." if where else ""
     for key, value in given.items():
-        if key not in hints:
-            raise ValueError(
-                plugin.unknown(f"{dot}{key}: unknown key", key, _names(schema), prefix=where)
-            )
+        if key not in known:
+            raise ValueError(plugin.unknown(f"{dot}{key}: unknown key", key, known, prefix=where))
         if dataclasses.is_dataclass(hints[key]):
             values[key] = check(hints[key], value, f"{dot}{key}")
         else:
@@ -300,16 +325,21 @@ def check(schema: type, given: Any, where: str) -> Any:
         required = one.default is dataclasses.MISSING and one.default_factory is dataclasses.MISSING
         if required and one.name not in values:
             raise ValueError(f"{dot}{one.name}: is missing, and has no default.")
-    return schema(**values)
+    return values
 
 
 def _names(schema: type) -> list[str]:
-    return [f.name for f in dataclasses.fields(schema)]
+    """The keys of a section; an optimizer's options stand beside Optim's, not under a key."""
+    left_out = ("options",) if schema is Optim else ()
+    return [f.name for f in dataclasses.fields(schema) if f.name not in left_out]
 
 
 def plain(config: Config) -> dict[str, Any]:
     """Every key of a checked config with its value, defaults included, as YAML can hold it."""
-    return _listed(dataclasses.asdict(config))
+    values = _listed(dataclasses.asdict(config))
+    if "optim" in values:
+        values["optim"] |= values["optim"].pop("options")
+    return values
 
 
 def _listed(value: Any) -> Any:
@@ -333,6 +363,12 @@ def text(config: Config) -> str:
 def read(path: Path) -> dict[str, Any]:
     """A plain config that `write` saved."""
     return OmegaConf.to_container(OmegaConf.load(path))
+
+
+def read_training(path: Path) -> Training:
+    """The checked config of a run that trained; keys that are newer than the run have their
+    defaults."""
+    return check(Training, read(path), "")
 
 
 def differences(

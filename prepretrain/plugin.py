@@ -11,10 +11,13 @@ import typing
 from pathlib import Path
 from typing import Any
 
+from prepretrain import contracts
+
 KINDS = {  # the folder of each kind of part
     "encoders": "prepretrain.models.encoders",
     "evaluators": "prepretrain.evaluation.evaluators",
     "objectives": "prepretrain.objectives",
+    "optimizers": "prepretrain.training.optimizers",
     "sources": "prepretrain.data.sources",
     "towers": "prepretrain.models.text",
 }
@@ -48,7 +51,11 @@ def names(kind: str) -> list[str]:
 
 
 def find(kind: str, name: str) -> type:
-    """The class in the file `name` of the kind's folder, or in a dotted module outside of it."""
+    """The class in the file `name` of the kind's folder, or in a dotted module outside of it.
+
+    Raises ValueError also for a name that the file's classes define and nobody asks for: see
+    `contracts.check`.
+    """
     if not isinstance(name, str):
         raise ValueError(
             f"{kind}.name: must be a name, not {name!r}. There are: {', '.join(names(kind))}."
@@ -65,11 +72,10 @@ def find(kind: str, name: str) -> type:
             ) from error
         raise
     base = _base(kind)
-    found = [
-        c
-        for c in vars(loaded).values()
-        if inspect.isclass(c) and issubclass(c, base) and c.__module__ == module
-    ]
+    classes = [c for c in vars(loaded).values() if inspect.isclass(c) and c.__module__ == module]
+    for one in classes:
+        contracts.check(one, base)
+    found = [c for c in classes if issubclass(c, base)]
     if len(found) != 1:
         raise ValueError(
             f"{module}: must define one {base.__name__}, and defines {len(found)}: "

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import struct
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import torch
 from conftest import command, processes
 from safetensors.torch import load_file, save_file
 
-from prepretrain import config
+from prepretrain import config, plugin
 from prepretrain.distributed import group as distributed
 from prepretrain.runs import plan, run
 from prepretrain.runs.launch import launch
@@ -279,3 +280,48 @@ def test_torchruns_environment_is_used_as_it_is(place):
         [*torchrun, ROOT / "tools/launch.py", "--stage", "small.yaml", "length=4it"], check=True
     )
     assert "2 processes" in Path("runs/small/log.txt").read_text()
+
+
+@pytest.mark.parametrize(
+    "line, said",
+    [
+        ("def no_weight_decays(self): return set()", "no_weight_decays: .*mean no_weight_decay[?]"),
+        ("whole_batches = True", "whole_batches: .*mean whole_batch[?]"),
+        ("precison = 'fp32'", "precison: .*mean precision[?]"),
+    ],
+)
+def test_a_users_part_with_a_misspelt_name_is_refused_with_the_right_one(
+    place, monkeypatch, line, said
+):
+    code = (
+        f"from prepretrain.objectives.base import Objective\nclass Mine(Objective):\n    {line}\n"
+    )
+    Path("my_lab").mkdir()
+    Path("my_lab/mine.py").write_text(code)
+    monkeypatch.syspath_prepend(str(place))
+    for name in ("my_lab", "my_lab.mine"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    with pytest.raises(ValueError, match=said):
+        plugin.find("objectives", "my_lab.mine")
+
+
+@pytest.mark.parametrize(
+    "wrong, said",
+    [
+        (["optim.name=adam"], "no optimizer 'adam'. Did you mean 'adamw'? There are: adamw, lamb,"),
+        (["optim.beta=[0.9, 0.95]"], "optim.beta: unknown key. Did you mean optim.betas?"),
+        (["optim.name=sgd", "optim.betas=[0.9, 0.95]"], "optim.betas: unknown key. "),
+        (["optim.name=sgd", "optim.momentun=0.8"], "Did you mean optim.momentum?"),
+        (["optim.name=lars", "optim.momentum=0"], "optim.name=lars: momentum 0.0 must be more"),
+        (["optim.betas=[0.9, 1.5]"], "optim.name=adamw: Invalid beta parameter"),
+    ],
+)
+def test_a_mistake_in_an_optimizers_options_is_named(place, wrong, said):
+    with pytest.raises(ValueError, match=re.escape(said)):
+        launch("small.yaml", wrong, dry_run=True)
+
+
+def test_the_options_of_an_optimizer_are_recorded_with_their_defaults(place):
+    optim = config.plain(config.load("small.yaml", ["optim.name=sgd"]))["optim"]
+    assert (optim["name"], optim["momentum"], optim["nesterov"]) == ("sgd", 0.9, False)
+    assert "betas" not in optim and "options" not in optim

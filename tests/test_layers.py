@@ -1,11 +1,14 @@
 """The architecture: which room, and which file in it, may import which."""
 
 import ast
+import importlib
+import inspect
 from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
 
+from prepretrain import contracts
 from prepretrain.plugin import KINDS, SHARED
 
 ROOT = Path(__file__).parents[1]
@@ -13,6 +16,7 @@ PACKAGE = ROOT / "prepretrain"
 
 # A room imports only from rows above its own.
 ROWS = [
+    {"contracts"},
     {"plugin", "distributed"},
     {"config", "data", "zoo", "cluster"},
     {"models", "training"},
@@ -117,3 +121,11 @@ def test_scripts_are_no_packages():
     assert not list((ROOT / "tools").glob("__init__.py")) and not list(
         (ROOT / "datasets").rglob("__init__.py")
     )
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_no_class_has_a_name_that_is_nearly_one_that_others_ask_for(name):
+    loaded = importlib.import_module(name)
+    for one in vars(loaded).values():
+        if inspect.isclass(one) and one.__module__ == name:
+            contracts.check(one)

@@ -1,13 +1,15 @@
 """Whether a run fits: simulated steps against closed forms, real processes, and each other."""
 
 import json
+from dataclasses import FrozenInstanceError
+from functools import partial
 from math import ceil
 
 import pytest
 import torch
 from conftest import command, processes
 
-from prepretrain import config
+from prepretrain import config, plugin
 from prepretrain.distributed import group as distributed
 from prepretrain.distributed import shard
 from prepretrain.models.model import Model
@@ -170,3 +172,35 @@ def test_frozen_weights_have_neither_gradients_nor_moments_in_the_dry_run(place)
     trained = sum(p.numel() for p in plan.objective.parameters() if p.requires_grad)
     frozen = sum(p.numel() for p in plan.objective.parameters() if not p.requires_grad)
     assert frozen and plan.state_bytes() == (trained * 16 + frozen * 4) // 2
+    sgd = Plan(config.load("small.yaml", ["optim.name=sgd", "optim.ema=0.9"]), 2)
+    assert sgd.state_bytes() == plan.state_bytes()  # one moment and the average
+
+
+@pytest.mark.parametrize("name", plugin.names("optimizers"))
+def test_an_optimizer_keeps_as_much_as_it_says(name):
+    weight = torch.nn.Parameter(torch.ones(3, 4))
+    weight.grad = torch.ones(3, 4)
+    group = {"params": [weight], "lr": 0.1, "weight_decay": 0.1}
+    optimizer = plugin.build("optimizers", name, [group])
+    optimizer.step()
+    kept = [v for v in optimizer.state[weight].values() if v.shape == weight.shape]
+    assert len(kept) == optimizer.state_tensors
+
+
+@pytest.mark.parametrize("name", plugin.names("optimizers"))
+def test_what_an_optimizer_keeps_is_in_the_simulated_step(name):
+    optimizer = partial(optim.build, name=name, lr=0.1, weight_decay=0.1)
+    found = memory.simulate(build, images=2, world=2, optimizer=optimizer)
+    trained = sum(rows(p, 2) for p in build().parameters() if p.requires_grad)
+    tensors = 1 if name in ("sgd", "lars") else 2
+    assert found.bytes["optimizer"] // (4 * trained) == tensors
+
+
+def test_a_plan_cannot_be_changed_and_opening_the_data_gives_another(place):
+    plan = Plan(config.load("small.yaml", ["length=2ep"]), 1)
+    assert plan.schedule is None
+    opened, source = plan.open_data()
+    assert opened.images == len(source) == 60 and opened.schedule.steps == 8
+    assert plan.images is None and plan.schedule is None
+    with pytest.raises(FrozenInstanceError):
+        plan.counted = 60

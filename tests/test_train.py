@@ -308,3 +308,37 @@ def test_evaluators_run_within_a_run_and_leave_training_as_it_was(place, group):
     watched = rows("runs/watched")
     assert [r["loss"] for r in watched if "loss" in r] == [r["loss"] for r in rows("runs/plain")]
     assert [r["step"] for r in watched if "linear/colours/top1" in r] == [6, 12]
+
+
+OPTIMIZERS = {  # with rates at which the small stage's loss falls
+    "sgd": ["optim.name=sgd", "optim.lr=0.5"],
+    "lars": ["optim.name=lars", "optim.lr=20"],
+    "lamb": ["optim.name=lamb", "optim.lr=0.1"],
+}
+BRIEF = ["length=6it", "checkpoint.every=3it", "optim.ema=0.9"]
+
+
+def _in_two_by(rank: int, where: str) -> None:
+    os.chdir(where)
+    distributed.init()
+    for name, overrides in OPTIMIZERS.items():
+        train(f"runs/two_{name}", *overrides, *BRIEF)
+    distributed.shutdown()
+
+
+def test_every_optimizer_trains_resumes_bitwise_and_is_the_same_on_two_processes(place, group):
+    processes(2, _in_two_by, str(place))
+    for name, overrides in OPTIMIZERS.items():
+        train(f"runs/{name}", *overrides, *BRIEF)
+        whole = rows(f"runs/{name}")
+        losses = [row["loss"] for row in whole]
+        assert losses[-1] < losses[0]
+        two = [row["loss"] for row in rows(f"runs/two_{name}")]
+        assert_close(two, losses, rtol=1e-4, atol=1e-5)
+        exported = load_file(f"runs/{name}/export/model.safetensors")
+        shutil.rmtree(f"runs/{name}/export")
+        shutil.rmtree(f"runs/{name}/checkpoints/000000006")
+        train(f"runs/{name}", *overrides, *BRIEF)
+        assert rows(f"runs/{name}") == whole
+        again = load_file(f"runs/{name}/export/model.safetensors")
+        assert all(torch.equal(again[k], v) for k, v in exported.items())

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Shard
 from torch.utils._pytree import tree_map_only
 
+from prepretrain import contracts
 from prepretrain.distributed import group as distributed
 from prepretrain.distributed.group import put
 
@@ -149,7 +150,7 @@ def _in_bf16(name: str, module: nn.Module) -> Tensor:
 
 def _precision(module: nn.Module, given: str) -> str:
     """The compute dtype of a module. A submodule that needs float32 sets `precision = "fp32"`."""
-    return getattr(module, "precision", given)
+    return module.precision if isinstance(module, contracts.Precise) else given
 
 
 def _exceptions(module: nn.Module, precision: str, units: set[nn.Module]) -> list[nn.Module]:
@@ -179,7 +180,7 @@ def keep_float32(module: nn.Module, patterns: Sequence[str]) -> None:
         name: one
         for name, one in module.named_modules()
         if name
-        and not getattr(one, "container", False)
+        and not _is_container(one)
         and not isinstance(one, (nn.ModuleList, nn.ModuleDict))
         and any(True for _ in one.parameters())
     }
@@ -228,7 +229,7 @@ def fill_buffers(module: nn.Module) -> None:
     """Computes again the buffers that no checkpoint holds (SwinV2's position tables), which
     `to_empty` leaves without values: every submodule's `init_non_persistent_buffers`, timm's name."""
     for one in module.modules():
-        if hasattr(one, "init_non_persistent_buffers"):
+        if isinstance(one, contracts.FillsBuffers):
             one.init_non_persistent_buffers()
 
 
@@ -256,6 +257,10 @@ def _mesh(group: int | None) -> DeviceMesh:
     )
 
 
+def _is_container(module: nn.Module) -> bool:
+    return isinstance(module, contracts.Container) and module.container
+
+
 def find_roots(module: nn.Module) -> list[nn.Module]:
     """The outermost submodules with a `forward` that is called: children of the objective and of
     its Model.
@@ -265,7 +270,7 @@ def find_roots(module: nn.Module) -> list[nn.Module]:
     """
     roots = []
     for child in module.children():
-        if getattr(child, "container", False):
+        if _is_container(child):
             roots += find_roots(child)
         elif any(True for _ in child.parameters()):
             roots.append(child)
@@ -277,9 +282,6 @@ def find_roots(module: nn.Module) -> list[nn.Module]:
     return roots
 
 
-BLOCKS = ("blocks", "resblocks", "layer")  # as timm, open_clip and transformers call their lists
-
-
 def blocks(module: nn.Module) -> list[nn.Module]:
     """Every block that `shard` treats as one, recomputed and gathered by itself."""
     return [block for root in find_roots(module) for some in _block_lists(root) for block in some]
@@ -289,16 +291,13 @@ def send_gradients(module: nn.Module, now: bool) -> None:
     """Whether the next backward passes of a sharded module add up its gradients over all processes,
     or each process keeps its own until one does."""
     for one in module.modules():
-        if hasattr(one, "set_requires_gradient_sync"):
+        if isinstance(one, FSDPModule):
             one.set_requires_gradient_sync(now, recurse=False)
 
 
 def _block_lists(root: nn.Module) -> list[nn.ModuleList]:
-    return [
-        m
-        for name, m in root.named_modules()
-        if name.rpartition(".")[2] in BLOCKS and isinstance(m, (nn.ModuleList, nn.Sequential))
-    ]
+    lists = [m for m in root.named_modules() if isinstance(m[1], (nn.ModuleList, nn.Sequential))]
+    return [m for name, m in lists if name.rpartition(".")[2] in contracts.BLOCKS]
 
 
 def _recomputed(block: nn.Module, how: str) -> nn.Module:
@@ -315,7 +314,7 @@ def _choose_attention(root: nn.Module, device: torch.device, precision: str) -> 
     """On a CPU in bf16 the fused attention's backward is slower than plain matrix products
     (benchmarks/)."""
     for module in root.modules():
-        if hasattr(module, "fused_attn"):
+        if isinstance(module, contracts.FusedAttention):
             module.fused_attn = not (device.type == "cpu" and precision == "bf16")
 
 
@@ -340,7 +339,7 @@ def initialise(module: nn.Module, seed: int, *, frozen: bool = True) -> None:
     for name, _ in module.named_buffers():
         parts = name.split(".")
         above = (module.get_submodule(".".join(parts[:i])) for i in range(len(parts)))
-        if not any(hasattr(one, "init_non_persistent_buffers") for one in above):
+        if not any(isinstance(one, contracts.FillsBuffers) for one in above):
             raise ValueError(
                 f"{name}: buffers are not initialised. Make it from the options in forward instead, "
                 f"or give its module an `init_non_persistent_buffers()`."
@@ -358,9 +357,8 @@ def _fill(module: nn.Module, name: str, full: Tensor, generator: torch.Generator
     parts = name.split(".")
     for i in range(len(parts)):
         owner = module.get_submodule(".".join(parts[:i]))
-        if hasattr(owner, "initialise") and owner.initialise(
-            plain(".".join(parts[i:])), full, generator
-        ):
+        rest = plain(".".join(parts[i:]))
+        if isinstance(owner, contracts.Initialises) and owner.initialise(rest, full, generator):
             return
     layer, leaf = module.get_submodule(".".join(parts[:-1])), parts[-1]
     if isinstance(layer, nn.LayerNorm):

@@ -40,8 +40,8 @@ class Model(nn.Module):
         neither. head: the options of heads.Classifier; a model without has none."""
         super().__init__()
         self.encoder = encoders.build(encoder, **options)
-        self.mean = _colour(mean or getattr(self.encoder, "mean", IMAGENET_MEAN), "mean")
-        self.std = _colour(std or getattr(self.encoder, "std", IMAGENET_STD), "std")
+        self.mean = _colour(mean or self.encoder.mean or IMAGENET_MEAN, "mean")
+        self.std = _colour(std or self.encoder.std or IMAGENET_STD, "std")
         colours = {"mean": list(self.mean), "std": list(self.std)}
         self.options = {"encoder": encoder, **colours, **options}
         self.text = self.joint = self.head = None
@@ -49,7 +49,7 @@ class Model(nn.Module):
             self.options |= {"head": dict(head)}
             asked = plugin.check(Classifier, dict(head), "model.head")
             self.head = Classifier(self.encoder.width, **asked)
-            if self.head.normed and getattr(self.encoder, "final_norm", True):
+            if self.head.normed and self.encoder.final_norm:
                 raise ValueError(
                     "model.head.norm: the encoder ends with a norm already; with model.final_norm=false "
                     "the one of the head takes its place."

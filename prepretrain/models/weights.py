@@ -15,6 +15,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from prepretrain import contracts
 from prepretrain.distributed.group import put
 
 logger = logging.getLogger(__name__)
@@ -185,7 +186,7 @@ def _renamed(module: nn.Module, weights: Weights) -> Weights:
     """The weights under the names of the module's encoder, which knows those of released files."""
     names: dict[str, str | None] = {name: name for name in weights.shapes}
     for place, owner in module.named_modules():
-        if hasattr(owner, "released"):
+        if isinstance(owner, contracts.ReadsReleased):
             dot = f"{place}." if place else ""
             inside = [n.removeprefix(dot) for n in weights.shapes if n.startswith(dot)]
             for old, new in owner.released(inside).items():
@@ -224,6 +225,6 @@ def _adapted(module: nn.Module, name: str, tensor: Tensor) -> Tensor:
     parts = name.split(".")
     for i in range(len(parts)):
         inner = module.get_submodule(".".join(parts[:i]))
-        if hasattr(inner, "adapt"):
+        if isinstance(inner, contracts.Adapts):
             return inner.adapt(".".join(parts[i:]), tensor)
     return tensor

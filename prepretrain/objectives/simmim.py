@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from prepretrain import contracts
 from prepretrain.models.encoders.vit import Block, patchify, sincos, take, unpatchify
 from prepretrain.models.model import Model
 from prepretrain.objectives.base import Masking, Objective, blank_images
@@ -66,7 +67,7 @@ class SimMIM(Objective):
                 f"objective.mask_ratio: {mask_ratio} masks {self.masked} of {self.cells} cells. At "
                 f"least one must be masked and one seen."
             )
-        if encoder.prefix and getattr(encoder, "final_norm", False):
+        if encoder.prefix and encoder.final_norm:
             logger.warning(
                 "simmim on a ViT with its final norm: a linear probe will hardly read its features; "
                 "SimMIM leaves the norm out, with model.final_norm=false."
@@ -157,7 +158,7 @@ class SimMIM(Objective):
         Raises ValueError for an encoder or a decoder that those files do not know.
         """
         encoder, size = self.model.encoder, self.model.encoder.stride
-        if not hasattr(encoder, "release") or len(self.decoder.blocks):
+        if not isinstance(encoder, contracts.WritesReleased) or len(self.decoder.blocks):
             raise ValueError(
                 "--released: SimMIM's files hold a SwinV2 and a linear decoder, and this run has a "
                 f"{type(encoder).__name__} and {len(self.decoder.blocks)} decoder blocks."

@@ -12,7 +12,7 @@ import torch
 from prepretrain import config as configs
 from prepretrain.config import Training
 from prepretrain.runs import memory
-from prepretrain.runs.plan import Plan, build_objective, with_model_options
+from prepretrain.runs.plan import Plan, build_objective, build_optimizer, with_model_options
 
 logger = logging.getLogger(__name__)
 
@@ -161,6 +161,7 @@ def _attempt(config: Training, gpus: int) -> Attempt:
         group=given.group,
         precision=given.precision,
         recompute=given.recompute,
+        optimizer=partial(build_optimizer, config),
     )
     logger.info("%s: %.3g GB", settings, step.peak / 1e9)
     return Attempt(config, settings, step)

@@ -40,8 +40,9 @@ class Check:
 def examine(folder: Path, config: Training | None) -> list[Check]:
     """All checks, of every process, which all call for it. folder: where the run will be. config: a
     stage's, or None; without one its space and data are not checked."""
-    plan = None if config is None else Plan(config, distributed.world())
-    source = None if plan is None else plan.open_data()
+    plan = source = None
+    if config is not None:
+        plan, source = Plan(config, distributed.world()).open_data()
     place = next(p for p in (folder, *folder.absolute().parents) if p.is_dir())
     checks: list[Callable[[], Check]] = [
         _shared_memory,
@@ -89,8 +90,8 @@ def _files() -> Check:
 def _space(place: Path, plan: Plan | None) -> Check:
     need, of = _FREE_GIB, "not knowing the model"
     if plan is not None:
-        # weights and two moments in float32; one more is written before an old one goes
-        state = plan.size()["parameters"] * 12 / 2**30
+        # weights and the optimizer's state in float32; one more is written before an old one goes
+        state = plan.size()["parameters"] * 4 * (1 + plan.state_tensors) / 2**30
         kept = plan.config.checkpoint.keep + 1 + len(plan.always())
         need, of = state * kept * 1.1, f"{kept} checkpoints of {state:.2f} GiB"
     free = shutil.disk_usage(place).free / 2**30

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from prepretrain import config as configs
-from prepretrain.config import Training
+from prepretrain import contracts
 from prepretrain.distributed import checkpoint, shard
 from prepretrain.models import weights
 from prepretrain.models.export import save
@@ -17,7 +17,7 @@ from prepretrain.runs.plan import build_objective
 
 def load_objective(folder: Path) -> Objective:
     """A run's trained objective on the CPU, decoder and heads included."""
-    given = configs.check(Training, configs.read(Path(folder) / "config.yaml"), "")
+    given = configs.read_training(Path(folder) / "config.yaml")
     with torch.device("meta"):
         objective = build_objective(given)
     objective.to_empty(device="cpu")
@@ -39,7 +39,7 @@ def export_released(run: Path, folder: Path) -> Path:
     """Writes a run's tensors as `released.pth`, under the names of the files that the objective's
     authors released; returns its path. Raises ValueError for an objective without such files."""
     objective = load_objective(run)
-    if not hasattr(objective, "release"):
+    if not isinstance(objective, contracts.WritesReleased):
         raise ValueError(f"--released: {run} is of an objective without released files of its own.")
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "released.pth"

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -24,9 +25,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
+from prepretrain import contracts
 from prepretrain.distributed import shard
 from prepretrain.objectives.base import Objective
 from prepretrain.training import optim
+from prepretrain.training.optimizers.base import Optimizer
 
 # A CPU's fused attention, which torch counts from 2.15 on only: shapes of q, k, v come first, and
 # that of the gradient before them.
@@ -70,13 +73,15 @@ def simulate(
     precision: Literal["bf16", "fp32"] = "bf16",
     recompute: Literal["none", "block", "offload"] = "none",
     fused_attention: bool = True,
+    optimizer: Callable[[Objective], Optimizer] = partial(optim.build, lr=0.0, weight_decay=0.0),
 ) -> Step:
     """One step of process 0 of `world`, each taking `accumulate` parts of `images` images.
 
     build: makes the objective on the meta device. fused_attention: a GPU's, else plain matrix
-    products. The second step is measured, when the optimizer has its state. Not simulated:
-    torch.compile, the allocator's rounding and fragmentation, workspaces of cuBLAS and NCCL. Raises
-    ValueError as `shard.shard` does, RuntimeError if there is a process group.
+    products. optimizer: makes that of an objective, by default AdamW. The second step is measured,
+    when the optimizer has its state. Not simulated: torch.compile, the allocator's rounding and
+    fragmentation, workspaces of cuBLAS and NCCL, the norms that LARS and LAMB add up over processes.
+    Raises ValueError as `shard.shard` does, RuntimeError if there is a process group.
     """
     if dist.is_initialized():
         raise RuntimeError("a step can only be simulated by a process without a process group.")
@@ -90,19 +95,21 @@ def simulate(
             for module in (objective, *objective.frozen()):
                 shard.materialise(module, precision)
                 for one in module.modules():
-                    if hasattr(one, "fused_attn"):
+                    if isinstance(one, contracts.FusedAttention):
                         one.fused_attn = fused_attention
             if recompute == "offload":
                 ledger.offload(shard.blocks(objective))
-            return _measure(objective.train(), ledger, images, accumulate)
+            objective.train()
+            return _measure(objective, optimizer(objective), ledger, images, accumulate)
     finally:
         dist.destroy_process_group()
 
 
-def _measure(objective: Objective, ledger: "_Ledger", images: int, accumulate: int) -> Step:
+def _measure(
+    objective: Objective, optimizer: Optimizer, ledger: "_Ledger", images: int, accumulate: int
+) -> Step:
     frozen = [p for module in objective.frozen() for p in module.parameters()]
     held = [*objective.parameters(), *frozen, *objective.buffers()]
-    optimizer = optim.build(objective, lr=0.0, weight_decay=0.0)
     example = objective.example(images).items()
 
     def update() -> None:

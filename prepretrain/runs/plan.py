@@ -2,8 +2,8 @@
 its steps, its sizes."""
 
 import math
-from dataclasses import replace
-from functools import partial
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -11,39 +11,44 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from prepretrain import config as configs
-from prepretrain import plugin
+from prepretrain import contracts, plugin
 from prepretrain.config import Training
 from prepretrain.data import card
 from prepretrain.data.subset import spread
 from prepretrain.distributed import checkpoint, heartbeat, shard
 from prepretrain.evaluation import validation
-from prepretrain.evaluation.evaluators.base import SPEED, Evaluator
+from prepretrain.evaluation.evaluators.base import Evaluator
 from prepretrain.models.encoders import base as encoders
 from prepretrain.models.load import open_weights
 from prepretrain.models.model import Model
 from prepretrain.objectives.base import Objective
-from prepretrain.training import durations, numerics
+from prepretrain.training import durations, numerics, optim
+from prepretrain.training.optimizers.base import Optimizer
 from prepretrain.training.schedule import Schedule
 
 
+@dataclass(frozen=True)
 class Plan:
     """Everything about a training run that can be known without touching a device or the data:
-    built on meta."""
+    built on meta.
 
-    def __init__(self, config: Training, world: int):
-        """Raises ValueError for whatever in the config cannot work."""
+    counted: the images of an epoch, once the data are open; before, those that the card declares
+    are taken. Raises ValueError for whatever in the config cannot work.
+    """
+
+    config: Training
+    world: int
+    counted: int | None = None
+
+    def __post_init__(self) -> None:
+        config = self.config
         if config.wandb is not None:
             plugin.require("wandb", "wandb", f"wandb: {config.wandb}")
-        self.config, self.world = config, world
-        self.split, self.card = _split(config.data.train)
-        with torch.device("meta"):
-            self.objective = build_objective(config)
-        shard.size(config.shard.group, world)
-        self.accumulate = accumulation(config.batch_size, world, config.batch_per_process)
+        shard.size(config.shard.group, self.world)
         if self.objective.whole_batch and self.accumulate > 1:
             raise ValueError(
                 f"batch_per_process: {config.batch_per_process} takes a process's share of "
-                f"{config.batch_size // world} images in {self.accumulate} parts, and objective "
+                f"{config.batch_size // self.world} images in {self.accumulate} parts, and objective "
                 f"'{config.objective['name']}' compares all of a batch with each other. Leave it out; to "
                 f"save memory take more processes, shard.recompute=block or a smaller batch_size."
             )
@@ -54,29 +59,54 @@ class Plan:
                 f"hang: {config.hang} must be at least {heartbeat.LEAST} seconds, or null for "
                 "never."
             )
-        self.policy = numerics.Policy(**vars(config.numerics))
-        declared = self.card.images[self.split] if self.split in self.card.images else None
-        self._schedule(declared)
+        _ = self.policy, self.state_tensors, self.schedule  # each raises for what cannot work
 
-    def open_data(self) -> Any:
-        """The training source, which the objective has found fit. Fixes the length of an epoch."""
-        source = self.card.open(self.split)
-        self.objective.check(self.card, source)
-        self._schedule(len(source))
-        return source
+    @cached_property
+    def objective(self) -> Objective:
+        """The objective around its model, on the meta device until `shard` makes it real."""
+        with torch.device("meta"):
+            return build_objective(self.config)
 
-    def _schedule(self, images: int | None) -> None:
-        self.images = images
-        if images is None and durations.parse(self.config.length, "length")[1] == "ep":
-            self.schedule = None  # known once the data are open
-            return
-        self.schedule = self.schedule_of(self.config.length, "length")
-        self._steps = partial(
-            durations.steps,
-            batch_size=self.config.batch_size,
-            images=images,
-            total=self.schedule.steps,
-        )
+    @cached_property
+    def data(self) -> tuple[str, card.Card]:
+        """The split of the training data, and their card."""
+        return _split(self.config.data.train)
+
+    @cached_property
+    def accumulate(self) -> int:
+        """How many parts each process takes its share of a batch in."""
+        config = self.config
+        return accumulation(config.batch_size, self.world, config.batch_per_process)
+
+    @cached_property
+    def policy(self) -> numerics.Policy:
+        """What happens to steps that are not finite."""
+        return numerics.Policy(**vars(self.config.numerics))
+
+    @property
+    def images(self) -> int | None:
+        """The images of an epoch; None where neither the data nor their card have said."""
+        if self.counted is not None:
+            return self.counted
+        split, described = self.data
+        return described.images.get(split)
+
+    @cached_property
+    def schedule(self) -> Schedule | None:
+        """The learning rate; None where the length is in epochs of data that are not open."""
+        in_epochs = durations.parse(self.config.length, "length")[1] == "ep"
+        if self.images is None and in_epochs:
+            return None
+        return self.schedule_of(self.config.length, "length")
+
+    def open_data(self) -> tuple["Plan", Any]:
+        """The plan with the length of an epoch, and the training source, which its objective has
+        found fit."""
+        split, described = self.data
+        source = described.open(split)
+        plan = self if len(source) == self.images else replace(self, counted=len(source))
+        plan.objective.check(described, source)
+        return plan, source
 
     def schedule_of(self, length: str, where: str) -> Schedule:
         """The schedule that a run of this config has at some length."""
@@ -85,13 +115,12 @@ class Plan:
         if total < 1:
             raise ValueError(f"{where}: {length!r} is less than a step.")
         steps = partial(durations.steps, batch_size=batch, images=self.images, total=total)
-        scale = batch / 256
         return Schedule(
-            given.lr * scale,
+            per_batch(given.lr, batch),
             total,
             steps(given.warmup, "optim.warmup"),
             given.schedule,
-            given.lr_end * scale,
+            per_batch(given.lr_end, batch),
             tuple(steps(m, "optim.milestones") for m in given.milestones),
             given.decay,
         )
@@ -124,15 +153,14 @@ class Plan:
             return None
         before = _recorded(trunk)
         free = (*configs.CHANGEABLE, "length", "branch", "init")
-        changed = configs.differences(before, configs.plain(self.config), free)
+        changed = configs.differences(configs.plain(before), configs.plain(self.config), free)
         if changed:
             raise ValueError(
                 f"branch: {trunk} was trained with another config:\n  "
                 + "\n  ".join(changed)
                 + "\nA branch continues it exactly; only length may differ."
             )
-        old = Plan(configs.check(Training, before, ""), self.world)
-        old._schedule(self.images)
+        old = Plan(before, self.world, self.counted)
         _check_trunk(old.schedule, self.schedule, f"branch: {trunk}, length: {self.config.length}")
         step = self.schedule.milestones[0]
         found = checkpoint.newest(Path(trunk), step)
@@ -162,7 +190,12 @@ class Plan:
         value = self.config
         for part in key.split("."):
             value = getattr(value, part)
-        return max(1, self._steps(value, key))
+        return self._steps(value, key)
+
+    def _steps(self, length: str, where: str) -> int:
+        total, batch = self.schedule.steps, self.config.batch_size
+        counted = durations.steps(length, where, batch_size=batch, images=self.images, total=total)
+        return max(1, counted)
 
     def evaluators(self) -> list[tuple[str, int, Evaluator]]:
         """(name, every how many steps, evaluator) of the `evaluators:` section."""
@@ -174,18 +207,12 @@ class Plan:
                     raise ValueError(f"evaluators[{i}].{key}: is missing.")
             every = options.pop("every")
             data = options.pop("data", self.config.data.train.partition(":")[0])
-            name, evaluator = build_evaluator(options, data)
-            evaluator.cache = False  # at the next evaluation the weights are others
+            name, evaluator = build_evaluator(options, data, training=True)
             evaluator.check(self.objective.model)
-            built.append(
-                (
-                    (name, evaluator),
-                    max(1, self._steps(every, f"evaluators[{i}].every")),
-                )
-            )
+            built.append((name, self._steps(every, f"evaluators[{i}].every"), evaluator))
         if self.config.checkpoint.best and not built:
             raise ValueError("checkpoint.best: nothing is measured. Name one in `evaluators`.")
-        return [(name, every, evaluator) for (name, evaluator), every in built]
+        return built
 
     def size(self) -> dict[str, int]:
         """{"encoder_parameters" (no head, no decoder), "parameters", "flops_per_image"}."""
@@ -204,7 +231,7 @@ class Plan:
         with torch.device("meta"):
             objective = build_objective(self.config)
         for module in objective.modules():
-            if hasattr(module, "fused_attn"):
+            if isinstance(module, contracts.FusedAttention):
                 module.fused_attn = (
                     False  # plain matrix products, so that they are counted on every device
                 )
@@ -212,13 +239,21 @@ class Plan:
             objective.eval().requires_grad_(False)(objective.example(1))
         return counter.get_total_flops()
 
+    @cached_property
+    def state_tensors(self) -> int:
+        """How many float32 tensors are kept for each trained parameter beside itself: those of the
+        optimizer, and the moving average."""
+        optimizer = build_optimizer(self.config, self.objective)
+        return optimizer.state_tensors + (self.config.optim.ema is not None)
+
     def state_bytes(self) -> int:
         """Bytes of a process's share of the state, all float32: weights, and of those that are
-        trained also gradients and AdamW's two moments."""
+        trained also gradients and what the optimizer keeps."""
         group = min(self.config.shard.group or self.world, self.world)
         frozen = [p for module in self.objective.frozen() for p in module.parameters()]
         held = [*self.objective.parameters(), *frozen]
-        return sum(p.numel() * 4 * (4 if p.requires_grad else 1) for p in held) // group
+        trained = 2 + self.state_tensors
+        return sum(p.numel() * 4 * (trained if p.requires_grad else 1) for p in held) // group
 
     def summary(self) -> str:
         """One line of what is derived from the config."""
@@ -283,19 +318,39 @@ def build_objective(config: Training) -> Objective:
     return built
 
 
-def build_evaluator(given: dict[str, Any], data: str) -> tuple[str, Evaluator]:
+def per_batch(rate: float, batch_size: int) -> float:
+    """A learning rate of the config, which is per 256 images, for a step."""
+    return rate * (batch_size / 256)
+
+
+def build_optimizer(config: Training, objective: Objective) -> Optimizer:
+    """The optimizer of a config over an objective, on the meta device or sharded."""
+    given = config.optim
+    return optim.build(
+        objective,
+        given.name,
+        lr=per_batch(given.lr, config.batch_size),
+        weight_decay=given.weight_decay,
+        layer_decay=given.layer_decay,
+        ema=given.ema,
+        **given.options,
+    )
+
+
+def build_evaluator(
+    given: dict[str, Any], data: str, *, training: bool = False
+) -> tuple[str, Evaluator]:
     """("linear/cifar10", or with a variant "lowshot/cifar10/vpt", and the evaluator) of an
-    `evaluator:` section."""
+    `evaluator:` section; training: of one that measures a model between its steps."""
     options = dict(given)
     if "name" not in options:
         raise ValueError(
             f"evaluator.name: is missing. There are: {', '.join(plugin.names('evaluators'))}."
         )
     name = options.pop("name")
-    built = plugin.build("evaluators", name, data=data, **options)
-    given = plugin.check(type(built), {"data": data, **options}, "evaluator")
-    every = {"name": name, **plugin.defaults(type(built)), **given}
-    built.options = {k: v for k, v in every.items() if k not in SPEED}
+    kind = plugin.find("evaluators", name)
+    options = plugin.check(kind, {"data": data, **options}, "evaluator")
+    built = kind.of(name, {**plugin.defaults(kind), **options}, training=training)
     return "/".join([name, data, *([built.variant] if built.variant else [])]), built
 
 
@@ -311,7 +366,7 @@ def with_model_options(config: Training, folder: Path | None = None) -> Training
     if recorded is not None and recorded.exists():
         known = configs.read(recorded).get("model", {})
     elif config.branch is not None:
-        known = _recorded(config.branch).get("model", {})
+        known = _recorded(config.branch).model
     elif config.init is not None:
         known = open_weights(config.init).options or {}
     asked = config.model.get("encoder", known.get("encoder"))
@@ -330,16 +385,15 @@ def with_model_options(config: Training, folder: Path | None = None) -> Training
 
 def steps(folder: Path) -> int:
     """The length of a recorded run. Raises ValueError if that needs data that are not here."""
-    given = configs.check(Training, _recorded(str(folder)), "")
-    found = Plan(given, 1)
-    if found.schedule is None:
-        found.open_data()
-    return found.schedule.steps
+    plan = Plan(_recorded(str(folder)), 1)
+    if plan.schedule is None:
+        plan, _ = plan.open_data()
+    return plan.schedule.steps
 
 
-def _recorded(run: str) -> dict[str, Any]:
+def _recorded(run: str) -> Training:
     """The config that a run was started with."""
     path = Path(run) / "config.yaml"
     if not path.exists():
         raise ValueError(f"branch: {run} is no run's folder: it holds no config.yaml.")
-    return configs.read(path)
+    return configs.read_training(path)

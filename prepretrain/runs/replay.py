@@ -6,13 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from prepretrain import config as configs
-from prepretrain.config import Training
 from prepretrain.data.loader import Stream, to_device
 from prepretrain.distributed import checkpoint, shard
 from prepretrain.distributed import group as distributed
-from prepretrain.runs.plan import Plan
+from prepretrain.runs.plan import Plan, build_optimizer
 from prepretrain.training import fit as train
-from prepretrain.training import numerics, optim
+from prepretrain.training import numerics
 
 
 def replay(dump: Path) -> list[dict[str, Any]]:
@@ -24,9 +23,9 @@ def replay(dump: Path) -> list[dict[str, Any]]:
     folder without a dump or without its weights, and for any other number of processes.
     """
     given = _read(dump)
-    config = configs.check(Training, configs.read(dump.parents[1] / "config.yaml"), "")
-    plan = Plan(config, given["world"])
-    source, objective, rank = plan.open_data(), plan.objective, distributed.rank()
+    config = configs.read_training(dump.parents[1] / "config.yaml")
+    plan, source = Plan(config, given["world"]).open_data()
+    objective, rank = plan.objective, distributed.rank()
     ranks = range(given["world"]) if distributed.world() == 1 else [rank]
     if objective.whole_batch and distributed.world() != given["world"]:
         raise ValueError(
@@ -39,7 +38,7 @@ def replay(dump: Path) -> list[dict[str, Any]]:
     saved = checkpoint.newest(dump)
     if saved is None:
         raise ValueError(f"{dump}: its checkpoint is damaged, so there is nothing to replay from.")
-    kept = checkpoint.restore(saved, objective, optim.build(objective, lr=0.0, weight_decay=0.0))
+    kept = checkpoint.restore(saved, objective, build_optimizer(config, objective))
     objective.train()
     rows = []
     for one in ranks:

@@ -33,7 +33,7 @@ from prepretrain.models.load import fitting, load, open_weights
 from prepretrain.models.model import Model
 from prepretrain.objectives.base import Objective
 from prepretrain.runs import results
-from prepretrain.runs.plan import Plan, build_evaluator, with_model_options
+from prepretrain.runs.plan import Plan, build_evaluator, build_optimizer, with_model_options
 from prepretrain.training import log, optim
 from prepretrain.training.fit import Evaluation, Stopped, fit
 from prepretrain.training.signals import Signals
@@ -99,8 +99,7 @@ def train(config: Training, folder: Path) -> None:
 
 def _train(config: Training, folder: Path, asked: Signals) -> None:
     config = with_model_options(config, folder)
-    plan = Plan(config, distributed.world())
-    source = plan.open_data()
+    plan, source = Plan(config, distributed.world()).open_data()
     _record(config, folder)
     objective = plan.objective
     sharding = {"group": config.shard.group, "precision": config.shard.precision}
@@ -113,15 +112,7 @@ def _train(config: Training, folder: Path, asked: Signals) -> None:
         shard.initialise(objective, config.seed)
         for module, found in starting(config, objective):
             weights.fill(module, found)
-    optimizer = optim.build(
-        objective,
-        lr=plan.schedule.peak,
-        weight_decay=config.optim.weight_decay,
-        betas=config.optim.betas,
-        eps=config.optim.eps,
-        layer_decay=config.optim.layer_decay,
-        ema=config.optim.ema,
-    )
+    optimizer = build_optimizer(config, objective)
     data = Stream(
         source,
         objective.transform(train=True),
@@ -296,10 +287,10 @@ def _check_unchanged(config: Training, folder: Path) -> None:
     """Raises ValueError listing the keys that differ from what the run was started with, if it
     was."""
     path = folder / "config.yaml"
-    changed = (
-        configs.differences(configs.read(path), configs.plain(config)) if path.exists() else []
-    )
-    if changed:
+    if not path.exists():
+        return
+    before, now = configs.plain(configs.read_training(path)), configs.plain(config)
+    if changed := configs.differences(before, now):
         raise ValueError(
             f"{folder}: was started with another config:\n  "
             + "\n  ".join(changed)
@@ -315,8 +306,7 @@ def check(config: Training | Evaluating, folder: Path, world: int) -> Plan | Non
         return None
     config = with_model_options(config, folder)
     _check_unchanged(config, folder)
-    plan = Plan(config, world)
-    plan.open_data()
+    plan, _ = Plan(config, world).open_data()
     plan.open_validation()
     plan.always()
     plan.branch_point()

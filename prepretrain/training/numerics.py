@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from prepretrain.distributed import checkpoint
 from prepretrain.distributed import group as distributed
@@ -193,7 +194,7 @@ class FirstNotFinite:
         self.found: dict[str, str] | None = None
         self.hooks = []
         for name, parameter in module.named_parameters():
-            local = parameter.to_local() if hasattr(parameter, "to_local") else parameter
+            local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
             if not bool(torch.isfinite(local).all()):
                 self._note("weights", name)
         for name, part in module.named_modules():

@@ -1,4 +1,4 @@
-"""Parameter groups, the optimizer, and a moving average of the weights."""
+"""Builds an objective's optimizer: its parameter groups, and a moving average of the weights."""
 
 import contextlib
 from collections.abc import Iterator
@@ -7,35 +7,42 @@ from typing import Any
 
 import torch
 from timm.optim import param_groups_layer_decay, param_groups_weight_decay
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
+from prepretrain import contracts, plugin
 from prepretrain.distributed.shard import find_roots
+from prepretrain.training.optimizers.base import Groups, Optimizer
 
 
 def build(
     objective: nn.Module,
+    name: str = "adamw",
     *,
     lr: float,
     weight_decay: float,
-    betas: tuple[float, float] = (0.9, 0.95),
-    eps: float = 1e-8,
     layer_decay: float = 1.0,
     ema: float | None = None,
-) -> torch.optim.AdamW:
-    """AdamW over an objective's parts. lr is the peak that is used, not "per 256 images". ema: the
-    decay of a moving average of the parameters, which `averaged` puts in their place."""
-    parts = groups(objective, weight_decay=weight_decay, layer_decay=layer_decay)
-    # fused: one pass over the state, a third of the time of the default loop on a CPU (benchmarks/)
-    optimizer = torch.optim.AdamW(parts, lr=lr, betas=betas, eps=eps, fused=True)
+    **options: Any,
+) -> Optimizer:
+    """The optimizer `name` over an objective's parts; options: its own.
+
+    lr is the peak that is used, not "per 256 images". ema: the decay of a moving average of the
+    parameters, which `averaged` puts in their place.
+    """
+    parts = groups(objective, lr=lr, weight_decay=weight_decay, layer_decay=layer_decay)
+    try:
+        optimizer = plugin.build("optimizers", name, parts, **options)
+    except ValueError as error:  # torch's own names no key
+        raise ValueError(f"optim.name={name}: {error}") from error
     if ema is not None:
         optimizer.register_step_post_hook(partial(_average, decay=ema))
     return optimizer
 
 
 def groups(
-    objective: nn.Module, *, weight_decay: float, layer_decay: float = 1.0
-) -> list[dict[str, Any]]:
+    objective: nn.Module, *, lr: float, weight_decay: float, layer_decay: float = 1.0
+) -> Groups:
     """The parameters that are trained, in groups for an optimizer that a Schedule drives.
 
     No weight decay on 1-d parameters, nor on those that a part names in `no_weight_decay()`.
@@ -44,19 +51,21 @@ def groups(
     """
     all_groups = []
     for root in find_roots(objective):
-        names = getattr(root, "no_weight_decay", set)()
-        if layer_decay != 1.0 and hasattr(root, "group_matcher"):
+        names = root.no_weight_decay() if isinstance(root, contracts.NoWeightDecay) else set()
+        if layer_decay != 1.0 and isinstance(root, contracts.Layered):
             found = param_groups_layer_decay(
                 root, weight_decay, no_weight_decay_list=names, layer_decay=layer_decay
             )
             # the layer above an encoder's last block is its norm; without one, what stands on it
-            above = 1.0 if getattr(root, "final_norm", True) else layer_decay
+            ends = not isinstance(root, contracts.FinalNorm) or root.final_norm
+            above = 1.0 if ends else layer_decay
             all_groups += [g | {"lr_scale": g["lr_scale"] * above} for g in found]
         else:
             all_groups += param_groups_weight_decay(root, weight_decay, no_weight_decay_list=names)
     return [
         {
             "params": list(g["params"]),
+            "lr": lr,
             "weight_decay": g["weight_decay"],
             "lr_scale": g.get("lr_scale", 1.0),
         }
@@ -70,13 +79,21 @@ def _average(optimizer: torch.optim.Optimizer, *_: Any, decay: float) -> None:
     """Moves each parameter's average towards it. Kept as the optimizer's state, so that it is
     sharded, saved and resumed with it."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    step = float(optimizer.state[parameters[0]]["step"])
+    step = _step(optimizer.state[parameters[0]])
     weight = 1 - min(decay, (1 + step) / (10 + step))  # faster at first # not from the paper
     for parameter in parameters:
         state = optimizer.state[parameter]
         if "average" not in state:
             state["average"] = parameter.detach().clone()
         state["average"].lerp_(parameter.detach(), weight)
+
+
+def _step(state: dict[str, Tensor]) -> float:
+    """The number of steps taken, by the optimizer's own count or, where it keeps none, by ours."""
+    if "step" in state:  # AdamW
+        return float(state["step"])
+    state["averaged"] = state.get("averaged", torch.tensor(0.0)) + 1
+    return float(state["averaged"])
 
 
 @contextlib.contextmanager

@@ -25,12 +25,21 @@ class Evaluator:
     headline: str
     splits: tuple[str, ...] = ()
     variant: str | None = None
-    options: dict[str, Any]  # every one with its value, but those of SPEED; set when it is built
+    options: dict[str, Any]  # its name and every option with its value, but those of SPEED
     cache = True  # whether `run` may keep features in its folder; not of a model that is training
 
     def __init__(self, *, data: str):
         self.data = data
         self.card = load_card(data)
+
+    @classmethod
+    def of(cls, name: str, options: dict[str, Any], *, training: bool) -> "Evaluator":
+        """The evaluator of a config: its name there, all its options. training: it measures a model
+        between training steps, whose weights are others each time."""
+        built = cls(**options)
+        built.options = {"name": name} | {k: v for k, v in options.items() if k not in SPEED}
+        built.cache = not training
+        return built
 
     def check(self, model: nn.Module) -> None:
         """Raises ValueError if this model cannot be measured, before any time is spent."""

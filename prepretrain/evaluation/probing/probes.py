@@ -5,7 +5,6 @@ from collections.abc import Callable
 
 import torch
 from timm.layers import AttentionPoolLatent
-from timm.optim import Lars
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, one_hot
 
@@ -13,6 +12,7 @@ from prepretrain.distributed import group as distributed
 from prepretrain.distributed import heartbeat
 from prepretrain.evaluation.probing import logistic
 from prepretrain.training.log import logger
+from prepretrain.training.optimizers.lars import LARS
 
 # The settings of each protocol; lr is per 256 images, warmup in epochs.
 PROTOCOLS: dict[str, dict[str, float]] = {
@@ -72,7 +72,8 @@ def _mae(
     # there is weight decay, so without always_adapt the weight would not be adapted at all.
     decay, rate = settings.pop("weight_decay"), _rate(settings)
     weight = {"params": [head[1].weight], "weight_decay": decay, "always_adapt": True}
-    optimizer = Lars([weight, {"params": [head[1].bias]}], lr=rate, momentum=0.9)
+    bias = {"params": [head[1].bias], "weight_decay": 0.0}
+    optimizer = LARS([{**group, "lr": rate} for group in (weight, bias)], momentum=0.9)
     return _train(head, optimizer, features, labels, generator, **settings)
 
 

@@ -108,9 +108,7 @@ class Tuning:
         decay = self.recipe.weight_decay
         if self.recipe.optimizer == "adamw":
             return optim.build(self.objective, lr=lr, weight_decay=decay, betas=(0.9, 0.999))
-        return torch.optim.SGD(
-            optim.groups(self.objective, weight_decay=decay), lr=lr, momentum=0.9
-        )
+        return optim.build(self.objective, "sgd", lr=lr, weight_decay=decay, momentum=0.9)
 
 
 def identity(recipe: Recipe, model: Model) -> dict[str, Any]:

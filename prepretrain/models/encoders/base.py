@@ -1,6 +1,7 @@
 """What every image encoder offers, and how one is found by the name of its size."""
 
 import importlib
+from collections.abc import Sequence
 from typing import Any
 
 from timm.layers import resample_abs_pos_embed
@@ -23,6 +24,9 @@ class Encoder(nn.Module):
     prefix: int  # tokens before the grid (a ViT's class token: 1)
     image_size: int  # pixels, square
     blocks: nn.ModuleList  # what is recomputed, compiled and sharded as a unit
+    final_norm: bool = True  # the tokens' last operation is a norm
+    mean: Sequence[float] | None = None  # of each colour, 0 to 1; None: ImageNet's
+    std: Sequence[float] | None = None
     timm_head = "head"  # what timm calls the last linear layer of such a model
 
     @property
