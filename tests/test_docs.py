@@ -5,6 +5,7 @@ import re
 import runpy
 import shlex
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -49,14 +50,20 @@ class Parsed(Exception):
     """Ends a tool once its options were understood."""
 
 
+def stopping(name: str) -> Callable:
+    """A parser's method that raises Parsed with what it would have returned."""
+    original = getattr(argparse.ArgumentParser, name)
+
+    def parse(self, *arguments):
+        raise Parsed(original(self, *arguments))
+
+    return parse
+
+
 def parsed(script: str, arguments: list[str], monkeypatch) -> argparse.Namespace:
     """The options that a tool's own parser makes of a command's arguments."""
     for name in ("parse_args", "parse_intermixed_args"):
-
-        def stop(self, *given, original=getattr(argparse.ArgumentParser, name)):
-            raise Parsed(original(self, *given))
-
-        monkeypatch.setattr(argparse.ArgumentParser, name, stop)
+        monkeypatch.setattr(argparse.ArgumentParser, name, stopping(name))
     monkeypatch.setattr(sys, "argv", [script, *arguments])
     with pytest.raises(Parsed) as options:
         runpy.run_path(str(ROOT / script), run_name="__main__")
