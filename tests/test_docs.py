@@ -10,10 +10,12 @@ from pathlib import Path
 
 import pytest
 
+import prepretrain
 from prepretrain import config
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "datasets/README.md"]
+README, DOCS = ROOT / "README.md", sorted((ROOT / "docs").glob("*.md"))
+PAGES = [README, *DOCS, ROOT / "datasets/README.md", ROOT / "CONTRIBUTING.md"]
 LINKS = [*PAGES, ROOT / "MODEL_ZOO.md"]
 COMMAND = re.compile(
     r"(?:python |torchrun .*?)?(?P<path>(?:tools|datasets)/\w+\.py)(?=\s|$)(?P<path_line>.*)"
@@ -101,7 +103,12 @@ def test_links_within_the_repository_lead_somewhere(page):
         assert not anchor or anchor in slugs(there), target
 
 
-@pytest.mark.parametrize("page", PAGES[1:-1], ids=lambda page: page.name)
+@pytest.mark.parametrize("page", DOCS, ids=lambda page: page.name)
 def test_a_page_of_docs_links_back_and_is_linked_from_the_readme(page):
     assert "](../README.md)" in page.read_text()
-    assert f"](docs/{page.name})" in PAGES[0].read_text()
+    assert f"](docs/{page.name})" in README.read_text()
+
+
+def test_the_names_that_the_readme_takes_from_the_package_are_public():
+    names = set(re.findall(r"\bpp\.(\w+)", README.read_text()))
+    assert {"load", "evaluate"} <= names <= set(prepretrain.__all__)
