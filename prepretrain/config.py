@@ -215,14 +215,10 @@ def find(stage: str) -> Path:
 
 
 def stages() -> list[str]:
-    """The stages that can be named: configs here and in the repository that are a run by
+    """The stages that can be named: configs here and in the package that are a run by
     themselves."""
     files = {p.relative_to(f) for f in _folders() for p in f.rglob("*.yaml")}
     return sorted(str(p.with_suffix("")) for p in files if p.parts[0] != "size")
-
-
-def _folders() -> list[Path]:
-    return [Path("configs"), REPOSITORY / "configs"]
 
 
 def _read(path: Path, seen: tuple[Path, ...] = (), bases: Any = None) -> dict[str, Any]:
