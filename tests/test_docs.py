@@ -5,14 +5,17 @@ import re
 import runpy
 import shlex
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+import prepretrain
 from prepretrain import config
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "datasets/README.md"]
+README, DOCS = ROOT / "README.md", sorted((ROOT / "docs").glob("*.md"))
+PAGES = [README, *DOCS, ROOT / "datasets/README.md", ROOT / "CONTRIBUTING.md"]
 LINKS = [*PAGES, ROOT / "MODEL_ZOO.md"]
 COMMAND = re.compile(
     r"(?:python |torchrun .*?)?(?P<path>(?:tools|datasets)/\w+\.py)(?=\s|$)(?P<path_line>.*)"
@@ -49,14 +52,20 @@ class Parsed(Exception):
     """Ends a tool once its options were understood."""
 
 
+def stopping(name: str) -> Callable:
+    """A parser's method that raises Parsed with what it would have returned."""
+    original = getattr(argparse.ArgumentParser, name)
+
+    def parse(self, *arguments):
+        raise Parsed(original(self, *arguments))
+
+    return parse
+
+
 def parsed(script: str, arguments: list[str], monkeypatch) -> argparse.Namespace:
     """The options that a tool's own parser makes of a command's arguments."""
     for name in ("parse_args", "parse_intermixed_args"):
-
-        def stop(self, *given, original=getattr(argparse.ArgumentParser, name)):
-            raise Parsed(original(self, *given))
-
-        monkeypatch.setattr(argparse.ArgumentParser, name, stop)
+        monkeypatch.setattr(argparse.ArgumentParser, name, stopping(name))
     monkeypatch.setattr(sys, "argv", [script, *arguments])
     with pytest.raises(Parsed) as options:
         runpy.run_path(str(ROOT / script), run_name="__main__")
@@ -87,14 +96,20 @@ def slugs(page: Path) -> set[str]:
 
 @pytest.mark.parametrize("page", LINKS, ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_within_the_repository_lead_somewhere(page):
-    for target in re.findall(r"\]\((?!https?:)([^)\s]*)\)", page.read_text()):
+    prose = re.sub(r"^    .*$", "", page.read_text(), flags=re.MULTILINE)
+    for target in re.findall(r"\]\((?!https?:)([^)\s]*)\)", prose):
         path, _, anchor = target.partition("#")
         there = page.parent / path if path else page
         assert there.exists(), target
         assert not anchor or anchor in slugs(there), target
 
 
-@pytest.mark.parametrize("page", PAGES[1:-1], ids=lambda page: page.name)
+@pytest.mark.parametrize("page", DOCS, ids=lambda page: page.name)
 def test_a_page_of_docs_links_back_and_is_linked_from_the_readme(page):
     assert "](../README.md)" in page.read_text()
-    assert f"](docs/{page.name})" in PAGES[0].read_text()
+    assert f"](docs/{page.name})" in README.read_text()
+
+
+def test_the_names_that_the_readme_takes_from_the_package_are_public():
+    names = set(re.findall(r"\bpp\.(\w+)", README.read_text()))
+    assert {"load", "evaluate"} <= names <= set(prepretrain.__all__)
