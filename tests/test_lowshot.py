@@ -18,7 +18,7 @@ from prepretrain.data.sources.base import Source
 from prepretrain.distributed import group as distributed
 from prepretrain.evaluation.evaluators.lowshot import Lowshot, _scaled, summary
 from prepretrain.evaluation.probing import subsets, tuning
-from prepretrain.runs.run import build_evaluator
+from prepretrain.runs.plan import build_evaluator
 
 LISTS = Path(
     os.environ.get("PREPRETRAIN_SHARED_DATA", Path(__file__).parents[2] / "shared" / "data"),
