@@ -42,6 +42,8 @@ _ATTENTION = {
     ),
 }
 
+ADAMW = partial(optim.build, lr=0.0, weight_decay=0.0)
+
 KINDS = ("parameters", "gradients", "optimizer", "activations", "in_flight")
 
 
@@ -73,7 +75,7 @@ def simulate(
     precision: Literal["bf16", "fp32"] = "bf16",
     recompute: Literal["none", "block", "offload"] = "none",
     fused_attention: bool = True,
-    optimizer: Callable[[Objective], Optimizer] = partial(optim.build, lr=0.0, weight_decay=0.0),
+    optimizer: Callable[[Objective], Optimizer] = ADAMW,
 ) -> Step:
     """One step of process 0 of `world`, each taking `accumulate` parts of `images` images.
 
