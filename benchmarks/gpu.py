@@ -351,12 +351,12 @@ def syncs(record: Record, tiny: bool, asked: argparse.Namespace) -> None:
 
 
 CASES = {  # name: (objective, encoder, images, variants)
-    "mae_b16": (mae, "vit_b16", 256, ("plain", "fsdp", "fit", "compiled", "whole")),
-    "mae_l16": (mae, "vit_l16", 256, ("plain", "fsdp", "fit", "compiled")),
-    "hashtag_l16": (hashtag, "vit_l16", 128, ("plain", "fsdp", "compiled", "recomputed")),
-    "mae_h14": (mae, "vit_h14", 128, ("fsdp", "compiled")),
-    "hashtag_h14": (hashtag, "vit_h14", 64, ("fsdp", "compiled")),
-    "clip_b16": (clip, "vit_b16", 512, ("fsdp", "compiled", "open_clip", "open_clip_compiled")),
+    "mae_b16": (mae, "vit_b16", 256, ("plain", "prepared", "fit", "compiled", "fit_compiled")),
+    "mae_l16": (mae, "vit_l16", 256, ("prepared", "compiled", "fit_compiled")),
+    "hashtag_l16": (hashtag, "vit_l16", 128, ("prepared", "compiled")),
+    "mae_h14": (mae, "vit_h14", 128, ("prepared", "compiled")),
+    "hashtag_h14": (hashtag, "vit_h14", 64, ("compiled",)),
+    "clip_b16": (clip, "vit_b16", 512, ("prepared", "compiled", "open_clip")),
 }
 
 
@@ -393,15 +393,13 @@ def _steps(tiny: bool) -> int:
     return 1 if tiny else 10
 
 
-def _plain_step(build: Callable, images: int, tiny: bool, compiled: bool = False) -> float:
+def _plain_step(build: Callable, images: int, tiny: bool) -> float:
     objective = plain(build)
     batch = batch_of(objective, images, distributed.device())
-    if compiled:
-        objective.compile(backend="eager" if tiny else "inductor")
     return seconds_a_step(bare_step(objective, batch, autocast=not tiny), _steps(tiny))
 
 
-def _fsdp_step(build: Callable, images: int, tiny: bool, **how: Any) -> float:
+def _prepared_step(build: Callable, images: int, tiny: bool, **how: Any) -> float:
     objective = sharded(build, precision="fp32" if tiny else "bf16", **how)
     batch = batch_of(objective, images, distributed.device())
     return seconds_a_step(bare_step(objective, batch), _steps(tiny))
@@ -416,7 +414,7 @@ def _fit_step(build: Callable, images: int, tiny: bool, **how: Any) -> float:
     return (data.asked[count - 1] - data.asked[5]) / (count - 6)
 
 
-def _open_clip_step(build: Callable, images: int, tiny: bool, compiled: bool = False) -> float:
+def _open_clip_step(build: Callable, images: int, tiny: bool) -> float:
     """open_clip's own model and loss under autocast, with AdamW as its training script makes it."""
     import open_clip
 
@@ -435,20 +433,16 @@ def _open_clip_step(build: Callable, images: int, tiny: bool, compiled: bool = F
         with torch.no_grad():
             model.logit_scale.clamp_(0, 4.6052)
 
-    if compiled:
-        model.compile(backend="eager" if tiny else "inductor")
     return seconds_a_step(step, _steps(tiny))
 
 
 VARIANTS: dict[str, Callable] = {
-    "plain": _plain_step,
-    "whole": partial(_plain_step, compiled=True),
-    "fsdp": _fsdp_step,
-    "compiled": partial(_fsdp_step, compile=True),
-    "recomputed": partial(_fsdp_step, recompute="block"),
-    "fit": _fit_step,
+    "plain": _plain_step,  # a bare module under autocast
+    "prepared": _prepared_step,  # as a run prepares it
+    "compiled": partial(_prepared_step, compile=True),
+    "fit": _fit_step,  # in the loop of a run
+    "fit_compiled": partial(_fit_step, compile=True),
     "open_clip": _open_clip_step,
-    "open_clip_compiled": partial(_open_clip_step, compiled=True),
 }
 
 
