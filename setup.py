@@ -2,6 +2,7 @@
 
 configs/, datasets/ and tools/ go into the package, so that a wheel holds them: as
 prepretrain.configs, prepretrain.cards and prepretrain.tools. None of them has an __init__.py.
+The commands start from prepretrain/command.py.
 Upper bounds are the next major release of what has been tried; tests/constraints.txt holds the
 very versions that passed the tests.
 """
@@ -38,11 +39,11 @@ setup(
     },
     entry_points={
         "console_scripts": [
-            "prepretrain = prepretrain.tools.launch:main",
-            "prepretrain-plan = prepretrain.tools.plan:main",
-            "prepretrain-zoo = prepretrain.tools.zoo:main",
-            "prepretrain-report = prepretrain.tools.report:main",
-            "prepretrain-export = prepretrain.tools.export:main",
+            "prepretrain = prepretrain.command:launch",
+            "prepretrain-plan = prepretrain.command:plan",
+            "prepretrain-zoo = prepretrain.command:zoo",
+            "prepretrain-report = prepretrain.command:report",
+            "prepretrain-export = prepretrain.command:export",
         ]
     },
     python_requires=">=3.10",

@@ -18,7 +18,7 @@ PACKAGE = ROOT / "prepretrain"
 ROWS = [
     {"contracts"},
     {"plugin", "distributed"},
-    {"config", "data", "zoo", "cluster"},
+    {"command", "config", "data", "zoo", "cluster"},
     {"models", "training"},
     {"losses"},
     {"objectives"},

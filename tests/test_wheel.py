@@ -61,12 +61,12 @@ def test_every_command_of_a_wheel_says_what_it_takes(installed, tmp_path):
     commands = {entry.name: entry.value for entry in package.entry_points}
     others = ("plan", "zoo", "report", "export")
     assert set(commands) == {"prepretrain", *(f"prepretrain-{name}" for name in others)}
-    for value in commands.values():
+    for name, value in commands.items():
         module, _, function = value.partition(":")
-        call = (
-            f"import sys; sys.argv[1:] = ['--help']; from {module} import {function}; {function}()"
-        )
-        assert "usage:" in python("-c", call, cwd=tmp_path, path=installed)
+        start = f"import sys; sys.argv[:] = ['{name}', '--help']"
+        call = f"{start}; from {module} import {function}; {function}()"
+        assert f"usage: {name} " in python("-c", call, cwd=tmp_path, path=installed)
+        assert f"usage: {name} " in python("-c", call, cwd=tmp_path, path=ROOT)  # as if editable
 
 
 def test_a_stage_is_planned_by_a_wheel_outside_of_the_checkout(installed, tmp_path):
