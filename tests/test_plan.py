@@ -93,6 +93,12 @@ def test_a_group_that_does_not_divide_the_processes_is_refused():
     assert not torch.distributed.is_initialized()
 
 
+def test_a_batch_that_does_not_divide_among_the_processes_is_refused_when_a_plan_is_made():
+    given = config.load("demo/mae", ["batch_size=16"])
+    with pytest.raises(ValueError, match="batch_size: 16 does not divide among 6 processes"):
+        Plan(given, 6)
+
+
 def state_of(rank: int, expected: dict[str, int]) -> None:
     """Trains two real steps, and compares what this process then holds with what was simulated."""
     distributed.init()

@@ -44,8 +44,9 @@ class Plan:
         config = self.config
         if config.wandb is not None:
             plugin.require("wandb", "wandb", f"wandb: {config.wandb}")
+        _ = self.data, self.objective  # as below: what cannot work is said when a plan is made
         shard.size(config.shard.group, self.world)
-        if self.objective.whole_batch and self.accumulate > 1:
+        if self.accumulate > 1 and self.objective.whole_batch:
             raise ValueError(
                 f"batch_per_process: {config.batch_per_process} takes a process's share of "
                 f"{config.batch_size // self.world} images in {self.accumulate} parts, and objective "
@@ -59,7 +60,7 @@ class Plan:
                 f"hang: {config.hang} must be at least {heartbeat.LEAST} seconds, or null for "
                 "never."
             )
-        _ = self.policy, self.state_tensors, self.schedule  # each raises for what cannot work
+        _ = self.policy, self.state_tensors, self.schedule
 
     @cached_property
     def objective(self) -> Objective:
