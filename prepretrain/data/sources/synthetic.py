@@ -66,7 +66,7 @@ TEMPLATES = (
 )
 
 _USUAL = 0.4  # how often a thing has its usual colour; otherwise any
-_ASIDE = 0.15  # how often a tag says the colour, the texture or the scene
+_ASIDE = 0.1  # how often a tag says the colour, the texture or the scene
 _RARE = 2000  # kinds of rare tags, their frequency falling as a power of their rank
 
 
@@ -134,8 +134,8 @@ def _caption(facts: dict, rng: np.random.Generator) -> str:
 def _hashtags(facts: dict[str, str], noise: float, rng: np.random.Generator) -> list[str]:
     tags = [_word(facts["thing"], noise, rng)] if rng.random() >= noise else []
     tags += [facts[fact] for fact in ("colour", "texture", "scene") if rng.random() < _ASIDE]
-    tags += [CHATTER[min(rng.geometric(0.35), len(CHATTER)) - 1] for _ in range(rng.poisson(0.3))]
-    tags += [f"{facts['scene']}{min(rng.zipf(1.5), _RARE)}" for _ in range(rng.poisson(0.3))]
+    tags += [CHATTER[min(rng.geometric(0.35), len(CHATTER)) - 1] for _ in range(rng.poisson(0.1))]
+    tags += [f"{facts['scene']}{min(rng.zipf(1.5), _RARE)}" for _ in range(rng.poisson(0.1))]
     return [_as_written(tag, rng) for tag in tags]
 
 
