@@ -36,7 +36,7 @@ demo: export OMP_NUM_THREADS = 1
 demo: $(MADE)
 	rm -rf runs/demo && mkdir -p runs/demo
 	( $(PY) tools/launch.py --stage demo/mae length=1it optim.lr=0 optim.warmup=0it --out runs/demo/untrained && \
-	  $(PY) tools/launch.py --stage demo/wsp model.encoder=vit_mini8 --out runs/demo/wsp_scratch \
+	  $(PY) tools/launch.py --stage demo/wsp --out runs/demo/wsp_scratch \
 	) 2> runs/demo/beside.log & \
 	$(PY) tools/launch.py --stage demo/mae && wait $$!
 	$(PY) tools/launch.py --stage demo/wsp --init runs/demo/mae

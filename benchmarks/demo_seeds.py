@@ -20,7 +20,6 @@ from cifar10_two_stage import over_seeds, record, tool
 
 SWEEP_SEED = 100
 UNTRAINED = ["length=1it", "optim.lr=0", "optim.warmup=0it"]
-SCRATCH = ["model.encoder=vit_mini8"]
 READERS = {"linear": ("linear/demo", "top1"), "10-shot": ("lowshot/demo", "top1_10shot")}
 DATA = {"untagged": (8000, 0), "train": (4000, 1), "val": (1000, 2)}  # images, seed: as the Makefile
 
@@ -51,7 +50,7 @@ def train(work: Path, name: str, stage: str, seed: int, *options: str) -> dict[s
 def sweep(work: Path, rates: list[float]) -> dict[str, dict[str, dict[str, float]]]:
     """What the readers read after stage two at each rate, from scratch and from MAE's weights."""
     train(work, "sweep/mae", "mae", SWEEP_SEED)
-    starts = {"scratch": SCRATCH, "two_stage": ["--init", "runs/sweep/mae"]}
+    starts = {"scratch": [], "two_stage": ["--init", "runs/sweep/mae"]}
 
     def measure(job: tuple[str, float]) -> dict[str, float]:
         arm, rate = job
@@ -69,7 +68,7 @@ def measure_seed(work: Path, seed: int) -> dict[str, dict[str, float]]:
     mae = f"runs/mae_{seed}"
     row = {
         "untrained": train(work, f"untrained_{seed}", "mae", seed, *UNTRAINED),
-        "hashtags from scratch": train(work, f"scratch_{seed}", "wsp", seed, *SCRATCH),
+        "hashtags from scratch": train(work, f"scratch_{seed}", "wsp", seed),
         "MAE": train(work, f"mae_{seed}", "mae", seed),
         "MAE, then hashtags": train(work, f"two_stage_{seed}", "wsp", seed, "--init", mae),
     }
