@@ -33,14 +33,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
-from prepretrain import contracts, plugin
+from prepretrain import plugin
 from prepretrain.data.loader import Stream
 from prepretrain.distributed import checkpoint, shard
 from prepretrain.distributed import group as distributed
 from prepretrain.evaluation.features import extract
 from prepretrain.models.model import Model
+from prepretrain.runs.plan import forward_flops
 from prepretrain.training import fit as train
 from prepretrain.training import optim
 from prepretrain.training.schedule import Schedule
@@ -125,13 +125,7 @@ def on_meta(build: Callable[[], nn.Module]) -> nn.Module:
 
 def flops(build: Callable[[], nn.Module]) -> int:
     """FLOPs of one image's training step: three forward passes."""
-    objective = on_meta(build).eval().requires_grad_(False)
-    for module in objective.modules():
-        if isinstance(module, contracts.FusedAttention):
-            module.fused_attn = False  # plain products, which are counted on every device
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        objective(objective.example(1))
-    return 3 * counter.get_total_flops()
+    return 3 * forward_flops(on_meta(build))
 
 
 def batch_of(objective: nn.Module, images: int, where: torch.device) -> dict[str, Tensor]:
@@ -451,39 +445,40 @@ def reference(record: Record, tiny: bool, asked: argparse.Namespace) -> None:
     if asked.reference is None:
         record("reference_mae", skipped="no --reference")
         return
+    images = 2 if tiny else 256
+    for name, size in (("b16", "base"), ("l16", "large")):
+        spent = _reference_step(asked.reference, size, images, tiny)
+        record(f"reference_mae_{name}", images_per_second=images / spent, milliseconds=spent * 1e3)
+        _forget()
+
+
+def _reference_step(folder: str, size: str, images: int, tiny: bool) -> float:
     import mae_step
 
     where = distributed.device()
-    for name, images, size in (("b16", 256, "base"), ("l16", 256, "large")):
-        model = mae_step.reference_model(asked.reference, size).to(where).train()
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, betas=(0.9, 0.95))
-        scaler = torch.amp.GradScaler(where.type, enabled=CUDA)
-        batch = torch.randn(2 if tiny else images, 3, 224, 224, device=where)
+    model = mae_step.reference_model(folder, size).to(where).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, betas=(0.9, 0.95))
+    scaler = torch.amp.GradScaler(where.type, enabled=CUDA)
+    batch = torch.randn(images, 3, 224, 224, device=where)
 
-        def step() -> None:
-            with torch.autocast(where.type, torch.float16 if CUDA else torch.bfloat16):
-                loss = model(batch, mask_ratio=0.75)[0]
-            loss.item()
-            scaler.scale(loss).backward()
-            scaler.unscale_(optimizer)
-            parameters = [p for p in model.parameters() if p.grad is not None]
-            torch.norm(torch.stack([torch.norm(p.grad.detach(), 2.0) for p in parameters]), 2.0)
-            scaler.step(optimizer)
-            scaler.update()
-            optimizer.zero_grad()
-            synchronize()
+    def step() -> None:
+        with torch.autocast(where.type, torch.float16 if CUDA else torch.bfloat16):
+            loss = model(batch, mask_ratio=0.75)[0]
+        loss.item()
+        scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)
+        parameters = [p for p in model.parameters() if p.grad is not None]
+        torch.norm(torch.stack([torch.norm(p.grad.detach(), 2.0) for p in parameters]), 2.0)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        synchronize()
 
-        spent = seconds_a_step(step, _steps(tiny), warmup=2)
-        record(
-            f"reference_mae_{name}", images_per_second=len(batch) / spent, milliseconds=spent * 1e3
-        )
-        del model, optimizer, step
-        _forget()
+    return seconds_a_step(step, _steps(tiny), warmup=2)
 
 
 def loader(record: Record, tiny: bool, asked: argparse.Namespace) -> None:
     """Batches from JPEGs of 500 x 375 in a shard, alone, and fed to a run of MAE."""
-    sys.path.insert(0, str(Path(__file__).parent))
     import loader as pipeline
 
     count, images = (20, 4) if tiny else (2000, 256)

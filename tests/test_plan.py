@@ -15,7 +15,7 @@ from prepretrain.distributed import shard
 from prepretrain.models.model import Model
 from prepretrain.objectives.mae import MAE
 from prepretrain.runs import capacity, memory
-from prepretrain.runs.plan import Plan
+from prepretrain.runs.plan import Plan, build_objective
 from prepretrain.training import optim
 
 
@@ -76,7 +76,7 @@ def test_each_way_to_recompute_holds_fewer_activations_and_computes_more():
 def test_a_training_step_takes_three_forward_passes():
     given = config.load("wsp", ["model.encoder=vit_mini8", "model.image_size=64"])
     images = 4
-    found = memory.simulate(lambda: capacity._on_meta(given), images=images, world=1)
+    found = memory.simulate(lambda: build_objective(given), images=images, world=1)
     assert found.flops / images / Plan(given, 1).flops() == pytest.approx(3, rel=0.02)
 
 

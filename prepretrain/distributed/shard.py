@@ -85,7 +85,8 @@ def wrap(
     # The order matters: recomputation inside of compilation inside of sharding. The other ways either
     # compile the checkpoint's own bookkeeping, or gather parameters again within a recomputed block.
     for root in find_roots(module):
-        _choose_attention(root, device, precision)
+        # on a CPU in bf16 the fused attention's backward is slower than plain products (benchmarks/)
+        fuse_attention(root, not (device.type == "cpu" and precision == "bf16"))
         for blocks in _block_lists(root):
             for i, block in enumerate(blocks):
                 exceptions = _exceptions(block, precision, units)
@@ -121,8 +122,7 @@ def _alone(part: nn.Module, precision: str) -> None:
 
 def _cast_inputs(dtype: torch.dtype, part: nn.Module, args: tuple, kwargs: dict) -> tuple:
     """A hook: what a unit is given, in its dtype."""
-    given = args, kwargs
-    return tree_map_only(Tensor, lambda t: t.to(dtype) if t.is_floating_point() else t, given)
+    return _cast((args, kwargs), dtype)
 
 
 def _cast_parameters(module: nn.Module, precision: str) -> None:
@@ -201,7 +201,12 @@ def keep_float32(module: nn.Module, patterns: Sequence[str]) -> None:
 
 def _cast_output(part: nn.Module, given: tuple, output: Any) -> Any:
     """A hook: what follows an exception computes in bf16."""
-    return tree_map_only(Tensor, lambda t: t.bfloat16() if t.is_floating_point() else t, output)
+    return _cast(output, torch.bfloat16)
+
+
+def _cast(values: Any, dtype: torch.dtype) -> Any:
+    """Nested tensors, of which those of real numbers are in a dtype."""
+    return tree_map_only(Tensor, lambda t: t.to(dtype) if t.is_floating_point() else t, values)
 
 
 def _dimension(parameter: nn.Parameter, group: int) -> Shard | None:
@@ -310,12 +315,11 @@ def _recomputed(block: nn.Module, how: str) -> nn.Module:
     return offloading_wrapper(block, offload_to_cpu=True)
 
 
-def _choose_attention(root: nn.Module, device: torch.device, precision: str) -> None:
-    """On a CPU in bf16 the fused attention's backward is slower than plain matrix products
-    (benchmarks/)."""
-    for module in root.modules():
-        if isinstance(module, contracts.FusedAttention):
-            module.fused_attn = not (device.type == "cpu" and precision == "bf16")
+def fuse_attention(module: nn.Module, fused: bool) -> None:
+    """Lets every attention in a module compute by the fused kernel, or by plain matrix products."""
+    for part in module.modules():
+        if isinstance(part, contracts.FusedAttention):
+            part.fused_attn = fused
 
 
 @torch.no_grad()

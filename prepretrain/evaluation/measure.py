@@ -6,8 +6,8 @@ from typing import Any
 
 import torch.distributed as dist
 
-from prepretrain import plugin
 from prepretrain.distributed import group
+from prepretrain.evaluation.evaluators.base import build
 from prepretrain.models.model import Model
 
 
@@ -18,14 +18,13 @@ def evaluate(
 
     evaluator: a file's name in evaluation/evaluators ("knn", "linear", …), or a dotted module of
     your own. data: a card. options: the evaluator's. folder: where it keeps features and what it
-    trains, which makes the next call faster; without one, nothing is kept. The model is moved to this process's device.
-    Under torchrun, call it on every process.
+    trains, which makes the next call faster; without one, nothing is kept. The model is moved to
+    this process's device. Under torchrun, call it on every process.
 
         evaluate(load("maws/vit_b16"), "knn", data="cifar10", pool="mean")    # {"top1": …}
     """
-    protocol = plugin.build("evaluators", evaluator, data=data, **options)
+    protocol = build(evaluator, cache=folder is not None, data=data, **options)
     protocol.check(model)
-    protocol.cache = folder is not None
     joined_before = dist.is_initialized()
     model = model.to(group.init())
     try:

@@ -7,8 +7,6 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
-import torch
-
 from prepretrain import config as configs
 from prepretrain.config import Training
 from prepretrain.runs import memory
@@ -154,7 +152,7 @@ def _attempt(config: Training, gpus: int) -> Attempt:
     group = min(given.group or gpus, gpus)
     settings = Settings(group, given.recompute, images, plan.accumulate)
     step = memory.simulate(
-        partial(_on_meta, config),
+        partial(build_objective, config),
         images=images,
         accumulate=plan.accumulate,
         world=gpus,
@@ -165,11 +163,6 @@ def _attempt(config: Training, gpus: int) -> Attempt:
     )
     logger.info("%s: %.3g GB", settings, step.peak / 1e9)
     return Attempt(config, settings, step)
-
-
-def _on_meta(config: Training) -> Any:
-    with torch.device("meta"):
-        return build_objective(config)
 
 
 def _overrides(old: Training, new: Training) -> list[str]:

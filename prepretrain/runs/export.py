@@ -18,8 +18,7 @@ from prepretrain.runs.plan import build_objective
 def load_objective(folder: Path) -> Objective:
     """A run's trained objective on the CPU, decoder and heads included."""
     given = configs.read_training(Path(folder) / "config.yaml")
-    with torch.device("meta"):
-        objective = build_objective(given)
+    objective = build_objective(given)
     objective.to_empty(device="cpu")
     shard.fill_buffers(objective)
     saved = checkpoint.newest(Path(folder))

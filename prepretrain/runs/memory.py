@@ -25,7 +25,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
-from prepretrain import contracts
 from prepretrain.distributed import shard
 from prepretrain.objectives.base import Objective
 from prepretrain.training import optim
@@ -96,9 +95,7 @@ def simulate(
         with FakeTensorMode(allow_non_fake_inputs=True), _Ledger() as ledger, ledger.resizes():
             for module in (objective, *objective.frozen()):
                 shard.materialise(module, precision)
-                for one in module.modules():
-                    if isinstance(one, contracts.FusedAttention):
-                        one.fused_attn = fused_attention
+                shard.fuse_attention(module, fused_attention)
             if recompute == "offload":
                 ledger.offload(shard.blocks(objective))
             objective.train()

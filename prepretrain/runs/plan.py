@@ -11,12 +11,13 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from prepretrain import config as configs
-from prepretrain import contracts, plugin
+from prepretrain import plugin
 from prepretrain.config import Training
 from prepretrain.data import card
 from prepretrain.data.subset import spread
 from prepretrain.distributed import checkpoint, heartbeat, shard
 from prepretrain.evaluation import validation
+from prepretrain.evaluation.evaluators import base as evaluators
 from prepretrain.evaluation.evaluators.base import Evaluator
 from prepretrain.models.encoders import base as encoders
 from prepretrain.models.load import open_weights
@@ -65,8 +66,7 @@ class Plan:
     @cached_property
     def objective(self) -> Objective:
         """The objective around its model, on the meta device until `shard` makes it real."""
-        with torch.device("meta"):
-            return build_objective(self.config)
+        return build_objective(self.config)
 
     @cached_property
     def data(self) -> tuple[str, card.Card]:
@@ -229,16 +229,7 @@ class Plan:
     def flops(self) -> int:
         """FLOPs of one image's forward pass through the objective, 2 for a multiply-add, attention
         included."""
-        with torch.device("meta"):
-            objective = build_objective(self.config)
-        for module in objective.modules():
-            if isinstance(module, contracts.FusedAttention):
-                module.fused_attn = (
-                    False  # plain matrix products, so that they are counted on every device
-                )
-        with FlopCounterMode(display=False) as counter, torch.no_grad():
-            objective.eval().requires_grad_(False)(objective.example(1))
-        return counter.get_total_flops()
+        return forward_flops(build_objective(self.config))
 
     @cached_property
     def state_tensors(self) -> int:
@@ -308,15 +299,26 @@ def _split(name: str) -> tuple[str, card.Card]:
 
 
 def build_objective(config: Training) -> Objective:
-    """The objective of a config around its model, without weights; build it on the meta device."""
+    """The objective of a config around its model, on the meta device."""
     options = dict(config.objective)
     if "name" not in options:
         raise ValueError(
             f"objective.name: is missing. There are: {', '.join(plugin.names('objectives'))}."
         )
-    built = plugin.build("objectives", options.pop("name"), Model(**config.model), **options)
+    with torch.device("meta"):
+        built = plugin.build("objectives", options.pop("name"), Model(**config.model), **options)
     shard.keep_float32(built, config.shard.float32)
     return built
+
+
+def forward_flops(objective: Objective) -> int:
+    """FLOPs of one image's forward pass through an objective on the meta device, which is then of no
+    other use: plain matrix products take the place of fused attention, since those are counted on
+    every device."""
+    shard.fuse_attention(objective, False)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        objective.eval().requires_grad_(False)(objective.example(1))
+    return counter.get_total_flops()
 
 
 def per_batch(rate: float, batch_size: int) -> float:
@@ -349,9 +351,7 @@ def build_evaluator(
             f"evaluator.name: is missing. There are: {', '.join(plugin.names('evaluators'))}."
         )
     name = options.pop("name")
-    kind = plugin.find("evaluators", name)
-    options = plugin.check(kind, {"data": data, **options}, "evaluator")
-    built = kind.of(name, {**plugin.defaults(kind), **options}, training=training)
+    built = evaluators.build(name, cache=not training, **{"data": data, **options})
     return "/".join([name, data, *([built.variant] if built.variant else [])]), built
 
 

@@ -6,6 +6,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from prepretrain import plugin
 from prepretrain.data.card import load_card
 from prepretrain.evaluation.features import extract
 
@@ -31,15 +32,6 @@ class Evaluator:
     def __init__(self, *, data: str):
         self.data = data
         self.card = load_card(data)
-
-    @classmethod
-    def of(cls, name: str, options: dict[str, Any], *, training: bool) -> "Evaluator":
-        """The evaluator of a config: its name there, all its options. training: it measures a model
-        between training steps, whose weights are others each time."""
-        built = cls(**options)
-        built.options = {"name": name} | {k: v for k, v in options.items() if k not in SPEED}
-        built.cache = not training
-        return built
 
     def check(self, model: nn.Module) -> None:
         """Raises ValueError if this model cannot be measured, before any time is spent."""
@@ -147,6 +139,17 @@ class Contrasting(Evaluator):
             share=self.share,
             **reading,
         )
+
+
+def build(name: str, *, cache: bool, **given: Any) -> Evaluator:
+    """The evaluator `name` with checked options. cache: whether it may keep features in its folder;
+    not of a model that is training, whose weights are others each time."""
+    kind = plugin.find("evaluators", name)
+    options = plugin.defaults(kind) | plugin.check(kind, given, "evaluator")
+    built = kind(**options)
+    built.options = {"name": name} | {k: v for k, v in options.items() if k not in SPEED}
+    built.cache = cache
+    return built
 
 
 def require(fits: bool, option: str, value: Any, rule: str) -> None:
