@@ -167,7 +167,6 @@ def tags_top1(run: Path, data: Path) -> float:
 
     from prepretrain.data.sources.parquet import Parquet
     from prepretrain.data.transforms import decode
-    from prepretrain.models.encoders.base import pool
     from prepretrain.runs.export import load_objective
 
     os.environ["PREPRETRAIN_DATA"] = str(run.parents[1] / "data")
@@ -179,9 +178,7 @@ def tags_top1(run: Path, data: Path) -> float:
         for first in range(0, len(source), 500):
             batch = [source[i] for i in range(first, min(first + 500, len(source)))]
             tokens = objective.model(torch.stack([decode(s["image"]) for s in batch]))
-            logits = objective.head(pool(tokens, objective.model.encoder.prefix, "class"))[
-                :, columns
-            ]
+            logits = objective.head(tokens)[:, columns]
             right += sum(
                 names[int(i)] == CLASSES[s["label"]] for i, s in zip(logits.argmax(1), batch)
             )

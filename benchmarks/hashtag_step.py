@@ -18,7 +18,6 @@ from torch import Tensor
 
 from prepretrain.distributed import group as distributed
 from prepretrain.distributed import shard
-from prepretrain.models.encoders.base import pool
 from prepretrain.models.model import Model
 from prepretrain.objectives.hashtag import Hashtag
 from prepretrain.training import optim
@@ -28,8 +27,7 @@ class DenseHashtag(Hashtag):
     """The same objective on a target [B, C] whose rows sum to 1."""
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        tokens = self.model(batch["image"])
-        logits = self.head(pool(tokens, self.model.encoder.prefix, self.pool))
+        logits = self.head(self.model(batch["image"]))
         loss = -(batch["target"] * torch.log_softmax(logits.float(), 1)).sum(1).mean()
         best = logits.detach().argmax(1, keepdim=True)
         return {"loss": loss, "accuracy": (batch["target"].gather(1, best) > 0).float().mean()}

@@ -9,7 +9,7 @@ pp.open_data("cifar10:val")  # a Source: a card's split
 pp.launch("mae", ["data.train=mine"])  # what the command `prepretrain --stage mae` does
 pp.fit(objective, stream, optimizer, schedule, folder=…)  # the training loop alone
 
-A part of your own subclasses pp.Encoder, pp.Objective, pp.Evaluator or pp.Source.
+A part of your own subclasses pp.Encoder, pp.Head, pp.Objective, pp.Evaluator or pp.Source.
 Everything that is not in `__all__` is internal and may move.
 """
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:  # the same names once more, as type checkers do not run __get
     from prepretrain.evaluation.evaluators.base import Evaluator as Evaluator
     from prepretrain.evaluation.measure import evaluate as evaluate
     from prepretrain.models.encoders.base import Encoder as Encoder
+    from prepretrain.models.heads.base import Head as Head
     from prepretrain.models.load import load as load
     from prepretrain.models.model import Model as Model
     from prepretrain.objectives.base import Objective as Objective
@@ -32,6 +33,7 @@ if TYPE_CHECKING:  # the same names once more, as type checkers do not run __get
 _PUBLIC = {  # a name, and where it is defined
     "Encoder": "prepretrain.models.encoders.base.Encoder",
     "Evaluator": "prepretrain.evaluation.evaluators.base.Evaluator",
+    "Head": "prepretrain.models.heads.base.Head",
     "Model": "prepretrain.models.model.Model",
     "Objective": "prepretrain.objectives.base.Objective",
     "Source": "prepretrain.data.sources.base.Source",

@@ -74,7 +74,7 @@ class Layered(Protocol):
 class Adapts(Protocol):
     """Fits a checkpoint's tensor to its own options (positions to another image size)."""
 
-    def adapt(self, name: str, tensor: "Tensor") -> "Tensor": ...
+    def adapt(self, name: str, tensor: "Tensor", before: dict[str, Any]) -> "Tensor": ...
 
 
 @runtime_checkable

@@ -16,6 +16,7 @@ from prepretrain import contracts
 KINDS = {  # the folder of each kind of part
     "encoders": "prepretrain.models.encoders",
     "evaluators": "prepretrain.evaluation.evaluators",
+    "heads": "prepretrain.models.heads",
     "objectives": "prepretrain.objectives",
     "optimizers": "prepretrain.training.optimizers",
     "sources": "prepretrain.data.sources",

@@ -32,7 +32,7 @@ from prepretrain.distributed import shard
 from prepretrain.distributed.group import rank, world
 from prepretrain.losses import contrastive
 from prepretrain.losses.contrastive import sigmoid_loss, softmax_loss
-from prepretrain.models.heads import LARGEST
+from prepretrain.models.joint import LARGEST
 from prepretrain.models.load import load
 from prepretrain.models.model import Model
 from prepretrain.objectives.captions import Captioned, captions

@@ -209,9 +209,9 @@ def test_randaugment_is_timms_drawn_by_the_samples_own_randomness():
         (["objective.augment=autoaugment"], "must be a RandAugment, as rand-m9-mstd0.5-inc1"),
         (
             ["objective={name: mae, decoder_depth: 1}"],
-            "objective 'mae' does not train a classifier",
+            "objective 'mae' does not train a head",
         ),
-        (["model.head=null"], "objective 'classify' trains a classifier"),
+        (["model.head=null"], "objective 'classify' trains a head"),
         (["evaluators=[]"], "checkpoint.best: nothing is measured"),
         (["model.head.colour=1"], "model.head.colour: unknown option"),
     ],
@@ -226,7 +226,9 @@ def test_a_classifier_of_other_classes_is_not_started_from_unless_its_encoder_is
 ):
     five = Model(encoder="vit_test8", final_norm=False, head={"classes": 5, "norm": True})
     save(five, Path("five"), "made by the test")
-    with pytest.raises(ValueError, match="classifier of 5 classes, and the model asked for has 3"):
+    with pytest.raises(
+        ValueError, match="a head of 5 classes, and the model asked for has a head of 3"
+    ):
         launch("small.yaml", FINETUNE, init="five", dry_run=True)
     launch("small.yaml", FINETUNE, init="five:encoder", dry_run=True)
 

@@ -181,7 +181,7 @@ def test_simmim_encodes_masked_images_to_the_same_features(simmim):
     encoder = objective.model.encoder
     mask = tensors["mask"].flatten(1).bool()
     tokens = encoder(tensors["images"], hide=(mask, objective.mask_token()))
-    features = tokens.transpose(1, 2).unflatten(2, (encoder.grid,) * 2)
+    features = tokens.transpose(1, 2).unflatten(2, encoder.grid)
     assert_close(features, tensors["features"], rtol=0, atol=1e-5)
 
 

@@ -19,7 +19,7 @@ from prepretrain.models import weights
 from prepretrain.models.encoders import base as encoders
 from prepretrain.models.encoders.vit import patchify, unpatchify
 from prepretrain.models.export import save
-from prepretrain.models.heads import TwoLayer
+from prepretrain.models.heads.mlp import TwoLayer
 from prepretrain.models.load import load
 from prepretrain.models.model import Model
 from prepretrain.objectives.classify import Classify
@@ -79,7 +79,7 @@ def test_the_released_manifest_matches_where_it_is_at_hand():
 def test_every_size_encodes_any_multiple_of_its_patch():
     model = small(image_size=40, patch_size=4)
     assert model(torch.zeros(2, 3, 40, 40, dtype=torch.uint8)).shape == (2, 101, 32)
-    with pytest.raises(ValueError, match="model.image_size is 40 and an image is"):
+    with pytest.raises(ValueError, match="model.image_size is 40 x 40 and an image is 32 x 32"):
         model(torch.zeros(2, 3, 32, 32, dtype=torch.uint8))
 
 
@@ -92,7 +92,9 @@ def test_keeping_all_patches_in_order_is_the_plain_encoding():
 def test_hidden_patches_do_not_reach_the_encoder():
     model, image = small(), torch.randn(2, 3, 32, 32)
     mask, token = torch.arange(16).expand(2, -1) < 10, torch.randn(32)
-    other = unpatchify(torch.where(mask[..., None], torch.randn(2, 16, 192), patchify(image, 8)), 8)
+    other = unpatchify(
+        torch.where(mask[..., None], torch.randn(2, 16, 192), patchify(image, 8)), 8, (4, 4)
+    )
     assert_close(model.encoder(image, hide=(mask, token)), model.encoder(other, hide=(mask, token)))
 
 
@@ -101,7 +103,7 @@ def test_patches_are_cut_as_the_convolution_of_the_released_files_cuts_them():
     projection = model.encoder.patch_embed.proj
     want = projection(image).flatten(2).transpose(1, 2)
     assert_close(F.linear(patchify(image, 8), projection.weight.flatten(1), projection.bias), want)
-    assert torch.equal(unpatchify(patchify(image, 8), 8), image)
+    assert torch.equal(unpatchify(patchify(image, 8), 8, (4, 4)), image)
 
 
 def test_an_export_loads_in_timm_with_strict_keys_and_gives_the_same_features(tmp_path):
@@ -163,9 +165,9 @@ def test_the_sparse_loss_and_its_gradient_equal_the_dense_softmax_cross_entropy(
 
 
 def test_the_tanh_head_starts_at_zero():
-    head = TwoLayer(8, 5)
+    head = TwoLayer(small().encoder, classes=5)
     shard.initialise(head, 0)
-    assert torch.equal(head(torch.randn(2, 8)), torch.zeros(2, 5))
+    assert torch.equal(head(torch.randn(2, 17, head.head.in_features)), torch.zeros(2, 5))
     assert head.pre_logits.weight.std() > 0.1
 
 

@@ -484,11 +484,13 @@ def test_a_key_that_no_pattern_names_is_an_error(tiny):
 def test_a_classifier_that_was_not_asked_for_is_an_error_that_says_how_to_leave_it(tiny):
     state = vit().encoder.state_dict()
     tiny({**state, "head.weight": torch.zeros(10, 32), "head.bias": torch.zeros(10)})
-    with pytest.raises(ValueError, match="tiny/vit: ends with a classifier of 10 classes, and the"):
+    with pytest.raises(ValueError, match="tiny/vit: ends with a head of 10 classes, and the"):
         prepretrain.load("tiny/vit")
     assert prepretrain.load("tiny/vit:encoder").encoder.width == 32
     assert prepretrain.load("tiny/vit", head={"classes": 10}).head.classes == 10
-    with pytest.raises(ValueError, match="of 10 classes, and the model asked for has 7 classes"):
+    with pytest.raises(
+        ValueError, match="of 10 classes, and the model asked for has a head of 7 classes"
+    ):
         prepretrain.load("tiny/vit", head={"classes": 7})
 
 
@@ -580,7 +582,7 @@ def test_maws_fine_tuned_files_at_512_px_give_timms_logits_with_its_scripts_prep
     theirs = script(transforms.ToPILImage()(photo))[None]
     ours = squash(photo, 512)[None]
     with torch.no_grad():
-        exact = model.classify(model.encoder(theirs))
+        exact = model.head(model.encode(theirs))
         assert_close(exact, reference(theirs), rtol=1e-4, atol=1e-4)
         pixels = (model.normalise(ours) - theirs).abs() * 255 * 0.225
         assert pixels.max() <= 2.1  # both resize in two passes, each rounded to a level of 8 bits
@@ -686,7 +688,7 @@ def test_every_release_is_complete_and_can_be_built():
         key = json.dumps(row.model, sort_keys=True)
         if key not in models_built:
             models_built[key] = built(row)
-        assert models_built[key].encoder.image_size == row.preprocessing["image_size"]
+        assert models_built[key].encoder.image_size == (row.preprocessing["image_size"],) * 2
         assert (row.pool == "class") <= (models_built[key].encoder.prefix == 1)
 
 
@@ -755,7 +757,7 @@ def test_torch_hub_loads_a_release(tiny):
     loaded = torch.hub.load(str(ROOT), "tiny_vit", source="local")
     assert_close(loaded.features(images()), model.features(images()))
     loaded = torch.hub.load(str(ROOT), "load", "tiny/vit", source="local", image_size=64)
-    assert loaded.encoder.image_size == 64
+    assert loaded.encoder.image_size == (64, 64)
 
 
 def test_torch_hubs_dependencies_are_what_loading_imports():

@@ -13,8 +13,15 @@ from torch import Tensor
 
 MAX_PIXELS = 100_000_000  # not from the paper: 2.5 times the largest photo of a usual camera
 
+Size = int | tuple[int, int]  # pixels of a picture: of both sides, or (height, width)
+
 _ORIENTATION = 0x0112
 _END = b"\xff\xd9"
+
+
+def sides(size: Size) -> tuple[int, int]:
+    """(height, width) of a size that may be one number for both."""
+    return (size, size) if isinstance(size, int) else (size[0], size[1])
 
 
 class BadImage(ValueError):
@@ -152,15 +159,21 @@ def _rgb(image: Image.Image) -> Image.Image:
 
 def random_resized_crop(
     image: Tensor,
-    size: int,
+    size: Size,
     rng: np.random.Generator,
     *,
     scale: tuple[float, float],
     ratio: tuple[float, float] = (3 / 4, 4 / 3),
 ) -> Tensor:
-    """A random box, `scale` of the area and `ratio` of the sides, as uint8 [3, size, size]."""
-    top, left, height, width = crop_box(image.shape[-2], image.shape[-1], rng, scale, ratio)
-    return _resize(image[:, top : top + height, left : left + width], size, size)
+    """A random box, `scale` of the area and `ratio` of the sides, as uint8 [3, H, W] of that size.
+
+    `ratio` is how much narrower or wider than the size a box may be, so that things in a rectangle
+    are distorted as little as in a square.
+    """
+    H, W = sides(size)
+    low, high = (limit * (W / H) for limit in ratio)
+    top, left, height, width = crop_box(image.shape[-2], image.shape[-1], rng, scale, (low, high))
+    return _resize(image[:, top : top + height, left : left + width], H, W)
 
 
 def crop_box(
@@ -188,21 +201,23 @@ def flip(image: Tensor, rng: np.random.Generator) -> Tensor:
     return image.flip(-1) if rng.random() < 0.5 else image
 
 
-def resize_center_crop(image: Tensor, size: int, *, share: float = 0.875) -> Tensor:
-    """Short side to size / share, then the centre: uint8 [3, size, size]."""
+def resize_center_crop(image: Tensor, size: Size, *, share: float = 0.875) -> Tensor:
+    """Resized so that it just covers the size / share, then the centre: uint8 [3, H, W] of that
+    size."""
+    H, W = sides(size)
+    least_height, least_width = max(H, round(H / share)), max(W, round(W / share))
     height, width = image.shape[-2:]
-    short = max(size, round(size / share))
-    if height <= width:
-        height, width = short, int(short * width / height)
+    if height * least_width <= width * least_height:  # the height is what is scarce
+        height, width = least_height, max(W, int(least_height * width / height))
     else:
-        height, width = int(short * height / width), short
-    top, left = round((height - size) / 2), round((width - size) / 2)
-    return _resize(image, height, width)[:, top : top + size, left : left + size]
+        height, width = max(H, int(least_width * height / width)), least_width
+    top, left = round((height - H) / 2), round((width - W) / 2)
+    return _resize(image, height, width)[:, top : top + H, left : left + W]
 
 
-def squash(image: Tensor, size: int) -> Tensor:
-    """The whole image, its aspect not kept: uint8 [3, size, size] (MAWS's test transform)."""
-    return _resize(image, size, size)
+def squash(image: Tensor, size: Size) -> Tensor:
+    """The whole image, its aspect not kept: uint8 [3, H, W] of that size (MAWS's test transform)."""
+    return _resize(image, *sides(size))
 
 
 def _resize(image: Tensor, height: int, width: int) -> Tensor:

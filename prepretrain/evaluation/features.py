@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from prepretrain.data.loader import evaluation_batches
 from prepretrain.data.sources.base import fingerprint_of
 from prepretrain.data.subset import Subset
-from prepretrain.data.transforms import BadImage, decode, resize_center_crop, squash
+from prepretrain.data.transforms import BadImage, Size, decode, resize_center_crop, sides, squash
 from prepretrain.distributed import group as distributed
 from prepretrain.evaluation.feature_store import Store, file_name, size
 from prepretrain.training.log import logger
@@ -36,7 +36,7 @@ def extract(
     layer: int | None = None,
     batch_size: int = 256,
     workers: int = 0,
-    image_size: int | None = None,
+    image_size: Size | None = None,
     name: str = "the source",
     share: float = 0.875,
     resize: Literal["crop", "squash"] = "crop",
@@ -88,9 +88,11 @@ def extract(
     with frozen(model):
         if cache is None:
             return compute(source)
-        reading = [_VERSION, pool, layer, image_size, share, resize, labelled]
+        height, width = sides(image_size)
+        pixels = height if height == width else (height, width)
+        reading = [_VERSION, pool, layer, pixels, share, resize, labelled]
         key = fingerprint_of([fingerprint(model), source.fingerprint, len(source), *reading])
-        example = torch.zeros(1, 3, image_size, image_size, dtype=torch.uint8)
+        example = torch.zeros(1, 3, height, width, dtype=torch.uint8)
         row = partial(_features, model, example, pool, layer)
         return _cached(cache / f"{file_name(name)}-{key}", source, row, compute, name)
 
@@ -98,7 +100,7 @@ def extract(
 def _features(model: nn.Module, image: Tensor, pool: str, layer: int | None) -> Tensor:
     image = image.to(next(model.parameters()).device)
     if pool == "tokens":
-        return model(image, layer).half()
+        return model(image, layer=layer).half()
     return model.features(image, pool, layer).float()
 
 
@@ -224,7 +226,9 @@ class _Centre:
     """The transform of an evaluation: decode and take the centre; a class, so that workers can
     pickle it."""
 
-    def __init__(self, size: int, share: float, resize: str, change: Change | None, labelled: bool):
+    def __init__(
+        self, size: Size, share: float, resize: str, change: Change | None, labelled: bool
+    ):
         self.size, self.share, self.resize = size, share, resize
         self.change, self.labelled = change, labelled
 

@@ -3,6 +3,7 @@
 B images, N patches, K kept and M masked ones, D channels of the encoder, E of the decoder.
 """
 
+import math
 from functools import partial
 
 import torch
@@ -16,7 +17,14 @@ class Decoder(nn.Module):
     numbers of each: its pixels, or a teacher's features."""
 
     def __init__(
-        self, width_in: int, grid: int, outputs: int, *, depth: int, width: int, heads: int
+        self,
+        width_in: int,
+        grid: tuple[int, int],
+        outputs: int,
+        *,
+        depth: int,
+        width: int,
+        heads: int,
     ):
         super().__init__()
         if width % heads or width % 4:
@@ -28,7 +36,9 @@ class Decoder(nn.Module):
         norm = partial(nn.LayerNorm, eps=1e-6)
         self.embed = nn.Linear(width_in, width)
         self.mask_token = nn.Parameter(torch.empty(1, 1, width))
-        self.pos_embed = nn.Parameter(torch.empty(1, 1 + grid**2, width), requires_grad=False)
+        self.pos_embed = nn.Parameter(
+            torch.empty(1, 1 + math.prod(grid), width), requires_grad=False
+        )
         self.blocks = nn.ModuleList(
             Block(width, heads, mlp_ratio=4, qkv_bias=True, norm_layer=norm) for _ in range(depth)
         )

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from prepretrain.distributed import checkpoint
 from prepretrain.models.encoders.vit import ViT
-from prepretrain.models.heads import LARGEST
+from prepretrain.models.heads.linear import Linear
+from prepretrain.models.joint import LARGEST
 from prepretrain.models.model import Model
 
 logger = logging.getLogger(__name__)
@@ -20,20 +21,22 @@ logger = logging.getLogger(__name__)
 def save(model: Model, folder: Path, source: str, state: dict[str, Tensor] | None = None) -> Path:
     """Writes a Model's weights, with the options that make it again; returns their path.
 
-    `model.safetensors` and `model.json` are for `load`. An image encoder, with its classifier if it
+    `model.safetensors` and `model.json` are for `load`. An image encoder, with its linear head if it
     has one, is under timm's key names, so that `timm.create_model("local-dir:<folder>")` loads it
-    with strict keys. A model with a text tower keeps its own names; its encoder for timm is in
-    `timm/`, and in `open_clip/`, where open_clip has such towers, both for
+    with strict keys. A model with another head or a text tower keeps its own names; its encoder for
+    timm is in `timm/`; one with a text tower is in `open_clip/`, where open_clip has such towers, both for
     `open_clip.create_model("local-dir:<folder>/open_clip")`. Files appear complete or not at all.
 
     source: where the weights come from, kept beside them. state: the whole state dict of a model
     that is sharded.
     """
     state = {k: v.detach().cpu().contiguous() for k, v in (state or model.state_dict()).items()}
-    if model.text is None:
+    if model.text is None and isinstance(model.head, Linear | None):
         return _write_encoder(model, state, folder, source)
     encoder = {k: v for k, v in state.items() if k.startswith("encoder.")}
     _write_encoder(model, encoder, folder / "timm", source)
+    if model.text is None:
+        return _write_ours(model.options, state, folder, source)
     try:
         config, tensors = _for_open_clip(model, state)
     except ValueError as error:
@@ -49,9 +52,11 @@ def _write_encoder(model: Model, state: dict[str, Tensor], folder: Path, source:
     named = {
         _timms(k, model.encoder.timm_head).removeprefix("encoder."): v for k, v in state.items()
     }
-    options = {k: v for k, v in model.options.items() if k not in ("text", "joint")}
+    head = model.head if isinstance(model.head, Linear) else None
+    others = ("text", "joint") if head is not None else ("text", "joint", "head")
+    options = {k: v for k, v in model.options.items() if k not in others}
     path = _write_ours(options, named, folder, source)
-    _write_json(folder / "config.json", _timm_config(model))
+    _write_json(folder / "config.json", _timm_config(model, head))
     return path
 
 
@@ -107,11 +112,10 @@ def _for_open_clip(
     return {"model_cfg": config, "preprocess_cfg": preprocess}, tensors
 
 
-def _timm_config(model: Model) -> dict[str, Any]:
-    size = model.encoder.image_size
+def _timm_config(model: Model, head: Linear | None) -> dict[str, Any]:
     built = model.encoder.timm()
     data = {
-        "input_size": [3, size, size],
+        "input_size": [3, *model.encoder.image_size],
         "mean": list(model.mean),
         "std": list(model.std),
         "interpolation": "bicubic",
@@ -120,12 +124,12 @@ def _timm_config(model: Model) -> dict[str, Any]:
         "fixed_input_size": True,
     }
     arguments = {**built["model_args"], "num_classes": 0}
-    if model.head is not None:
-        data["num_classes"] = arguments["num_classes"] = model.head.classes
-        arguments["global_pool"] = {"class": "token", "mean": "avg"}[model.head.pool]
+    if head is not None:
+        data["num_classes"] = arguments["num_classes"] = head.classes
+        arguments["global_pool"] = {"class": "token", "mean": "avg"}[head.pool]
         if isinstance(model.encoder, ViT):  # timm's norms the mean, unless it is told
-            arguments["fc_norm"] = model.head.normed
-            if model.head.normed:
+            arguments["fc_norm"] = head.normed
+            if head.normed:
                 arguments.pop("final_norm")
     return {
         "architecture": built["architecture"],

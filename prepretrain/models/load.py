@@ -89,16 +89,22 @@ def fitting(model: Model, found: Weights) -> tuple[nn.Module, Weights]:
 
 
 def _check_head(model: Model, found: Weights) -> None:
-    if "head.linear.weight" not in found.shapes:
-        return
-    count = found.shapes["head.linear.weight"][0]
-    if model.head is None or model.head.classes != count:
-        asked = "has none" if model.head is None else f"has {model.head.classes} classes"
+    theirs = {k: s for k, s in found.shapes.items() if k.startswith("head.")}
+    state = {} if model.head is None else model.head.state_dict()
+    ours = {f"head.{k}": tuple(v.shape) for k, v in state.items()}
+    if theirs and (not ours or any(ours.get(k, s) != s for k, s in theirs.items())):
         raise ValueError(
-            f"{found.source}: ends with a classifier of {count} classes, and the model asked for "
-            f"{asked} (model.head). To take its encoder alone, write "
+            f"{found.source}: ends with {_described(theirs)}, and the model asked for has "
+            f"{_described(ours)} (model.head). To take its encoder alone, write "
             f"{found.source.partition(':')[0]}:encoder."
         )
+
+
+def _described(shapes: dict[str, tuple[int, ...]]) -> str:
+    if not shapes:
+        return "none"
+    last = [shape for name, shape in shapes.items() if name.endswith("weight") and len(shape) == 2]
+    return f"a head of {last[-1][0]} classes" if last else f"a head of {len(shapes)} tensors"
 
 
 def _locate(place: str) -> Weights:

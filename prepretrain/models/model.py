@@ -9,16 +9,18 @@ from torch import Tensor, nn
 
 from prepretrain import plugin
 from prepretrain.models.encoders import base as encoders
-from prepretrain.models.heads import Classifier, Joint
+from prepretrain.models.heads import base as heads
+from prepretrain.models.heads.base import Scores
+from prepretrain.models.joint import Joint
 from prepretrain.models.text.base import Tower
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 class Model(nn.Module):
-    """An image encoder, its preprocessing and its options; fine-tuned, also a classifier; with
-    captions, also a text tower and the space that both share. B images or texts, N patches, D
-    channels, C classes, L tokens, J shared channels."""
+    """An image encoder, its preprocessing and its options; fine-tuned, also a head; with captions,
+    also a text tower and the space that both share. B images or texts, N patches, D channels, C
+    classes, L tokens, J shared channels."""
 
     container = True  # its children are sharded, not it (see shard.find_roots)
 
@@ -36,8 +38,8 @@ class Model(nn.Module):
         """encoder: a size's name, as in `vit_l16`; options: those of its family (image_size,
         drop_path, …). mean, std: of each colour, 0 to 1; by default those that the encoder states
         (of another library's weights), else ImageNet's. text: {name: open_clip | xlmr, options of
-        that class in text/}, and joint: the options of heads.Joint; a model without `text` has
-        neither. head: the options of heads.Classifier; a model without has none."""
+        that class in text/}, and joint: the options of joint.Joint; a model without `text` has
+        neither. head: {name: linear, options of that class in heads/}."""
         super().__init__()
         self.encoder = encoders.build(encoder, **options)
         self.mean = _colour(mean or self.encoder.mean or IMAGENET_MEAN, "mean")
@@ -46,9 +48,12 @@ class Model(nn.Module):
         self.options = {"encoder": encoder, **colours, **options}
         self.text = self.joint = self.head = None
         if head is not None:
+            self.head = heads.build(self.encoder, head)
             self.options |= {"head": dict(head)}
-            asked = plugin.check(Classifier, dict(head), "model.head")
-            self.head = Classifier(self.encoder.width, **asked)
+            if isinstance(self.head, Scores) and self.head.classes < 2:
+                raise ValueError(
+                    f"model.head.classes: {self.head.classes} leaves nothing to tell apart."
+                )
             if self.head.normed and self.encoder.final_norm:
                 raise ValueError(
                     "model.head.norm: the encoder ends with a norm already; with model.final_norm=false "
@@ -66,7 +71,7 @@ class Model(nn.Module):
             )
 
     def normalise(self, image: Tensor) -> Tensor:
-        """uint8 [B, 3, H, W] to float32, by mean and std, on the image's device."""
+        """[B, 3, H, W] of 0 to 255 to float32, by mean and std, on the image's device."""
         mean = torch.tensor(self.mean, device=image.device).view(3, 1, 1) * 255
         std = torch.tensor(self.std, device=image.device).view(3, 1, 1) * 255
         return (image.float() - mean) / std
@@ -77,28 +82,36 @@ class Model(nn.Module):
         std = torch.tensor(self.std, device=image.device).view(3, 1, 1) * 255
         return (image.float() * std + mean).round().clamp(0, 255).to(torch.uint8)
 
-    def forward(self, image: Tensor, layer: int | None = None) -> Tensor:
-        """uint8 [B, 3, H, W] to tokens [B, prefix + N, D]; layer: as Encoder.forward's."""
-        return self.encoder(self.normalise(image), layer=layer)
+    def forward(self, image: Tensor, **how: Any) -> Tensor:
+        """uint8 [B, 3, H, W] to tokens [B, prefix + N, D]; how: keep, hide and layer, as
+        Encoder.forward's."""
+        return self.encode(self.normalise(image), **how)
+
+    def encode(self, image: Tensor, **how: Any) -> Tensor:
+        """Normalised float [B, 3, H, W] to tokens [B, prefix + N, D]; how: as `forward`'s."""
+        return self.encoder(image, **how)
 
     def features(self, image: Tensor, pool: str = "class", layer: int | None = None) -> Tensor:
         """uint8 [B, 3, H, W] to one float32 feature [B, D] an image; pool "joint": [B, J] of length
-        1, in the space of the texts; "scores": [B, C] of its classifier."""
+        1, in the space of the texts; "scores": [B, C] of its classifier. Raises ValueError for images
+        of another type, whose range nobody knows."""
+        if image.dtype != torch.uint8:
+            raise ValueError(
+                f"images are uint8, 0 to 255, and these are {image.dtype}. Of float images in 0 to 1 "
+                f"make (255 * image).round().to(torch.uint8); `encode` takes those that are "
+                f"normalised already."
+            )
         if pool == "scores":
             return self.scores(image)
         if pool == "joint":
             self.require_text("features")
             return self.joint(self._pooled(image, self.joint.pool), None)[0]
-        return encoders.pool(self(image, layer), self.encoder.prefix, pool).float()
+        return encoders.pool(self(image, layer=layer), self.encoder.prefix, pool).float()
 
     def scores(self, image: Tensor) -> Tensor:
         """uint8 [B, 3, H, W] to float32 [B, C], by the classifier of a fine-tuned model."""
-        self.require_head("scores")
-        return self.classify(self(image))
-
-    def classify(self, tokens: Tensor) -> Tensor:
-        """[B, prefix + N, D] tokens of the last layer to float32 [B, C]."""
-        return self.head(encoders.pool(tokens, self.encoder.prefix, self.head.pool)).float()
+        self.require_scores("scores")
+        return self.head(self(image)).float()
 
     def text_features(self, tokens: Tensor) -> Tensor:
         """int64 [B, L] to float32 [B, J] of length 1, in the space of the images."""
@@ -113,9 +126,9 @@ class Model(nn.Module):
     def _pooled(self, image: Tensor, pool: str) -> Tensor:
         return encoders.pool(self(image), self.encoder.prefix, pool)
 
-    def require_head(self, who: str) -> None:
+    def require_scores(self, who: str) -> None:
         """Raises ValueError, saying which stage makes one, if there is no classifier."""
-        if self.head is None:
+        if not isinstance(self.head, Scores):
             raise ValueError(
                 f"{who}: this model has no classifier. Fine-tuning makes one: --stage finetune, from "
                 f"this model with --init."

@@ -166,7 +166,7 @@ def fill(module: nn.Module, weights: Weights) -> None:
     _check(module, weights)
     targets = module.state_dict(keep_vars=True)
     for name, target in targets.items():
-        put(target, _adapted(module, name, weights.read(name)))
+        put(target, _adapted(module, name, weights.read(name), weights.options or {}))
     left = [k for k in weights.shapes if k not in targets]
     if left:
         logger.info(
@@ -202,9 +202,8 @@ def _check(module: nn.Module, weights: Weights) -> None:
             f"left over {k} {tuple(s)}" for k, s in weights.shapes.items() if k not in targets
         ]
     for name in [k for k in targets if k in weights.shapes]:
-        shape = tuple(
-            _adapted(module, name, torch.empty(weights.shapes[name], device="meta")).shape
-        )
+        given = torch.empty(weights.shapes[name], device="meta")
+        shape = tuple(_adapted(module, name, given, weights.options or {}).shape)
         if shape != tuple(targets[name].shape):
             problems.append(f"{name} is {shape} and must be {tuple(targets[name].shape)}")
     problems += [f"missing {k}" for k in targets if k not in weights.shapes]
@@ -219,12 +218,12 @@ def _check(module: nn.Module, weights: Weights) -> None:
         )
 
 
-def _adapted(module: nn.Module, name: str, tensor: Tensor) -> Tensor:
+def _adapted(module: nn.Module, name: str, tensor: Tensor, before: dict[str, Any]) -> Tensor:
     """The tensor as the outermost submodule with an `adapt` wants it (positions for another image
     size)."""
     parts = name.split(".")
     for i in range(len(parts)):
         inner = module.get_submodule(".".join(parts[:i]))
         if isinstance(inner, contracts.Adapts):
-            return inner.adapt(".".join(parts[i:]), tensor)
+            return inner.adapt(".".join(parts[i:]), tensor, before)
     return tensor

@@ -1,14 +1,21 @@
 """What every objective offers: it turns batches into a loss, and owns the transform that makes
 them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from prepretrain.data.transforms import decode, flip, random_resized_crop, resize_center_crop
-from prepretrain.models.encoders.vit import ViT
+from prepretrain import plugin
+from prepretrain.data.transforms import (
+    Size,
+    decode,
+    flip,
+    random_resized_crop,
+    resize_center_crop,
+    sides,
+)
 from prepretrain.models.model import Model
 from prepretrain.models.weights import Weights
 
@@ -24,30 +31,21 @@ class Objective(nn.Module):
     fields: tuple[str, ...] = ("image",)  # what it needs from a sample
     whole_batch = False  # compares all images of a batch, so a process must take its share at once
     needs_init = False  # makes no sense without weights to start from
-    takes_text = False  # trains a text tower beside the encoder
-    takes_head = False  # trains a classifier on top of the encoder
+    # what it asks of a Model: of "encoder" ways of encoding (Encoder.takes); of "head" and "text",
+    # which a Model has only for an objective that names them, a class
+    needs: Mapping[str, Any] = {}
 
     def __init__(self, model: Model):
         super().__init__()
-        if (model.head is not None) != self.takes_head:
-            name = type(self).__module__.rpartition(".")[2]
-            raise ValueError(
-                f"model.head: is missing; objective '{name}' trains a classifier. Give its number of "
-                f"classes, as in model.head.classes=1000."
-                if self.takes_head
-                else f"model.head: objective '{name}' does not train a classifier. Start from the "
-                f"encoder alone, as in --init runs/finetune:encoder."
-            )
-        if (model.text is not None) != self.takes_text:
-            name = type(self).__module__.rpartition(".")[2]
-            raise ValueError(
-                f"model.text: is missing; objective '{name}' trains a text tower. Name one, as in "
-                f"model.text={{name: open_clip, architecture: ViT-B-32}}."
-                if self.takes_text
-                else f"model.text: objective '{name}' does not train a text tower. Start from the "
-                f"image tower alone, as in --init runs/wsp_clip:encoder."
-            )
+        model.encoder.require(self.needs.get("encoder", ()), "model.encoder")
+        for part in _PARTS:
+            _check_part(part, getattr(model, part), self.needs.get(part), self.name())
         self.model = model
+
+    @classmethod
+    def name(cls) -> str:
+        """What a config calls it."""
+        return cls.__module__.rpartition(".")[2]
 
     def transform(self, train: bool) -> Callable[[dict[str, Any]], dict[str, Any]]:
         """What makes a batch's row of a sample, in a worker; all randomness from
@@ -86,7 +84,7 @@ class Objective(nn.Module):
         if lacking:
             raise ValueError(
                 f"data.train={card.name}: has no {', '.join(lacking)}, which objective "
-                f"'{type(self).__module__.rpartition('.')[2]}' needs. It has: {', '.join(source.fields)}."
+                f"'{self.name()}' needs. It has: {', '.join(source.fields)}."
             )
 
     def reconstruct(self, batch: dict[str, Any]) -> dict[str, Tensor]:
@@ -97,14 +95,42 @@ class Objective(nn.Module):
         )
 
 
-def blank_images(count: int, size: int) -> Tensor:
-    """uint8 [count, 3, size, size] without storage."""
-    return torch.empty(count, 3, size, size, dtype=torch.uint8, device="meta")
+_PARTS = {  # of a Model beside its encoder: what it is called, its kind, and one as an example
+    "head": ("a head", "heads", "{name: linear, classes: 1000}"),
+    "text": ("a text tower", "towers", "{name: open_clip, architecture: ViT-B-32}"),
+}
 
 
-def picture(sample: dict[str, Any], size: int, crop_scale: tuple[float, float] | None) -> Tensor:
-    """A sample's image as uint8 [3, size, size]: a random resized crop and flip, by the sample's own
-    randomness; with crop_scale None the fixed centre crop of validation."""
+def _check_part(part: str, given: nn.Module | None, needed: type | None, objective: str) -> None:
+    """Raises ValueError if a Model lacks a part that an objective trains, has one that it does not,
+    or one of another kind."""
+    called, kind, example = _PARTS[part]
+    if given is None and needed is not None:
+        raise ValueError(
+            f"model.{part}: is missing; objective '{objective}' trains {called}. Give one, as in "
+            f"model.{part}={example}."
+        )
+    if given is not None and needed is None:
+        raise ValueError(
+            f"model.{part}: objective '{objective}' does not train {called}. Start from the encoder "
+            f"alone, as in --init runs/other:encoder, without model.{part}."
+        )
+    if given is not None and not isinstance(given, needed):
+        fitting = [n for n in plugin.names(kind) if issubclass(plugin.find(kind, n), needed)]
+        raise ValueError(
+            f"model.{part}: objective '{objective}' cannot train a {type(given).__name__}. Name one of "
+            f"{', '.join(fitting)}."
+        )
+
+
+def blank_images(count: int, size: Size) -> Tensor:
+    """uint8 [count, 3, H, W] of that size, without storage."""
+    return torch.empty(count, 3, *sides(size), dtype=torch.uint8, device="meta")
+
+
+def picture(sample: dict[str, Any], size: Size, crop_scale: tuple[float, float] | None) -> Tensor:
+    """A sample's image as uint8 [3, H, W] of that size: a random resized crop and flip, by the
+    sample's own randomness; with crop_scale None the fixed centre crop of validation."""
     random, image = sample["random"], decode(sample["image"])
     if crop_scale is None:
         return resize_center_crop(image, size)
@@ -115,17 +141,19 @@ class Masked(Objective):
     """An objective whose encoder sees a random part of the patches, and only that. N patches, K
     kept, M masked."""
 
+    needs = {"encoder": ("keep",)}
+
     def __init__(
         self, model: Model, *, mask_ratio: float, crop_scale: tuple[float, float] = (0.2, 1.0)
     ):
         super().__init__(model)
         encoder = model.encoder
-        if encoder.prefix != 1 or not isinstance(encoder, ViT):
+        if encoder.prefix != 1:
             raise ValueError(
-                f"model.encoder: a {type(encoder).__name__} cannot encode a part of the patches. Take "
-                f"a vit_…, or objective 'simmim', which encodes all."
+                f"model.encoder: a {type(encoder).__name__} puts {encoder.prefix} tokens before the "
+                f"grid, and objective '{self.name()}' decodes after one, a class token. Take a vit_…."
             )
-        self.patches = encoder.grid**2
+        self.patches = encoder.cells
         self.kept = int(self.patches * (1 - mask_ratio))
         if not 0 < self.kept < self.patches:
             raise ValueError(
@@ -155,10 +183,10 @@ class Masked(Objective):
 
 
 class Masking:
-    """A sample to {"image": uint8 [3, S, S], "noise": float32 [places]}, by the sample's own
+    """A sample to {"image": uint8 [3, H, W], "noise": float32 [places]}, by the sample's own
     randomness; the noise's order says what is masked."""
 
-    def __init__(self, size: int, places: int, crop_scale: tuple[float, float] | None):
+    def __init__(self, size: Size, places: int, crop_scale: tuple[float, float] | None):
         """crop_scale None: the fixed centre crop of validation."""
         self.size, self.places, self.crop_scale = size, places, crop_scale
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from prepretrain.data.transforms import (
     BadImage,
+    Size,
     decode,
     random_resized_crop,
     resize_center_crop,
@@ -17,18 +18,18 @@ from prepretrain.data.vocabulary import canonical
 from prepretrain.losses.contrastive import LOSSES
 from prepretrain.models.load import open_text
 from prepretrain.models.model import Model
-from prepretrain.models.text.base import Tokenizer
+from prepretrain.models.text.base import Tokenizer, Tower
 from prepretrain.models.weights import Weights
 from prepretrain.objectives.base import Objective, blank_images
 
 
 class Captioned:
-    """A sample to {"image": uint8 [3, S, S], "tokens": int64 [L], "cut": 1 if the caption was longer
+    """A sample to {"image": uint8 [3, H, W], "tokens": int64 [L], "cut": 1 if the caption was longer
     than the tower reads, else 0}."""
 
     def __init__(
         self,
-        size: int,
+        size: Size,
         tokenizer: Tokenizer,
         crop_scale: tuple[float, float] | None,
         hashtags: bool,
@@ -77,7 +78,8 @@ class Contrastive(Objective):
     every image with every caption of the whole batch, over all processes."""
 
     fields = ("image", "text")
-    whole_batch = takes_text = True
+    whole_batch = True
+    needs = {"text": Tower}
     locked = False  # the image tower learns nothing
 
     def __init__(

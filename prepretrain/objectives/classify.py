@@ -13,6 +13,8 @@ from timm.data.auto_augment import rand_augment_transform
 from timm.data.random_erasing import RandomErasing
 from torch import Tensor
 
+from prepretrain.data.transforms import Size
+from prepretrain.models.heads.base import Scores
 from prepretrain.models.model import Model
 from prepretrain.objectives.base import Objective, blank_images, picture
 
@@ -22,7 +24,7 @@ class Classify(Objective):
     label smoothing and random erasing."""
 
     fields = ("image", "label")
-    takes_head = True
+    needs = {"head": Scores}
 
     def __init__(
         self,
@@ -105,7 +107,7 @@ class Classify(Objective):
 
     def logits(self, image: Tensor) -> Tensor:
         """Normalised [B, 3, H, W] to float32 [B, classes]."""
-        return self.model.classify(self.model.encoder(image))
+        return self.model.head(self.model.encode(image)).float()
 
 
 class RandAugment:
@@ -119,7 +121,7 @@ class RandAugment:
             )
         # what moves out of the picture is filled with the mean colour, as MAE's and SimMIM's do
         grey = tuple(round(255 * value) for value in model.mean)
-        given = {"translate_const": int(model.encoder.image_size * 0.45), "img_mean": grey}
+        given = {"translate_const": int(min(model.encoder.image_size) * 0.45), "img_mean": grey}
         try:
             self.apply = rand_augment_transform(
                 description, {**given, "interpolation": Image.BICUBIC}
@@ -130,7 +132,7 @@ class RandAugment:
             ) from error
 
     def __call__(self, image: Tensor, generator: np.random.Generator) -> Tensor:
-        """uint8 [3, S, S] to uint8 [3, S, S]."""
+        """uint8 [3, H, W] to uint8 [3, H, W]."""
         # timm draws from the two global generators, which other parts of the process also use
         before = random.getstate(), np.random.get_state()
         random.seed(int(generator.integers(2**32)))
@@ -144,11 +146,11 @@ class RandAugment:
 
 
 class Transform:
-    """A sample to {"image": uint8 [3, S, S], "label": int}."""
+    """A sample to {"image": uint8 [3, H, W], "label": int}."""
 
     def __init__(
         self,
-        size: int,
+        size: Size,
         classes: int,
         crop_scale: tuple[float, float] | None,
         augment: RandAugment | None,

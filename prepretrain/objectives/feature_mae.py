@@ -69,11 +69,13 @@ class FeatureMAE(Masked):
             )
         self.grid, self.teacher_grid = model.encoder.grid, encoder.grid
         if self.grid != self.teacher_grid and not resample:
+            rows, columns = (cells * encoder.stride for cells in self.grid)
             raise ValueError(
-                f"objective.teacher: {teacher} sees {encoder.grid} x {encoder.grid} patches of an image "
-                f"of {encoder.image_size} pixels, and the student {self.grid} x {self.grid}. Set "
-                f"objective.teacher_options.image_size={self.grid * encoder.stride}, which gives equal "
-                f"grids, or objective.resample=true, which interpolates its features."
+                f"objective.teacher: {teacher} sees {_by(encoder.grid)} patches of an image of "
+                f"{_by(encoder.image_size)} pixels, and the student {_by(self.grid)}. Set "
+                f"objective.teacher_options.image_size="
+                f"{rows if rows == columns else [rows, columns]}, which gives equal grids, or "
+                f"objective.resample=true, which interpolates its features."
             )
         self.decoder = Decoder(
             model.encoder.width,
@@ -102,7 +104,7 @@ class FeatureMAE(Masked):
     def losses(self, batch: dict[str, Any]) -> Tensor:
         """{"image": uint8 [B, 3, H, W], "noise": float [B, N]} to each image's loss [B]."""
         keep, masked = self.split(batch["noise"])
-        latent = self.model.encoder(self.model.normalise(batch["image"]), keep=keep)
+        latent = self.model(batch["image"], keep=keep)
         predicted = self.decoder(latent, keep, masked, everything=True).float()
         target = self.target(batch["image"], torch.cat([keep, masked], 1))
         distance = F.normalize(predicted, dim=-1) - F.normalize(target, dim=-1)
@@ -113,15 +115,18 @@ class FeatureMAE(Masked):
         """uint8 [B, 3, H, W] and int64 [B, N] patches to the teacher's features [B, 1 + N, T]: the
         class token's, and the patches' in that order."""
         encoder = self.teacher.encoder
-        size = encoder.image_size
-        if size != image.shape[-1]:
-            image = F.interpolate(image.float(), (size, size), mode="bicubic", antialias=True)
-            image = image.round().clamp(0, 255)
+        if encoder.image_size != tuple(image.shape[-2:]):
+            image = F.interpolate(image.float(), encoder.image_size, mode="bicubic", antialias=True)
+            image = image.round().clamp(0, 255).to(torch.uint8)
         tokens = self.teacher(image).float()
         grid = tokens[:, encoder.prefix :]
         if self.teacher_grid != self.grid:
-            maps = grid.transpose(1, 2).unflatten(2, (self.teacher_grid,) * 2)
-            maps = F.interpolate(maps, (self.grid,) * 2, mode="bilinear", antialias=True)
+            maps = grid.transpose(1, 2).unflatten(2, self.teacher_grid)
+            maps = F.interpolate(maps, self.grid, mode="bilinear", antialias=True)
             grid = maps.flatten(2).transpose(1, 2)
         index = order[..., None].expand(-1, -1, grid.shape[-1])
         return torch.cat([tokens[:, :1], grid.gather(1, index)], 1)
+
+
+def _by(pair: tuple[int, int]) -> str:
+    return f"{pair[0]} x {pair[1]}"

@@ -8,11 +8,10 @@ import torch
 from torch import Tensor
 
 from prepretrain.data.card import data_folder
-from prepretrain.data.transforms import BadImage
+from prepretrain.data.transforms import BadImage, Size
 from prepretrain.data.vocabulary import Vocabulary
 from prepretrain.losses.sparse import sparse_cross_entropy
-from prepretrain.models.encoders.base import pool as pool_tokens
-from prepretrain.models.heads import HEADS
+from prepretrain.models.heads import base as heads
 from prepretrain.models.model import Model
 from prepretrain.objectives.base import Objective, blank_images, picture
 
@@ -39,10 +38,11 @@ class Hashtag(Objective):
         """vocabulary: the file that datasets/hashtags.py wrote, under the data folder. tags: how
         many it must hold, which is then known before it is opened; None takes what it holds."""
         super().__init__(model)
-        self.path, self.pool, self.crop_scale = data_folder() / vocabulary, pool, crop_scale
+        self.path, self.crop_scale = data_folder() / vocabulary, crop_scale
         self._vocabulary: Vocabulary | None = None
         self.tags = len(self.vocabulary.tags) if tags is None else tags
-        self.head = HEADS[head](model.encoder.width, self.tags)
+        options = {"name": head, "classes": self.tags, "pool": pool}
+        self.head = heads.build(model.encoder, options, "objective.head")
 
     @property
     def vocabulary(self) -> Vocabulary:
@@ -79,9 +79,7 @@ class Hashtag(Objective):
     def forward(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         """{"image": uint8 [B, 3, H, W], "tags": int64 [B, T] padded with -1} to the loss and top-1
         accuracy."""
-        tokens = self.model(batch["image"])
-        logits = self.head(pool_tokens(tokens, self.model.encoder.prefix, self.pool))
-        tags = batch["tags"]
+        logits, tags = self.head(self.model(batch["image"])), batch["tags"]
         best = logits.detach().argmax(1, keepdim=True)
         return {
             "loss": sparse_cross_entropy(logits, tags).mean(),
@@ -90,10 +88,10 @@ class Hashtag(Objective):
 
 
 class Transform:
-    """A sample to {"image": uint8 [3, S, S], "tags": ids}. A sample without a known tag is a bad
+    """A sample to {"image": uint8 [3, H, W], "tags": ids}. A sample without a known tag is a bad
     one."""
 
-    def __init__(self, size: int, vocabulary: Vocabulary, crop_scale: tuple[float, float] | None):
+    def __init__(self, size: Size, vocabulary: Vocabulary, crop_scale: tuple[float, float] | None):
         self.size, self.vocabulary, self.crop_scale = size, vocabulary, crop_scale
 
     def __call__(self, sample: dict[str, Any]) -> dict[str, Any]:

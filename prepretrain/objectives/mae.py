@@ -53,7 +53,7 @@ class MAE(Masked):
         each image's masked patches."""
         image = self.model.normalise(batch["image"])
         keep, masked = self.split(batch["noise"])
-        latent = self.model.encoder(image, keep=keep)
+        latent = self.model.encode(image, keep=keep)
         predicted = self.decoder(latent, keep, masked)
         error = predicted.float() - self.target(image, masked)
         return error.square().mean((1, 2))
@@ -74,7 +74,7 @@ class MAE(Masked):
         size = self.model.encoder.stride
         image = self.model.normalise(batch["image"])
         keep, masked = self.split(batch["noise"])
-        predicted = self.decoder(self.model.encoder(image, keep=keep), keep, masked).float()
+        predicted = self.decoder(self.model.encode(image, keep=keep), keep, masked).float()
         if self.normalise_target:
             true = pixels(image, size, masked)
             predicted = predicted * (true.var(-1, keepdim=True) + 1e-6).sqrt() + true.mean(
@@ -85,7 +85,7 @@ class MAE(Masked):
         shown = original.scatter(1, place, predicted)
         grey = original.scatter(1, place, torch.zeros_like(predicted))
         return {
-            name: self.model.denormalise(assemble(rows, size))
+            name: self.model.denormalise(assemble(rows, size, self.model.encoder.grid))
             for name, rows in (("original", original), ("masked", grey), ("reconstructed", shown))
         }
 
@@ -98,6 +98,6 @@ def pixels(image: Tensor, size: int, places: Tensor | None = None) -> Tensor:
     return patches.unflatten(-1, (3, -1)).transpose(-1, -2).flatten(-2)
 
 
-def assemble(rows: Tensor, size: int) -> Tensor:
-    """The inverse of `pixels`, for all patches of a square grid: [B, N, P P 3] to [B, 3, H, W]."""
-    return unpatchify(rows.unflatten(-1, (-1, 3)).transpose(-1, -2).flatten(-2), size)
+def assemble(rows: Tensor, size: int, grid: tuple[int, int]) -> Tensor:
+    """The inverse of `pixels`, for all patches of a grid: [B, N, P P 3] to [B, 3, H, W]."""
+    return unpatchify(rows.unflatten(-1, (-1, 3)).transpose(-1, -2).flatten(-2), size, grid)

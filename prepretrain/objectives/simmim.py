@@ -31,6 +31,8 @@ class SimMIM(Objective):
     2206.04664, section 3.4).
     """
 
+    needs = {"encoder": ("hide",)}
+
     def __init__(
         self,
         model: Model,
@@ -50,17 +52,19 @@ class SimMIM(Objective):
         """
         super().__init__(model)
         encoder = model.encoder
-        if cell % encoder.stride or encoder.image_size % cell:
+        height, width = encoder.image_size
+        if cell % encoder.stride or height % cell or width % cell:
             raise ValueError(
                 f"objective.cell: {cell} pixels must be a multiple of the encoder's stride "
-                f"({encoder.stride}) and divide model.image_size ({encoder.image_size})."
+                f"({encoder.stride}) and divide model.image_size ({height} x {width})."
             )
         if target_window is not None and (target_window < 3 or target_window % 2 == 0):
             raise ValueError(
                 f"objective.target_window: {target_window} must be odd, so that a pixel is in the "
                 f"middle of its window, and at least 3."
             )
-        self.cells = (encoder.image_size // cell) ** 2
+        self.mask_grid = height // cell, width // cell
+        self.cells = math.prod(self.mask_grid)
         self.masked = math.ceil(self.cells * mask_ratio)
         if not 0 < self.masked < self.cells:
             raise ValueError(
@@ -107,7 +111,7 @@ class SimMIM(Objective):
         patches, grid = (
             self._spread(cells, self.cell // s) for s in (encoder.patch, encoder.stride)
         )
-        tokens = encoder(image, hide=(patches, self.mask_token()))[:, encoder.prefix :]
+        tokens = self.model.encode(image, hide=(patches, self.mask_token()))[:, encoder.prefix :]
         places = grid.long().argsort(dim=1, descending=True, stable=True)
         places = places[:, : self.masked * (self.cell // encoder.stride) ** 2]
         return places, self.decoder(tokens, places).float()
@@ -119,8 +123,7 @@ class SimMIM(Objective):
 
     def _spread(self, cells: Tensor, times: int) -> Tensor:
         """A mask [B, C] of cells as one of the smaller squares that each is made of."""
-        side = round(self.cells**0.5)
-        grid = cells.unflatten(1, (side, side))
+        grid = cells.unflatten(1, self.mask_grid)
         return grid.repeat_interleave(times, 1).repeat_interleave(times, 2).flatten(1)
 
     def target(self, image: Tensor) -> Tensor:
@@ -150,7 +153,10 @@ class SimMIM(Objective):
             "masked": original.scatter(1, index, torch.zeros_like(predicted)),
             "reconstructed": original.scatter(1, index, predicted),
         }
-        return {k: self.model.denormalise(unpatchify(v, size)) for k, v in versions.items()}
+        return {
+            name: self.model.denormalise(unpatchify(patches, size, self.model.encoder.grid))
+            for name, patches in versions.items()
+        }
 
     def release(self) -> dict[str, Tensor]:
         """The trained tensors under the names of the released SimMIM files, decoder included.
@@ -201,12 +207,14 @@ class Decoder(nn.Module):
     a token's square in the order (colour, row, column).
     """
 
-    def __init__(self, width: int, grid: int, size: int, depth: int):
+    def __init__(self, width: int, grid: tuple[int, int], size: int, depth: int):
         super().__init__()
         self.width, self.grid = width, grid
         if depth:
             # fixed sines and cosines: # not from the paper, which says "blocks" and no more
-            self.pos_embed = nn.Parameter(torch.empty(1, grid**2, width), requires_grad=False)
+            self.pos_embed = nn.Parameter(
+                torch.empty(1, math.prod(grid), width), requires_grad=False
+            )
         norm = partial(nn.LayerNorm, eps=1e-6)
         heads = max(width // 64, 1)  # not from the paper
         self.blocks = nn.ModuleList(

@@ -41,7 +41,7 @@ class Accuracy(Evaluator):
 
     def check(self, model: nn.Module) -> None:
         """See Evaluator.check: a classifier of the card's classes is needed."""
-        model.require_head(f"accuracy/{self.data}")
+        model.require_scores(f"accuracy/{self.data}")
         if self.card.classes and len(self.card.classes) != model.head.classes:
             raise ValueError(
                 f"accuracy/{self.data}: the card has {len(self.card.classes)} classes, and the model's "

@@ -145,7 +145,7 @@ class Robustness(Probing):
     def check(self, model: nn.Module) -> None:
         """See Evaluator.check: a classifier, a text tower or a class token, as `classifier` needs."""
         if self.classifier == "own":
-            model.require_head(f"robustness/{self.data}")
+            model.require_scores(f"robustness/{self.data}")
         elif self.zeroshot is not None:
             self.zeroshot.check(model)
         else:

@@ -1,6 +1,7 @@
 """What every image encoder offers, and how one is found by the name of its size."""
 
 import importlib
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -8,6 +9,13 @@ from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
 from prepretrain import plugin
+from prepretrain.data.transforms import Size, sides
+
+_WAYS = {  # of encoding, beside a whole image's
+    "keep": "leave patches out (objective mae)",
+    "hide": "hide patches (objective simmim)",
+    "layer": "stop at a layer",
+}
 
 
 class Encoder(nn.Module):
@@ -22,7 +30,8 @@ class Encoder(nn.Module):
     patch: int  # pixels per embedded patch, at most `stride`: what `hide` hides
     patch_width: int  # channels of an embedded patch
     prefix: int  # tokens before the grid (a ViT's class token: 1)
-    image_size: int  # pixels, square
+    image_size: tuple[int, int]  # pixels: height, width
+    takes: tuple[str, ...] = ()  # what of keep, hide and layer `forward` offers
     blocks: nn.ModuleList  # what is recomputed, compiled and sharded as a unit
     final_norm: bool = True  # the tokens' last operation is a norm
     mean: Sequence[float] | None = None  # of each colour, 0 to 1; None: ImageNet's
@@ -30,9 +39,14 @@ class Encoder(nn.Module):
     timm_head = "head"  # what timm calls the last linear layer of such a model
 
     @property
-    def grid(self) -> int:
-        """Cells along one side of the image."""
-        return self.image_size // self.stride
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of cells that an image has."""
+        return self.image_size[0] // self.stride, self.image_size[1] // self.stride
+
+    @property
+    def cells(self) -> int:
+        """N, the cells of the grid."""
+        return math.prod(self.grid)
 
     def forward(
         self,
@@ -51,19 +65,34 @@ class Encoder(nn.Module):
         """
         raise NotImplementedError
 
-    def check(self, image: Tensor) -> None:
-        """Raises ValueError for images of another size than the encoder's."""
-        if tuple(image.shape[-2:]) != (self.image_size,) * 2:
+    def check(self, image: Tensor, **how: Any) -> None:
+        """Raises ValueError for images of another size than the encoder's, and for what of keep,
+        hide and layer is given and not offered."""
+        if tuple(image.shape[-2:]) != self.image_size:
             raise ValueError(
-                f"model.image_size is {self.image_size} and an image is {tuple(image.shape[-2:])}."
+                f"model.image_size is {' x '.join(map(str, self.image_size))} and an image is "
+                f"{' x '.join(map(str, image.shape[-2:]))} pixels."
+            )
+        self.require([name for name, value in how.items() if value is not None], "model.encoder")
+
+    def require(self, ways: Sequence[str], who: str) -> None:
+        """Raises ValueError if `takes` lacks one of these."""
+        lacking = [_WAYS[way] for way in ways if way not in self.takes]
+        if lacking:
+            raise ValueError(
+                f"{who}: a {type(self).__name__} cannot {' and '.join(lacking)}. Take one of the ViT "
+                f"sizes, as vit_b16."
             )
 
     def initialise(self, name: str, tensor: Tensor, generator: Any) -> bool:
         """Fills one parameter by its name; False leaves it to the rule of its layer's type."""
         return False
 
-    def adapt(self, name: str, tensor: Tensor) -> Tensor:
-        """A checkpoint's tensor made to fit this encoder's image size, where that has a meaning."""
+    def adapt(self, name: str, tensor: Tensor, before: dict[str, Any]) -> Tensor:
+        """A checkpoint's tensor made to fit this encoder's image size, where that has a meaning.
+
+        before: the options of the model that the tensor is of, as far as they are known.
+        """
         return tensor
 
     @staticmethod
@@ -89,21 +118,6 @@ class Encoder(nn.Module):
         """Those weights, through the library's own hub and cache."""
         raise NotImplementedError
 
-    def refuse(self, **given: Any) -> None:
-        """Raises ValueError for arguments of `forward` that this encoder does not offer, if they are
-        given."""
-        what = {
-            "keep": "leave patches out (objective mae)",
-            "hide": "hide patches (objective simmim)",
-            "layer": "stop at a layer",
-        }
-        asked = [what[name] for name, value in given.items() if value is not None]
-        if asked:
-            raise ValueError(
-                f"model.encoder: a {type(self).__name__} cannot {' and '.join(asked)}. Take one of the "
-                f"ViT sizes, as vit_b16."
-            )
-
     def timm(self) -> dict[str, Any]:
         """{"architecture": …, "model_args": …} with which timm builds the same encoder."""
         raise NotImplementedError
@@ -114,13 +128,31 @@ class Encoder(nn.Module):
         raise ValueError(f"open_clip has no image tower like {type(self).__name__}.")
 
 
-def resample_positions(table: Tensor, grid: int, prefix: int) -> Tensor:
-    """Positions [1, prefix + N, D] of a square grid resampled to another (bicubic, as timm and MAE's
-    users do); anything else as it is."""
-    old = round(max(table.shape[1] - prefix, 0) ** 0.5) if table.ndim == 3 else 0
-    if old in (0, grid) or old**2 + prefix != table.shape[1]:
+def resample_positions(
+    table: Tensor, grid: tuple[int, int], prefix: int, stride: int, before: dict[str, Any]
+) -> Tensor:
+    """Positions [1, prefix + N, D] of another grid resampled to this one (bicubic, as timm and MAE's
+    users do); what is no table of positions stays as it is.
+
+    The other grid is that of the image size in `before`, at this stride, or else a square.
+    """
+    cells = table.shape[1] - prefix if table.ndim == 3 else 0
+    stated = before.get("image_size")
+    old = tuple(side // stride for side in sides(stated)) if stated is not None else (0, 0)
+    if math.prod(old) != cells:
+        old = (math.isqrt(max(cells, 0)),) * 2
+    if old == grid or cells < 1 or math.prod(old) != cells:
         return table
-    return resample_abs_pos_embed(table, [grid] * 2, [old] * 2, num_prefix_tokens=prefix)
+    return resample_abs_pos_embed(table, list(grid), list(old), num_prefix_tokens=prefix)
+
+
+def whole_cells(image_size: Size, stride: int, what: str) -> tuple[int, int]:
+    """An image size as (height, width). Raises ValueError if a side is no multiple of the stride,
+    which `what` explains."""
+    height, width = sides(image_size)
+    if height % stride or width % stride or min(height, width) < stride:
+        raise ValueError(f"model.image_size: {image_size} is no multiple of {what}.")
+    return height, width
 
 
 def pool(tokens: Tensor, prefix: int, how: str) -> Tensor:

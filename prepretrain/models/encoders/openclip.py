@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from prepretrain.data.transforms import Size
 from prepretrain.models.encoders.base import Encoder, resample_positions
 
 SIZES = {"open_clip": {}}
@@ -17,7 +18,7 @@ class OpenClip(Encoder):
     Its mean and standard deviation are those that open_clip states for the name.
     """
 
-    def __init__(self, *, architecture: str, image_size: int | None = None):
+    def __init__(self, *, architecture: str, image_size: Size | None = None):
         """architecture: open_clip's name, as `ViT-B-16`; image_size: its own if None."""
         import open_clip  # slow to import, and only its own models need it
 
@@ -33,7 +34,7 @@ class OpenClip(Encoder):
             device=torch.get_default_device(),
         ).visual
         self.mean, self.std = tower.image_mean, tower.image_std
-        self.image_size = tower.image_size[0]
+        self.image_size = tuple(tower.image_size)
         if isinstance(tower, open_clip.timm_model.TimmModel):
             self.net = nn.Module()
             self.net.trunk = net = tower.trunk
@@ -64,8 +65,7 @@ class OpenClip(Encoder):
         layer: int | None = None,
     ) -> Tensor:
         """See Encoder.forward. Raises ValueError for anything but whole images and the last layer."""
-        self.refuse(keep=keep, hide=hide, layer=layer)
-        self.check(image)
+        self.check(image, keep=keep, hide=hide, layer=layer)
         if hasattr(self.net, "trunk"):
             return self.net.trunk.forward_features(image)
         found = self.net.forward_intermediates(
@@ -80,13 +80,15 @@ class OpenClip(Encoder):
             [found["image_intermediates_prefix"][0], found["image_intermediates"][0]], 1
         )
 
-    def adapt(self, name: str, tensor: Tensor) -> Tensor:
+    def adapt(self, name: str, tensor: Tensor, before: dict[str, Any]) -> Tensor:
         """Positions for another image size."""
         if name == "net.positional_embedding":
-            return resample_positions(tensor[None], self.grid, self.prefix)[0]
+            table, prefix = tensor[None], self.prefix
+            return resample_positions(table, self.grid, prefix, self.stride, before)[0]
         if name == "net.trunk.pos_embed":
-            bare = self.net.trunk.pos_embed.shape[1] == self.grid**2
-            return resample_positions(tensor, self.grid, 0 if bare else self.prefix)
+            bare = self.net.trunk.pos_embed.shape[1] == self.cells
+            prefix = 0 if bare else self.prefix
+            return resample_positions(tensor, self.grid, prefix, self.stride, before)
         return tensor
 
     @staticmethod

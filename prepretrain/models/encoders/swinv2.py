@@ -11,7 +11,8 @@ import torch
 from timm.models.swin_transformer_v2 import SwinTransformerV2
 from torch import Tensor, nn
 
-from prepretrain.models.encoders.base import Encoder
+from prepretrain.data.transforms import Size, sides
+from prepretrain.models.encoders.base import Encoder, whole_cells
 
 _DEPTHS = (2, 2, 18, 2)
 SIZES = {
@@ -44,6 +45,7 @@ class SwinV2(Encoder):
     """
 
     prefix = 0
+    takes = ("hide",)
     timm_head = "head.fc"
 
     def __init__(
@@ -54,8 +56,8 @@ class SwinV2(Encoder):
         heads: tuple[int, ...],
         patch_size: int = 4,
         window: int = 12,
-        pretrained_windows: tuple[int, ...] = (),
-        image_size: int = 192,
+        pretrained_windows: tuple[Size, ...] = (),
+        image_size: Size = 192,
         drop_path: float = 0.0,
     ):
         """base_width: channels of the first stage, doubled by each that follows.
@@ -72,20 +74,18 @@ class SwinV2(Encoder):
             raise ValueError(
                 f"model.pretrained_windows: {pretrained_windows} must name one a stage, as {depths}."
             )
-        if image_size % self.stride or image_size < self.stride:
-            raise ValueError(
-                f"model.image_size: {image_size} is no multiple of {self.stride}, the stride of "
-                f"{len(depths)} stages on patches of {patch_size}."
-            )
-        for grid in (image_size // patch_size // 2**i for i in range(len(depths))):
-            if grid > window and grid % window:
-                raise ValueError(
-                    f"model.window: {window} does not divide a stage's grid of {grid} cells; at "
-                    f"model.image_size={image_size} take a window that does."
-                )
+        stages = f"{self.stride}, the stride of {len(depths)} stages on patches of {patch_size}"
+        self.image_size = whole_cells(image_size, self.stride, stages)
+        for stage in range(len(depths)):
+            for cells in (side // patch_size // 2**stage for side in self.image_size):
+                if cells > window and cells % window:
+                    raise ValueError(
+                        f"model.window: {window} does not divide a stage's grid of {cells} cells; at "
+                        f"model.image_size={image_size} take a window that does."
+                    )
         if not 0 <= drop_path < 1:
             raise ValueError(f"model.drop_path: {drop_path} must lie in [0, 1).")
-        self.image_size, self.patch, self.patch_width = image_size, patch_size, base_width
+        self.patch, self.patch_width = patch_size, base_width
         self.width = base_width * 2 ** (len(depths) - 1)
         self.arguments = {
             "img_size": image_size,
@@ -109,8 +109,7 @@ class SwinV2(Encoder):
         layer: int | None = None,
     ) -> Tensor:
         """See Encoder.forward. Raises ValueError for `keep`, which windows do not allow."""
-        self.refuse(keep=keep, layer=layer)
-        self.check(image)
+        self.check(image, keep=keep, hide=hide, layer=layer)
         tokens = self.patch_embed(image)
         if hide is not None:
             mask, token = hide
@@ -145,10 +144,12 @@ class SwinV2(Encoder):
             return {}
         if all(after.get(k) == before.get(k) for k in ("window", "image_size")):
             return {}
-        grid = before.get("image_size", 192) // before.get("patch_size", 4)
-        windows = [
-            min(before.get("window", 12), grid // 2**i) for i in range(len(before["depths"]))
-        ]
+        patch, window = before.get("patch_size", 4), before.get("window", 12)
+        rows, columns = (side // patch for side in sides(before.get("image_size", 192)))
+        windows: list[Size] = []
+        for stage in range(len(before["depths"])):
+            one = min(window, rows // 2**stage), min(window, columns // 2**stage)
+            windows.append(one[0] if one[0] == one[1] else one)
         return {"pretrained_windows": windows}
 
     @staticmethod

@@ -6,6 +6,7 @@ from typing import Any
 import timm
 from torch import Tensor
 
+from prepretrain.data.transforms import Size
 from prepretrain.models.encoders.base import Encoder, resample_positions
 
 SIZES = {"timm": {}}
@@ -17,7 +18,7 @@ class TimmViT(Encoder):
     Its mean and standard deviation are those that timm states for the name.
     """
 
-    def __init__(self, *, architecture: str, image_size: int | None = None):
+    def __init__(self, *, architecture: str, image_size: Size | None = None):
         """architecture: timm's name, as `vit_base_patch16_224.dino`; image_size: its own if None."""
         super().__init__()
         size = {} if image_size is None else {"img_size": image_size}
@@ -31,7 +32,7 @@ class TimmViT(Encoder):
                 f"of patches. Take a ViT."
             )
         self.net, self.prefix, self.width = net, net.num_prefix_tokens, net.num_features
-        self.image_size, self.stride = net.patch_embed.img_size[0], net.patch_embed.patch_size[0]
+        self.image_size, self.stride = net.patch_embed.img_size, net.patch_embed.patch_size[0]
         self.patch, self.patch_width = self.stride, self.width
         self.mean, self.std = net.pretrained_cfg["mean"], net.pretrained_cfg["std"]
 
@@ -44,16 +45,16 @@ class TimmViT(Encoder):
         layer: int | None = None,
     ) -> Tensor:
         """See Encoder.forward. Raises ValueError for anything but whole images and the last layer."""
-        self.refuse(keep=keep, hide=hide, layer=layer)
-        self.check(image)
+        self.check(image, keep=keep, hide=hide, layer=layer)
         return self.net.forward_features(image)
 
-    def adapt(self, name: str, tensor: Tensor) -> Tensor:
+    def adapt(self, name: str, tensor: Tensor, before: dict[str, Any]) -> Tensor:
         """Positions for another image size; some of timm's tables leave out the prefix."""
         if name != "net.pos_embed":
             return tensor
-        bare = self.net.pos_embed.shape[1] == self.grid**2
-        return resample_positions(tensor, self.grid, 0 if bare else self.prefix)
+        bare = self.net.pos_embed.shape[1] == self.cells
+        prefix = 0 if bare else self.prefix
+        return resample_positions(tensor, self.grid, prefix, self.stride, before)
 
     @staticmethod
     def released(names: list[str]) -> dict[str, str | None]:

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from prepretrain.models.encoders.base import Encoder, resample_positions
+from prepretrain.data.transforms import Size
+from prepretrain.models.encoders.base import Encoder, resample_positions, whole_cells
 
 SIZES = {
     # MAWS's five (recipes of arXiv 2303.13496): patch, width, depth, heads.
@@ -36,6 +37,7 @@ class ViT(Encoder):
     MAWS's."""
 
     prefix = 1
+    takes = ("keep", "hide", "layer")
 
     def __init__(
         self,
@@ -44,7 +46,7 @@ class ViT(Encoder):
         width: int,
         depth: int,
         heads: int,
-        image_size: int = 224,
+        image_size: Size = 224,
         drop_path: float = 0.0,
         positions: Literal["fixed", "learned"] = "learned",
         final_norm: bool = True,
@@ -55,22 +57,19 @@ class ViT(Encoder):
         be read by a linear probe (microsoft/SimMIM, issue 14).
         """
         super().__init__()
-        if image_size % patch_size or image_size < patch_size:
-            raise ValueError(
-                f"model.image_size: {image_size} is no multiple of model.patch_size {patch_size}."
-            )
         if width % heads or width % 4:
             raise ValueError(
                 f"model.width: {width} must be a multiple of model.heads ({heads}) and of 4."
             )
         if not 0 <= drop_path < 1:
             raise ValueError(f"model.drop_path: {drop_path} must lie in [0, 1).")
-        self.width, self.stride, self.image_size = width, patch_size, image_size
+        self.image_size = whole_cells(image_size, patch_size, f"model.patch_size {patch_size}")
+        self.width, self.stride = width, patch_size
         self.patch, self.patch_width = patch_size, width
         self.depth, self.heads, self.final_norm = depth, heads, final_norm
         self.cls_token = nn.Parameter(torch.empty(1, 1, width))
         self.pos_embed = nn.Parameter(
-            torch.empty(1, 1 + self.grid**2, width), requires_grad=positions == "learned"
+            torch.empty(1, 1 + self.cells, width), requires_grad=positions == "learned"
         )
         self.patch_embed = nn.Module()
         self.patch_embed.proj = nn.Conv2d(3, width, patch_size, patch_size)
@@ -125,13 +124,13 @@ class ViT(Encoder):
             return False
         return True
 
-    def adapt(self, name: str, tensor: Tensor) -> Tensor:
+    def adapt(self, name: str, tensor: Tensor, before: dict[str, Any]) -> Tensor:
         """Resamples the position table for another image size; SWAG's lies as [1 + N, 1, D]."""
         if name != "pos_embed":
             return tensor
         if tensor.ndim == 3 and tensor.shape[1] == 1 < tensor.shape[0]:
             tensor = tensor.transpose(0, 1)
-        return resample_positions(tensor, self.grid, 1)
+        return resample_positions(tensor, self.grid, 1, self.stride, before)
 
     def no_weight_decay(self) -> set[str]:
         """timm's name for the parameters without weight decay, beside all 1-d ones."""
@@ -149,7 +148,7 @@ class ViT(Encoder):
         return {
             "architecture": "vit_base_patch16_224",
             "model_args": {
-                "img_size": self.image_size,
+                "img_size": _plain(self.image_size),
                 "patch_size": self.stride,
                 "embed_dim": self.width,
                 "depth": self.depth,
@@ -162,7 +161,7 @@ class ViT(Encoder):
         """See Encoder.open_clip. Its ViT embeds patches without a bias, so that is added to their
         positions, which is the same."""
         config = {
-            "image_size": self.image_size,
+            "image_size": _plain(self.image_size),
             "patch_size": self.stride,
             "width": self.width,
             "layers": self.depth,
@@ -201,6 +200,12 @@ def _open_clips(name: str) -> str:
     raise ValueError(f"open_clip's blocks have nothing like {name}.")
 
 
+def _plain(image_size: tuple[int, int]) -> int | list[int]:
+    """As timm and open_clip write a size: one number where both sides are alike."""
+    height, width = image_size
+    return height if height == width else [height, width]
+
+
 def patchify(image: Tensor, size: int) -> Tensor:
     """[B, C, H, W] to [B, N, C P P]: each patch flattened as a convolution's weight is."""
     B, C, H, W = image.shape
@@ -208,12 +213,11 @@ def patchify(image: Tensor, size: int) -> Tensor:
     return cells.permute(0, 2, 4, 1, 3, 5).reshape(B, -1, C * size * size)
 
 
-def unpatchify(patches: Tensor, size: int) -> Tensor:
-    """[B, N, C P P] back to [B, C, H, W], for a square grid."""
-    B, N, _ = patches.shape
-    side = round(N**0.5)
-    cells = patches.reshape(B, side, side, -1, size, size)
-    return cells.permute(0, 3, 1, 4, 2, 5).reshape(B, -1, side * size, side * size)
+def unpatchify(patches: Tensor, size: int, grid: tuple[int, int]) -> Tensor:
+    """[B, N, C P P] of a grid (rows, columns) back to [B, C, H, W]."""
+    rows, columns = grid
+    cells = patches.reshape(len(patches), rows, columns, -1, size, size)
+    return cells.permute(0, 3, 1, 4, 2, 5).reshape(len(patches), -1, rows * size, columns * size)
 
 
 def take(tokens: Tensor, index: Tensor) -> Tensor:
@@ -221,13 +225,13 @@ def take(tokens: Tensor, index: Tensor) -> Tensor:
     return tokens.gather(1, index[..., None].expand(-1, -1, tokens.shape[-1]))
 
 
-def sincos(width: int, grid: int) -> Tensor:
-    """[1 + grid², width] fixed 2-d positions, a row of zeros for the class token (MAE, section
-    4)."""
+def sincos(width: int, grid: tuple[int, int]) -> Tensor:
+    """[1 + N, width] fixed 2-d positions of a grid (rows, columns), a row of zeros for the class
+    token (MAE, section 4)."""
     frequency = 1 / 10000 ** (torch.arange(width // 4, dtype=torch.float64) / (width // 4))
-    angle = torch.arange(grid, dtype=torch.float64)[:, None] * frequency
-    one = torch.cat([angle.sin(), angle.cos()], 1)  # [grid, width / 2]
-    columns = one[None].expand(grid, -1, -1)
-    rows = one[:, None].expand(-1, grid, -1)
-    table = torch.cat([columns, rows], 2).reshape(grid * grid, width)
+    angle = torch.arange(max(grid), dtype=torch.float64)[:, None] * frequency
+    one = torch.cat([angle.sin(), angle.cos()], 1)  # [longest side, width / 2]
+    columns = one[None, : grid[1]].expand(grid[0], -1, -1)
+    rows = one[: grid[0], None].expand(-1, grid[1], -1)
+    table = torch.cat([columns, rows], 2).reshape(-1, width)
     return torch.cat([table.new_zeros(1, width), table]).float()

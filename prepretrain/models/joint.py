@@ -1,4 +1,4 @@
-"""Small heads on top of a pooled feature."""
+"""The space that images and texts share."""
 
 import math
 from typing import Any, Literal
@@ -8,73 +8,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 LARGEST = math.log(100)  # of the logarithm of the scale (CLIP, section 2.5)
-
-
-class Linear(nn.Module):
-    """[B, D] features to [B, C] logits."""
-
-    def __init__(self, width: int, classes: int):
-        super().__init__()
-        self.linear = nn.Linear(width, classes)
-
-    def forward(self, feature: Tensor) -> Tensor:
-        """[B, D] to [B, C]."""
-        return self.linear(feature)
-
-    def initialise(self, name: str, tensor: Tensor, generator: torch.Generator) -> bool:
-        """MAE's fine-tuning head: weights N(0, 2e-5), no bias (its FINETUNE code)."""
-        if name == "linear.weight":
-            tensor.normal_(std=2e-5, generator=generator)
-            return True
-        return False
-
-
-class Classifier(Linear):
-    """What a fine-tuned Model ends with: one pooled feature to C scores."""
-
-    def __init__(
-        self,
-        width: int,
-        *,
-        classes: int,
-        pool: Literal["class", "mean"] = "mean",
-        norm: bool = False,
-    ):
-        """pool: how an image's tokens become one feature. norm: after the mean (MAE's fine-tuned
-        ViTs, whose encoder then has no final norm)."""
-        super().__init__(width, classes)
-        if classes < 2:
-            raise ValueError(f"model.head.classes: {classes} leaves nothing to tell apart.")
-        self.classes, self.pool, self.normed = classes, pool, norm
-        self.norm = nn.LayerNorm(width, eps=1e-6) if norm else nn.Identity()
-
-    def forward(self, feature: Tensor) -> Tensor:
-        """[B, D] to [B, C]."""
-        return super().forward(self.norm(feature))
-
-
-class TwoLayer(nn.Module):
-    """Linear, tanh, linear, the last one starting at zero: SWAG's head for hashtags."""
-
-    def __init__(self, width: int, classes: int):
-        super().__init__()
-        self.pre_logits = nn.Linear(width, width)
-        self.head = nn.Linear(width, classes)
-
-    def forward(self, feature: Tensor) -> Tensor:
-        """[B, D] to [B, C]."""
-        return self.head(self.pre_logits(feature).tanh())
-
-    def initialise(self, name: str, tensor: Tensor, generator: torch.Generator) -> bool:
-        """`pre_logits` is LeCun-normal, the last layer zero (SWAG's code)."""
-        if name == "pre_logits.weight":
-            tensor.normal_(std=math.sqrt(1 / tensor.shape[1]), generator=generator)
-        else:
-            tensor.zero_()
-        return True
-
-
-HEADS = {"linear": Linear, "mlp": TwoLayer}
 
 
 class Joint(nn.Module):
