@@ -54,7 +54,7 @@ def facts(capsys, stage: str, *overrides: str, **flags) -> dict:
         (["length=ten"], "length: 'ten' is no duration"),
         (["length=50%"], "length: '50%' is a share of the run"),
         (["optim.warmup=100%"], "optim.warmup: 12 steps leave nothing"),
-        (["optim.schedule=cosin"], "optim.schedule: 'cosin' is none of"),
+        (["optim.schedule=cosin"], "no schedule 'cosin'. Did you mean 'cosine'?"),
         (["data.train=colour"], "no card 'colour'. Did you mean 'colours'?"),
         (["data.train=colours:test"], "no split 'test'"),
         (["--lr"], "an override is key=value"),

@@ -25,7 +25,7 @@ from prepretrain.models.model import Model
 from prepretrain.objectives.base import Objective
 from prepretrain.training import durations, numerics, optim
 from prepretrain.training.optimizers.base import Optimizer
-from prepretrain.training.schedule import Schedule
+from prepretrain.training.schedule import Schedule, check_shape
 
 
 @dataclass(frozen=True)
@@ -61,6 +61,7 @@ class Plan:
                 f"hang: {config.hang} must be at least {heartbeat.LEAST} seconds, or null for "
                 "never."
             )
+        check_shape(config.optim.schedule)
         _ = self.policy, self.state_tensors, self.schedule
 
     @cached_property

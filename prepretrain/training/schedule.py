@@ -1,10 +1,12 @@
 """The learning rate as a pure function of the step."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from fvcore.common.param_scheduler import CosineParamScheduler, LinearParamScheduler
+
+from prepretrain import plugin
 
 
 @dataclass(frozen=True)
@@ -18,12 +20,13 @@ class Schedule:
     peak: float
     steps: int
     warmup: int = 0
-    shape: Literal["cosine", "linear", "step"] = "cosine"
+    shape: str = "cosine"  # one of SHAPES
     end: float = 0.0
     milestones: tuple[int, ...] = ()
     decay: float = 0.1
 
     def __post_init__(self) -> None:
+        check_shape(self.shape)
         if not 0 <= self.warmup < self.steps:
             raise ValueError(
                 f"optim.warmup: {self.warmup} steps leave nothing of the run's {self.steps}."
@@ -43,11 +46,11 @@ class Schedule:
         """The rate of step `step`, counted from 0."""
         if step < self.warmup:
             return self.peak * step / self.warmup
-        if self.shape == "step":
-            return self.peak * self.decay ** sum(step >= m for m in self.milestones)
-        after = (step - self.warmup) / (self.steps - self.warmup)
-        kind = CosineParamScheduler if self.shape == "cosine" else LinearParamScheduler
-        return kind(self.peak, self.end)(after)
+        return SHAPES[self.shape](self, step)
+
+    def done(self, step: int) -> float:
+        """The share of the steps after the warm-up that lies before a step."""
+        return (step - self.warmup) / (self.steps - self.warmup)
 
     def apply(self, optimizer: torch.optim.Optimizer, step: int) -> float:
         """Sets every group's rate for a step, by its own scale; returns the rate at scale 1."""
@@ -55,3 +58,17 @@ class Schedule:
         for group in optimizer.param_groups:
             group["lr"] = rate * group["lr_scale"]
         return rate
+
+
+SHAPES: dict[str, Callable[[Schedule, int], float]] = {  # the rate after the warm-up
+    "cosine": lambda s, step: CosineParamScheduler(s.peak, s.end)(s.done(step)),
+    "linear": lambda s, step: LinearParamScheduler(s.peak, s.end)(s.done(step)),
+    "step": lambda s, step: s.peak * s.decay ** sum(step >= m for m in s.milestones),
+}
+
+
+def check_shape(name: str) -> None:
+    """Raises ValueError for a shape that there is not."""
+    if name not in SHAPES:
+        known = plugin.unknown("no schedule", name, list(SHAPES), quote=True)
+        raise ValueError(f"optim.schedule: {known}")
