@@ -9,7 +9,8 @@ import pytest
 import torch
 from conftest import processes
 
-from prepretrain.data.loader import Stream, collate, evaluation_batches
+from prepretrain.data.batch import Ragged, collate
+from prepretrain.data.loader import Stream, evaluation_batches
 from prepretrain.data.order import Order, permute
 from prepretrain.data.random import Random
 from prepretrain.data.sources.base import Source
@@ -36,7 +37,7 @@ def transform(sample):
         "image": torch.full((3, 4, 4), sample["image"][0], dtype=torch.uint8),
         "noise": torch.from_numpy(rng("mask").random(5)),
         "label": sample["label"],
-        "tags": list(range(sample["label"] % 3)),
+        "tags": Ragged(torch.arange(sample["label"] % 3), fill=-1),
         "text": sample["key"] + ("!" if rng("caption").random() < 0.5 else "?"),
     }
 
@@ -51,7 +52,7 @@ def merged(batches):
     for name in batches[0]:
         values = [batch[name] for batch in batches]
         if isinstance(values[0], torch.Tensor):
-            # Lists are padded to the longest of their own part.
+            # Ragged fields are padded to the longest of their own part.
             width = max(v.shape[-1] for v in values)
             pad = lambda v: torch.nn.functional.pad(v, (0, width - v.shape[-1]), value=-1)
             out[name] = torch.cat([pad(v) if v.ndim == 2 else v for v in values])
@@ -267,16 +268,52 @@ def test_an_evaluation_never_replaces_a_bad_image(workers):
 def test_collate_stacks_pads_and_lists():
     batch = collate(
         [
-            {"x": torch.zeros(2), "n": 1, "tags": [], "s": "a"},
-            {"x": torch.ones(2), "n": 2, "tags": [5, 6], "s": "b"},
+            {"x": torch.zeros(2), "n": 1, "tags": Ragged(torch.tensor([5, 6]), -1), "s": "a"},
+            {"x": torch.ones(2), "n": 2, "tags": Ragged(torch.arange(0), -1), "s": "b"},
         ]
     )
     assert batch["x"].tolist() == [[0, 0], [1, 1]]
     assert batch["n"].dtype == torch.int64 and batch["n"].tolist() == [1, 2]
-    assert batch["tags"].tolist() == [[-1, -1], [5, 6]] and batch["s"] == ["a", "b"]
-    assert collate([{"tags": []}, {"tags": []}])["tags"].tolist() == [[-1], [-1]]
+    assert batch["tags"].dtype == torch.int64 and batch["tags"].tolist() == [[5, 6], [-1, -1]]
+    assert batch["s"] == ["a", "b"]
     images = torch.arange(2 * 3 * 4 * 5, dtype=torch.uint8).reshape(2, 3, 4, 5)
     assert torch.equal(collate([{"image": image} for image in images])["image"], images)
+
+
+class Boxed:
+    """A sample to an image of its own size, and as many boxes and masks as its label says."""
+
+    def __init__(self, objects):
+        self.objects = objects
+
+    def __call__(self, sample):
+        label, count = sample["label"], self.objects[sample["label"]]
+        return {
+            "image": Ragged(torch.full((3, 4 + label, 9 - label), label, dtype=torch.uint8), 255),
+            "boxes": Ragged(torch.full((count, 4), label / 2), float("nan")),
+            "masks": Ragged(torch.ones((count, 4 + label, 9 - label), dtype=torch.bool), False),
+        }
+
+
+@pytest.mark.parametrize("objects", [(2, 0, 3, 1), (0, 0, 0, 0)])
+@pytest.mark.parametrize("workers", [0, 1])
+def test_images_boxes_and_masks_of_different_sizes_are_padded_to_the_largest(objects, workers):
+    (batch,) = evaluation_batches(Numbers(4), Boxed(objects), batch_size=4, workers=workers)
+    longest = max(1, *objects)
+    assert batch["image"].shape == (4, 3, 7, 9) and batch["image"].dtype == torch.uint8
+    assert batch["image"].is_contiguous(memory_format=torch.channels_last)
+    assert batch["boxes"].shape == (4, longest, 4) and batch["boxes"].dtype == torch.float32
+    assert batch["masks"].shape == (4, longest, 7, 9) and batch["masks"].dtype == torch.bool
+    for row, count in enumerate(objects):
+        height, width = 4 + row, 9 - row
+        want = torch.full((3, 7, 9), 255, dtype=torch.uint8)
+        want[:, :height, :width] = row
+        assert torch.equal(batch["image"][row], want)
+        assert (batch["boxes"][row, :count] == row / 2).all()
+        assert batch["boxes"][row, count:].isnan().all()
+        assert batch["masks"][row].sum() == count * height * width
+        assert batch["masks"][row, :count, :height, :width].all()
+    assert batch["image"].is_shared() == bool(workers)
 
 
 @pytest.mark.parametrize(
@@ -285,7 +322,15 @@ def test_collate_stacks_pads_and_lists():
         ([{"a": 1}, {"b": 1}], "fields"),
         ([{"a": 0.5}], "float"),
         ([{"a": ["x"]}], "list"),
-        ([{"a": torch.zeros(2)}, {"a": torch.zeros(3)}], r"\(2,\).*\(3,\)"),
+        ([{"a": [1, 2]}], "a: list. A field is a tensor, a Ragged"),
+        ([{"a": torch.zeros(2)}, {"a": 1}], "Tensor, int"),
+        ([{"a": torch.zeros(2)}, {"a": torch.zeros(3)}], r"\(2,\).*\(3,\).*Ragged\(tensor, fill"),
+        ([{"a": Ragged(torch.zeros(2), 0)}, {"a": Ragged(torch.zeros(2, 2), 0)}], "a: .*must be"),
+        ([{"a": Ragged(torch.zeros(2), 0)}, {"a": Ragged(torch.zeros(2), 1)}], "a: .*must be"),
+        (
+            [{"a": Ragged(torch.zeros(2, dtype=torch.uint8), -1)}],
+            "fill=-1, which is no torch.uint8",
+        ),
     ],
 )
 def test_collate_refuses_what_is_no_batch(rows, message):

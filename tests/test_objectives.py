@@ -11,7 +11,9 @@ import torch.nn.functional as F
 from torch.testing import assert_close
 
 from prepretrain import plugin
+from prepretrain.data.card import open_data
 from prepretrain.data.random import Random
+from prepretrain.data.sources.base import Source
 from prepretrain.data.vocabulary import Vocabulary
 from prepretrain.distributed import shard
 from prepretrain.losses.sparse import sparse_cross_entropy
@@ -22,6 +24,7 @@ from prepretrain.models.export import save
 from prepretrain.models.heads.mlp import TwoLayer
 from prepretrain.models.load import load
 from prepretrain.models.model import Model
+from prepretrain.objectives.base import Objective
 from prepretrain.objectives.classify import Classify
 from prepretrain.objectives.hashtag import Hashtag
 from prepretrain.objectives.mae import MAE
@@ -250,6 +253,29 @@ def test_every_objective_documents_its_options_and_names_its_fields(name):
     found = plugin.find("objectives", name)
     assert found.__doc__ and "image" in found.fields
     assert all(p.annotation is not p.empty for p in plugin.options(found).values())
+
+
+def test_an_objective_or_source_that_names_an_unknown_field_is_refused_with_the_nearest(
+    tmp_path, monkeypatch
+):
+    class Deep(Objective):
+        fields = ("image", "hashtag")
+
+    with pytest.raises(ValueError, match="no field 'hashtag'. Did you mean 'hashtags'.*FIELDS"):
+        Deep(Model(encoder="vit_test8"))
+    (tmp_path / "deep_lab").mkdir()
+    (tmp_path / "deep_lab" / "depths.py").write_text(
+        "from prepretrain.data.sources.base import Source\n"
+        "class Depths(Source):\n    fields, groups = ('image', 'depth'), [3]\n"
+    )
+    (tmp_path / "depths.yaml").write_text("train: {source: deep_lab.depths}\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(
+        ValueError, match="source 'deep_lab.depths': fields: no field 'depth'.*Add one"
+    ):
+        open_data(f"{tmp_path}/depths.yaml")
+    monkeypatch.setitem(Source.FIELDS, "depth", "float32 [H, W], in metres")
+    assert open_data(f"{tmp_path}/depths.yaml").fields == ("image", "depth")
 
 
 def test_a_dotted_name_is_a_module_outside_of_the_package(tmp_path, monkeypatch):

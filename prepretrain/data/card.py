@@ -8,7 +8,7 @@ import yaml
 
 from prepretrain import plugin
 from prepretrain.data import labels
-from prepretrain.data.sources.base import Source
+from prepretrain.data.sources.base import Source, check_fields
 
 _TEXTS = ("description", "licence")
 _PATTERN = "*?[{"
@@ -63,6 +63,7 @@ class Card:
             if "images" not in plugin.options(plugin.find("sources", name)):
                 options.pop("images", None)  # a source that makes its images takes it itself
             source = plugin.build("sources", name, **options)
+            check_fields(source.fields, f"source '{name}'")
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from error
         if declared is not None and declared != len(source):

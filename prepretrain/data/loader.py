@@ -1,6 +1,5 @@
 """Batches in an order that is a pure function: the same for any number of processes and workers."""
 
-import math
 import mmap
 import os
 import signal
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from prepretrain.data.batch import collate
 from prepretrain.data.order import Order
 from prepretrain.data.random import Random
 from prepretrain.data.sources.base import Source, fingerprint_of
@@ -202,67 +202,6 @@ def _transformed(source: Source, transform: Transform, index: int, random: Rando
         raise BadImage(error.cause, error.detail, error.key or key) from error
     except Exception as error:
         raise RuntimeError(f"{key}: {type(error).__name__}: {error}") from error
-
-
-def collate(rows: list[dict]) -> dict:
-    """One batch of equal fields.
-
-    Tensors are stacked, int becomes int64 [B], a list of int int64 [B, T], filled up with -1 to
-    the longest (T is at least 1), str a list. Colour images [B, 3, H, W] are channels-last in
-    memory, as decoders and resizing leave them.
-    """
-    for row in rows:
-        if row.keys() != rows[0].keys():
-            raise ValueError(
-                f"a transform gave the fields {sorted(rows[0])} for one image and "
-                f"{sorted(row)} for another."
-            )
-    return {name: _stacked(name, [row[name] for row in rows]) for name in rows[0]}
-
-
-def _stacked(name: str, values: list) -> Tensor | list[str]:
-    first = values[0]
-    if isinstance(first, Tensor):
-        return _stacked_tensors(name, values)
-    if isinstance(first, str):
-        return values
-    if isinstance(first, (int, np.integer)):
-        return torch.tensor([int(value) for value in values])
-    if isinstance(first, (list, tuple)) and all(
-        isinstance(v, (int, np.integer)) for value in values for v in value
-    ):
-        longest = max(1, *(len(value) for value in values))
-        return torch.tensor([[*value, *[-1] * (longest - len(value))] for value in values])
-    raise ValueError(
-        f"a transform gave {name}: {type(first).__name__}. A field is a tensor, an "
-        "int, a list of int or a str."
-    )
-
-
-def _stacked_tensors(name: str, values: list[Tensor]) -> Tensor:
-    first = values[0]
-    for value in values:
-        if value.shape != first.shape or value.dtype != first.dtype:
-            raise ValueError(
-                f"a transform gave {name}: {tuple(first.shape)} {first.dtype} for one "
-                f"image and {tuple(value.shape)} {value.dtype} for another."
-            )
-    colour = first.ndim == 3 and first.shape[0] == 3
-    shape = (*first.shape[1:], 3) if colour else tuple(first.shape)
-    batch = _buffer((len(values), *shape), first.dtype)
-    batch = batch.permute(0, 3, 1, 2) if colour else batch
-    for row, value in zip(batch, values):
-        row.copy_(value)
-    return batch
-
-
-def _buffer(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Uninitialised memory, shared where a worker hands it over, which saves one copy."""
-    if torch.utils.data.get_worker_info() is None:
-        return torch.empty(shape, dtype=dtype)
-    size = math.prod(shape) * dtype.itemsize
-    storage = torch.UntypedStorage._new_shared(size)
-    return torch.empty(0, dtype=dtype).set_(storage, 0, shape)
 
 
 def _load(reader: Dataset, places, workers: int) -> Generator[dict, None, None]:

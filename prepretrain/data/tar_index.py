@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 IMAGES = ("jpg", "jpeg", "png", "webp")
-FIELDS = (*IMAGES, "txt", "json", "cls")
+MEMBERS = (*IMAGES, "txt", "json", "cls")
 
 _VERSION = 1
 _BLOCK = 512
@@ -98,7 +98,7 @@ def _valid(file: Path, asked: dict) -> dict | None:
 def _packed(shard: Path, asked: dict) -> bytes:
     """A line of JSON, then int64 (offset, size) [samples, fields, 2], ends of keys, the keys."""
     keys, found = walk(shard)
-    fields = [field for field in FIELDS if any(field in sample for sample in found)]
+    fields = [field for field in MEMBERS if any(field in sample for sample in found)]
     spans = np.full((len(keys), len(fields), 2), -1, dtype="<i8")
     for row, sample in enumerate(found):
         for column, field in enumerate(fields):
@@ -144,7 +144,7 @@ def walk(path: Path) -> tuple[list[str], list[dict[str, tuple[int, int]]]]:
     for name, offset, size in _members(path):
         key, dot, extension = name.rpartition(".")
         extension = extension.lower()
-        if not dot or "/" in extension or extension not in FIELDS:
+        if not dot or "/" in extension or extension not in MEMBERS:
             continue
         if not keys or keys[-1] != key:
             if key in seen:

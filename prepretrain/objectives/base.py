@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from prepretrain import plugin
+from prepretrain.data.sources.base import check_fields
 from prepretrain.data.transforms import (
     Size,
     decode,
@@ -28,7 +29,7 @@ class Objective(nn.Module):
     Parameters hang on its children, never on itself (`shard` refuses them).
     """
 
-    fields: tuple[str, ...] = ("image",)  # what it needs from a sample
+    fields: tuple[str, ...] = ("image",)  # what it needs of a sample: see Source.FIELDS
     whole_batch = False  # compares all images of a batch, so a process must take its share at once
     needs_init = False  # makes no sense without weights to start from
     # what it asks of a Model: of "encoder" ways of encoding (Encoder.takes); of "head" and "text",
@@ -37,6 +38,7 @@ class Objective(nn.Module):
 
     def __init__(self, model: Model):
         super().__init__()
+        check_fields(self.fields, f"objective '{self.name()}'")
         model.encoder.require(self.needs.get("encoder", ()), "model.encoder")
         for part in _PARTS:
             _check_part(part, getattr(model, part), self.needs.get(part), self.name())

@@ -7,6 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from prepretrain.data.batch import Ragged
 from prepretrain.data.card import data_folder
 from prepretrain.data.transforms import BadImage, Size
 from prepretrain.data.vocabulary import Vocabulary
@@ -99,4 +100,5 @@ class Transform:
         ids = self.vocabulary.ids(sample["hashtags"])
         if not ids:
             raise BadImage("no known tag")
-        return {"image": picture(sample, self.size, self.crop_scale), "tags": ids}
+        tags = Ragged(torch.tensor(ids), fill=-1)
+        return {"image": picture(sample, self.size, self.crop_scale), "tags": tags}

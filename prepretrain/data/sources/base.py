@@ -9,21 +9,28 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from prepretrain import plugin
 from prepretrain.data.transforms import BadImage, decode
 
-FIELDS = ("image", "label", "hashtags", "text", "captions")
+FIELDS = {
+    "image": "the bytes of an image file, as it lies on disk",
+    "label": "int, the number of the class",
+    "hashtags": "list of str, as people wrote them",
+    "text": "str, one caption",
+    "captions": "list of str, several texts that each say what is in the image",
+}
 
 
 class Source:
     """A map-style set of samples: a length, and a sample for each number; order is the loader's.
 
-    A sample holds "key" (str), "image" (the file's bytes), and, where the source has them, "label"
-    (int), "hashtags" (list of str), "text" (str) and "captions" (list of str, several texts that each
-    say what is in the image); `fields` names those it has. `groups` are the
-    sizes of the parts that are cheap to read together (shards). `fingerprint` says what the data
-    is, wherever it lies.
+    A sample holds "key" (str) and those of `FIELDS` that the source's `fields` name. `groups` are
+    the sizes of the parts that are cheap to read together (shards). `fingerprint` says what the
+    data is, wherever it lies. A field of your own is a line more, as in
+    `Source.FIELDS["depth"] = "float32 [H, W], in metres"`.
     """
 
+    FIELDS = FIELDS  # what a sample may hold
     fields: tuple[str, ...] = ("image",)
     classes: list[str] | None = None
     groups: list[int]
@@ -85,6 +92,16 @@ class Files(Source):
 
     def label(self, index: int) -> int:
         return int(self._labels[index])
+
+
+def check_fields(names: Iterable[str], where: str) -> None:
+    """Raises ValueError for a field that no sample may hold: see Source.FIELDS."""
+    for name in names:
+        if name not in FIELDS:
+            known = plugin.unknown(f"{where}: fields: no field", name, list(FIELDS), quote=True)
+            raise ValueError(
+                f"{known} Add one of your own: Source.FIELDS['{name}'] = 'what it is'."
+            )
 
 
 def _without_border(data: bytes, border: int, key: str) -> bytes:

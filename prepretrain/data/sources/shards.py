@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from prepretrain.data.sources.base import Source, fingerprint_of
-from prepretrain.data.tar_index import FIELDS, IMAGES, Index, read_head
+from prepretrain.data.tar_index import IMAGES, MEMBERS, Index, read_head
 from prepretrain.data.transforms import BadImage
 
 MAX_MEMBER = 64_000_000  # not from the paper: bytes of one member, checked before it is read
@@ -42,7 +42,7 @@ class Shards(Source):
     ):
         self.places = {"label": label, "hashtags": hashtags, "text": text, "captions": captions}
         for option, place in self.places.items():
-            if place not in FIELDS and not place.startswith("json."):
+            if place not in MEMBERS and not place.startswith("json."):
                 raise ValueError(
                     f"source.{option}: {place!r} is no place in a sample. There are: "
                     "txt, cls, json.<name>."
