@@ -139,7 +139,7 @@ def test_a_stream_goes_on_at_exactly_the_next_image(consumed, workers):
 @pytest.mark.parametrize("groups", [[23], [5, 0, 9, 1, 8], [1] * 23])
 def test_an_epoch_holds_every_image_once_also_across_its_end(groups, window):
     order = Order(groups, seed=1, window=window)
-    epochs, indexes = order(np.arange(23 * 3))
+    epochs, indexes, copies = order(np.arange(23 * 3))
     assert (epochs == np.arange(69) // 23).all()
     for epoch in range(3):
         assert sorted(indexes[epochs == epoch]) == list(range(23))
@@ -150,7 +150,7 @@ def test_an_epoch_holds_every_image_once_also_across_its_end(groups, window):
 
 def test_a_window_reads_from_few_shards_at_a_time():
     groups = [10] * 40
-    _, indexes = Order(groups, seed=0, window=4)(np.arange(400))
+    _, indexes, _ = Order(groups, seed=0, window=4)(np.arange(400))
     shards = indexes // 10
     for start in range(0, 400, 40):
         assert len(set(shards[start : start + 40])) == 4
@@ -174,7 +174,7 @@ def test_the_permutation_looks_random():
 
 def test_billions_of_images_need_no_memory():
     order = Order([10_000_000_000], seed=0)
-    _, indexes = order(np.arange(5_000_000_000, 5_000_001_000))
+    _, indexes, _ = order(np.arange(5_000_000_000, 5_000_001_000))
     assert len(set(indexes.tolist())) == 1000
     assert 4e9 < indexes.mean() < 6e9
 

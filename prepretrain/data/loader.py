@@ -28,7 +28,8 @@ _IN_A_ROW = 100  # not from the paper: bad images in a row, after which the data
 class Stream:
     """An endless stream of global batches of `batch_size` images; the state is one integer.
 
-    Rank r takes the r-th slice of every global batch, in `accumulate` equal parts.
+    Rank r takes the r-th slice of every global batch, in `accumulate` equal parts. `repeats`
+    [images] says how often each image comes in an epoch on average; None is once.
     """
 
     def __init__(
@@ -42,18 +43,19 @@ class Stream:
         workers: int = 0,
         max_bad: float = 0.01,
         window: int = 0,
+        repeats: np.ndarray | None = None,
         rank: int | None = None,
         world: int | None = None,
     ):
         self.rank = distributed.rank() if rank is None else rank
         self.world = distributed.world() if world is None else world
-        self.length = len(source)
-        _check(self.length, batch_size, self.world, accumulate)
+        _check(len(source), batch_size, self.world, accumulate)
         self.batch_size, self.accumulate = batch_size, accumulate
         self.workers, self.max_bad = workers, max_bad
-        self.fingerprint = fingerprint_of([source.fingerprint, seed, window])
-        self._order = Order(source.groups, seed=seed, window=window)
-        self._reader = _Training(source, transform, self._order)
+        order = Order(source.groups, seed=seed, window=window, repeats=repeats)
+        self.length = order.length  # of an epoch
+        self.fingerprint = fingerprint_of([source.fingerprint, *order.parts()])
+        self._reader = _Training(source, transform, order)
 
     def epoch_of(self, position: int) -> int:
         """The epoch that the image at this position belongs to, from 0."""
@@ -93,23 +95,25 @@ class _Training(Dataset):
 
     def __getitem__(self, positions: np.ndarray) -> dict:
         keys, rows, bad = [], [], []
-        for position, epoch, index in zip(positions, *self.order(positions)):
-            key, row = self._usable(int(position), int(epoch), int(index), bad)
+        for place in zip(positions, *self.order(positions)):
+            key, row = self._usable(*map(int, place), bad)
             keys.append(key)
             rows.append(row)
         return collate(rows) | {"key": keys, "position": positions.tolist(), "bad": bad}
 
-    def _usable(self, position: int, epoch: int, index: int, bad: list) -> tuple[str, dict]:
+    def _usable(
+        self, position: int, epoch: int, index: int, copy: int, bad: list
+    ) -> tuple[str, dict]:
         first = index
         for attempt in range(_IN_A_ROW):
             try:
-                return _transformed(
-                    self.source, self.transform, index, Random(self.order.seed, epoch, index)
-                )
+                random = Random(self.order.seed, epoch, index, copy)
+                return _transformed(self.source, self.transform, index, random)
             except BadImage as error:
                 bad.append({"cause": error.cause, "key": error.key, "position": position})
             rng = Random(self.order.seed, epoch, position)(f"substitute {attempt}")
-            index = int(rng.integers(self.order.length))
+            slot = rng.integers(self.order.length, size=1)
+            index, copy = (int(one[0]) for one in self.order.at(epoch, slot))
         raise RuntimeError(
             f"{_IN_A_ROW} bad images in a row in place of image {first}; the last: "
             f"{bad[-1]['key']}: {bad[-1]['cause']}. Check the data."
