@@ -7,6 +7,9 @@ import argparse
 import sys
 from pathlib import Path
 
+import numpy as np
+
+from prepretrain.data import rarest
 from prepretrain.data.card import open_data
 from prepretrain.data.vocabulary import Vocabulary
 
@@ -29,9 +32,11 @@ def main() -> None:
     tags = [source.hashtags(index) for index in range(len(source))]
     vocabulary = Vocabulary.count(tags, source=source.fingerprint, min_count=args.min_count)
     vocabulary.save(args.out)
+    tag_of_images = np.array([vocabulary.rarest(found) for found in tags])
+    rarest.write(args.out, vocabulary, tag_of_images)
     for tag, count in list(zip(vocabulary.tags, vocabulary.counts))[: args.top]:
         print(f"{count:10d}  {tag}")
-    without = sum(not vocabulary.ids(found) for found in tags)
+    without = int((tag_of_images < 0).sum())
     print(
         f"{args.out}: {len(vocabulary)} tags in at least {args.min_count} of {len(source)} "
         f"images; {without} images have none of them"

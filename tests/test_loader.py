@@ -62,7 +62,17 @@ def merged(batches):
 
 
 def global_batches(
-    source, count, *, world=1, accumulate=1, workers=0, consumed=0, seed=3, size=8, window=0
+    source,
+    count,
+    *,
+    world=1,
+    accumulate=1,
+    workers=0,
+    consumed=0,
+    seed=3,
+    size=8,
+    window=0,
+    repeats=None,
 ):
     ranks = [
         taken(
@@ -74,6 +84,7 @@ def global_batches(
                 accumulate=accumulate,
                 workers=workers,
                 window=window,
+                repeats=repeats,
                 rank=rank,
                 world=world,
             ),
@@ -146,6 +157,95 @@ def test_an_epoch_holds_every_image_once_also_across_its_end(groups, window):
     assert not (indexes[:23] == indexes[23:46]).all()
     one_by_one = [int(order(np.array([p]))[1][0]) for p in range(69)]
     assert one_by_one == indexes.tolist()
+
+
+REPEATS = {
+    "whole": np.array([0, 1, 2, 5] * 5 + [0, 1, 3.0]),
+    "shares": np.linspace(0, 2.2, 23),
+    "mixed": np.array([0.25, 1, 0, 0.5, 1.75, 2] * 3 + [1e-9, 1 - 1e-9, 1, 3.5, 0]),
+    "little": np.array([0.0] * 20 + [0.2, 0.3, 0.1]),
+}
+
+
+@pytest.mark.parametrize("groups, window", [([23], 0), ([5, 0, 9, 1, 8], 2), ([1] * 23, 5)])
+@pytest.mark.parametrize("repeats", REPEATS.values(), ids=REPEATS.keys())
+def test_an_epoch_holds_every_image_as_often_as_asked_for(repeats, groups, window):
+    order = Order(groups, seed=1, window=window, repeats=repeats)
+    assert abs(order.length - repeats.sum()) < 1
+    epochs, indexes, copies = order(np.arange(order.length * 9))
+    counts = np.stack([np.bincount(indexes[epochs == e], minlength=23) for e in range(9)])
+    assert (np.abs(counts - repeats) <= 1).all() and (counts.sum(1) == order.length).all()
+    whole = repeats == np.floor(repeats)
+    assert (counts[:, whole] == repeats[whole]).all()
+    for epoch in range(9):
+        places = zip(indexes[epochs == epoch].tolist(), copies[epochs == epoch].tolist())
+        assert sorted(places) == [(i, c) for i in range(23) for c in range(counts[epoch, i])]
+    one_by_one = [[int(part[0]) for part in order(np.array([p]))] for p in range(9)]
+    assert one_by_one == np.stack([epochs, indexes, copies], 1)[:9].tolist()
+
+
+def test_images_come_as_often_as_asked_for_on_average():
+    repeats = np.random.default_rng(0).uniform(0, 3, 500)
+    order = Order([500], seed=0, repeats=repeats)
+    counts = np.bincount(order(np.arange(order.length * 600))[1], minlength=500) / 600
+    assert np.abs(counts - repeats).max() < 0.08  # four deviations of a share of one half
+
+
+@pytest.mark.parametrize("window", [0, 3])
+def test_an_order_in_which_each_image_comes_once_is_the_one_without_repeats(window):
+    groups, positions = [50, 0, 30, 20], np.arange(300)
+    plain = Order(groups, seed=5, window=window)(positions)
+    once = Order(groups, seed=5, window=window, repeats=np.ones(100))(positions)
+    assert all((a == b).all() for a, b in zip(plain, once))
+
+
+def test_sums_of_millions_of_repeats_lose_no_image():
+    repeats = np.where(np.arange(3_000_000) % 3, 1.0, 0.1)
+    repeats[-2:] = 0, 1
+    order = Order([3_000_000], seed=0, repeats=repeats)
+    _, indexes, _ = order(np.arange(order.length))
+    counts = np.bincount(indexes, minlength=3_000_000)
+    assert order.length == 2_100_000 and (counts[repeats == 1] == 1).all() and counts[-2] == 0
+    assert counts.max() == 1
+
+
+@pytest.mark.parametrize(
+    "repeats, message",
+    [
+        (np.ones(4), r"shape \(4,\), and there are 5 images"),
+        (np.array([1, 1, -0.5, 1, 1]), r"repeats\[2\]: -0.5 must be finite and at least 0"),
+        (np.array([1, 1, 1, np.nan, 1]), r"repeats\[3\]: nan"),
+        (np.zeros(5), "sum, 0.0, is no length"),
+    ],
+)
+def test_repeats_that_make_no_order_are_refused(repeats, message):
+    with pytest.raises(ValueError, match=message):
+        Order([5], seed=0, repeats=repeats)
+
+
+@pytest.mark.parametrize("world, accumulate, workers", [(1, 1, 2), (2, 2, 0), (4, 1, 0)])
+def test_batches_with_repeats_are_the_same_for_any_number_of_ranks_and_from_any_image_on(
+    world, accumulate, workers
+):
+    source, repeats = Numbers(23, groups=[5, 0, 9, 1, 8], bad=(4, 17)), REPEATS["mixed"]
+    given = {"window": 2, "repeats": repeats}
+    plain = global_batches(source, 6, **given)
+    how = {"world": world, "accumulate": accumulate, "workers": workers}
+    assert_equal(plain, global_batches(source, 6, **given, **how))
+    assert_equal(plain[2:], global_batches(source, 4, consumed=16, **given, **how))  # mid-epoch
+    taken_from = {key for batch in plain for key in batch["key"]}
+    assert "k2" not in taken_from and any(batch["bad"] for batch in plain)
+
+
+def test_copies_of_an_image_in_an_epoch_have_crops_and_masks_of_their_own():
+    stream = Stream(Numbers(3), transform, batch_size=6, seed=0, repeats=np.array([1, 2, 3.0]))
+    batch = next(stream.batches())
+    assert sorted(batch["label"].tolist()) == [0, 1, 1, 2, 2, 2]
+    assert len({tuple(noise) for noise in batch["noise"].tolist()}) == 6
+    plain = next(Stream(Numbers(3), transform, batch_size=3, seed=0).batches())
+    for label, noise in zip(plain["label"], plain["noise"]):
+        assert (batch["noise"] == noise).all(1).sum() == 1  # a first copy is what it was
+        assert batch["label"][(batch["noise"] == noise).all(1)] == label
 
 
 def test_a_window_reads_from_few_shards_at_a_time():
@@ -225,12 +325,16 @@ def test_the_stream_says_which_order_it_is():
                 make(n=8).fingerprint,
                 make(seed=1).fingerprint,
                 make(window=1).fingerprint,
+                make(repeats=np.ones(9)).fingerprint,
+                make(repeats=np.full(9, 2.0)).fingerprint,
             }
         )
-        == 4
+        == 6
     )
     assert make().length == 9
     assert [make().epoch_of(p) for p in (0, 8, 9, 27)] == [0, 0, 1, 3]
+    twice = make(repeats=np.full(9, 2.0))
+    assert twice.length == 18 and twice.epoch_of(17) == 0
 
 
 @pytest.mark.parametrize(

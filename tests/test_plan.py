@@ -205,7 +205,7 @@ def test_what_an_optimizer_keeps_is_in_the_simulated_step(name):
 def test_a_plan_cannot_be_changed_and_opening_the_data_gives_another(place):
     plan = Plan(config.load("small.yaml", ["length=2ep"]), 1)
     assert plan.schedule is None
-    opened, source = plan.open_data()
+    opened, source, _ = plan.open_data()
     assert opened.images == len(source) == 60 and opened.schedule.steps == 8
     assert plan.images is None and plan.schedule is None
     with pytest.raises(FrozenInstanceError):

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import os
 import shutil
 import subprocess
@@ -21,6 +22,7 @@ from prepretrain.data.vocabulary import Vocabulary
 from prepretrain.distributed import checkpoint
 from prepretrain.distributed import group as distributed
 from prepretrain.runs import run
+from prepretrain.training import log
 
 ENV = {**os.environ, "OMP_NUM_THREADS": "1"}
 CLOCKS = (
@@ -56,14 +58,15 @@ def _in_two(rank: int, where: str) -> None:
     for name, override in MODES.items():
         train(f"runs/two_{name}", override)
     for name, override in MODES.items():
-        train(f"runs/two_tags_{name}", override, *HASHTAG)
+        train(f"runs/two_tags_{name}", override, *HASHTAG, "objective.resample=0.3")
     train("runs/two_parts", "batch_per_process=3")
     distributed.shutdown()
 
 
 def test_one_process_two_sharded_two_replicated_and_accumulation_give_equal_losses(place, group):
     train("runs/one")
-    train("runs/one_tags", *HASHTAG)
+    train("runs/one_tags", *HASHTAG, "objective.resample=0.3")
+    next(Path("data").glob("tags.json.rarest-*")).unlink()  # each process reads a share of the tags
     processes(2, _in_two, str(place))
     want = [row["loss"] for row in rows("runs/one")]
     assert len(want) == 12 and want[-1] < want[0]
@@ -191,6 +194,7 @@ from pathlib import Path
 from prepretrain import config
 from prepretrain.distributed import checkpoint, group
 from prepretrain.runs import run
+from prepretrain.training import log
 group.init()
 save = checkpoint.save
 def limited(*arguments, **options):
@@ -228,16 +232,26 @@ def test_bad_images_are_replaced_counted_and_listed_and_past_the_stated_share_st
         train("runs/b", "length=200it", "data.max_bad=0.001")
 
 
-def test_photos_without_a_known_hashtag_are_replaced_and_counted(place, group):
+def test_photos_without_a_known_hashtag_are_left_out_of_the_order_and_told(place, group):
     scenes = load_card("scenes").open("train")
     rare = Vocabulary.count(
         (scenes.hashtags(i) for i in range(120)), source=scenes.fingerprint, min_count=12
     )
     rare.save(Path("data/tags.json"))
     without = sum(not rare.ids(scenes.hashtags(i)) for i in range(120))
-    train("runs/a", *HASHTAG, "length=15it", "data.max_bad=1.0")  # two epochs
-    assert without and rows("runs/a")[-1]["bad_images"] >= 2 * without
-    assert "no known tag" in Path("runs/a/quarantine.jsonl").read_text()
+    log.setup(Path("."))
+    given = [*HASHTAG, "length=2ep", "data.max_bad=0.0", "checkpoint.every=5it"]
+    train("runs/a", *given)
+    told = Path("log.txt").read_text()
+    assert without and f"{without} of 120 images have no known tag: left out" in told
+    assert f"{120 - without} images an epoch" in told
+    steps = math.ceil((120 - without) * 2 / 16)
+    assert rows("runs/a")[-1]["step"] == steps and "bad_images" not in rows("runs/a")[-1]
+    assert not Path("runs/a/quarantine.jsonl").exists()
+    whole = rows("runs/a")
+    shutil.rmtree(f"runs/a/checkpoints/{steps:09d}")
+    train("runs/a", *given)  # from within the second epoch
+    assert rows("runs/a") == whole
 
 
 def test_a_run_is_not_continued_with_another_config_and_the_keys_that_differ_are_named(

@@ -81,6 +81,10 @@ class Vocabulary:
         found = {self._ids.get(canonical(tag)) for tag in tags}
         return sorted(found - {None})
 
+    def rarest(self, tags: Iterable[str]) -> int:
+        """The id of the tag that the fewest images have; -1 if none is in the vocabulary."""
+        return min(self.ids(tags), key=self.counts.__getitem__, default=-1)
+
     def check(self, source: object) -> None:
         """Raise if the vocabulary was counted from other data than this source."""
         if source.fingerprint != self.source:

@@ -4,6 +4,7 @@ them."""
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -88,6 +89,11 @@ class Objective(nn.Module):
                 f"data.train={card.name}: has no {', '.join(lacking)}, which objective "
                 f"'{self.name()}' needs. It has: {', '.join(source.fields)}."
             )
+
+    def repeats(self, source: Any) -> np.ndarray | None:
+        """How often each image of the training data comes in an epoch on average, float64
+        [len(source)], 0 for never; None for once each. All processes call it together."""
+        return None
 
     def reconstruct(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         """{"original", "masked", "reconstructed"} uint8 [B, 3, H, W], where the objective predicts

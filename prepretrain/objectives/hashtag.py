@@ -1,12 +1,15 @@
 """Weakly supervised pretraining by hashtags: stage two (MAWS, arXiv 2303.13496, section 3; SWAG's
 recipe)."""
 
+import logging
 from collections.abc import Callable
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from prepretrain.data import rarest
 from prepretrain.data.batch import Ragged
 from prepretrain.data.card import data_folder
 from prepretrain.data.transforms import BadImage, Size
@@ -15,6 +18,8 @@ from prepretrain.losses.sparse import sparse_cross_entropy
 from prepretrain.models.heads import base as heads
 from prepretrain.models.model import Model
 from prepretrain.objectives.base import Objective, blank_images, picture
+
+logger = logging.getLogger(__name__)
 
 
 class Hashtag(Objective):
@@ -35,10 +40,16 @@ class Hashtag(Objective):
         head: Literal["linear", "mlp"] = "mlp",
         pool: Literal["class", "mean"] = "class",
         crop_scale: tuple[float, float] = (0.08, 1.0),
+        resample: float | None = None,
     ):
         """vocabulary: the file that datasets/hashtags.py wrote, under the data folder. tags: how
-        many it must hold, which is then known before it is opened; None takes what it holds."""
+        many it must hold, which is then known before it is opened; None takes what it holds.
+        resample: the share of images below which a tag is rare, and its images are repeated: see
+        `repeats`; None repeats none."""
         super().__init__(model)
+        if resample is not None and not 0 < resample <= 1:
+            raise ValueError(f"objective.resample: {resample} must be above 0 and at most 1.")
+        self.resample = resample
         self.path, self.crop_scale = data_folder() / vocabulary, crop_scale
         self._vocabulary: Vocabulary | None = None
         self.tags = len(self.vocabulary.tags) if tags is None else tags
@@ -62,6 +73,25 @@ class Hashtag(Objective):
         """Also refuses a vocabulary that was built from other data."""
         super().check(card, source)
         self.vocabulary.check(source)
+
+    def repeats(self, source: Any) -> np.ndarray | None:
+        """Never for an image without a known tag. With `resample` t, the most that one of its tags
+        c asks for: max(1, sqrt(t / f(c))), where a share f(c) of all images has it.
+
+        This is the repeat factor of LVIS (arXiv 1908.03195, appendix B.2), which is in the spirit of
+        SWAG's resampling; MAWS's own law is not published. The tags are read from the data once.
+        """
+        tags = rarest.read(self.path, self.vocabulary, source)
+        known = tags >= 0
+        if not known.any():
+            raise ValueError(f"data.train: no image has a tag that is in {self.path}.")
+        if untagged := len(tags) - int(known.sum()):
+            logger.info("%d of %d images have no known tag: left out", untagged, len(tags))
+        if self.resample is None:
+            return known.astype(np.float64) if untagged else None
+        share = np.array(self.vocabulary.counts) / self.vocabulary.images
+        factor = np.maximum(1, np.sqrt(self.resample / share))
+        return np.where(known, factor[tags], 0)
 
     def transform(self, train: bool) -> Callable[[dict[str, Any]], dict[str, Any]]:
         """A random resized crop and flip (a centre crop for validation), and the ids of the known

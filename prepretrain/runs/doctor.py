@@ -40,9 +40,9 @@ class Check:
 def examine(folder: Path, config: Training | None) -> list[Check]:
     """All checks, of every process, which all call for it. folder: where the run will be. config: a
     stage's, or None; without one its space and data are not checked."""
-    plan = source = None
+    plan = source = repeats = None
     if config is not None:
-        plan, source = Plan(config, distributed.world()).open_data()
+        plan, source, repeats = Plan(config, distributed.world()).open_data()
     place = next(p for p in (folder, *folder.absolute().parents) if p.is_dir())
     checks: list[Callable[[], Check]] = [
         _shared_memory,
@@ -53,7 +53,7 @@ def examine(folder: Path, config: Training | None) -> list[Check]:
         _decoding,
     ]
     if plan is not None:
-        checks.append(lambda: _first_batch(plan, source))
+        checks.append(lambda: _first_batch(plan, source, repeats))
     found = []
     for check in checks:
         one = check()
@@ -145,7 +145,7 @@ def _decoding() -> Check:
     return Check("decoding", value, speed >= _IMAGES_A_SECOND, hint)
 
 
-def _first_batch(plan: Plan, source: object) -> Check:
+def _first_batch(plan: Plan, source: object, repeats: np.ndarray | None) -> Check:
     config = plan.config
     begin = time.perf_counter()
     stream = Stream(
@@ -156,6 +156,7 @@ def _first_batch(plan: Plan, source: object) -> Check:
         accumulate=plan.accumulate,
         workers=config.data.workers,
         window=config.data.window,
+        repeats=repeats,
     )
     bad = len(next(stream.batches())["bad"])
     took = time.perf_counter() - begin

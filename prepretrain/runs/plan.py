@@ -7,6 +7,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -14,6 +15,7 @@ from prepretrain import config as configs
 from prepretrain import plugin
 from prepretrain.config import Training
 from prepretrain.data import card
+from prepretrain.data.order import Order
 from prepretrain.data.subset import spread
 from prepretrain.distributed import checkpoint, heartbeat, shard
 from prepretrain.evaluation import validation
@@ -101,14 +103,17 @@ class Plan:
             return None
         return self.schedule_of(self.config.length, "length")
 
-    def open_data(self) -> tuple["Plan", Any]:
-        """The plan with the length of an epoch, and the training source, which its objective has
-        found fit."""
+    def open_data(self) -> tuple["Plan", Any, np.ndarray | None]:
+        """The plan with the length of an epoch, the training source, which its objective has found
+        fit, and how often each image comes in an epoch (None: once). All processes call it
+        together."""
         split, described = self.data
         source = described.open(split)
-        plan = self if len(source) == self.images else replace(self, counted=len(source))
-        plan.objective.check(described, source)
-        return plan, source
+        self.objective.check(described, source)
+        repeats = self.objective.repeats(source)
+        images = Order(source.groups, seed=self.config.seed, repeats=repeats).length
+        plan = self if images == self.images else replace(self, counted=images)
+        return plan, source, repeats
 
     def schedule_of(self, length: str, where: str) -> Schedule:
         """The schedule that a run of this config has at some length."""
@@ -389,7 +394,7 @@ def steps(folder: Path) -> int:
     """The length of a recorded run. Raises ValueError if that needs data that are not here."""
     plan = Plan(_recorded(str(folder)), 1)
     if plan.schedule is None:
-        plan, _ = plan.open_data()
+        plan, *_ = plan.open_data()
     return plan.schedule.steps
 
 

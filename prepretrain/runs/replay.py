@@ -24,7 +24,7 @@ def replay(dump: Path) -> list[dict[str, Any]]:
     """
     given = _read(dump)
     config = configs.read_training(dump.parents[1] / "config.yaml")
-    plan, source = Plan(config, given["world"]).open_data()
+    plan, source, repeats = Plan(config, given["world"]).open_data()
     objective, rank = plan.objective, distributed.rank()
     ranks = range(given["world"]) if distributed.world() == 1 else [rank]
     if objective.whole_batch and distributed.world() != given["world"]:
@@ -49,6 +49,7 @@ def replay(dump: Path) -> list[dict[str, Any]]:
             seed=config.seed,
             accumulate=plan.accumulate,
             window=config.data.window,
+            repeats=repeats,
             rank=one,
             world=given["world"],
         )

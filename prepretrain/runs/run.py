@@ -99,7 +99,7 @@ def train(config: Training, folder: Path) -> None:
 
 def _train(config: Training, folder: Path, asked: Signals) -> None:
     config = with_model_options(config, folder)
-    plan, source = Plan(config, distributed.world()).open_data()
+    plan, source, repeats = Plan(config, distributed.world()).open_data()
     _record(config, folder)
     objective = plan.objective
     sharding = {"group": config.shard.group, "precision": config.shard.precision}
@@ -122,6 +122,7 @@ def _train(config: Training, folder: Path, asked: Signals) -> None:
         workers=config.data.workers,
         max_bad=config.data.max_bad,
         window=config.data.window,
+        repeats=repeats,
     )
     logger.info("%s", plan.summary())
     evaluators = plan.evaluators()
@@ -306,7 +307,7 @@ def check(config: Training | Evaluating, folder: Path, world: int) -> Plan | Non
         return None
     config = with_model_options(config, folder)
     _check_unchanged(config, folder)
-    plan, _ = Plan(config, world).open_data()
+    plan, *_ = Plan(config, world).open_data()
     plan.open_validation()
     plan.always()
     plan.branch_point()

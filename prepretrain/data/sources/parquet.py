@@ -115,6 +115,10 @@ class Parquet(Source):
         number, row = self._find(index)
         return self._group(number)["label"][row].as_py()
 
+    def hashtags(self, index: int) -> list[str]:
+        number, row = self._find(index)
+        return self._group(number)["hashtags"][row].as_py() or []
+
     def _find(self, index: int) -> tuple[int, int]:
         if not 0 <= index < self._length:
             raise IndexError(f"image {index} of {self._length}")

@@ -1,0 +1,67 @@
+"""The rarest hashtag of each image, by which an order is weighted; kept beside the vocabulary."""
+
+import logging
+import os
+import uuid
+from pathlib import Path
+
+import numpy as np
+
+from prepretrain.data.sources.base import Source, fingerprint_of
+from prepretrain.data.vocabulary import Vocabulary
+from prepretrain.distributed import group as distributed
+from prepretrain.distributed import heartbeat
+
+logger = logging.getLogger(__name__)
+
+
+def read(path: Path, vocabulary: Vocabulary, source: Source) -> np.ndarray:
+    """int32 [len(source)]: the id of each image's rarest tag, -1 for an image without a known one.
+
+    `path` is the vocabulary's file, which was counted from this source. The ids are in a file
+    beside it; where that is missing, all processes read the hashtags of a share of the images each
+    (about PACE, without the images), and process 0 writes it.
+    """
+    file = _file(path, vocabulary)
+    kept = _kept(file, len(source))
+    if all(distributed.all_gather_object(kept is not None)):  # or some would wait for the others
+        return kept
+    logger.info("reads the hashtags of %d images, once: there is no %s", len(source), file)
+    share = -(-len(source) // distributed.world())
+    first = distributed.rank() * share
+    mine = np.arange(first, min(first + share, len(source)))
+    found = np.empty(len(mine), np.int32)
+    for row, index in enumerate(mine.tolist()):
+        heartbeat.beat("the hashtags of an image")
+        found[row] = vocabulary.rarest(source.hashtags(index))
+    found = np.concatenate(distributed.all_gather_object(found))
+    if distributed.is_main():
+        write(path, vocabulary, found)
+    return found
+
+
+def write(path: Path, vocabulary: Vocabulary, rarest: np.ndarray) -> None:
+    """Keeps what `read` returns, whole or not at all; where nothing can be written, it is read again
+    at each start."""
+    file = _file(path, vocabulary)
+    draft = file.with_name(f".{file.name}.{uuid.uuid4().hex}")
+    try:
+        with draft.open("wb") as stream:
+            np.save(stream, rarest.astype(np.int32), allow_pickle=False)
+        os.replace(draft, file)
+    except OSError as error:
+        logger.warning("%s: is not kept (%s), so each start reads all hashtags again", file, error)
+
+
+def _file(path: Path, vocabulary: Vocabulary) -> Path:
+    key = fingerprint_of([vocabulary.source, *vocabulary.tags, *vocabulary.counts])
+    return path.with_name(f"{path.name}.rarest-{key}.npy")
+
+
+def _kept(file: Path, images: int) -> np.ndarray | None:
+    """What `write` kept, memory-mapped: the processes of a machine share it."""
+    try:
+        found = np.load(file, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError):
+        return None
+    return found if found.shape == (images,) and found.dtype == np.int32 else None
