@@ -116,8 +116,9 @@ def _fixed_point(repeats: np.ndarray, images: int) -> np.ndarray:
         raise ValueError(f"repeats: their sum, {repeats.sum()}, is no length of an epoch.")
     whole = np.floor(repeats)
     shares = np.cumsum(repeats - whole)
-    slots = max(1, int(shares[-1])) if shares[-1] else 0
-    scale = slots / shares[-1] if slots else 0.0  # no share may become more than 1
+    # Rounded down, as no share may become more than 1, but for what summing them has lost.
+    slots = max(1, int(shares[-1] * (1 + 1e-9))) if shares[-1] else 0
+    scale = slots / shares[-1] if slots else 0.0
     bounds = np.zeros(images + 1, dtype=np.int64)
     bounds[1:] = np.rint(np.minimum(shares * scale, slots) * (1 << _BITS))
     bounds[1:][shares == shares[-1]] = slots << _BITS  # exactly, also for images without a share
