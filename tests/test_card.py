@@ -7,6 +7,7 @@ import sys
 import tarfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -436,6 +437,10 @@ def test_scenes_are_packed_into_shards_counted_and_opened_by_their_card(
     vocabulary, source = Vocabulary.load(tags), open_data("demo:train")
     vocabulary.check(source)
     assert len(source) == 60 and min(vocabulary.counts) >= 4
+    (kept,) = tags.parent.glob("hashtags.json.rarest-*.npy")
+    want = [max(vocabulary.ids(source.hashtags(i)), default=-1) for i in range(60)]
+    counts = np.array([*vocabulary.counts, -1])
+    assert (counts[np.load(kept)] == counts[want]).all() and f"; {want.count(-1)} images" in counted
     assert "cifar10" in script("datasets/hashtags.py", "cifar10", "--min-count", "4", "--out", "x")
 
 

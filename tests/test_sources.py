@@ -631,6 +631,7 @@ def test_parquet_rows_are_images_with_the_columns_there_are(tmp_path):
     assert len(source) == 8 and source.groups == [3, 3, 2]
     assert source[4] == {"key": "p4", "image": jpeg(4), "label": 4, "hashtags": ["a"], "text": "hi"}
     assert source[0]["hashtags"] == [] and source.label(7) == 7
+    assert source.hashtags(4) == ["a"] and source.hashtags(0) == []
     assert set(source.fields) == {"image", "label", "text", "hashtags"}
 
 

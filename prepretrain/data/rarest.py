@@ -49,6 +49,8 @@ def write(path: Path, vocabulary: Vocabulary, rarest: np.ndarray) -> None:
     try:
         with draft.open("wb") as stream:
             np.save(stream, rarest.astype(np.int32), allow_pickle=False)
+        for old in path.parent.glob(f"{path.name}.rarest-*.npy"):
+            old.unlink(missing_ok=True)  # of another count, whose vocabulary was at this path
         os.replace(draft, file)
     except OSError as error:
         logger.warning("%s: is not kept (%s), so each start reads all hashtags again", file, error)
