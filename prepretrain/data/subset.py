@@ -35,7 +35,7 @@ def evenly(count: int, images: int | None) -> list[int]:
     return [i * count // images for i in range(images)]
 
 
-def spread(source: Source, images: int | None) -> Source:
+def evenly_spaced(source: Source, images: int | None) -> Source:
     """`images` images spread evenly over a source; all of it if None or if it has fewer."""
     if images is None or images >= len(source):
         return source

@@ -136,7 +136,9 @@ def blank_images(count: int, size: Size) -> Tensor:
     return torch.empty(count, 3, *sides(size), dtype=torch.uint8, device="meta")
 
 
-def picture(sample: dict[str, Any], size: Size, crop_scale: tuple[float, float] | None) -> Tensor:
+def cropped_image(
+    sample: dict[str, Any], size: Size, crop_scale: tuple[float, float] | None
+) -> Tensor:
     """A sample's image as uint8 [3, H, W] of that size: a random resized crop and flip, by the
     sample's own randomness; with crop_scale None the fixed centre crop of validation."""
     random, image = sample["random"], decode(sample["image"])
@@ -145,7 +147,7 @@ def picture(sample: dict[str, Any], size: Size, crop_scale: tuple[float, float] 
     return flip(random_resized_crop(image, size, random("crop"), scale=crop_scale), random("flip"))
 
 
-class Masked(Objective):
+class MaskedObjective(Objective):
     """An objective whose encoder sees a random part of the patches, and only that. N patches, K
     kept, M masked."""
 
@@ -200,5 +202,5 @@ class Masking:
 
     def __call__(self, sample: dict[str, Any]) -> dict[str, Any]:
         noise = sample["random"]("mask").random(self.places, dtype="float32")
-        image = picture(sample, self.size, self.crop_scale)
+        image = cropped_image(sample, self.size, self.crop_scale)
         return {"image": image, "noise": torch.from_numpy(noise)}

@@ -16,7 +16,7 @@ from torch import Tensor
 from prepretrain.data.transforms import Size
 from prepretrain.models.heads.base import Scores
 from prepretrain.models.model import Model
-from prepretrain.objectives.base import Objective, blank_images, picture
+from prepretrain.objectives.base import Objective, blank_images, cropped_image
 
 
 class Classify(Objective):
@@ -164,7 +164,7 @@ class Transform:
             raise ValueError(
                 f"{sample['key']}: label {sample['label']} is none of the {self.classes} classes."
             )
-        image = picture(sample, self.size, self.crop_scale)
+        image = cropped_image(sample, self.size, self.crop_scale)
         if self.augment is not None:
             image = self.augment(image, sample["random"]("augment"))
         return {"image": image, "label": sample["label"]}

@@ -16,10 +16,10 @@ from prepretrain.models.decoder import Decoder
 from prepretrain.models.encoders import base as encoders
 from prepretrain.models.load import open_weights, options_of
 from prepretrain.models.model import Model
-from prepretrain.objectives.base import Masked
+from prepretrain.objectives.base import MaskedObjective
 
 
-class FeatureMAE(Masked):
+class FeatureMAE(MaskedObjective):
     """Encodes a random quarter of the patches and predicts the teacher's features of all.
 
     Target and prediction have length 1 in each token; the loss is the squared distance, averaged

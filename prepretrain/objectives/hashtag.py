@@ -17,7 +17,7 @@ from prepretrain.data.vocabulary import Vocabulary
 from prepretrain.losses.sparse import sparse_cross_entropy
 from prepretrain.models.heads import base as heads
 from prepretrain.models.model import Model
-from prepretrain.objectives.base import Objective, blank_images, picture
+from prepretrain.objectives.base import Objective, blank_images, cropped_image
 
 logger = logging.getLogger(__name__)
 
@@ -131,4 +131,4 @@ class Transform:
         if not ids:
             raise BadImage("no known tag")
         tags = Ragged(torch.tensor(ids), fill=-1)
-        return {"image": picture(sample, self.size, self.crop_scale), "tags": tags}
+        return {"image": cropped_image(sample, self.size, self.crop_scale), "tags": tags}

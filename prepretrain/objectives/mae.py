@@ -13,10 +13,10 @@ from torch import Tensor
 from prepretrain.models.decoder import Decoder
 from prepretrain.models.encoders.vit import patchify, take, unpatchify
 from prepretrain.models.model import Model
-from prepretrain.objectives.base import Masked
+from prepretrain.objectives.base import MaskedObjective
 
 
-class MAE(Masked):
+class MAE(MaskedObjective):
     """Encodes a random quarter of the patches and predicts the pixels of the others.
 
     Only the kept patches are embedded and encoded; only the masked ones are predicted in training.
@@ -90,11 +90,11 @@ class MAE(Masked):
         }
 
 
-def pixels(image: Tensor, size: int, places: Tensor | None = None) -> Tensor:
+def pixels(image: Tensor, size: int, indices: Tensor | None = None) -> Tensor:
     """[B, 3, H, W] to patches [B, N or M, P P 3], colour last, as MAE's released decoders predict
     them."""
     patches = patchify(image, size)
-    patches = patches if places is None else take(patches, places)
+    patches = patches if indices is None else take(patches, indices)
     return patches.unflatten(-1, (3, -1)).transpose(-1, -2).flatten(-2)
 
 

@@ -98,30 +98,30 @@ class SimMIM(Objective):
         """{"image": uint8 [B, 3, H, W], "noise": float [B, C]} to the mean error [B] over each
         image's masked pixels."""
         image = self.model.normalise(batch["image"])
-        places, predicted = self.predict(image, batch["noise"])
+        indices, predicted = self.predict(image, batch["noise"])
         size = self.model.encoder.stride
-        error = predicted - take(patchify(self.target(image), size), places)
+        error = predicted - take(patchify(self.target(image), size), indices)
         return (error.abs() if self.loss == "l1" else error.square()).mean((1, 2))
 
     def predict(self, image: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-        """Normalised images and noise to the masked tokens' places [B, M] and pixels [B, M, 3 S
+        """Normalised images and noise to the masked tokens' indices [B, M] and pixels [B, M, 3 S
         S]."""
         encoder = self.model.encoder
         cells = self.mask(noise)
         patches, grid = (
-            self._spread(cells, self.cell // s) for s in (encoder.patch, encoder.stride)
+            self._enlarged(cells, self.cell // s) for s in (encoder.patch, encoder.stride)
         )
         tokens = self.model.encode(image, hide=(patches, self.mask_token()))[:, encoder.prefix :]
-        places = grid.long().argsort(dim=1, descending=True, stable=True)
-        places = places[:, : self.masked * (self.cell // encoder.stride) ** 2]
-        return places, self.decoder(tokens, places).float()
+        indices = grid.long().argsort(dim=1, descending=True, stable=True)
+        indices = indices[:, : self.masked * (self.cell // encoder.stride) ** 2]
+        return indices, self.decoder(tokens, indices).float()
 
     def mask(self, noise: Tensor) -> Tensor:
         """Noise [B, C] to bool [B, C]: the cells of the smallest noise are masked."""
         chosen = noise.argsort(dim=1, stable=True)[:, : self.masked]
         return torch.zeros_like(noise, dtype=torch.bool).scatter(1, chosen, True)
 
-    def _spread(self, cells: Tensor, times: int) -> Tensor:
+    def _enlarged(self, cells: Tensor, times: int) -> Tensor:
         """A mask [B, C] of cells as one of the smaller squares that each is made of."""
         grid = cells.unflatten(1, self.mask_grid)
         return grid.repeat_interleave(times, 1).repeat_interleave(times, 2).flatten(1)
@@ -139,8 +139,8 @@ class SimMIM(Objective):
         deviation back."""
         size = self.model.encoder.stride
         image = self.model.normalise(batch["image"])
-        places, predicted = self.predict(image, batch["noise"])
-        index = places[..., None].expand_as(predicted)
+        indices, predicted = self.predict(image, batch["noise"])
+        index = indices[..., None].expand_as(predicted)
         original = patchify(image, size)
         if self.target_window is not None:
             mean, deviation = (
@@ -222,13 +222,13 @@ class Decoder(nn.Module):
         )
         self.pred = nn.Linear(width, 3 * size**2)
 
-    def forward(self, tokens: Tensor, places: Tensor) -> Tensor:
-        """[B, N, D] tokens to the pixels [B, M, 3 S S] of those at int64 [B, M] places."""
+    def forward(self, tokens: Tensor, indices: Tensor) -> Tensor:
+        """[B, N, D] tokens to the pixels [B, M, 3 S S] of those at int64 [B, M] indices."""
         if len(self.blocks):
             tokens = tokens + self.pos_embed
         for block in self.blocks:
             tokens = block(tokens)
-        return self.pred(take(tokens, places))
+        return self.pred(take(tokens, indices))
 
     def initialise(self, name: str, tensor: Tensor, generator: torch.Generator) -> bool:
         """Linear layers truncated N(0, 0.02), as the encoder's."""

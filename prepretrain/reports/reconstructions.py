@@ -8,7 +8,7 @@ from torch import Tensor
 
 from prepretrain.data.card import open_data
 from prepretrain.data.loader import evaluation_batches
-from prepretrain.data.subset import spread
+from prepretrain.data.subset import evenly_spaced
 from prepretrain.reports.figure import INK, blank, save
 from prepretrain.runs.export import load_objective
 
@@ -28,7 +28,7 @@ def reconstruct(
         raise ValueError(f"--images: {images} does not fit; '{data}' has {len(source)} images.")
     if names and len(names) != len(runs):
         raise ValueError(f"--names: {len(names)} names for {len(runs)} runs.")
-    some = spread(source, images)
+    some = evenly_spaced(source, images)
     columns: dict[str, Tensor] = {}
     masked: Tensor | None = None
     for run, name in zip(runs, names or [Path(run).resolve().name for run in runs]):

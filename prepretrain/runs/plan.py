@@ -16,7 +16,7 @@ from prepretrain import plugin
 from prepretrain.config import Training
 from prepretrain.data import card
 from prepretrain.data.order import Order
-from prepretrain.data.subset import spread
+from prepretrain.data.subset import evenly_spaced
 from prepretrain.distributed import checkpoint, heartbeat, shard
 from prepretrain.evaluation import validation
 from prepretrain.evaluation.evaluators import base as evaluators
@@ -190,7 +190,7 @@ class Plan:
         split, found = _split(given.data)
         source = found.open(split)
         validation.check(self.objective, source, given.data)
-        return spread(source, given.images)
+        return evenly_spaced(source, given.images)
 
     def steps_of(self, key: str) -> int:
         """The duration at `log_every`, `checkpoint.every`, … in steps, at least one."""

@@ -32,9 +32,9 @@ def replay(dump: Path) -> list[dict[str, Any]]:
             f"--procs {distributed.world()}: objective '{config.objective['name']}' compares all images "
             f"of a batch, so all {given['world']} processes are needed: --procs {given['world']}."
         )
-    spread = {"group": config.shard.group, "precision": config.shard.precision}
-    shard.shard(objective, **spread)
-    objective.prepare(partial(shard.shard, **spread))
+    mesh_options = {"group": config.shard.group, "precision": config.shard.precision}
+    shard.shard(objective, **mesh_options)
+    objective.prepare(partial(shard.shard, **mesh_options))
     saved = checkpoint.newest(dump)
     if saved is None:
         raise ValueError(f"{dump}: its checkpoint is damaged, so there is nothing to replay from.")

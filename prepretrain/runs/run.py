@@ -22,7 +22,7 @@ from prepretrain.cluster import lease, slurm
 from prepretrain.config import Evaluating, Training
 from prepretrain.data import card
 from prepretrain.data.loader import Stream
-from prepretrain.data.subset import spread
+from prepretrain.data.subset import evenly_spaced
 from prepretrain.distributed import checkpoint, heartbeat, shard
 from prepretrain.distributed import group as distributed
 from prepretrain.evaluation import validation
@@ -198,7 +198,7 @@ def _validate(
     """Measures val_loss on held-out images, and val_gap = val_loss - train_loss, both on equally
     many images with the same crops and masks."""
     loss, images = validation.measure(objective, held, batch_size=batch_size, workers=workers)
-    some = spread(trained, images)
+    some = evenly_spaced(trained, images)
     seen, _ = validation.measure(objective, some, batch_size=batch_size, workers=workers)
     found = {"loss": loss, "gap": loss - seen, "images": images}
     logger.info("validation: %s", ", ".join(f"{k} {v:.6g}" for k, v in found.items()))

@@ -51,7 +51,7 @@ class Evaluator:
         return folder / "features" if self.cache and folder is not None else None
 
 
-class Probing(Evaluator):
+class ProbeEvaluator(Evaluator):
     """A protocol that learns from the features of a card's `train` and is measured on its `val`.
 
     data           the card
@@ -103,7 +103,7 @@ class Probing(Evaluator):
         )
 
 
-class Contrasting(Evaluator):
+class ContrastiveEvaluator(Evaluator):
     """A protocol that compares images with texts, in the space that they share.
 
     data           the card

@@ -8,12 +8,12 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from prepretrain.distributed import group as distributed
-from prepretrain.evaluation.evaluators.base import Probing, accuracy, class_count, require
+from prepretrain.evaluation.evaluators.base import ProbeEvaluator, accuracy, class_count, require
 
 VALUES = 1 << 26  # similarities at once
 
 
-class Knn(Probing):
+class Knn(ProbeEvaluator):
     """k-NN by cosine similarity, as DINO measures it (its eval_knn.py at commit 04c0ad9; the rule is
     that of Wu et al. 2018, arXiv 1805.01978): each of the k nearest images of `train` votes for its class with the
     weight exp(similarity / temperature). Cheap enough to watch a pretraining run with.

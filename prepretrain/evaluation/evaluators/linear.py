@@ -6,12 +6,12 @@ from typing import Literal
 from torch import Tensor, nn
 
 from prepretrain.distributed import group as distributed
-from prepretrain.evaluation.evaluators.base import Probing, accuracy, class_count, require
+from prepretrain.evaluation.evaluators.base import ProbeEvaluator, accuracy, class_count, require
 from prepretrain.evaluation.probing import probes
 from prepretrain.evaluation.probing.probes import PROTOCOLS
 
 
-class Linear(Probing):
+class Linear(ProbeEvaluator):
     """A probe on frozen features that are computed once, from the centre of each image.
 
     MAE and SWAG train theirs on random crops and flips: far dearer, and this is a lower bound on

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from prepretrain.data.sources.base import Source
-from prepretrain.data.subset import Subset, spread
+from prepretrain.data.subset import Subset, evenly_spaced
 from prepretrain.distributed import group as distributed
 from prepretrain.evaluation.evaluators.base import Evaluator, accuracy, class_count, require
 from prepretrain.evaluation.features import extract
@@ -168,7 +168,7 @@ class Lowshot(Evaluator):
     def run(self, model: nn.Module, folder: Path) -> dict[str, float]:
         """Accuracies on `val` for each K, and the number of its images."""
         self.check(model)
-        source, val = self.card.open("train"), spread(self.card.open("val"), self.val_images)
+        source, val = self.card.open("train"), evenly_spaced(self.card.open("val"), self.val_images)
         labels, val_labels = (_labels(s, self.card.name) for s in (source, val))
         classes = class_count(self.card, labels, val_labels)
         chosen = self.choose(source, labels, classes, folder)

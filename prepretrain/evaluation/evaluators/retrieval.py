@@ -6,14 +6,14 @@ import torch
 from torch import Tensor, nn
 
 from prepretrain.distributed import group as distributed
-from prepretrain.evaluation.evaluators.base import Contrasting
+from prepretrain.evaluation.evaluators.base import ContrastiveEvaluator
 from prepretrain.evaluation.features import extract_texts
 from prepretrain.objectives.captions import captions
 
 AT = (1, 5, 10)
 
 
-class Retrieval(Contrasting):
+class Retrieval(ContrastiveEvaluator):
     """Recall at 1, 5 and 10 over all images and captions of a split, as on Flickr30k and COCO (CLIP,
     arXiv 2103.00020, appendix).
 

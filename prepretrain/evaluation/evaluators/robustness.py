@@ -16,7 +16,7 @@ from prepretrain.data.sources.base import Source
 from prepretrain.data.subset import Subset, evenly
 from prepretrain.distributed import group as distributed
 from prepretrain.evaluation import corruptions as makers
-from prepretrain.evaluation.evaluators.base import Probing, accuracy, class_count, require
+from prepretrain.evaluation.evaluators.base import ProbeEvaluator, accuracy, class_count, require
 from prepretrain.evaluation.features import extract
 from prepretrain.evaluation.probing import probes
 
@@ -42,7 +42,7 @@ ALEXNET = {
 IMAGENET_CLASSES = 1000
 
 
-class Robustness(Probing):
+class Robustness(ProbeEvaluator):
     """One classifier, measured on the clean `val` of its data and away from it.
 
     data           the card whose classes the classifier tells apart

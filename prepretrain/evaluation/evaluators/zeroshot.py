@@ -9,12 +9,17 @@ from torch import Tensor, nn
 
 from prepretrain.data.card import check_names, check_templates
 from prepretrain.distributed import group as distributed
-from prepretrain.evaluation.evaluators.base import Contrasting, accuracy, class_count, require
+from prepretrain.evaluation.evaluators.base import (
+    ContrastiveEvaluator,
+    accuracy,
+    class_count,
+    require,
+)
 from prepretrain.evaluation.features import extract_texts
 from prepretrain.training.log import logger
 
 
-class Zeroshot(Contrasting):
+class Zeroshot(ContrastiveEvaluator):
     """CLIP's protocol (arXiv 2103.00020, section 3.1.4; MAWS, arXiv 2303.13496, section 4.3): every
     template with every name of a class, the mean of their unit features, at length 1 again.
 

@@ -221,7 +221,7 @@ def unpatchify(patches: Tensor, size: int, grid: tuple[int, int]) -> Tensor:
 
 
 def take(tokens: Tensor, index: Tensor) -> Tensor:
-    """[B, N, D] tokens and int64 [B, K] places to [B, K, D]."""
+    """[B, N, D] tokens and int64 [B, K] indices to [B, K, D]."""
     return tokens.gather(1, index[..., None].expand(-1, -1, tokens.shape[-1]))
 
 
