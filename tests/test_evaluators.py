@@ -11,6 +11,7 @@ from conftest import processes
 from sklearn.linear_model import LogisticRegression, Ridge
 from test_features import tiny_model
 from test_text import BPE
+from torch.testing import assert_close
 
 from prepretrain import plugin
 from prepretrain.data.card import load_card
@@ -187,6 +188,14 @@ def test_the_sweep_takes_another_rate_where_the_held_out_tenth_says_so(caplog):
             )
         chosen.add(caplog.messages[-1].split(",")[0])
     assert len(chosen) == 2, chosen
+
+
+def test_standardised_features_have_mean_0_and_variance_1_and_a_constant_one_is_0():
+    features = torch.randn(500, 6, generator=torch.Generator().manual_seed(0))
+    features = features * torch.tensor([0.1, 1.0, 3.0, 20.0, 400.0, 0.0]) + 5
+    found = probes._standardiser(features)(features)
+    assert_close(found.mean(0), torch.zeros(6), rtol=0, atol=1e-5)
+    assert_close(found.var(0, correction=0), torch.tensor([1.0] * 5 + [0.0]), rtol=1e-4, atol=0)
 
 
 def test_ridge_agrees_with_scikit_learn():

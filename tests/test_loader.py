@@ -288,6 +288,14 @@ def test_bad_images_are_replaced_counted_and_named():
     assert len(keys) == 10 and "k3" not in keys and keys[at] in [f"k{i}" for i in range(10)]
 
 
+def test_each_bad_image_of_an_epoch_has_a_substitute_of_its_own():
+    stream = Stream(Numbers(500, bad=range(40)), transform, batch_size=500, seed=0)
+    (batch,) = taken(stream, 1)
+    replaced = {one["position"] for one in batch["bad"]}
+    substitutes = [key for key, p in zip(batch["key"], batch["position"]) if p in replaced]
+    assert len(substitutes) == 40 and len(set(substitutes)) > 30  # one in ten may meet another
+
+
 def test_data_that_is_all_bad_stops_the_stream():
     stream = Stream(Numbers(4, bad=range(4)), transform, batch_size=4, seed=0)
     with pytest.raises(RuntimeError, match="100 bad images in a row"):

@@ -18,6 +18,7 @@ from test_train import rows, train
 from torch.testing import assert_close
 
 from prepretrain import config
+from prepretrain.data.sources.synthetic import Synthetic
 from prepretrain.distributed import group as distributed
 from prepretrain.distributed import shard
 from prepretrain.evaluation import validation
@@ -372,6 +373,17 @@ def test_an_image_that_cannot_be_read_is_left_out_of_the_validation_loss_and_cou
     for workers in (0, 1):
         with pytest.raises(ValueError, match="none of the 60 images can be read"):
             validation.measure(objective, source.open_validation(), batch_size=8, workers=workers)
+
+
+def test_the_validation_loss_is_measured_without_drop_path_and_training_goes_on_with_it():
+    options = {"decoder_depth": 1, "decoder_width": 32, "decoder_heads": 2}
+    objective = MAE(Model(encoder="vit_test8", drop_path=0.5), **options)
+    shard.initialise(objective, 0)
+    source = Synthetic(images=8, size=32, seed=0)
+    measured = {validation.measure(objective.train(), source, batch_size=8) for _ in range(3)}
+    assert len(measured) == 1 and objective.training
+    batch = {"image": photos(8), "noise": torch.rand(8, 16)}
+    assert len({float(objective(batch)["loss"].detach()) for _ in range(3)}) > 1
 
 
 def test_an_objective_without_a_loss_per_image_has_no_validation_loss(place):

@@ -9,12 +9,15 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from test_text import BPE
 from torch.testing import assert_close
 
 from prepretrain import plugin
 from prepretrain.data.card import open_data
 from prepretrain.data.random import Random
 from prepretrain.data.sources.base import Source
+from prepretrain.data.sources.synthetic import Synthetic
+from prepretrain.data.transforms import decode, resize_center_crop
 from prepretrain.data.vocabulary import Vocabulary
 from prepretrain.distributed import shard
 from prepretrain.losses.sparse import sparse_cross_entropy
@@ -29,6 +32,7 @@ from prepretrain.objectives.base import Objective
 from prepretrain.objectives.classify import Classify
 from prepretrain.objectives.hashtag import Hashtag
 from prepretrain.objectives.mae import MAE
+from prepretrain.training.fit import seed_all
 
 PARAMETERS = {  # counts of MAWS's released encoders
     "vit_b16": 85_798_656,
@@ -247,24 +251,127 @@ def test_the_hashtag_head_trains_on_ids(vocabulary):
     figures["loss"].backward()
 
 
-def test_mixing_and_erasing_train_and_evaluation_is_plain():
-    objective = Classify(
-        Model(encoder="vit_test8", head={"classes": 3}),
-        mixup=0.8,
-        cutmix=1.0,
-        smoothing=0.1,
-        erasing=0.5,
-    )
+LABELS = torch.tensor([0, 1, 2, 1])  # mixing pairs the first with the last, and so on
+CLASSES = F.one_hot(LABELS, 3).float()
+
+
+def handed_on(images: torch.Tensor, labels: torch.Tensor, step: int = 0, **options):
+    """(normalised images, the images that the model gets, the target of the loss) in a training step
+    of Classify."""
+    objective = Classify(Model(encoder="vit_test8", head={"classes": 3}), **options)
+    logits, given = torch.zeros(len(images), 3, requires_grad=True), []
+    objective.logits = lambda image: given.append(image) or logits
+    seed_all(0, step)
+    objective({"image": images, "label": labels})["loss"].backward()
+    # the gradient of a mean cross-entropy is (softmax - target) / images
+    target = logits.detach().softmax(1) - len(images) * logits.grad
+    return objective.model.normalise(images), given[0], target
+
+
+def flat_images(*values: int) -> torch.Tensor:
+    """Each image of one value."""
+    return torch.tensor(values, dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, 3, 32, 32)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.3])
+def test_mixup_mixes_pixels_and_classes_of_a_pair_by_the_same_share(smoothing):
+    shares = []
+    for step in range(8):
+        given = (flat_images(0, 80, 160, 240), LABELS, step)
+        plain, mixed, target = handed_on(*given, mixup=0.8, smoothing=smoothing)
+        share = ((mixed - plain.flip(0)) / (plain - plain.flip(0))).mean()
+        assert_close(mixed, share * plain + (1 - share) * plain.flip(0), rtol=1e-4, atol=1e-4)
+        classes = share * CLASSES + (1 - share) * CLASSES.flip(0)
+        assert_close(target, (1 - smoothing) * classes + smoothing / 3, rtol=1e-4, atol=1e-4)
+        shares.append(float(share))
+    assert len(set(shares)) == 8 and 0 < min(shares) < 0.4 < max(shares) < 1
+
+
+def test_cutmix_puts_a_rectangle_of_the_partner_in_and_counts_its_pixels():
+    cut = 0
+    for step in range(8):
+        plain, mixed, target = handed_on(flat_images(0, 80, 160, 240), LABELS, step, cutmix=1.0)
+        own = mixed == plain
+        assert torch.equal(torch.where(own, plain, plain.flip(0)), mixed)
+        assert rectangular(~own[0, 0])
+        share = own[0].float().mean()
+        assert_close(target, share * CLASSES + (1 - share) * CLASSES.flip(0))
+        cut += int(share < 1)
+    assert cut == 8
+
+
+def rectangular(mask: torch.Tensor) -> bool:
+    """Whether all that is inside of a mask is one rectangle."""
+    return bool(mask.sum() == mask.any(0).sum() * mask.any(1).sum())
+
+
+def test_erasing_fills_a_rectangle_of_its_share_of_images_with_noise_and_keeps_the_class():
+    images, labels = flat_images(*[100] * 64), torch.arange(64) % 3
+    plain, given, target = handed_on(images, labels, erasing=0.5)
+    erased = (given != plain).any(1)
+    assert all(rectangular(mask) for mask in erased)
+    area = erased.float().mean((1, 2))
+    assert 20 < (area > 0).sum() < 44 and area[area > 0].min() > 0.01 and area.max() < 0.4
+    noise = given[given != plain]
+    assert abs(noise.mean()) < 0.1 and abs(noise.std() - 1) < 0.1
+    assert_close(target, F.one_hot(labels, 3).float())
+
+
+def test_smoothing_gives_its_share_to_all_classes_alike():
+    plain, given, target = handed_on(flat_images(0, 80, 160, 240), LABELS, smoothing=0.3)
+    assert torch.equal(given, plain)
+    assert_close(target, 0.7 * CLASSES + 0.1)
+
+
+def test_evaluation_neither_mixes_nor_erases_nor_smooths_and_pairs_need_an_even_batch():
+    model = Model(encoder="vit_test8", head={"classes": 3})
+    objective = Classify(model, mixup=0.8, cutmix=1.0, smoothing=0.1, erasing=0.5)
     shard.initialise(objective, 0)
-    batch = {
-        "image": torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8),
-        "label": torch.tensor([0, 1, 2, 0]),
-    }
-    assert torch.isfinite(objective.train()(batch)["loss"])
-    objective.eval()
-    assert objective(batch)["loss"] == objective(batch)["loss"] and "accuracy" in objective(batch)
+    torch.nn.init.normal_(model.head.linear.weight)
+    generator = torch.Generator().manual_seed(0)
+    image = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8, generator=generator)
+    batch = {"image": image, "label": LABELS}
+    found, scores = objective.eval()(batch), model.scores(image)
+    assert_close(found["loss"], F.cross_entropy(scores, LABELS))
+    assert_close(found["accuracy"], (scores.argmax(1) == LABELS).float().mean())
+    assert objective.train()(batch)["loss"] != found["loss"]
     with pytest.raises(ValueError, match="mixes pairs"):
-        objective.train()({k: v[:3] for k, v in batch.items()})
+        objective({k: v[:3] for k, v in batch.items()})
+
+
+TEXTUAL = {"text": BPE, "joint": {"width": 16}}
+DECODER = {"decoder_depth": 1, "decoder_width": 32, "decoder_heads": 2}
+OBJECTIVES = {  # options of a small model, and of the objective
+    "classify": ({"head": {"classes": 3}}, {}),
+    "clip": (TEXTUAL, {}),
+    "feature_mae": ({}, {"teacher": "teacher", **DECODER}),
+    "hashtag": ({}, {"vocabulary": "tags.json"}),
+    "lit": (TEXTUAL, {}),
+    "mae": ({}, DECODER),
+    "simmim": ({}, {"cell": 8}),
+}
+
+
+@pytest.mark.parametrize("name", plugin.names("objectives"))
+def test_every_objective_trains_on_changing_crops_and_is_validated_on_the_centre(
+    name, vocabulary, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    if name == "feature_mae":
+        save(small(), tmp_path / "teacher", "made by the tests")
+    model, options = OBJECTIVES[name]
+    objective = plugin.build("objectives", name, Model(encoder="vit_test8", **model), **options)
+    scene = Synthetic(images=1, size=40, seed=0)[0] | {"hashtags": ["cat"], "label": 1}
+
+    def draws(train: bool) -> list[torch.Tensor]:
+        made, randoms = objective.transform(train), [Random(0, n % 4, 0) for n in range(8)]
+        return [made(scene | {"random": random})["image"] for random in randoms]
+
+    crops, centres = draws(train=True), draws(train=False)
+    assert len({crop.numpy().tobytes() for crop in crops}) == 4
+    assert all(torch.equal(crops[n], crops[n + 4]) for n in range(4))  # by the sample's randomness
+    centre = resize_center_crop(decode(scene["image"]), 32)
+    assert all(torch.equal(one, centre) for one in centres)
 
 
 def test_reconstructions_show_the_visible_patches_untouched():
@@ -282,7 +389,7 @@ def test_reconstructions_show_the_visible_patches_untouched():
 
 
 @pytest.mark.parametrize("name", plugin.names("objectives"))
-def test_every_objective_documents_its_options_and_names_its_fields(name):
+def test_every_objective_is_described_and_names_its_fields_and_its_options_types(name):
     found = plugin.find("objectives", name)
     assert found.__doc__ and "image" in found.fields
     assert all(p.annotation is not p.empty for p in plugin.options(found).values())

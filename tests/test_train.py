@@ -69,10 +69,12 @@ def test_one_process_two_sharded_two_replicated_and_accumulation_give_equal_loss
     next(Path("data").glob("tags.json.rarest-*")).unlink()  # each process reads a share of the tags
     processes(2, _in_two, str(place))
     want = [row["loss"] for row in rows("runs/one")]
+    norms = [row["grad_norm"] for row in rows("runs/one")]
     assert len(want) == 12 and want[-1] < want[0]
     for name in ("two_sharded", "two_replicated", "two_parts"):
         got = rows(f"runs/{name}")
         assert_close([row["loss"] for row in got], want, rtol=1e-5, atol=1e-6)
+        assert_close([row["grad_norm"] for row in got], norms, rtol=1e-3, atol=1e-6)
         assert [row["images"] for row in got] == [16 * (i + 1) for i in range(12)]
     for name in MODES:
         got = [r["loss"] for r in rows(f"runs/two_tags_{name}")]
