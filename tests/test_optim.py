@@ -9,7 +9,7 @@ from test_train import rows, train
 from torch.testing import assert_close
 
 from prepretrain import config, plugin
-from prepretrain.distributed import shard
+from prepretrain.distributed import checkpoint, shard
 from prepretrain.models.load import load
 from prepretrain.models.model import Model
 from prepretrain.objectives.classify import Classify
@@ -135,6 +135,21 @@ def test_clipping_takes_the_gradients_share_of_their_norm_and_no_more(place, gro
     )
     assert torch.equal(free, loose) and (free - still).norm() > 0
     assert_close(tight - still, (free - still) * 1e-3 / norm, rtol=1e-3, atol=1e-8)
+
+
+def test_plain_numbers_that_an_optimizer_keeps_in_its_groups_are_restored_too(tmp_path, group):
+    def made(steps: int) -> tuple[Classify, torch.optim.Optimizer]:
+        objective = classifier()
+        optimizer = optim.build(objective, "sgd", lr=0.1, weight_decay=0.0)
+        for one in optimizer.param_groups:
+            one["step"] = steps  # LAMB counts so in some releases of timm
+        optimizer.step()
+        return objective, optimizer
+
+    saved = checkpoint.save(tmp_path, 7, *made(7), {"step": 7}, keep=1)
+    objective, optimizer = made(1)
+    checkpoint.restore(saved, objective, optimizer)
+    assert all(one["step"] == 7 for one in optimizer.param_groups)
 
 
 def test_bad_images_may_be_the_stated_share_and_not_one_more_but_ten_are_always_forgiven():
