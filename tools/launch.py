@@ -15,6 +15,7 @@ python tools/launch.py --list objectives                            one kind; or
 """
 
 import argparse
+import gc
 import sys
 
 
@@ -69,11 +70,14 @@ def main() -> None:
     if sum(others) > 1 or (given["stage"] is None and not any(others)):
         parser.error("one of --stage, --status, --replay, --doctor and --list is needed")
     # here and not above, as importing torch takes seconds, which --help does not need
+    gc.disable()  # what the imports make stays: to search it for garbage is a fifth of their time
     from prepretrain.cluster.slurm import STOPPED
     from prepretrain.runs.launch import examine, launch, look_again, status
     from prepretrain.runs.listing import listing
     from prepretrain.training.fit import Stopped
 
+    gc.freeze()
+    gc.enable()
     try:
         if run is not None:
             return print(status(run))
