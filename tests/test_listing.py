@@ -1,4 +1,8 @@
-"""What `tools/launch.py --list` says of stages, parts, sizes and cards."""
+"""What `tools/launch.py --list` says of stages, parts, sizes and cards, and what a shell is offered."""
+
+import os
+import subprocess
+import sys
 
 import pytest
 from conftest import command
@@ -58,3 +62,26 @@ def test_a_card_and_a_stage_of_the_current_folder_are_listed_too(place):
 def test_an_unknown_name_is_an_error_that_offers_the_nearest():
     with pytest.raises(ValueError, match="--list: there is no 'vit_l15'. Did you mean 'vit_l16'?"):
         listing("vit_l15")
+
+
+@pytest.mark.parametrize(
+    "line, offered",
+    [
+        ("prepretrain --stage demo/", {"demo/mae", "demo/wsp"}),
+        ("prepretrain --dry", {"--dry-run "}),
+        ("prepretrain-plan --stage demo/m", {"demo/mae "}),
+        ("prepretrain-zoo v", {"verify "}),
+        ("prepretrain-report t", {"table "}),
+        ("prepretrain-export --o", {"--out "}),
+    ],
+)
+def test_a_shell_is_offered_the_stages_and_flags_that_a_command_line_may_go_on_with(
+    line, offered, tmp_path
+):
+    pytest.importorskip("argcomplete")
+    name = line.partition(" ")[0].removeprefix("prepretrain").strip("-") or "launch"
+    asked = {"_ARGCOMPLETE": "1", "COMP_LINE": line, "COMP_POINT": str(len(line))}
+    asked |= {"_ARGCOMPLETE_STDOUT_FILENAME": str(tmp_path / "said"), "_ARGCOMPLETE_IFS": "\n"}
+    code = f"from prepretrain import command; command.{name}()"
+    subprocess.run([sys.executable, "-c", code], env={**os.environ, **asked}, check=True)
+    assert set((tmp_path / "said").read_text().split("\n")) == offered

@@ -4,6 +4,8 @@ import argparse
 import sys
 from pathlib import Path
 
+from prepretrain.runs.completion import complete
+
 
 def main() -> None:
     """Reads the command line and exports."""
@@ -15,6 +17,7 @@ def main() -> None:
         action="store_true",
         help="a SimMIM run's file under the released files' names, decoder included",
     )
+    complete(parser)
     asked = parser.parse_args()
     # here and not above, as importing torch takes seconds, which --help does not need
     from prepretrain.runs.export import export, export_released

@@ -18,13 +18,18 @@ import argparse
 import gc
 import sys
 
+from prepretrain.runs.completion import complete, stages
+
 
 def main() -> None:
     """Parses the flags; everything else is a key of the config."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--stage", help="a config: mae, wsp, eval/linear, … or a path to a .yaml")
+    stage = parser.add_argument(
+        "--stage", help="a config: mae, wsp, eval/linear, … or a path to a .yaml"
+    )
+    stage.completer = stages
     parser.add_argument(
         "--init",
         help="weights to start from, or to evaluate: a run, a file or maws/vit_l16, [:encoder]",
@@ -63,6 +68,7 @@ def main() -> None:
         help="list stages, encoders, objectives, …; one kind; or a name with its options",
     )
     parser.add_argument("overrides", nargs="*", metavar="a.b=value", help="keys of the config")
+    complete(parser)
     given = vars(parser.parse_intermixed_args())
     modes = ("status", "replay", "doctor", "list")
     run, dump, doctor, what = (given.pop(name) for name in modes)

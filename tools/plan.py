@@ -13,13 +13,18 @@ import json
 import logging
 import sys
 
+from prepretrain.runs.completion import complete, stages
+
 
 def main() -> None:
     """Parses the flags; everything else is a key of the config."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--stage", required=True, help="a config: mae, wsp, … or a path to a .yaml")
+    stage = parser.add_argument(
+        "--stage", required=True, help="a config: mae, wsp, … or a path to a .yaml"
+    )
+    stage.completer = stages
     parser.add_argument("--init", help="weights that the run starts from, as of tools/launch.py")
     parser.add_argument("--gpus", type=int, required=True, help="GPUs, one process on each")
     parser.add_argument(
@@ -41,6 +46,7 @@ def main() -> None:
         "--images", type=float, help="seen in the whole run (default: the config's length)"
     )
     parser.add_argument("overrides", nargs="*", metavar="a.b=value", help="keys of the config")
+    complete(parser)
     asked = parser.parse_intermixed_args()
     # here and not above, as importing torch takes seconds, which --help does not need
     from prepretrain.runs import capacity

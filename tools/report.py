@@ -3,6 +3,8 @@
 import argparse
 import sys
 
+from prepretrain.runs.completion import complete
+
 
 def main() -> None:
     """Reads the command line and calls the report it names."""
@@ -33,6 +35,7 @@ def main() -> None:
     pictures.add_argument("--out", required=True, metavar="PNG")
     for command in (lines, table, pictures):
         command.add_argument("--names", nargs="+", default=[], help="of the runs, to show")
+    complete(parser)
     asked = parser.parse_args()
     # here and not above, as importing torch takes seconds, which --help does not need
     from prepretrain.reports import curves, reconstructions, tables

@@ -5,6 +5,7 @@ import json
 import sys
 from pathlib import Path
 
+from prepretrain.runs.completion import complete
 from prepretrain.zoo import catalogue
 from prepretrain.zoo import releases as zoo
 
@@ -22,6 +23,7 @@ def main() -> None:
     write = commands.add_parser("write", help="writes MODEL_ZOO.md")
     page = Path(__file__).parents[1] / "MODEL_ZOO.md"  # of a checkout; a wheel holds none
     write.add_argument("--out", type=Path, default=page, required=not page.exists())
+    complete(parser)
     asked = parser.parse_args()
     try:
         if asked.command == "list":
