@@ -441,7 +441,8 @@ def test_each_masked_objective_gives_equal_losses_on_one_process_two_sharded_and
                 got = [row[key] for row in rows(f"runs/{mode}_{name}") if key in row]
                 assert_close(got, want, rtol=1e-5, atol=2e-6)
     for name, overrides in kinds.items():
-        assert rows(f"runs/one_{name}")[-2]["loss"] < rows(f"runs/one_{name}")[0]["loss"]
+        first, *others = [row["loss"] for row in rows(f"runs/one_{name}") if "loss" in row]
+        assert min(others) < first
         shutil.copytree(f"runs/one_{name}", f"runs/again_{name}")
         shutil.rmtree(f"runs/again_{name}/checkpoints/000000008")
         train(f"runs/again_{name}", *overrides, *SHORT)

@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._sharding_prop import ShardingPropagator
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -92,7 +93,8 @@ def simulate(
         shard.wrap(objective, group=group, precision=precision, recompute=recompute)
         for module in objective.frozen():
             shard.wrap(module, group=group, precision=precision)
-        with FakeTensorMode(allow_non_fake_inputs=True), _Ledger() as ledger, ledger.resizes():
+        fake = FakeTensorMode(allow_non_fake_inputs=True)
+        with fake, _Ledger() as ledger, ledger.resizes(), ledger.trials():
             for module in (objective, *objective.frozen()):
                 shard.materialise(module, precision)
                 shard.fuse_attention(module, fused_attention)
@@ -149,6 +151,7 @@ class _Ledger(TorchDispatchMode):
         self.events: list[tuple[_Storage, int]] = []  # changes of size, in order
         self.before: list[tuple[_Storage, int]] = []  # as they were when the step began
         self.sent: Counter[str] = Counter()
+        self.trying = False
 
     def begin(self) -> None:
         """Starts a step: forgets what has happened, not what is there."""
@@ -160,6 +163,8 @@ class _Ledger(TorchDispatchMode):
         if any(issubclass(t, DTensor) for t in types):
             return NotImplemented  # comes again, as an operation on this process's part
         result = func(*args, **(kwargs or {}))
+        if self.trying:
+            return result
         moving = func.namespace in ("fsdp", "c10d", "_c10d_functional")
         for tensor in _tensors((args, kwargs, result) if moving else result):
             storage = self._of(tensor)
@@ -204,6 +209,25 @@ class _Ledger(TorchDispatchMode):
             yield
         finally:
             torch.UntypedStorage.resize_ = original
+
+    @contextmanager
+    def trials(self) -> Iterator[None]:
+        """Leaves out DTensor's trials of an operation, which tell it the result's shape: they are on
+        whole parameters and take no memory."""
+        original = ShardingPropagator._propagate_tensor_meta_non_cached
+
+        def trial(*given: Any) -> Any:
+            self.trying = True
+            try:
+                return original(*given)
+            finally:
+                self.trying = False
+
+        ShardingPropagator._propagate_tensor_meta_non_cached = trial
+        try:
+            yield
+        finally:
+            ShardingPropagator._propagate_tensor_meta_non_cached = original
 
     def offload(self, blocks: list[nn.Module]) -> None:
         """Takes each block's input for absent between its forward and backward pass: `.to("cpu")`
