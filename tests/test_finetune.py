@@ -15,7 +15,6 @@ from PIL import Image
 from safetensors.torch import load_file
 from test_train import rows, train
 from timm.data.auto_augment import rand_augment_transform
-from timm.optim import param_groups_layer_decay
 from torch.testing import assert_close
 
 import prepretrain
@@ -143,32 +142,6 @@ def test_accuracy_counts_each_image_once_on_one_two_and_three_processes(place):
     assert found[0]["images"] == len(source)
 
 
-def test_layer_decay_gives_the_rates_of_timms_fine_tuned_vit():
-    theirs = timm.models.VisionTransformer(
-        32, 8, embed_dim=32, depth=3, num_heads=2, num_classes=3, global_pool="avg"
-    )
-    groups = param_groups_layer_decay(theirs, 0.05, {"pos_embed", "cls_token"}, layer_decay=0.65)
-    names = {id(p): n for n, p in theirs.named_parameters()}
-    want = {names[id(p)]: (g["lr_scale"], g["weight_decay"]) for g in groups for p in g["params"]}
-    head = {"classes": 3, "norm": True}
-    model = Model(encoder="vit_test8", depth=3, final_norm=False, head=head)
-    built = optim.build(Classify(model), lr=1.0, weight_decay=0.05, layer_decay=0.65)
-    names = {id(p): n for n, p in model.named_parameters()}
-    renamed = {"head.linear.": "head.", "head.norm.": "fc_norm.", "encoder.": ""}
-    got = {}
-    for one in built.param_groups:
-        for parameter in one["params"]:
-            name = names[id(parameter)]
-            for ours, other in renamed.items():
-                if name.startswith(ours):
-                    name = other + name.removeprefix(ours)
-                    break
-            got[name] = (one["lr_scale"], one["weight_decay"])
-    assert got.keys() == want.keys()
-    for name, (scale, decay) in want.items():
-        assert got[name] == (pytest.approx(scale), decay), name
-
-
 @pytest.mark.parametrize("layer_decay", [1.0, 0.65])
 def test_weight_decay_spares_one_dimensional_parameters_and_positions(layer_decay):
     model = Model(encoder="vit_test8", head={"classes": 3})
@@ -199,6 +172,31 @@ def test_randaugment_is_timms_drawn_by_the_samples_own_randomness():
     peer = rand_augment_transform("rand-m9-mstd0.5-inc1", given)
     theirs = np.array(peer(Image.fromarray(image.permute(1, 2, 0).numpy())))
     assert np.array_equal(same[0].permute(1, 2, 0).numpy(), theirs)
+
+
+@pytest.mark.parametrize("description", ["rand-m{}", "rand-m{}-inc1", "rand-m{}-mmax20-inc1"])
+def test_every_operation_of_randaugment_takes_every_magnitude(description):
+    model = Model(encoder="vit_test8", head={"classes": 3})
+    picture = Image.fromarray(images(1)[0].permute(1, 2, 0).numpy())
+    seen = set()
+    for magnitude in range(21 if "mmax20" in description else 11):
+        for operation in RandAugment(description.format(magnitude), model).apply.ops:
+            operation.prob = 1.0
+            changed = operation(picture)
+            assert (changed.size, changed.mode) == (picture.size, picture.mode)
+            seen.add(operation.name)
+    assert len(seen) == 15
+
+
+def test_randaugment_at_magnitude_10_posterizes_to_black():
+    model = Model(encoder="vit_test8", head={"classes": 3})
+    operations = RandAugment("rand-m10-inc1", model).apply.ops
+    (last,) = [operation for operation in operations if operation.name == "PosterizeIncreasing"]
+    last.prob = 1.0
+    picture = Image.fromarray(images(1)[0].permute(1, 2, 0).numpy())
+    assert last(picture).getextrema() == ((0, 0),) * 3
+    last.magnitude = 5  # keeps 2 bits of 8
+    assert np.array_equal(np.array(last(picture)), np.array(picture) & 0b11000000)
 
 
 @pytest.mark.parametrize(

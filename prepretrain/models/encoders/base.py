@@ -33,6 +33,9 @@ class Encoder(nn.Module):
     image_size: tuple[int, int]  # pixels: height, width
     takes: tuple[str, ...] = ()  # what of keep, hide and layer `forward` offers
     blocks: nn.ModuleList  # what is recomputed, compiled and sharded as a unit
+    trains: bool = (
+        True  # an objective can train it; else it is a teacher or is measured beside ours
+    )
     final_norm: bool = True  # the tokens' last operation is a norm
     mean: Sequence[float] | None = None  # of each colour, 0 to 1; None: ImageNet's
     std: Sequence[float] | None = None
@@ -119,8 +122,9 @@ class Encoder(nn.Module):
         raise NotImplementedError
 
     def timm(self) -> dict[str, Any]:
-        """{"architecture": …, "model_args": …} with which timm builds the same encoder."""
-        raise NotImplementedError
+        """{"architecture": …, "model_args": …} with which timm builds the same encoder. Raises
+        ValueError where timm has no such encoder under the same key names."""
+        raise ValueError(f"timm has no encoder like {type(self).__name__}.")
 
     def open_clip(self, state: dict[str, Tensor], pool: str) -> tuple[dict[str, Any], dict]:
         """open_clip's `vision_cfg` of the same encoder, pooled by `pool`, and the state under its

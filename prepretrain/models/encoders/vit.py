@@ -137,11 +137,9 @@ class ViT(Encoder):
         return {"pos_embed", "cls_token"}
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """timm's description of which layer a parameter belongs to, for layer-wise decay."""
-        return {
-            "stem": r"^cls_token|pos_embed|patch_embed",
-            "blocks": [(r"^blocks\.(\d+)", None), (r"^norm", (99999,))],
-        }
+        """timm's description of which layer a parameter belongs to, for layer-wise decay. The last
+        norm belongs to the head (MAE's util/lr_decay.py)."""
+        return {"stem": r"^cls_token|pos_embed|patch_embed", "blocks": r"^blocks\.(\d+)"}
 
     def timm(self) -> dict[str, Any]:
         """See Encoder.timm."""
@@ -160,6 +158,10 @@ class ViT(Encoder):
     def open_clip(self, state: dict[str, Tensor], pool: str) -> tuple[dict[str, Any], dict]:
         """See Encoder.open_clip. Its ViT embeds patches without a bias, so that is added to their
         positions, which is the same."""
+        if not self.final_norm:
+            raise ValueError(
+                "open_clip's image towers end with a norm, and this one does not (model.final_norm=false)."
+            )
         config = {
             "image_size": _plain(self.image_size),
             "patch_size": self.stride,
