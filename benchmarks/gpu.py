@@ -27,7 +27,7 @@ import traceback
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import partial, partialmethod
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,7 @@ from prepretrain.training.schedule import Schedule
 DATA_SHEET = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # dense bf16 FLOP/s
 TAGS = 28672  # MAWS's vocabulary, rounded up to a multiple of 4096
 CUDA = torch.cuda.is_available()
+TINY = "vit_test8"  # the encoder of a smoke test
 
 
 class Record:
@@ -100,8 +101,10 @@ def seconds_a_step(step: Callable[[], Any], steps: int, warmup: int = 3) -> floa
 
 
 def mae(encoder: str) -> nn.Module:
-    """MAE with the paper's decoder, on the meta device."""
-    return plugin.build("objectives", "mae", Model(encoder=encoder, positions="fixed"))
+    """MAE with the paper's decoder (a tiny one in a smoke test), on the meta device."""
+    small = {"decoder_depth": 2, "decoder_width": 32, "decoder_heads": 2}
+    decoder = small if encoder == TINY else {}
+    return plugin.build("objectives", "mae", Model(encoder=encoder, positions="fixed"), **decoder)
 
 
 def hashtag(encoder: str) -> nn.Module:
@@ -111,8 +114,10 @@ def hashtag(encoder: str) -> nn.Module:
 
 
 def clip(encoder: str, chunk: int | None = None) -> nn.Module:
-    """CLIP with open_clip's text tower of ViT-B-16, on the meta device."""
+    """CLIP with open_clip's text tower of ViT-B-16 (a tiny one in a smoke test), on the meta
+    device."""
     text = {"name": "open_clip", "architecture": "ViT-B-16"}
+    text |= {"width": 32, "layers": 2, "heads": 2} if encoder == TINY else {}
     model = Model(encoder=encoder, text=text, joint={"width": 512})
     return plugin.build("objectives", "clip", model, chunk=chunk)
 
@@ -267,8 +272,8 @@ def golden(record: Record, tiny: bool, asked: argparse.Namespace) -> None:
             ok=error < 1e-5 and worst < 1e-4,
         )
     for name, small in (
-        ("hashtag", partial(hashtag, "vit_test8")),
-        ("clip", partial(clip, "vit_test8", None)),
+        ("hashtag", partial(hashtag, TINY)),
+        ("clip", partial(clip, TINY, None)),
     ):
         objective, losses = plain(small), []
         for device in ("cpu", where):
@@ -287,7 +292,7 @@ def equalities(record: Record, tiny: bool, asked: argparse.Namespace) -> None:
         )
 
     def run(folder: Path, stop_at: int | None = None) -> Tensor:
-        small = partial(mae, "vit_test8" if tiny else "vit_ti16")
+        small = partial(mae, TINY if tiny else "vit_ti16")
         objective = sharded(small, precision="fp32" if tiny else "bf16")
         batch, images = batch_of(objective, 16, torch.device("cpu")), 16
         saved = checkpoint.newest(folder)
@@ -318,7 +323,7 @@ def equalities(record: Record, tiny: bool, asked: argparse.Namespace) -> None:
 
 def syncs(record: Record, tiny: bool, asked: argparse.Namespace) -> None:
     """The lines of code at which a step of the real loop waits for the GPU."""
-    build = partial(mae, "vit_test8" if tiny else "vit_b16")
+    build = partial(mae, TINY if tiny else "vit_b16")
     objective = sharded(build, precision="fp32" if tiny else "bf16")
     batch, images = batch_of(objective, 8, torch.device("cpu")), 8
     places: Counter[str] = Counter()
@@ -358,7 +363,7 @@ def steps(record: Record, tiny: bool, asked: argparse.Namespace) -> None:
     """Images a second, MFU and memory of training steps."""
     for name, (build, encoder, images, variants) in CASES.items():
         if tiny:
-            encoder, images = "vit_test8", 4
+            encoder, images = TINY, 4
         work = flops(partial(build, encoder))
         for variant in variants:
             if time.time() > asked.deadline - 30:
@@ -412,7 +417,15 @@ def _open_clip_step(build: Callable, images: int, tiny: bool) -> float:
     """open_clip's own model and loss under autocast, with AdamW as its training script makes it."""
     import open_clip
 
-    model = open_clip.create_model("ViT-B-16").to(distributed.device()).train()
+    if tiny:
+        towers = (
+            {"layers": 1, "width": 32, "head_width": 16},
+            {"layers": 1, "width": 32, "heads": 2},
+        )
+        model = open_clip.CLIP(32, *towers)
+    else:
+        model = open_clip.create_model("ViT-B-16")
+    model = model.to(distributed.device()).train()
     loss_of = open_clip.ClipLoss()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
     example = batch_of(on_meta(build), images, distributed.device())
@@ -482,7 +495,7 @@ def loader(record: Record, tiny: bool, asked: argparse.Namespace) -> None:
     import loader as pipeline
 
     count, images = (20, 4) if tiny else (2000, 256)
-    encoder = "vit_test8" if tiny else "vit_l16"
+    encoder = TINY if tiny else "vit_l16"
     with tempfile.TemporaryDirectory() as place:
         some = list(pipeline.textures(min(count, 200)))
         pipeline.write([some[i % len(some)] for i in range(count)], Path(place, "00000.tar"))
@@ -556,7 +569,7 @@ def profile(record: Record, tiny: bool, asked: argparse.Namespace) -> None:
 
 def saves(record: Record, tiny: bool, asked: argparse.Namespace) -> None:
     """How long a checkpoint of MAE's ViT-L holds training up."""
-    objective = sharded(partial(mae, "vit_test8" if tiny else "vit_l16"), precision="fp32")
+    objective = sharded(partial(mae, TINY if tiny else "vit_l16"), precision="fp32")
     optimizer = optim.build(objective, lr=1e-5, weight_decay=0.05)
     objective(batch_of(objective, 2, distributed.device()))["loss"].backward()
     optimizer.step()
@@ -582,7 +595,7 @@ def saves(record: Record, tiny: bool, asked: argparse.Namespace) -> None:
 
 def features(record: Record, tiny: bool, asked: argparse.Namespace) -> None:
     """Extraction of ViT-L's features, with and without the store on disk."""
-    encoder, count = ("vit_test8", 8) if tiny else ("vit_l16", 20000)
+    encoder, count = (TINY, 8) if tiny else ("vit_l16", 20000)
     model = on_meta(partial(Model, encoder=encoder))
     shard.materialise(model, "fp32")
     shard.initialise(model, 0)
@@ -637,7 +650,7 @@ def plan_cases(tiny: bool) -> None:
     for name, (build, encoder, images, _) in CASES.items():
         if tiny and name != "mae_b16":
             continue
-        encoder, images = ("vit_test8", 4) if tiny else (encoder, images)
+        encoder, images = (TINY, 4) if tiny else (encoder, images)
         step = memory.simulate(partial(on_meta, partial(build, encoder)), images=images, world=1)
         print(json.dumps({"figure": f"planned_{name}", "gib": step.peak / 2**30}), flush=True)
 
@@ -681,6 +694,8 @@ def main() -> None:
         return
     if not (CUDA or asked.smoke):
         raise SystemExit("make gpu: torch sees no GPU here. SMOKE=1 runs the same at tiny sizes.")
+    if asked.smoke:  # the compiler's own work is not what is tried
+        nn.Module.compile = partialmethod(nn.Module.compile, backend="eager")
     logging.disable(logging.INFO)
     started = time.time()
     asked.deadline = started + asked.seconds

@@ -126,6 +126,7 @@ class Training:
         None  # most images at a time in a process; the rest is accumulated
     )
     seed: int = 0
+    device: Literal["auto", "cpu"] = "auto"  # auto: a GPU for each process, where there are GPUs
     log_every: str = "10it"
     shard: Shard = field(default_factory=Shard)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
@@ -151,6 +152,7 @@ class Evaluating:
         default_factory=dict
     )  # options to load it with instead, as in model.image_size
     seed: int = 0
+    device: Literal["auto", "cpu"] = "auto"  # auto: a GPU for each process, where there are GPUs
     label: str | None = None  # results are under <evaluator>/<card>/<label>
     slurm: Slurm = field(default_factory=Slurm)
     init: str | None = None  # set by --init: the model to evaluate
@@ -161,6 +163,7 @@ class Suite:
     """Several stages of one model, run as one job: see suite.py."""
 
     suite: list[dict[str, Any]]  # {stage, label, out, and keys over that stage's config}
+    device: Literal["auto", "cpu"] = "auto"  # auto: a GPU for each process, where there are GPUs
     jobs: Literal["one", "each"] = "one"  # with --slurm: a job for all, or one for each entry
     slurm: Slurm = field(default_factory=Slurm)
     init: str | None = None  # set by --init: the model that every entry starts from
@@ -174,6 +177,7 @@ CHANGEABLE = (
     "data.workers",
     "data.max_bad",
     "batch_per_process",
+    "device",
     "shard",
     "log_every",
     "checkpoint",

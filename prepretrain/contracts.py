@@ -92,8 +92,16 @@ class FusedAttention(Protocol):
     fused_attn: bool
 
 
+@runtime_checkable
+class DropsPaths(Protocol):
+    """timm's stochastic depth: the share of rows that it drops, and whether the others make up."""
+
+    drop_prob: float
+    scale_by_keep: bool
+
+
 _ALL = (Container, Precise, Initialises, FillsBuffers, NoWeightDecay, Layered)
-_ALL += (Adapts, ReadsReleased, WritesReleased, FusedAttention)
+_ALL += (Adapts, ReadsReleased, WritesReleased, FusedAttention, DropsPaths)
 NAMES = {name for contract in _ALL for name in _declared(contract)}
 
 

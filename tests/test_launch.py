@@ -300,10 +300,28 @@ def test_an_evaluation_adds_its_numbers_to_the_run_it_evaluates(trained):
         launch("eval/linear", ["data=colours"])
 
 
-def test_two_local_processes_are_started_and_followed(place, capfd):
-    launch("small.yaml", ["length=4it"], procs=2)
+def test_two_local_processes_are_started_and_followed_and_see_the_gpus_that_were_chosen(
+    place, monkeypatch, capfd
+):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,GPU-7")
+    monkeypatch.setenv(
+        "PYTHONPATH", os.pathsep.join([str(place), os.environ.get("PYTHONPATH", "")])
+    )
+    monkeypatch.syspath_prepend(place)
+    Path("chosen").mkdir()
+    Path("chosen/objective.py").write_text(
+        "import os\n"
+        "from pathlib import Path\n"
+        "from prepretrain.objectives.mae import MAE\n"
+        "class Chosen(MAE):\n"
+        "    def prepare(self, shard):\n"
+        "        seen = os.environ['CUDA_VISIBLE_DEVICES']\n"
+        "        Path(f'gpus-{os.environ[\"LOCAL_RANK\"]}').write_text(seen)\n"
+    )
+    launch("small.yaml", ["length=4it", "objective.name=chosen.objective"], procs=2)
     assert "done. Its weights" in capfd.readouterr().out
     assert Path("runs/small/export/model.safetensors").exists()
+    assert [Path(f"gpus-{rank}").read_text() for rank in (0, 1)] == ["5,GPU-7"] * 2
 
 
 def test_torchruns_environment_is_used_as_it_is(place):

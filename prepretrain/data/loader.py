@@ -224,7 +224,7 @@ def _load(reader: Dataset, places, workers: int) -> Generator[dict, None, None]:
         worker_init_fn=_quiet,
         multiprocessing_context="fork" if workers else None,
         generator=torch.Generator(),
-        pin_memory=torch.cuda.is_available(),
+        pin_memory=distributed.on_gpu(),
     )
     return _closing(iter(loader))
 

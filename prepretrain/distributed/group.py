@@ -1,9 +1,14 @@
 """One process group, always: the same code for one process, for eight and for a cluster."""
 
 import datetime
+import logging
 import os
+import re
+import socket
+from collections import Counter
 from collections.abc import Callable
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -13,25 +18,90 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from prepretrain.distributed import ports
 
+logger = logging.getLogger(__name__)
+
 TIMEOUT = datetime.timedelta(minutes=30)
 
 
-def init() -> torch.device:
+_cpu_asked = False  # by init(device="cpu")
+
+
+def init(device: Literal["auto", "cpu"] = "auto") -> torch.device:
     """Joins the process group that the environment describes (torchrun's variables), or makes one
     of one.
 
-    Returns this process's device. With CUDA the group is `cuda:nccl,cpu:gloo`, so that checkpoint
-    planning and flags go over gloo; without it, gloo.
+    Returns this process's device: a GPU where there is one, unless "cpu" is asked for. With CUDA the
+    group is `cuda:nccl,cpu:gloo`, so that checkpoint planning and flags go over gloo; without it,
+    gloo. Raises ValueError where there are GPUs that torch cannot use, and for two processes on one.
     """
+    global _cpu_asked
     if not dist.is_initialized():
-        if torch.cuda.is_available():
-            torch.cuda.set_device(local_rank())
-        backend = "cuda:nccl,cpu:gloo" if torch.cuda.is_available() else "gloo"
+        _cpu_asked = device == "cpu"
+        if not _cpu_asked and not torch.cuda.is_available() and _has_gpus():
+            raise ValueError(_unusable())
         alone = (
             {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
         )
-        dist.init_process_group(backend, timeout=TIMEOUT, **alone)
-    return device()
+        if not on_gpu():
+            dist.init_process_group("gloo", timeout=TIMEOUT, **alone)
+        else:
+            gpu = torch.device("cuda", local_rank())
+            torch.cuda.set_device(gpu)
+            # named, so that NCCL connects now, and not within the first step
+            backend = "cuda:nccl,cpu:gloo"
+            dist.init_process_group(backend, timeout=TIMEOUT, device_id=gpu, **alone)
+            check_gpus(all_gather_object(_gpu(gpu)))
+    return _device()
+
+
+def on_gpu() -> bool:
+    """Whether this process computes on a GPU."""
+    return torch.cuda.is_available() and not _cpu_asked
+
+
+def _has_gpus() -> bool:
+    return any(Path("/dev").glob("nvidia[0-9]*"))
+
+
+def _unusable() -> str:
+    """Why torch sees no GPU on a machine that has some, and the way out."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if not torch.backends.cuda.is_built():
+        reason = f"torch {torch.__version__} is a build without CUDA"
+    elif visible is not None and not re.search(r"[^-1, ]", visible):
+        reason = f"CUDA_VISIBLE_DEVICES={visible!r} hides them"
+    else:
+        try:
+            torch.cuda.init()
+            reason = "torch.cuda.is_available() is False"
+        except (RuntimeError, AssertionError) as error:
+            reason = str(error).strip().splitlines()[0]
+    return (
+        f"device: this machine has GPUs, and torch cannot use them ({reason}). Mend that, or compute "
+        f"on the CPU with device=cpu."
+    )
+
+
+def _gpu(device: torch.device) -> tuple[str, str, str]:
+    """(machine, GPU, its kind)."""
+    found = torch.cuda.get_device_properties(device)
+    return socket.gethostname(), str(found.uuid), found.name
+
+
+def check_gpus(gpus: list[tuple[str, str, str]]) -> None:
+    """Raises ValueError if two processes have one (machine, GPU, kind); warns of different kinds,
+    the slowest of which all others wait for."""
+    if shared := [one for one, count in Counter(gpus).items() if count > 1]:
+        machine, _, kind = shared[0]
+        here = sum(one[0] == machine for one in gpus)
+        there = len({one[1] for one in gpus if one[0] == machine})
+        raise ValueError(
+            f"--procs: {here} processes on {machine} see {there} GPUs ({kind}). Start as many as there "
+            f"are GPUs, or look at CUDA_VISIBLE_DEVICES."
+        )
+    kinds = Counter(kind for *_, kind in gpus)
+    if len(kinds) > 1 and is_main():
+        logger.warning("GPUs differ, and all wait for the slowest: %s", dict(kinds))
 
 
 def shutdown() -> None:
@@ -43,14 +113,17 @@ def shutdown() -> None:
 def local_rank() -> int:
     """This process's number on its machine; where each process sees one GPU only, always 0."""
     rank_here = int(os.environ.get("LOCAL_RANK", 0))
-    return rank_here % torch.cuda.device_count() if torch.cuda.is_available() else rank_here
+    return rank_here % torch.cuda.device_count() if on_gpu() else rank_here
 
 
 def device() -> torch.device:
     """The GPU of this process, or the CPU; the CPU where the group is simulated (`memory`)."""
     if dist.is_initialized() and dist.get_backend() == "fake":
         return torch.device("cpu")
-    return torch.device("cuda", local_rank()) if torch.cuda.is_available() else torch.device("cpu")
+    return torch.device("cuda", local_rank()) if on_gpu() else torch.device("cpu")
+
+
+_device = device  # `init` has an option of this name
 
 
 def rank() -> int:
@@ -94,14 +167,15 @@ class _AllRows(torch.autograd.Function):
 
     @staticmethod
     def forward(context: Any, tensor: Tensor) -> Tensor:
-        parts = [torch.empty_like(tensor) for _ in range(world())]
-        dist.all_gather(parts, tensor.contiguous())
-        return torch.cat(parts)
+        rows = tensor.new_empty(world() * len(tensor), *tensor.shape[1:])
+        dist.all_gather_into_tensor(rows, tensor.contiguous())
+        return rows
 
     @staticmethod
     def backward(context: Any, gradient: Tensor) -> Tensor:
-        # not reduce_scatter, which gloo lacks; the rows are a few hundred numbers an image
-        return all_sum(gradient.contiguous()).chunk(world())[rank()]
+        mine = gradient.new_empty(len(gradient) // world(), *gradient.shape[1:])
+        dist.reduce_scatter_tensor(mine, gradient.contiguous())
+        return mine
 
 
 def all_gather_object(value: Any, group: dist.ProcessGroup | None = None) -> list:
@@ -121,22 +195,31 @@ def second_group(patience: datetime.timedelta) -> dist.ProcessGroup:
     return dist.new_group(backend="gloo", timeout=patience)
 
 
-def together(count: int, function: Callable[..., Any], *arguments: Any) -> None:
+def together(
+    count: int,
+    function: Callable[..., Any],
+    *arguments: Any,
+    device: Literal["auto", "cpu"] = "auto",
+) -> None:
     """Runs function(*arguments) in `count` processes here that have joined a group, or in this one if
     that is one, or one of those that the environment describes. Raises what the first to fail did."""
     if count == 1 or "RANK" in os.environ:
-        _joined(None, None, function, arguments)
+        _joined(None, None, device, function, arguments)
         return
     where = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(ports.free())}
-    multiprocessing.spawn(_joined, (where, function, arguments), nprocs=count)
+    multiprocessing.spawn(_joined, (where, device, function, arguments), nprocs=count)
 
 
 def _joined(
-    number: int | None, where: dict[str, str] | None, function: Callable, arguments: tuple
+    number: int | None,
+    where: dict[str, str] | None,
+    device: Literal["auto", "cpu"],
+    function: Callable,
+    arguments: tuple,
 ) -> None:
     if where is not None:
         os.environ.update(where, RANK=str(number), LOCAL_RANK=str(number))
-    init()
+    init(device)
     try:
         function(*arguments)
     finally:

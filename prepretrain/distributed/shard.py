@@ -6,11 +6,12 @@ import warnings
 import zlib
 from collections.abc import Callable, Sequence
 from fnmatch import fnmatchcase
-from functools import cache, partial
+from functools import cache, lru_cache, partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -20,6 +21,7 @@ from torch.utils._pytree import tree_map_only
 
 from prepretrain import contracts
 from prepretrain.distributed import group as distributed
+from prepretrain.distributed.compile import compile_block
 from prepretrain.distributed.group import put
 
 PRECISIONS = {
@@ -94,7 +96,7 @@ def wrap(
                     unit(part, around=precision)
                 blocks[i] = _recomputed(block, recompute)
                 if compile:
-                    blocks[i].compile(fullgraph=recompute == "none" and not exceptions)
+                    compile_block(blocks[i], recompute == "none" and not exceptions)
                 unit(blocks[i], around=_precision(blocks, precision))
         for part in _exceptions(root, precision, units):
             unit(part, around=precision)
@@ -256,10 +258,13 @@ def size(group: int | None, world: int) -> int:
 
 def _mesh(group: int | None) -> DeviceMesh:
     world = distributed.world()
-    inside = size(group, world)
-    return init_device_mesh(
-        distributed.device().type, (world // inside, inside), mesh_dim_names=("replicate", "shard")
-    )
+    return _mesh_of(dist.group.WORLD, distributed.device().type, world, size(group, world))
+
+
+@lru_cache(maxsize=4)  # each new one would make process groups that nothing ever frees
+def _mesh_of(processes: dist.ProcessGroup, device: str, world: int, inside: int) -> DeviceMesh:
+    names = ("replicate", "shard")
+    return init_device_mesh(device, (world // inside, inside), mesh_dim_names=names)
 
 
 def _is_container(module: nn.Module) -> bool:

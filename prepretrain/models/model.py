@@ -23,6 +23,7 @@ class Model(nn.Module):
     classes, L tokens, J shared channels."""
 
     container = True  # its children are sharded, not it (see shard.find_roots)
+    precision = "fp32"  # of what it computes itself: normalised images
 
     def __init__(
         self,
@@ -44,6 +45,9 @@ class Model(nn.Module):
         self.encoder = encoders.build(encoder, **options)
         self.mean = _colour(mean or self.encoder.mean or IMAGENET_MEAN, "mean")
         self.std = _colour(std or self.encoder.std or IMAGENET_STD, "std")
+        for name in ("shift", "scale"):
+            self.register_buffer(name, torch.empty(3, 1, 1), persistent=False)
+        self.init_non_persistent_buffers()
         colours = {"mean": list(self.mean), "std": list(self.std)}
         self.options = {"encoder": encoder, **colours, **options}
         self.text = self.joint = self.head = None
@@ -70,17 +74,19 @@ class Model(nn.Module):
                 "model.text={name: open_clip, architecture: ViT-B-32}."
             )
 
+    def init_non_persistent_buffers(self) -> None:
+        """Fills what normalising takes, which lies on the model's device: a copy from the host in
+        each step would be a wait."""
+        for buffer, colour in ((self.shift, self.mean), (self.scale, self.std)):
+            buffer.copy_((torch.tensor(colour, device="cpu") * 255).view(3, 1, 1))
+
     def normalise(self, image: Tensor) -> Tensor:
-        """[B, 3, H, W] of 0 to 255 to float32, by mean and std, on the image's device."""
-        mean = torch.tensor(self.mean, device=image.device).view(3, 1, 1) * 255
-        std = torch.tensor(self.std, device=image.device).view(3, 1, 1) * 255
-        return (image.float() - mean) / std
+        """[B, 3, H, W] of 0 to 255 to float32, by mean and std, on the model's device."""
+        return (image.float() - self.shift) / self.scale
 
     def denormalise(self, image: Tensor) -> Tensor:
         """float [B, 3, H, W] back to uint8, clipped to what a picture can show."""
-        mean = torch.tensor(self.mean, device=image.device).view(3, 1, 1) * 255
-        std = torch.tensor(self.std, device=image.device).view(3, 1, 1) * 255
-        return (image.float() * std + mean).round().clamp(0, 255).to(torch.uint8)
+        return (image.float() * self.scale + self.shift).round().clamp(0, 255).to(torch.uint8)
 
     def forward(self, image: Tensor, **how: Any) -> Tensor:
         """uint8 [B, 3, H, W] to tokens [B, prefix + N, D]; how: keep, hide and layer, as

@@ -76,7 +76,8 @@ def launch(
         if held is not None:
             raise ValueError(held)
         if slurm is None:
-            _here(Task(config, folder), folder, procs)
+            gpus = os.environ.get("CUDA_VISIBLE_DEVICES")
+            _here(Task(config, folder, gpus), folder, procs)
         else:
             _queue(config, folder, slurm, nodes=nodes, procs=procs, hours=hours)
     return folder
@@ -86,7 +87,8 @@ def look_again(dump: str, procs: int) -> None:
     """Replays a dumped step in `procs` processes here, and prints what was found; the last line is
     JSON. Raises ValueError for what is no dump, or cannot be replayed so."""
     replay.check(Path(dump), procs)
-    distributed.together(procs, _replay, Path(dump))
+    device = configs.read_training(Path(dump).parents[1] / "config.yaml").device
+    distributed.together(procs, _replay, Path(dump), device=device)
 
 
 def _replay(dump: Path) -> None:
@@ -107,7 +109,8 @@ def examine(stage: str | None, overrides: list[str], *, out: str | None, procs: 
     folder = Path("runs") if out is None and stage is None else _folder(config, stage or "", out)
     with tempfile.TemporaryDirectory() as place:
         said = Path(place, "said")
-        distributed.together(procs, _examine, folder, config, said)
+        device = "auto" if config is None else config.device
+        distributed.together(procs, _examine, folder, config, said, device=device)
         text = said.read_text()
     print(text)
     return json.loads(text.splitlines()[-1])["ok"]
@@ -155,11 +158,16 @@ class Task:
     """What submitit runs in each process; SLURM starts the same again after a requeue, and the run
     resumes."""
 
-    def __init__(self, config: Config, folder: Path):
-        self.config, self.folder = config, folder
+    def __init__(self, config: Config, folder: Path, gpus: str | None = None):
+        """gpus: the value of CUDA_VISIBLE_DEVICES that the processes are to see, if any: submitit's
+        local ones otherwise see no GPU."""
+        self.config, self.folder, self.gpus = config, folder, gpus
 
     def __call__(self) -> None:
         """Joins the others by submitit's description of the job."""
+        if clusters.job() is None:
+            os.environ.pop("CUDA_VISIBLE_DEVICES", None)
+            os.environ.update({} if self.gpus is None else {"CUDA_VISIBLE_DEVICES": self.gpus})
         clusters.join()
         _start(self.config, self.folder)
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
@@ -43,7 +43,7 @@ logger = logging.getLogger(__name__)
 
 def start(config: Training | Evaluating, folder: Path) -> None:
     """Runs a stage to its end in this process, as one of those that the environment describes."""
-    with joined(folder):
+    with joined(folder, config.device):
         if isinstance(config, Evaluating):
             evaluate(config, folder)
         else:
@@ -51,10 +51,10 @@ def start(config: Training | Evaluating, folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def joined(folder: Path) -> Iterator[None]:
+def joined(folder: Path, device: Literal["auto", "cpu"]) -> Iterator[None]:
     """This process as one of those that the environment describes, with its log in the folder."""
     try:
-        distributed.init()
+        distributed.init(device)
         _open_folder(folder)
         log.setup(folder)
         yield

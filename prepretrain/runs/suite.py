@@ -47,7 +47,7 @@ def start(config: Suite, folder: Path) -> None:
     Raises ValueError, before anything runs, for what cannot run; RuntimeError at the end, if
     entries failed.
     """
-    with run.joined(folder):
+    with run.joined(folder, config.device):
         entries = check(config, folder, distributed.world())
         sha256, votes = run.fingerprint(config.init), distributed.second_group(PATIENCE)
         _check_begun(entries, folder, sha256)

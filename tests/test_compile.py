@@ -1,0 +1,105 @@
+"""torch.compile of blocks: all of a depth share their graphs, with drop path, in training and in
+evaluation, with recomputation, for every objective that has blocks."""
+
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+
+from prepretrain.distributed import compile as compiling
+from prepretrain.distributed import shard
+from prepretrain.distributed.compile import DropPath
+from prepretrain.models.model import Model
+from prepretrain.objectives.classify import Classify
+from prepretrain.objectives.mae import MAE
+from prepretrain.objectives.simmim import SimMIM
+
+IMAGES = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8)
+
+
+@pytest.fixture
+def graphs(monkeypatch, group):
+    """The graphs that are compiled, each by torch's "eager" backend."""
+    seen = []
+
+    def backend(graph, inputs):
+        seen.append(graph)
+        return graph.forward
+
+    compiled = nn.Module.compile
+    monkeypatch.setattr(
+        nn.Module, "compile", lambda self, **how: compiled(self, backend=backend, **how)
+    )
+    torch._dynamo.reset()
+    yield seen
+    torch._dynamo.reset()
+
+
+def made(build, **how):
+    """The objective that `build` makes on the meta device, sharded, with first values."""
+    with torch.device("meta"):
+        objective = build()
+    shard.shard(objective, precision="fp32", compile=True, **how)
+    shard.initialise(objective, 0)
+    return objective
+
+
+def classify(depth: int) -> Classify:
+    return Classify(Model(encoder="vit_test8", depth=depth, drop_path=0.1, head={"classes": 3}))
+
+
+@pytest.mark.parametrize("recompute", ["none", "block"])
+def test_a_deep_encoder_with_drop_path_has_no_more_graphs_than_a_shallow_one(graphs, recompute):
+    counts = []
+    for depth in (3, 12):
+        torch._dynamo.reset()
+        graphs.clear()
+        objective = made(partial(classify, depth), recompute=recompute)
+        batch = {"image": IMAGES, "label": torch.tensor([0, 1, 2, 0])}
+        for _ in range(2):
+            objective.train()
+            objective(batch)["loss"].backward()
+            objective.eval()
+            with torch.no_grad():
+                objective(batch)
+        counts.append(len(graphs))
+    assert counts[0] == counts[1] <= 8
+
+
+@pytest.mark.parametrize(
+    ("build", "noise"),
+    [
+        (
+            lambda: MAE(
+                Model(encoder="vit_test8", depth=9),
+                decoder_depth=9,
+                decoder_width=16,
+                decoder_heads=2,
+            ),
+            16,
+        ),
+        (lambda: SimMIM(Model(encoder="swinv2_test8", depths=[2, 9], drop_path=0.2), cell=16), 4),
+    ],
+)
+def test_masked_objectives_compile_at_depth_with_the_same_losses(graphs, build, noise):
+    objective = made(build)
+    batch = {"image": IMAGES, "noise": torch.rand(4, noise)}
+    objective.eval()
+    compiled = objective(batch)["loss"]
+    compiled.backward()
+    with torch.compiler.set_stance("force_eager"):
+        torch.testing.assert_close(objective(batch)["loss"], compiled)
+    objective.train()
+    objective(batch)["loss"].backward()
+    assert 0 < len(graphs) <= 12
+
+
+def test_drop_path_drops_whole_rows_and_makes_up_for_them():
+    drop = DropPath(0.25, True)
+    dropped = drop(torch.ones(4000, 3))
+    assert torch.equal(dropped.unique(), torch.tensor([0.0, 1 / 0.75]))
+    assert torch.equal(dropped.amax(1), dropped.amin(1))
+    assert abs(float(dropped.mean()) - 1) < 0.05
+    assert torch.equal(drop.eval()(torch.ones(4, 3)), torch.ones(4, 3))
+    assert compiling.GRAPHS > 8
