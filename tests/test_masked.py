@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -215,7 +216,7 @@ def test_feature_mae_is_twice_one_less_the_cosine_over_all_tokens(teacher):
 
 def _ready(objective: FeatureMAE) -> None:
     """What a run does: here without sharding."""
-    objective.prepare(lambda module: module.to_empty(device="cpu"))
+    objective.prepare(partial(shard.materialise, precision="fp32"))
 
 
 @pytest.mark.parametrize("size, resample", [(64, True), (32, False), (48, True)])

@@ -1,5 +1,7 @@
 """Images that are no squares, in encoders, objectives, crops, evaluations and exports."""
 
+from functools import partial
+
 import timm
 import torch
 from conftest import command
@@ -116,7 +118,7 @@ def test_a_teachers_grid_may_be_another_rectangle(tmp_path):
         decoder_width=32,
         decoder_heads=2,
     )
-    objective.prepare(lambda module: module.to_empty(device="cpu"))
+    objective.prepare(partial(shard.materialise, precision="fp32"))
     shard.initialise(objective, 0)
     assert objective(batch(objective))["loss"].isfinite()
 
