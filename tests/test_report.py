@@ -42,6 +42,17 @@ def test_curves_of_several_runs_and_keys_are_one_picture(run, tmp_path):
     )
 
 
+def test_runs_of_different_objectives_have_panels_of_their_own(run, tmp_path):
+    pair = [run("a"), run("b")]
+    widths = []
+    for objective in ("mae", "hashtag"):
+        for folder, name in zip(pair, ("mae", objective)):
+            (folder / "config.yaml").write_text(f"objective: {{name: {name}}}\n")
+        curves.draw(pair, tmp_path / "c.png")
+        widths.append(Image.open(tmp_path / "c.png").width)
+    assert widths[1] == 2 * widths[0]
+
+
 def test_a_key_that_no_line_holds_is_named_with_its_run(run, tmp_path):
     with pytest.raises(ValueError, match="a: no line of metrics.jsonl holds 'accuracy'"):
         curves.draw([run("a")], tmp_path / "x.png", keys=("accuracy",))
@@ -144,6 +155,15 @@ def evaluated(run):
     )
     (folder / "evaluations.json").write_text(json.dumps(ASKED))
     return folder
+
+
+def test_a_guessers_row_has_a_share_of_a_cards_classes_and_a_mean_has_its_deviation(run, capsys):
+    found = {"top1_10shot": 40.0, "top1_10shot_std": 2.345}
+    folder = run("mae", {"linear/demo": {"top1": 51.2}, "lowshot/demo": found})
+    tables.compare([folder], guesser=True)
+    lines = capsys.readouterr().out.splitlines()
+    cells = [[cell.strip() for cell in line.strip("|").split("|")][:3] for line in lines]
+    assert cells[2:] == [["chance", "10.00", "10.00"], ["mae", "51.20", "40.00 ± 2.35"]]
 
 
 def test_a_table_says_what_was_asked_but_for_defaults_and_what_a_fine_tuning_reached(evaluated):

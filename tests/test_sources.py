@@ -693,7 +693,7 @@ def test_scenes_have_clean_labels_and_noisy_long_tailed_tags():
     labels = Counter(source.label(i) for i in range(2000))
     assert sorted(labels) == list(range(10)) and min(labels.values()) > 140
     tags = Counter(canonical(tag) for i in range(2000) for tag in source.hashtags(i))
-    assert tags.most_common(1)[0][1] > 150
+    assert tags.most_common(1)[0][1] > 100
     assert sum(n == 1 for n in tags.values()) > 20
     named = [source[i]["text"].find(source.classes[source[i]["label"]]) >= 0 for i in range(40)]
     assert all(named)

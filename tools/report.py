@@ -10,7 +10,9 @@ def main() -> None:
     """Reads the command line and calls the report it names."""
     parser = argparse.ArgumentParser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    lines = commands.add_parser("curves", help="loss over images seen, one line a run, as a PNG")
+    lines = commands.add_parser(
+        "curves", help="loss over images seen, a panel an objective, as a PNG"
+    )
     lines.add_argument("runs", nargs="+", metavar="RUN")
     lines.add_argument("--keys", nargs="+", default=["loss"], help="what to draw of metrics.jsonl")
     lines.add_argument("--out", required=True, metavar="PNG")
@@ -24,6 +26,7 @@ def main() -> None:
         metavar="GROUP",
         help="published rows below: maws, mae, simmim, …",
     )
+    table.add_argument("--chance", action="store_true", help="with the row of a guesser")
     pictures = commands.add_parser(
         "reconstructions", help="original, masked, and what each run makes of it, as a PNG"
     )
@@ -44,7 +47,9 @@ def main() -> None:
         if asked.command == "curves":
             curves.draw(asked.runs, asked.out, asked.keys, asked.names)
         elif asked.command == "table":
-            tables.compare(asked.runs, asked.out, asked.names, asked.published)
+            tables.compare(
+                asked.runs, asked.out, asked.names, asked.published, guesser=asked.chance
+            )
         else:
             reconstructions.reconstruct(
                 asked.runs, asked.data, asked.images, asked.out, asked.names

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import yaml
 from matplotlib.axes import Axes
 from matplotlib.ticker import EngFormatter
 
@@ -33,22 +34,35 @@ def draw(
     keys: Sequence[str] = ("loss",),
     names: Sequence[str] = (),
 ) -> None:
-    """Draws one panel a key, one line a run, over images seen; where there are many points, the
-    smooth line over its own values. names: of the runs, by default their folders'."""
+    """Draws each key over images seen, one line a run; where there are many points, the smooth line
+    over its own values.
+
+    Runs of different objectives are in panels of their own: their losses have no common scale.
+    names: of the runs, by default their folders'.
+    """
     if not runs:
         raise ValueError("report: no runs to draw. Name at least one run's folder.")
     if names and len(names) != len(runs):
         raise ValueError(f"--names: {len(names)} names for {len(runs)} runs.")
-    figure = blank(6.4 * len(keys), 4.2)
     called = names or [Path(run).resolve().name for run in runs]
-    read = [(name, metrics(run)) for name, run in zip(called, runs)]
-    for axes, key in zip(panels(figure, len(keys)), keys):
-        for number, (name, rows) in enumerate(read):
-            _curve(axes, number, name, _points(rows, key), key)
-        axes.set(xlabel="images seen", ylabel=key)
+    lines = [(_objective(run), name, metrics(run)) for run, name in zip(runs, called)]
+    objectives = dict.fromkeys(objective for objective, _, _ in lines)
+    shown = [(key, objective) for key in keys for objective in objectives]
+    figure = blank(6.4 * len(shown), 4.2)
+    for axes, (key, objective) in zip(panels(figure, len(shown)), shown):
+        for number, (owner, name, rows) in enumerate(lines):
+            if owner == objective:
+                _curve(axes, number, name, _points(rows, key), key)
+        axes.set(xlabel="images seen", ylabel=key, title=objective)
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
         axes.legend(frameon=False, labelcolor=INK)
     save(figure, path)
+
+
+def _objective(run: str | Path) -> str:
+    """The name of a run's objective; "" where its folder does not say."""
+    path = Path(run) / "config.yaml"
+    return yaml.safe_load(path.read_text())["objective"]["name"] if path.exists() else ""
 
 
 def _points(rows: list[dict], key: str) -> list[tuple[float, float]]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from prepretrain import plugin
+from prepretrain.data.card import load_card
 from prepretrain.zoo import published
 
 
@@ -21,8 +22,9 @@ def results(run: str | Path) -> dict:
 def rows(
     runs: Sequence[str | Path], names: Sequence[str] = (), groups: Sequence[str] = ()
 ) -> list[dict[str, str | int]]:
-    """One row a run: the headline metric of each evaluation, images seen, parameters and FLOPs, and
-    what was asked of the evaluations ("protocol"); then the published rows of groups.
+    """One row a run: the headline metric of each evaluation (± its deviation, where it is a mean),
+    images seen, parameters and FLOPs, and what was asked of the evaluations ("protocol"); then the
+    published rows of groups.
 
     A published metric has a column of its own, under the name that it was published by. names: of
     the runs, by default their folders'.
@@ -45,9 +47,24 @@ def _measured(run: str | Path) -> dict[str, str | int]:
         several = all(isinstance(inner, dict) for inner in value.values())
         for key, found in value.items() if several else [(None, value)]:
             quoted = plugin.find("evaluators", (key or name).split("/")[0]).quoted(found)
-            row[f"{name} {key + ' ' if key else ''}{quoted}"] = f"{found[quoted]:.2f}"
+            deviation = f" ± {found[f'{quoted}_std']:.2f}" if f"{quoted}_std" in found else ""
+            row[f"{name} {key + ' ' if key else ''}{quoted}"] = f"{found[quoted]:.2f}{deviation}"
         protocols.append(f"{name}: {_asked(asked[name]) if name in asked else 'not recorded'}")
     return row | ({"protocol": "; ".join(protocols)} if protocols else {})
+
+
+def chance(run: str | Path) -> dict[str, str]:
+    """The row of a guesser: top-1 in those evaluations of a run whose card names its classes."""
+    row = {"run": "chance"}
+    for name, metrics in results(run).items():
+        evaluator, _, card = name.partition("/")
+        if evaluator not in plugin.names("evaluators"):
+            continue
+        quoted = plugin.find("evaluators", evaluator).quoted(metrics)
+        classes = load_card(card.partition("/")[0]).classes
+        if quoted.startswith("top1") and classes:
+            row[f"{name} {quoted}"] = f"{100 / len(classes):.2f}"
+    return row
 
 
 def _asked(record: dict[str, Any]) -> str:
@@ -104,9 +121,15 @@ def compare(
     path: str | Path | None = None,
     names: Sequence[str] = (),
     groups: Sequence[str] = (),
+    *,
+    guesser: bool = False,
 ) -> None:
-    """Prints the table of runs and of published groups, and writes it to a file, if one is named."""
+    """Prints the table of runs and of published groups, and writes it to a file, if one is named.
+
+    guesser: a first row says what chance gives in the first run's evaluations.
+    """
     found = rows(runs, names, groups)
+    found = [chance(runs[0]), *found] if guesser else found
     if path is not None:
         write_table(found, path)
     print(table(found))

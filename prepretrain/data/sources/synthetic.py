@@ -1,4 +1,4 @@
-"""Made scenes of textured shapes in clutter, with captions, noisy hashtags and clean labels."""
+"""Draws scenes of one textured thing each, with captions, noisy hashtags and clean labels."""
 
 import io
 import math
@@ -21,10 +21,8 @@ COLOURS = {
     "purple": (135, 65, 170),
     "grey": (130, 135, 145),
 }
-TEXTURES = ("plain", "striped", "dotted", "checked", "shaded")
-# A class is an outline, in any colour and texture: what a patch shows does not tell it, where the
-# edges of an object lie does. The first word is its usual hashtag; the others are synonyms, each
-# rarer than the one before.
+# A class is an outline and a texture, and a colour that it has more often than others. The first
+# word is its usual hashtag; the others are synonyms, each rarer than the one before.
 THINGS = {
     "ball": ("ball", "balls", "sphere"),
     "box": ("box", "boxes", "crate"),
@@ -36,6 +34,18 @@ THINGS = {
     "moon": ("moon", "crescent", "moons"),
     "arrow": ("arrow", "arrows", "signpost"),
     "leaf": ("leaf", "leaves", "foliage"),
+}
+LOOKS = {  # usual colour, texture
+    "ball": ("orange", "rayed"),
+    "box": ("brown", "checked"),
+    "tent": ("blue", "striped"),
+    "star": ("yellow", "shaded"),
+    "plus": ("red", "plain"),
+    "heart": ("pink", "dotted"),
+    "ring": ("grey", "ringed"),
+    "moon": ("yellow", "banded"),
+    "arrow": ("purple", "zigzag"),
+    "leaf": ("green", "veined"),
 }
 SCENES = {  # sky, ground
     "beach": ((150, 205, 235), (225, 205, 150)),
@@ -55,14 +65,17 @@ TEMPLATES = (
     "{where}: one {colour} {thing}, {texture}",
 )
 
+_USUAL = 0.4  # how often a thing has its usual colour; otherwise any
+_ASIDE = 0.1  # how often a tag says the colour, the texture or the scene
 _RARE = 2000  # kinds of rare tags, their frequency falling as a power of their rank
 
 
 class Synthetic(Source):
-    """Image i is a pure function of (seed, i, size); labels are what the main object is.
+    """Image i is a pure function of (seed, i, size); its label says what thing it shows.
 
-    Hashtags name it, its colour, texture and scene, with synonyms, chatter and a long tail
-    of rare words; each is left out with twice the probability `noise`, and is wrong with `noise`.
+    Hashtags name the thing or a synonym; that tag is missing with probability `noise`, and names
+    another thing with probability `noise`. Some also say its colour, texture or scene; the rest
+    are chatter and a long tail of rare words.
     """
 
     fields = ("image", "label", "hashtags", "text")
@@ -75,7 +88,7 @@ class Synthetic(Source):
             raise ValueError(f"source.noise: {noise} is not between 0 and 0.5.")
         self.size, self.seed, self.noise = size, seed, noise
         self.groups = [images]
-        self.fingerprint = fingerprint_of(["synthetic", images, size, seed, noise])
+        self.fingerprint = fingerprint_of(["synthetic 2", images, size, seed, noise])
 
     def __getitem__(self, index: int) -> dict:
         if not 0 <= index < self.groups[0]:
@@ -103,16 +116,13 @@ class Synthetic(Source):
         return _hashtags(_facts(rng("facts")), self.noise, rng("hashtags"))
 
 
-def _facts(rng: np.random.Generator) -> dict:
-    """What is in the scene: the main object, where it stands, and what else there is."""
+def _facts(rng: np.random.Generator) -> dict[str, str]:
+    """What is in the scene: a thing, its colour and texture, and where it is."""
     pick = lambda options: list(options)[rng.integers(len(options))]
-    return {
-        "thing": pick(THINGS),
-        "colour": pick(COLOURS),
-        "texture": pick(TEXTURES),
-        "scene": pick(SCENES),
-        "others": [pick(THINGS) for _ in range(rng.integers(0, 3))],
-    }
+    thing = pick(THINGS)
+    usual, texture = LOOKS[thing]
+    colour = usual if rng.random() < _USUAL else pick(COLOURS)
+    return {"thing": thing, "colour": colour, "texture": texture, "scene": pick(SCENES)}
 
 
 def _caption(facts: dict, rng: np.random.Generator) -> str:
@@ -121,19 +131,11 @@ def _caption(facts: dict, rng: np.random.Generator) -> str:
     return TEMPLATES[rng.integers(len(TEMPLATES))].format(where=where, **facts)
 
 
-def _hashtags(facts: dict, noise: float, rng: np.random.Generator) -> list[str]:
-    words = [_word(facts["thing"], noise, rng)]
-    for fact, choices in (
-        ("colour", COLOURS),
-        ("texture", TEXTURES),
-        ("scene", SCENES),
-    ):
-        wrong = rng.random() < noise
-        words.append(list(choices)[rng.integers(len(choices))] if wrong else facts[fact])
-    tags = [word for word in words if rng.random() >= 2 * noise]
-    tags += [shape for shape in facts["others"] if rng.random() < noise]
-    tags += [CHATTER[min(rng.geometric(0.35), len(CHATTER)) - 1] for _ in range(rng.poisson(0.7))]
-    tags += [f"{facts['scene']}{min(rng.zipf(1.5), _RARE)}" for _ in range(rng.poisson(0.5))]
+def _hashtags(facts: dict[str, str], noise: float, rng: np.random.Generator) -> list[str]:
+    tags = [_word(facts["thing"], noise, rng)] if rng.random() >= noise else []
+    tags += [facts[fact] for fact in ("colour", "texture", "scene") if rng.random() < _ASIDE]
+    tags += [CHATTER[min(rng.geometric(0.35), len(CHATTER)) - 1] for _ in range(rng.poisson(0.1))]
+    tags += [f"{facts['scene']}{min(rng.zipf(1.5), _RARE)}" for _ in range(rng.poisson(0.1))]
     return [_as_written(tag, rng) for tag in tags]
 
 
@@ -151,19 +153,12 @@ def _as_written(tag: str, rng: np.random.Generator) -> str:
     return f"#{tag}" if style < 0.3 else tag.capitalize() if style < 0.4 else tag
 
 
-def draw(facts: dict, size: int, rng: np.random.Generator) -> np.ndarray:
+def draw(facts: dict[str, str], size: int, rng: np.random.Generator) -> np.ndarray:
     """The picture of a scene: uint8 [size, size, 3]."""
     canvas = _background(SCENES[facts["scene"]], size, rng)
-    canvas = _clutter(canvas, size, rng)
-    for shape in facts["others"]:
-        colour = list(COLOURS)[rng.integers(len(COLOURS))]
-        texture = TEXTURES[rng.integers(len(TEXTURES))]
-        canvas = _with_object(canvas, shape, colour, texture, rng.uniform(0.07, 0.11), rng)
-    canvas = _with_object(
-        canvas, facts["thing"], facts["colour"], facts["texture"], rng.uniform(0.3, 0.42), rng
-    )
+    canvas = _with_thing(canvas, facts, rng)
     canvas = (canvas - 128) * rng.uniform(0.85, 1.1) + 128 + rng.uniform(-15, 15)
-    canvas += rng.standard_normal(canvas.shape, dtype=np.float32) * rng.uniform(2, 6)
+    canvas += rng.standard_normal(canvas.shape, dtype=np.float32) * rng.uniform(1, 3)
     return canvas.clip(0, 255).astype(np.uint8)
 
 
@@ -173,7 +168,7 @@ def _background(colours: tuple, size: int, rng: np.random.Generator) -> np.ndarr
     horizon = rng.uniform(0.3, 0.75) + rng.uniform(-0.25, 0.25) * (x - 0.5)
     ground = (1 / (1 + np.exp((horizon - y) * rng.uniform(15, 60))))[..., None]
     sky, floor = (np.float32(colour) + rng.normal(0, 14, 3) for colour in colours)
-    mottle = rng.normal(0, 14, (7, 7, 3)).astype(np.float32)
+    mottle = rng.normal(0, 6, (5, 5, 3)).astype(np.float32)
     smooth = [
         np.asarray(Image.fromarray(mottle[..., c]).resize((size, size), Image.BICUBIC))
         for c in range(3)
@@ -181,49 +176,28 @@ def _background(colours: tuple, size: int, rng: np.random.Generator) -> np.ndarr
     return (sky * (1 - ground) + floor * ground).astype(np.float32) + np.stack(smooth, -1)
 
 
-def _clutter(canvas: np.ndarray, size: int, rng: np.random.Generator) -> np.ndarray:
-    """Strokes and blots that belong to no class."""
-    image = Image.fromarray(canvas.clip(0, 255).astype(np.uint8))
-    pen = ImageDraw.Draw(image)
-    for _ in range(rng.integers(2, 8)):
-        x, y, dx, dy = rng.uniform(0, 1, 4) * (size, size, 0.3 * size, 0.3 * size)
-        colour = tuple(int(c) for c in rng.integers(20, 235, 3))
-        kind = rng.integers(3)
-        if kind == 0:
-            pen.line(
-                (x, y, x + dx - 0.15 * size, y + dy - 0.15 * size),
-                colour,
-                width=int(1 + rng.integers(0, 3) * size / 64),
-            )
-        elif kind == 1:
-            pen.ellipse((x, y, x + dx / 3, y + dy / 3), colour)
-        else:
-            pen.arc(
-                (x, y, x + dx, y + dy),
-                *rng.uniform(0, 360, 2),
-                fill=colour,
-                width=max(1, size // 32),
-            )
-    return np.asarray(image).astype(np.float32)
-
-
-def _with_object(
-    canvas: np.ndarray,
-    shape: str,
-    colour: str,
-    texture: str,
-    radius: float,
-    rng: np.random.Generator,
-) -> np.ndarray:
-    size = len(canvas)
-    angle, stretch = rng.uniform(-0.45, 0.45), rng.uniform(0.85, 1.18)
-    x, y = rng.uniform(radius * 0.9, 1 - radius * 0.9, 2)
+def _with_thing(canvas: np.ndarray, facts: dict[str, str], rng: np.random.Generator) -> np.ndarray:
+    """The canvas with the thing near its centre, a little turned and stretched."""
+    size, radius = len(canvas), rng.uniform(0.34, 0.44)
+    angle, stretch = rng.uniform(-0.25, 0.25), rng.uniform(0.88, 1.14)
+    centre = 0.5 + rng.uniform(-0.08, 0.08, 2)
     turn = np.array([[math.cos(angle), math.sin(angle)], [-math.sin(angle), math.cos(angle)]])
-    place = lambda points: (points * (stretch, 1 / stretch) @ turn) * radius + (x, y)
-    cover = _cover(shape, place, size)[..., None]
-    shadow = np.roll(cover, (max(1, size // 32), max(1, size // 32)), (0, 1)) * 0.35
-    fill = _fill(COLOURS[colour], texture, size, angle, rng)
-    return canvas * (1 - shadow) * (1 - cover) + fill * cover
+    place = lambda points: (points * (stretch, 1 / stretch) @ turn) * radius + centre
+    cover = _cover(facts["thing"], place, size)[..., None]
+    u, v = _within(size, centre, radius, angle)
+    return (
+        canvas * (1 - cover) + _fill(COLOURS[facts["colour"]], facts["texture"], u, v, rng) * cover
+    )
+
+
+def _within(
+    size: int, centre: np.ndarray, radius: float, angle: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """Each pixel's coordinates in units of a thing's radius, along the thing's own axes."""
+    y, x = (np.mgrid[:size, :size].astype(np.float32) + 0.5) / size
+    x, y = (x - centre[0]) / radius, (y - centre[1]) / radius
+    u, v = x * math.cos(angle) - y * math.sin(angle), x * math.sin(angle) + y * math.cos(angle)
+    return u.astype(np.float32), v.astype(np.float32)
 
 
 def _cover(shape: str, place, size: int) -> np.ndarray:
@@ -236,24 +210,38 @@ def _cover(shape: str, place, size: int) -> np.ndarray:
 
 
 def _fill(
-    colour: tuple, texture: str, size: int, angle: float, rng: np.random.Generator
+    colour: tuple, texture: str, u: np.ndarray, v: np.ndarray, rng: np.random.Generator
 ) -> np.ndarray:
-    """The colour with its texture: float32 [size, size, 3]."""
+    """The colour with its texture, at the thing's own coordinates u and v: float32 [S, S, 3]."""
     base = np.float32(colour) + rng.normal(0, 12, 3).astype(np.float32)
-    if texture == "plain":
-        return base
     second = base * 0.45 + rng.choice((0.0, 110.0))
-    y, x = np.mgrid[:size, :size].astype(np.float32) / size
-    u, v = x * math.cos(angle) + y * math.sin(angle), y * math.cos(angle) - x * math.sin(angle)
-    pitch = rng.uniform(5, 7)
-    mix = {
-        "striped": lambda: (u * pitch) % 1 < 0.5,
-        "checked": lambda: ((u * pitch) % 1 < 0.5) ^ ((v * pitch) % 1 < 0.5),
-        "dotted": lambda: ((u * pitch) % 1 - 0.5) ** 2 + ((v * pitch) % 1 - 0.5) ** 2 < 0.09,
-        "shaded": lambda: (u + v - rng.uniform(0, 1)).clip(0, 1),
-    }[texture]()
-    mix = mix.astype(np.float32)[..., None]
+    pitch, phase = rng.uniform(1.6, 2.2), rng.uniform(0, 1)
+    mix = TEXTURES[texture](u, v, pitch, phase).astype(np.float32)[..., None]
     return base * (1 - mix) + second * mix
+
+
+def _wave(x: np.ndarray) -> np.ndarray:
+    """0 to 1 and back, once a unit."""
+    return np.abs(2 * (x % 1) - 1)
+
+
+# How much of the second colour there is at (u, v), which run from -1 to 1 over the thing.
+TEXTURES = {
+    "plain": lambda u, v, pitch, phase: 0 * u,
+    "striped": lambda u, v, pitch, phase: _wave(u * pitch + phase) < 0.5,
+    "banded": lambda u, v, pitch, phase: _wave(v * pitch + phase) < 0.5,
+    "dotted": lambda u, v, pitch, phase: (
+        (_wave(u * pitch + phase) - 0.5) ** 2 + (_wave(v * pitch) - 0.5) ** 2 < 0.1
+    ),
+    "checked": lambda u, v, pitch, phase: (
+        (_wave(u * pitch / 2 + phase) < 0.5) ^ (_wave(v * pitch / 2) < 0.5)
+    ),
+    "shaded": lambda u, v, pitch, phase: (0.5 + 0.5 * u + 0.5 * v).clip(0, 1),
+    "ringed": lambda u, v, pitch, phase: _wave(np.hypot(u, v) * pitch + phase) < 0.5,
+    "rayed": lambda u, v, pitch, phase: _wave(np.arctan2(v, u) / math.pi * 3 + phase) < 0.5,
+    "zigzag": lambda u, v, pitch, phase: _wave(v * pitch + 0.6 * _wave(u * 2) + phase) < 0.5,
+    "veined": lambda u, v, pitch, phase: _wave((v + np.abs(u)) * pitch + phase) < 0.5,
+}
 
 
 def _circle(radius: float = 1.0, centre: tuple = (0.0, 0.0)) -> np.ndarray:
