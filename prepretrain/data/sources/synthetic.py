@@ -66,29 +66,40 @@ TEMPLATES = (
 )
 
 _USUAL = 0.4  # how often a thing has its usual colour; otherwise any
-_ASIDE = 0.1  # how often a tag says the colour, the texture or the scene
+_CHATTER, _TAIL = 0.7, 0.5  # how many such tags an image has on average
 _RARE = 2000  # kinds of rare tags, their frequency falling as a power of their rank
 
 
 class Synthetic(Source):
     """Image i is a pure function of (seed, i, size); its label says what thing it shows.
 
-    Hashtags name the thing or a synonym; that tag is missing with probability `noise`, and names
-    another thing with probability `noise`. Some also say its colour, texture or scene; the rest
-    are chatter and a long tail of rare words.
+    Hashtags name the thing or a synonym, and its colour, texture and scene; each is missing now and
+    then, and wrong with probability `noise`. The rest are chatter and a long tail of rare words.
+    aside: how much of all that is said that does not name the thing, 1 being as on a talkative
+    site; with less, fewer images have a tag beside the thing's.
     """
 
     fields = ("image", "label", "hashtags", "text")
     classes = list(THINGS)
 
-    def __init__(self, *, images: int, size: int = 64, seed: int = 0, noise: float = 0.1):
+    def __init__(
+        self,
+        *,
+        images: int,
+        size: int = 64,
+        seed: int = 0,
+        noise: float = 0.1,
+        aside: float = 1.0,
+    ):
         if images < 1 or size < 8:
             raise ValueError(f"source: images {images} must be 1 or more, size {size} 8 or more.")
         if not 0 <= noise <= 0.5:
             raise ValueError(f"source.noise: {noise} is not between 0 and 0.5.")
-        self.size, self.seed, self.noise = size, seed, noise
+        if not 0 <= aside <= 1:
+            raise ValueError(f"source.aside: {aside} is not between 0 and 1.")
+        self.size, self.seed, self.noise, self.aside = size, seed, noise, aside
         self.groups = [images]
-        self.fingerprint = fingerprint_of(["synthetic 2", images, size, seed, noise])
+        self.fingerprint = fingerprint_of(["synthetic 2", images, size, seed, noise, aside])
 
     def __getitem__(self, index: int) -> dict:
         if not 0 <= index < self.groups[0]:
@@ -101,7 +112,7 @@ class Synthetic(Source):
             "key": self.key(index),
             "image": file.getvalue(),
             "label": self.classes.index(facts["thing"]),
-            "hashtags": _hashtags(facts, self.noise, rng("hashtags")),
+            "hashtags": self._hashtags(facts, rng("hashtags")),
             "text": _caption(facts, rng("caption")),
         }
 
@@ -113,7 +124,19 @@ class Synthetic(Source):
 
     def hashtags(self, index: int) -> list[str]:
         rng = Random(self.seed, 0, index)
-        return _hashtags(_facts(rng("facts")), self.noise, rng("hashtags"))
+        return self._hashtags(_facts(rng("facts")), rng("hashtags"))
+
+    def _hashtags(self, facts: dict[str, str], rng: np.random.Generator) -> list[str]:
+        tags = [_word(facts["thing"], self.noise, rng)] if rng.random() >= self.noise else []
+        for fact, choices in (("colour", COLOURS), ("texture", TEXTURES), ("scene", SCENES)):
+            if rng.random() < self.aside * (1 - 2 * self.noise):
+                wrong = rng.random() < self.noise
+                tags.append(list(choices)[rng.integers(len(choices))] if wrong else facts[fact])
+        for _ in range(rng.poisson(self.aside * _CHATTER)):
+            tags.append(CHATTER[min(rng.geometric(0.35), len(CHATTER)) - 1])
+        for _ in range(rng.poisson(self.aside * _TAIL)):
+            tags.append(f"{facts['scene']}{min(rng.zipf(1.5), _RARE)}")
+        return [_as_written(tag, rng) for tag in tags]
 
 
 def _facts(rng: np.random.Generator) -> dict[str, str]:
@@ -129,14 +152,6 @@ def _caption(facts: dict, rng: np.random.Generator) -> str:
     place = {"night": "at night", "snow": "in the snow", "sea": "by the sea"}
     where = place.get(facts["scene"], f"in the {facts['scene']}")
     return TEMPLATES[rng.integers(len(TEMPLATES))].format(where=where, **facts)
-
-
-def _hashtags(facts: dict[str, str], noise: float, rng: np.random.Generator) -> list[str]:
-    tags = [_word(facts["thing"], noise, rng)] if rng.random() >= noise else []
-    tags += [facts[fact] for fact in ("colour", "texture", "scene") if rng.random() < _ASIDE]
-    tags += [CHATTER[min(rng.geometric(0.35), len(CHATTER)) - 1] for _ in range(rng.poisson(0.1))]
-    tags += [f"{facts['scene']}{min(rng.zipf(1.5), _RARE)}" for _ in range(rng.poisson(0.1))]
-    return [_as_written(tag, rng) for tag in tags]
 
 
 def _word(thing: str, noise: float, rng: np.random.Generator) -> str:
