@@ -27,9 +27,9 @@ setup: .venv/ready
 # chatter is not.
 $(MADE): .venv/ready
 	rm -rf data/demo
-	$(PY) datasets/make_shards.py synthetic images=8000 size=40 seed=0 --out data/demo/untagged
-	$(PY) datasets/make_shards.py synthetic images=4000 size=40 seed=1 --out data/demo/train
-	$(PY) datasets/make_shards.py synthetic images=1000 size=40 seed=2 --out data/demo/val
+	$(PY) datasets/make_shards.py synthetic images=8000 size=40 seed=0 aside=0.125 --out data/demo/untagged
+	$(PY) datasets/make_shards.py synthetic images=4000 size=40 seed=1 aside=0.125 --out data/demo/train
+	$(PY) datasets/make_shards.py synthetic images=1000 size=40 seed=2 aside=0.125 --out data/demo/val
 	$(PY) datasets/hashtags.py demo --min-count 60 --out $(MADE)
 
 # Stage one, and what needs nothing of it beside it: one thread each, which two cores do faster than two threads.

@@ -3,29 +3,54 @@
     python benchmarks/demo_seeds.py --work runs/demo_seeds --out benchmarks/results/demo_seeds.json
     python benchmarks/demo_seeds.py --show benchmarks/results/demo_seeds.json
 
-First the learning rates of stage two are swept, with a seed that is not reported: those of the run
-from scratch and of the run after MAE alike. Then the stages of `make demo` are run as they are
-shipped, once for each seed, on the data that `make demo` makes. Two run side by side, one thread
-each; what is done is not run again. `--show` prints what a file holds.
+On the data that `make demo` makes, and with its configs. First stage two's learning rates are swept,
+with seeds that are not reported: those of the run from scratch and of the run after MAE alike. Then
+all stages are run as they are shipped, once for each seed. All in one process of one thread, which
+keeps the batches that several runs see: each run is what `tools/launch.py` makes of it. What is done is
+not done again. `--show` prints what a file holds.
 """
 
 import argparse
+import contextlib
 import json
+import os
 import statistics
 import time
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from pathlib import Path
 
+import torch
 from cifar10_two_stage import over_seeds, record, tool
 
-SWEEP_SEED = 100
+import prepretrain
+from prepretrain.data.loader import Stream
+from prepretrain.runs import run as runs
+
 UNTRAINED = ["length=1it", "optim.lr=0", "optim.warmup=0it"]
 READERS = {"linear": ("linear/demo", "top1"), "10-shot": ("lowshot/demo", "top1_10shot")}
-DATA = {
-    "untagged": (8000, 0),
-    "train": (4000, 1),
-    "val": (1000, 2),
-}  # images, seed: as the Makefile
+DATA = {  # images, seed, how much is said beside the thing: as the Makefile
+    "untagged": (8000, 0, 0.125),
+    "train": (4000, 1, 0.125),
+    "val": (1000, 2, 0.125),
+}
+
+
+class Kept(Stream):
+    """A Stream that keeps its batches for the next run of the same seed on the same data."""
+
+    batches_of: dict[str, list[dict]] = {}
+
+    def batches(self, consumed: int = 0) -> Iterator[dict]:
+        """See Stream.batches; the runs here start at the beginning."""
+        if found := self.batches_of.get(self.fingerprint):
+            yield from map(dict, found)
+            return
+        self.batches_of.clear()
+        kept = self.batches_of[self.fingerprint] = []
+        with contextlib.closing(super().batches(consumed)) as fresh:
+            for batch in fresh:
+                kept.append(dict(batch))
+                yield batch
 
 
 def prepare(work: Path) -> None:
@@ -33,54 +58,51 @@ def prepare(work: Path) -> None:
     if (work / "data/demo/hashtags.json").exists():
         return
     (work / "data").mkdir(parents=True, exist_ok=True)
-    for split, (images, seed) in DATA.items():
-        options = [f"images={images}", "size=40", f"seed={seed}", "--out", f"data/demo/{split}"]
-        tool(work, "datasets/make_shards.py", "synthetic", *options)
-    tool(
-        work,
-        "datasets/hashtags.py",
-        "demo",
-        "--min-count",
-        "60",
-        "--out",
-        "data/demo/hashtags.json",
-    )
+    for split, (images, seed, aside) in DATA.items():
+        options = [f"images={images}", "size=40", f"seed={seed}", f"aside={aside}"]
+        out = ["--out", f"data/demo/{split}"]
+        tool(work, "datasets/make_shards.py", "synthetic", *options, *out)
+    counted = ["--min-count", "60", "--out", "data/demo/hashtags.json"]
+    tool(work, "datasets/hashtags.py", "demo", *counted)
 
 
-def train(work: Path, name: str, stage: str, seed: int, *options: str) -> dict[str, float]:
+def train(
+    name: str, stage: str, seed: int, *options: str, init: str | None = None
+) -> dict[str, float]:
     """Runs a stage, unless it is done, and returns what each reader reads from it, in percent."""
-    path = work / "runs" / name
-    if not (path / "export").exists():
-        arguments = ["--stage", f"demo/{stage}", "--out", f"runs/{name}", *options, f"seed={seed}"]
-        tool(work, "tools/launch.py", *arguments)
-    results = json.loads((path / "results.json").read_text())
+    folder = Path("runs", name)
+    if not (folder / "export").exists():
+        overrides = [*options, f"seed={seed}"]
+        prepretrain.launch(f"demo/{stage}", overrides, init=init, out=str(folder))
+    results = json.loads((folder / "results.json").read_text())
     return {reader: results[name][key] for reader, (name, key) in READERS.items()}
 
 
-def sweep(work: Path, rates: list[float]) -> dict[str, dict[str, dict[str, float]]]:
+def sweep(seeds: list[int], rates: list[float]) -> dict[str, dict[str, dict]]:
     """What the readers read after stage two at each rate, from scratch and from MAE's weights."""
-    train(work, "sweep/mae", "mae", SWEEP_SEED)
-    starts = {"scratch": [], "two_stage": ["--init", "runs/sweep/mae"]}
+    found = {arm: {f"{rate:g}": [] for rate in rates} for arm in ("scratch", "two_stage")}
+    for seed in seeds:
+        mae = f"runs/sweep/mae_{seed}"
+        train(f"sweep/mae_{seed}", "mae", seed)
+        for arm, init in (("scratch", None), ("two_stage", mae)):
+            for rate in found[arm]:
+                name = f"sweep/{arm}_{rate}_{seed}"
+                row = train(name, "wsp", seed, f"optim.lr={rate}", init=init)
+                print(name, row, flush=True)
+                found[arm][rate].append(row)
+    return {
+        arm: {rate: over_seeds(rows) for rate, rows in by_rate.items()}
+        for arm, by_rate in found.items()
+    }
 
-    def measure(job: tuple[str, float]) -> dict[str, float]:
-        arm, rate = job
-        name = f"sweep/{arm}_{rate:g}"
-        return train(work, name, "wsp", SWEEP_SEED, *starts[arm], f"optim.lr={rate:g}")
 
-    jobs = [(arm, rate) for rate in rates for arm in starts]
-    with ThreadPoolExecutor(2) as pool:
-        rows = dict(zip(jobs, pool.map(measure, jobs)))
-    return {arm: {f"{rate:g}": rows[arm, rate] for rate in rates} for arm in starts}
-
-
-def measure_seed(work: Path, seed: int) -> dict[str, dict[str, float]]:
+def measure_seed(seed: int) -> dict[str, dict[str, float]]:
     """The rows of one seed: all stages as they are shipped."""
-    mae = f"runs/mae_{seed}"
     row = {
-        "untrained": train(work, f"untrained_{seed}", "mae", seed, *UNTRAINED),
-        "hashtags from scratch": train(work, f"scratch_{seed}", "wsp", seed),
-        "MAE": train(work, f"mae_{seed}", "mae", seed),
-        "MAE, then hashtags": train(work, f"two_stage_{seed}", "wsp", seed, "--init", mae),
+        "untrained": train(f"untrained_{seed}", "mae", seed, *UNTRAINED),
+        "hashtags from scratch": train(f"scratch_{seed}", "wsp", seed),
+        "MAE": train(f"mae_{seed}", "mae", seed),
+        "MAE, then hashtags": train(f"two_stage_{seed}", "wsp", seed, init=f"runs/mae_{seed}"),
     }
     print(json.dumps({"seed": seed, **row}), flush=True)
     return row
@@ -109,25 +131,31 @@ def main() -> None:
     )
     parser.add_argument("--work", type=Path, default=Path("runs/demo_seeds"))
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--rates", type=float, nargs="+", default=[1e-3, 2e-3, 4e-3, 8e-3])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+    parser.add_argument("--rates", type=float, nargs="*", default=[2e-3, 4e-3, 8e-3, 16e-3])
+    parser.add_argument("--sweep-seeds", type=int, nargs="*", default=[100, 101, 102])
     parser.add_argument("--show", type=Path, metavar="JSON", help="print its table, run nothing")
     given = parser.parse_args()
     if given.show:
         print(show(json.loads(given.show.read_text())))
         return
-    start, work = time.time(), given.work.resolve()
-    prepare(work)
-    swept = sweep(work, given.rates)
+    start, out = time.time(), given.out and given.out.resolve()
+    prepare(given.work.resolve())
+    os.chdir(given.work)
+    os.environ["PREPRETRAIN_DATA"] = "data"
+    torch.set_num_threads(1)
+    runs.Stream = Kept
+    swept = sweep(given.sweep_seeds, given.rates)
     print(json.dumps(swept), flush=True)
-    with ThreadPoolExecutor(2) as pool:
-        rows = list(pool.map(lambda seed: measure_seed(work, seed), range(given.seeds)))
+    rows = [measure_seed(seed) for seed in given.seeds]
     table = {arm: over_seeds([row[arm] for row in rows]) for arm in rows[0]}
     print(show({"table": table}))
+    words = lambda values: " ".join(f"{value:g}" for value in values)
     command = (
-        f"demo_seeds.py --seeds {given.seeds} --rates {' '.join(f'{r:g}' for r in given.rates)}"
+        f"demo_seeds.py --seeds {words(given.seeds)} --rates {words(given.rates)} "
+        f"--sweep-seeds {words(given.sweep_seeds)}"
     )
-    record(given.out, command, start, table=table, sweep=swept)
+    record(out, command, start, table=table, sweep=swept)
 
 
 if __name__ == "__main__":
