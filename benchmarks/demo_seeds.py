@@ -108,8 +108,13 @@ def measure_seed(seed: int) -> dict[str, dict[str, float]]:
     return row
 
 
+def best_rate(by_rate: dict[str, dict]) -> str:
+    """The rate whose readings, on average over the seeds and the readers, are highest."""
+    return max(by_rate, key=lambda rate: sum(by_rate[rate][r]["mean"] for r in READERS))
+
+
 def show(content: dict) -> str:
-    """The means and deviations of a result file as a Markdown table."""
+    """The means and deviations of a result file as a Markdown table, and how rates were chosen."""
     seeds = len(next(iter(content["table"].values()))["linear"]["seeds"])
     head = [f"| mean ± deviation of {seeds} seeds | {' | '.join(READERS)} |", "|---|--:|--:|"]
     chance = "| chance | 10.0 | 10.0 |"
@@ -121,7 +126,13 @@ def show(content: dict) -> str:
         + " |"
         for name, row in content["table"].items()
     ]
-    return "\n".join([*head, chance, *rows])
+    scratch, after = (content["sweep"][arm] for arm in ("scratch", "two_stage"))
+    others = len(scratch[best_rate(scratch)]["linear"]["seeds"])
+    rates = (
+        f"Stage two's rate is each one's own best of {', '.join(scratch)} on {others} other seeds: "
+        f"{best_rate(scratch)} from scratch, {best_rate(after)} after MAE."
+    )
+    return "\n".join([*head, chance, *rows, "", rates])
 
 
 def main() -> None:
@@ -149,7 +160,7 @@ def main() -> None:
     print(json.dumps(swept), flush=True)
     rows = [measure_seed(seed) for seed in given.seeds]
     table = {arm: over_seeds([row[arm] for row in rows]) for arm in rows[0]}
-    print(show({"table": table}))
+    print(show({"table": table, "sweep": swept}))
     words = lambda values: " ".join(f"{value:g}" for value in values)
     command = (
         f"demo_seeds.py --seeds {words(given.seeds)} --rates {words(given.rates)} "

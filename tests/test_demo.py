@@ -23,28 +23,15 @@ RUNS = {
 CLAIMS = (
     ("hashtags from scratch", "untrained"),
     ("MAE", "untrained"),
-    ("MAE, then hashtags", "untrained"),
+    ("MAE, then hashtags", "hashtags from scratch"),
 )
 
 
 @pytest.mark.parametrize("reader", READERS)
-def test_what_is_claimed_holds_for_the_recorded_seeds(reader):
+@pytest.mark.parametrize("better, worse", CLAIMS)
+def test_what_is_claimed_holds_for_every_two_of_the_recorded_seeds(better, worse, reader):
     seeds = {arm: row[reader]["seeds"] for arm, row in RECORD["table"].items()}
-    for better, worse in CLAIMS:
-        assert min(seeds[better]) > max(seeds[worse]), (better, worse)
-    # on average alone: one seed of two has it the other way round
-    two_stage, scratch = (
-        RECORD["table"][arm][reader]["mean"]
-        for arm in ("MAE, then hashtags", "hashtags from scratch")
-    )
-    assert two_stage > scratch
-
-
-def test_the_shipped_rate_of_stage_two_is_the_best_of_the_sweep_for_the_run_from_scratch():
-    shipped = re.search(r"lr: ([\d.e-]+)", (ROOT / "configs/demo/wsp.yaml").read_text()).group(1)
-    rates = RECORD["sweep"]["scratch"]
-    for reader in READERS:
-        assert max(rates, key=lambda rate: rates[rate][reader]) == f"{float(shipped):g}", reader
+    assert min(seeds[better]) > max(seeds[worse])
 
 
 @pytest.mark.skipif(not (ROOT / "runs/demo/wsp/results.json").exists(), reason="after `make demo`")
