@@ -79,12 +79,13 @@ def train(
 
 
 def sweep(seeds: list[int], rates: list[float]) -> dict[str, dict[str, dict]]:
-    """What the readers read after stage two at each rate, from scratch and from MAE's weights."""
+    """What the readers read after stage two at each rate and seed, from scratch and from the weights
+    of one run of MAE."""
     found = {arm: {f"{rate:g}": [] for rate in rates} for arm in ("scratch", "two_stage")}
+    mae = f"sweep/mae_{seeds[0]}"
+    train(mae, "mae", seeds[0])
     for seed in seeds:
-        mae = f"runs/sweep/mae_{seed}"
-        train(f"sweep/mae_{seed}", "mae", seed)
-        for arm, init in (("scratch", None), ("two_stage", mae)):
+        for arm, init in (("scratch", None), ("two_stage", f"runs/{mae}")):
             for rate in found[arm]:
                 name = f"sweep/{arm}_{rate}_{seed}"
                 row = train(name, "wsp", seed, f"optim.lr={rate}", init=init)
