@@ -220,7 +220,7 @@ except OSError as error:
 
 
 def test_bad_images_are_replaced_counted_and_listed_and_past_the_stated_share_stop_the_run(
-    place, group
+    place, group, caplog
 ):
     for broken in ("red/002", "green/001"):
         Path(f"data/photos/{broken}.png").write_bytes(b"no picture")
@@ -229,6 +229,7 @@ def test_bad_images_are_replaced_counted_and_listed_and_past_the_stated_share_st
     assert {one["cause"] for one in listed} == {"unreadable"} and len(listed) >= 8
     assert all(any(k in one["key"] for k in ("002", "001")) for one in listed)
     assert rows("runs/a")[-1]["bad_images"] == len(listed)
+    assert sum("was replaced" in warning for warning in caplog.messages) == 1  # of each cause
     assert checkpoint.state(checkpoint.newest(Path("runs/a")))["bad"] == {"unreadable": len(listed)}
     with pytest.raises(ValueError, match="data.max_bad: .* images were replaced .*unreadable"):
         train("runs/b", "length=200it", "data.max_bad=0.001")

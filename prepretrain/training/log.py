@@ -64,7 +64,7 @@ class Metrics:
         self.seconds = max((row.get("seconds", 0.0) for row in rows), default=0.0)
         self.measured = sorted({key for row in rows if row["step"] == step for key in row})
         self.file = (folder / "metrics.jsonl").open("a")
-        self.replaced = folder / "quarantine.jsonl"
+        self.replaced, self.causes = folder / "quarantine.jsonl", set()
         _rewind(self.replaced, step)
         self.board = _board(folder, step)
         if wandb is not None:
@@ -91,14 +91,17 @@ class Metrics:
             self.write({"step": step, ROLLBACKS: rollbacks})
 
     def quarantine(self, step: int, replaced: list[dict]) -> None:
-        """Appends the images that were replaced in a step to quarantine.jsonl, with cause and
-        key."""
+        """Appends the images that were replaced in a step to quarantine.jsonl, with cause and key;
+        warns of the first of each cause, since without a known tag many are no news."""
         if self.file is None or not replaced:
             return
         with self.replaced.open("a") as file:
             for one in replaced:
                 file.write(json.dumps({"step": step, **one}) + "\n")
-                logger.warning("image %s was replaced: %s", one["key"], one["cause"])
+                if one["cause"] not in self.causes:
+                    self.causes.add(one["cause"])
+                    said = "image %s was replaced: %s; more of these only in %s"
+                    logger.warning(said, one["key"], one["cause"], self.replaced)
 
     def close(self) -> None:
         """Closes all of them."""
