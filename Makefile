@@ -1,4 +1,4 @@
-# make demo: both stages on data that it makes, some five minutes on two cores.   make test: the tests.
+# make demo: both stages on data that it makes, about four minutes on two cores.   make test: the tests.
 # make lint: ruff's rules and format, and mypy on the public API.   make constraints: the versions that passed, kept.
 # make gpu: what a GPU does with this project, in at most nine minutes; make gpu SMOKE=1: the same, tiny, on the CPU.
 # make test-oldest: the tests of what is timm's and open_clip's, with the oldest that setup.py admits.

@@ -34,6 +34,14 @@ def test_what_is_claimed_holds_for_every_two_of_the_recorded_seeds(better, worse
     assert min(seeds[better]) > max(seeds[worse])
 
 
+@pytest.mark.parametrize("arm", ("scratch", "two_stage"))
+def test_the_shipped_rate_of_stage_two_is_the_best_of_each_arms_sweep_and_not_the_highest(arm):
+    shipped = re.search(r"lr: ([\d.e-]+)", (ROOT / "configs/demo/wsp.yaml").read_text()).group(1)
+    rates = RECORD["sweep"][arm]
+    best = max(rates, key=lambda rate: sum(rates[rate][reader]["mean"] for reader in READERS))
+    assert best == f"{float(shipped):g}" != max(rates, key=float)
+
+
 @pytest.mark.skipif(not (ROOT / "runs/demo/wsp/results.json").exists(), reason="after `make demo`")
 def test_the_run_of_make_demo_in_this_checkout_came_out_as_claimed():
     results = {

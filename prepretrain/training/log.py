@@ -64,7 +64,8 @@ class Metrics:
         self.seconds = max((row.get("seconds", 0.0) for row in rows), default=0.0)
         self.measured = sorted({key for row in rows if row["step"] == step for key in row})
         self.file = (folder / "metrics.jsonl").open("a")
-        self.replaced, self.causes = folder / "quarantine.jsonl", set()
+        self.replaced = folder / "quarantine.jsonl"
+        self.causes: set[str] = set()  # of which a warning was given
         _rewind(self.replaced, step)
         self.board = _board(folder, step)
         if wandb is not None:
