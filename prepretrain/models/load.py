@@ -17,7 +17,7 @@ from prepretrain.models.encoders import base as encoders
 from prepretrain.models.encoders.base import Encoder
 from prepretrain.models.model import Model
 from prepretrain.models.text.base import Tower
-from prepretrain.models.weights import Weights
+from prepretrain.models.weights import Weights, checked_options
 from prepretrain.zoo import releases as zoo
 
 # sources of weights beside runs and files: what comes before the slash, and the family that fetches
@@ -115,6 +115,12 @@ def _described(shapes: dict[str, tuple[int, ...]]) -> str:
 
 
 def _locate(place: str) -> Weights:
+    found = _found(place)
+    plugin.check_trusted(found.options, place)
+    return found
+
+
+def _found(place: str) -> Weights:
     path = Path(place)
     library, _, name = place.partition("/")
     if library in LIBRARIES and not path.exists():
@@ -128,7 +134,7 @@ def _locate(place: str) -> Weights:
         saved = checkpoint.newest(path)
         if saved is not None:
             shapes, read, state = checkpoint.open_tensors(saved)
-            return Weights(place, shapes, read, state["options"]).part("model")
+            return Weights(place, shapes, read, checked_options(state, saved)).part("model")
         raise ValueError(
             f"{place}: holds no complete checkpoint and no export. Was the run cut off before its first?"
         )

@@ -1,7 +1,6 @@
 """Reads weights one tensor at a time and puts them into a module, accounting for every key."""
 
 import hashlib
-import json
 import logging
 import re
 import zipfile
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 
 from prepretrain import contracts
 from prepretrain.distributed.group import put
+from prepretrain.files import read_json
 
 logger = logging.getLogger(__name__)
 
@@ -97,8 +97,16 @@ def open_file(path: Path) -> Weights:
     else:
         raise ValueError(f"{path}: is neither .safetensors nor .pt / .pth.")
     beside = path.with_name("model.json")
-    options = json.loads(beside.read_text())["options"] if beside.exists() else None
+    options = checked_options(read_json(beside), beside) if beside.exists() else None
     return Weights(str(path), shapes, read, options)
+
+
+def checked_options(content: dict[str, Any], path: Path) -> dict[str, Any]:
+    """The options of a model in what a file says of it. Raises ValueError if there are none."""
+    options = content.get("options")
+    if not isinstance(options, dict):
+        raise ValueError(f"{path}: is damaged: it says no options of a model.")
+    return options
 
 
 def _open_safetensors(path: Path) -> tuple[dict, Callable[[str], Tensor]]:

@@ -293,7 +293,7 @@ def _check_unchanged(config: Training, folder: Path) -> None:
     path = folder / "config.yaml"
     if not path.exists():
         return
-    before, now = configs.plain(configs.read_training(path)), configs.plain(config)
+    before, now = configs.plain(configs.read_training(path, config)), configs.plain(config)
     if changed := configs.differences(before, now):
         raise ValueError(
             f"{folder}: was started with another config:\n  "
