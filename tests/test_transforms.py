@@ -114,7 +114,9 @@ def test_what_cannot_be_decoded_is_a_bad_image_with_a_cause(data):
     assert caught.value.cause == "unreadable"
 
 
-@pytest.mark.parametrize("start", [b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n", b"8BPS\0\1"])
+@pytest.mark.parametrize(
+    "start", [b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n", b"8BPS\0\1"]
+)
 def test_formats_off_the_list_are_not_even_looked_at(start, tmp_path, monkeypatch):
     ghostscript = tmp_path / "gs"
     ghostscript.write_text(f"#!/bin/sh\ntouch {tmp_path}/ran\n")

@@ -3,6 +3,7 @@ every release."""
 
 import argparse
 import csv
+import errno
 import functools
 import hashlib
 import importlib.util
@@ -161,7 +162,8 @@ def images(size: int = 32) -> torch.Tensor:
 
 def leftovers(path: Path) -> list[str]:
     """What lies beside a fetched file and should not."""
-    return sorted(p.name for p in path.parent.iterdir() if "part" in p.name or "tmp" in p.name)
+    beside = [p.name for p in path.parent.iterdir() if p.name.startswith(".")]
+    return sorted(beside) + [p.name for p in download._parts().iterdir()]
 
 
 # --- the download ---
@@ -338,9 +340,13 @@ def test_a_full_disk_is_named(server, monkeypatch):
         patch.setattr(download.shutil, "disk_usage", lambda _: usage)
         with pytest.raises(OSError, match="bytes more, and .* has 10 free.*PREPRETRAIN_CACHE"):
             download.fetch(url)
-    place = download.place(url)
-    Path(f"{place}.part").symlink_to("/dev/full")
-    with pytest.raises(OSError, match="cannot be written to .*part .*No space left"):
+
+    def full(_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(download.os, "fsync", full)
+    monkeypatch.setattr(download, "write_json", lambda *_: None)
+    with pytest.raises(OSError, match="cannot be written to .*parts.*No space left"):
         download.fetch(url)
 
 

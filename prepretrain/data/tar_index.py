@@ -290,7 +290,9 @@ def _pax(path: Path, at: int, data: bytes) -> dict[str, str]:
         records[_decoded(key)] = _decoded(value)
         begin = end
     if not re.fullmatch(r"[0-9]{1,19}", records.get("size", "0")):
-        raise _broken(path, at, f"a member with the size {records['size'][:40]!r}, which is no number")
+        raise _broken(
+            path, at, f"a member with the size {records['size'][:40]!r}, which is no number"
+        )
     if any(key.startswith("GNU.sparse") for key in records):
         raise _broken(path, at, "a sparse file: only plain ones are read")
     return records

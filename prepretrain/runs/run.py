@@ -255,8 +255,10 @@ def evaluator_of(config: Evaluating) -> tuple[str, Evaluator]:
 
 def checked_label(label: str) -> str:
     """The label. Raises ValueError for one that would not do in names of results and folders."""
-    if not isinstance(label, str) or not re.fullmatch(r"[\w.+-]+", label):
-        raise ValueError(f"label: {label!r} does not fit; it is text of letters, digits and _.+-")
+    if not isinstance(label, str) or not re.fullmatch(r"[\w.+-]*\w[\w.+-]*", label):
+        raise ValueError(
+            f"label: {label!r} does not fit; it is text of letters, digits and _.+-, not of dots alone"
+        )
     return label
 
 
