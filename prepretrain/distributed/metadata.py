@@ -42,8 +42,9 @@ class Reader(dcp.FileSystemReader):
         except OSError:
             raise
         except Exception as error:  # a pickle that is cut or mutated raises anything
+            cause = str(error) or type(error).__name__
             raise ValueError(
-                f"{path}: is not the metadata of a checkpoint: {error}. Nothing of it was run. Take "
+                f"{path}: is not the metadata of a checkpoint: {cause}. Nothing of it was run. Take "
                 f"an export (model.safetensors) of the model instead, from where it is published."
             ) from error
         found.storage_meta = found.storage_meta or metadata.StorageMeta()
