@@ -17,7 +17,7 @@ def read_json(path: Path, kind: type = dict) -> Any:
     try:
         found = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:  # torn, not UTF-8, or brackets without end
-        raise ValueError(f"{path}: is damaged, or no JSON: {error}") from error
+        raise ValueError(f"{path}: is damaged: not readable as JSON: {error}") from error
     if not isinstance(found, kind):
         raise ValueError(f"{path}: is damaged: it holds {_shown(found)} and no {kind.__name__}.")
     return found

@@ -174,7 +174,7 @@ def unknown(
 ) -> str:
     """An error text that offers the nearest name and lists all of them."""
     dot = f"{prefix}." if prefix else ""
-    near = difflib.get_close_matches(name, known, n=1)
+    near = difflib.get_close_matches(str(name), known, n=1)
     text = f"{what} '{name}'." if quote else f"{what}."
     if near:
         text += f" Did you mean '{near[0]}'?" if quote else f" Did you mean {dot}{near[0]}?"

@@ -6,6 +6,7 @@ import pickle
 import random
 import re
 import sys
+import tarfile
 from functools import partial
 from pathlib import Path
 
@@ -14,8 +15,10 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+import prepretrain
 from prepretrain import config, files, plugin
 from prepretrain.cluster import slurm
+from prepretrain.data import tar_index
 from prepretrain.data.card import load_card
 from prepretrain.data.loader import Stream
 from prepretrain.distributed import checkpoint
@@ -82,7 +85,7 @@ WAYS = {
     "resume": lambda: launch("small.yaml", STEPS, out="evil"),
     "a teacher": lambda: launch("small.yaml", FEATURE_MAE),
     "an evaluation": lambda: launch("eval/knn", ["data=colours"], init="evil"),
-    "a suite": lambda: launch("eval/suite", [], init="evil"),
+    "a suite": lambda: launch("suite.yaml", [], init="evil"),
     "--branch": lambda: launch("small.yaml", [*STEPS, "length=6it"], branch="evil"),
     "--replay": lambda: launcher.look_again("evil/dumps/000000005", 1),
 }
@@ -104,12 +107,8 @@ def evil(place):
 
 @pytest.mark.parametrize("way", WAYS)
 def test_no_way_to_a_checkpoint_runs_what_it_names(evil, way):
-    if way == "a suite":
-        act = partial(launch, "suite.yaml", [], init="evil")
-    else:
-        act = WAYS[way]
     with pytest.raises(Exception, match="names (posix|nt).system"):
-        act()
+        WAYS[way]()
 
 
 def test_a_status_of_a_downloaded_run_runs_nothing(evil):
@@ -264,6 +263,32 @@ def test_weights_name_no_module(module, options):
             act()
 
 
+def test_a_tokenizers_folder_runs_no_code_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    pytest.importorskip("transformers")
+    import open_clip
+
+    from prepretrain.models.text.open_clip import OpenClipTokenizer
+
+    monkeypatch.setattr("builtins.input", lambda *_: "y")  # transformers asks, where it may
+    Path("own").mkdir()
+    tokenizer = {"auto_map": {"AutoTokenizer": [None, "evil.Evil"]}, "tokenizer_class": "Evil"}
+    Path("own/tokenizer_config.json").write_text(json.dumps(tokenizer))
+    Path("own/config.json").write_text(
+        '{"model_type": "evil", "auto_map": {"AutoConfig": "evil.Evil"}}'
+    )
+    Path("own/evil.py").write_text(MODULE)
+    given = open_clip.get_model_config("ViT-B-16-SigLIP")["text_cfg"]
+    with pytest.raises(ValueError, match="model.text.tokenizer: 'own'"):
+        OpenClipTokenizer("ViT-B-16-SigLIP", given, 64, "own")
+
+
+@pytest.mark.parametrize("architecture", ["hf_hub:some/model", "local-dir:data"])
+def test_weights_name_no_architecture_elsewhere(place, architecture):
+    with pytest.raises(ValueError, match="is no model of timm's own"):
+        prepretrain.Model(encoder="timm", architecture=architecture)
+
+
 @pytest.mark.parametrize("key", ["objective.name", "optim.name", "model.encoder"])
 def test_the_config_of_a_downloaded_run_names_no_module(module, key):
     values = config.plain(config.load("small.yaml", []))
@@ -306,6 +331,73 @@ def test_a_trusted_module_may_be_named_by_files(place, monkeypatch):
 def test_what_is_no_name_of_a_module_is_refused(name):
     with pytest.raises(ValueError, match="is no name of a module"):
         plugin.find("objectives", name)
+
+
+# --- anything at all ---
+
+
+SEEDS = {
+    "card": b"description: x\nclasses: &c [cat, dog]\ntrain: {source: folder, path: x, classes: *c}\n",
+    "json": b'{"knn/a": {"top1": 1.5, "images": [1, 2, null]}, "b": "\\u00e9"}',
+    "config": b"objective: {name: mae}\ndata: {train: x}\noptim: {lr: 1e-3}\nbatch_size: 4\nlength: 1ep\n",
+}
+
+
+def mutated(content: bytes, draws: random.Random) -> bytes:
+    """Bytes changed, cut, doubled or put elsewhere."""
+    content = bytearray(content)
+    for _ in range(draws.choice([1, 1, 2, 5, 20])):
+        at, length = draws.randrange(len(content)), draws.randrange(1, 30)
+        part = content[at : at + length]
+        change = draws.choice(["flip", "flip", "cut", "double", "move", "sign"])
+        if change == "flip":
+            content[at] = draws.randrange(256)
+        elif change == "sign":
+            content[at : at + 1] = draws.choice(
+                [b"-", b"[", b"{", b"&a ", b"*a", b"\0", b"\n", b"9" * 20]
+            )
+        elif change == "double":
+            content[at:at] = part
+        elif len(content) > 2 * length:
+            del content[at : at + length]
+            if change == "move":
+                to = draws.randrange(len(content))
+                content[to:to] = part
+    return bytes(content)
+
+
+@pytest.mark.parametrize("count", [100, pytest.param(4000, marks=pytest.mark.faults)])
+@pytest.mark.parametrize("kind", ["card", "json", "config", "tar", "index", "metadata"])
+def test_whatever_a_file_holds_it_is_read_or_refused_by_name(
+    kind, count, group, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    Path("data").mkdir()
+    names = {"tar": "x.tar", "index": "x.tar.index", "metadata": checkpoint.METADATA}
+    path = Path(names.get(kind, "x.yaml"))
+    if kind in ("tar", "index"):
+        with tarfile.open("x.tar", "w", format=tarfile.PAX_FORMAT) as tar:
+            for name in ("a.jpg", "a.json", "ü" * 120 + ".jpg", "b.cls"):
+                tar.addfile(tarfile.TarInfo(name))
+        tar_index.Index(Path("x.tar"))
+    if kind == "metadata":
+        path = checkpoint.save(tmp_path / "run", 3, *tiny(), {"step": 3}, keep=1) / path
+    ways = {
+        "card": lambda: load_card(str(path)).open("train"),
+        "json": lambda: files.read_json(path),
+        "config": lambda: config.load(str(path), []),
+        "tar": lambda: tar_index.walk(path),
+        "index": lambda: tar_index.Index(Path("x.tar")).key(0) == "a" or pytest.fail("another key"),
+        "metadata": lambda: Reader(str(path.parent)).read_metadata(),
+    }
+    draws, whole = random.Random(count), SEEDS[kind] if kind in SEEDS else path.read_bytes()
+    for number in range(count):
+        path.write_bytes(mutated(whole, draws))
+        os.utime(path, ns=(number, number))
+        try:
+            ways[kind]()
+        except ValueError as error:
+            assert kind == "config" or str(path) in str(error)
 
 
 # --- SLURM ---
