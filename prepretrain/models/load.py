@@ -20,8 +20,8 @@ from prepretrain.models.text.base import Tower
 from prepretrain.models.weights import Weights, checked_options
 from prepretrain.zoo import releases as zoo
 
-# sources of weights beside runs and files: what comes before the slash, and the family that fetches
 PARTS = ("encoder", "text", "joint", "head")  # of a Model, which a source may name
+# sources of weights beside runs and files: what comes before the slash, and the family that fetches
 LIBRARIES = {"timm": "timm_vit", "open_clip": "openclip"}
 
 
@@ -48,7 +48,8 @@ def open_weights(source: str) -> Weights:
     (`encoder.…`, `text.…`, `joint.…`); or of a released model (`maws/vit_l16`, see zoo/releases.py), or
     those that timm (`timm/NAME`) or open_clip (`open_clip/ARCHITECTURE/TAG`) fetches.
 
-    `source:encoder` takes a part, and `source:teacher.backbone` what lies under such a prefix. Raises ValueError naming the source and what is wrong with it.
+    `source:encoder` takes a part, and `source:teacher.backbone` what lies under such a prefix.
+    Raises ValueError naming the source and what is wrong with it.
     """
     place, _, part = source.partition(":")
     found = _locate(place, part if part not in PARTS else "")
