@@ -36,11 +36,11 @@ def write_json(path: Path, value: Any) -> None:
 
 @contextlib.contextmanager
 def draft(path: Path) -> Iterator[Path]:
-    """An empty file beside `path`, which takes its name, durably, once the block has ended well, and
-    is removed otherwise.
+    """Gives an empty file beside `path`, which takes its name, durably, once the block has ended
+    well, and is removed otherwise.
 
-    Its name cannot be guessed, and it is never opened through what was there: two processes may
-    write at once, and who may write to the folder cannot lay a link that leads the writer elsewhere.
+    Its name cannot be guessed, and nothing that was there is opened: two processes may write at
+    once, and nobody who may write to the folder can lay a link that leads the writer elsewhere.
     """
     place = path.with_name(f".{path.name}.{os.urandom(8).hex()}")
     os.close(create(place))

@@ -95,7 +95,8 @@ def open_file(path: Path, inside: str = "") -> Weights:
     """A .safetensors file, or a .pt / .pth file of plain tensors (read with weights_only, never
     unpickled).
 
-    inside: of a .pt file with several dictionaries of tensors, the one to take, as `teacher`. Options come from the `model.json` beside a file of ours. Raises ValueError for anything else.
+    inside: of a .pt file with several dictionaries of tensors, the one to take, as `teacher`.
+    Options come from the `model.json` beside a file of ours. Raises ValueError for anything else.
     """
     if path.suffix == ".safetensors":
         shapes, read = _open_safetensors(path)
