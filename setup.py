@@ -57,7 +57,7 @@ setup(
         "webdataset<2",
         "submitit>=1.5,<2",
         "fvcore<0.2",
-        "omegaconf>=2.3,<3",
+        "omegaconf>=2.4,<3",  # the first that bounds what aliases stand for
         "pyyaml>=6,<7",
         "safetensors<1",
         "pyarrow<27",

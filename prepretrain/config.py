@@ -15,6 +15,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from prepretrain import plugin
+from prepretrain.files import draft
 
 
 @dataclass
@@ -232,6 +233,17 @@ def _read(path: Path, seen: tuple[Path, ...] = (), bases: Any = None) -> dict[st
     configs/."""
     if path in seen:
         raise ValueError(f"{path}: is its own base.")
+    own = _loaded(path)
+    named = own.pop("base", [])
+    bases = named if bases is None else bases
+    merged: dict[str, Any] = {}
+    for base in [bases] if isinstance(bases, str) else bases:
+        merged = merge(merged, _read(_base(base, path), (*seen, path)))
+    return merge(merged, own)
+
+
+def _loaded(path: Path) -> dict[str, Any]:
+    """The mapping that a YAML file holds. Raises ValueError with its name."""
     try:
         own = OmegaConf.to_container(OmegaConf.load(path))
     except (OmegaConfBaseException, ValueError, OSError) as error:
@@ -240,12 +252,7 @@ def _read(path: Path, seen: tuple[Path, ...] = (), bases: Any = None) -> dict[st
         raise ValueError(f"{path}: is not YAML: {error}") from error
     if not isinstance(own, dict) or not own:
         raise ValueError(f"{path}: is empty. A config names an objective, an evaluator or a suite.")
-    named = own.pop("base", [])
-    bases = named if bases is None else bases
-    merged: dict[str, Any] = {}
-    for base in [bases] if isinstance(bases, str) else bases:
-        merged = merge(merged, _read(_base(base, path), (*seen, path)))
-    return merge(merged, own)
+    return own
 
 
 def _folders() -> list[Path]:
@@ -354,9 +361,8 @@ def _listed(value: Any) -> Any:
 
 def write(values: dict[str, Any], path: Path) -> None:
     """Saves a plain config, whole or not at all."""
-    temporary = path.with_suffix(".tmp")
-    OmegaConf.save(OmegaConf.create(values), temporary)
-    temporary.replace(path)
+    with draft(path) as place:
+        OmegaConf.save(OmegaConf.create(values), place)
 
 
 def text(config: Config) -> str:
@@ -364,15 +370,25 @@ def text(config: Config) -> str:
     return OmegaConf.to_yaml(OmegaConf.create(plain(config))).rstrip()
 
 
-def read(path: Path) -> dict[str, Any]:
-    """A plain config that `write` saved."""
-    return OmegaConf.to_container(OmegaConf.load(path))
+def read(path: Path, asked: Config | None = None) -> dict[str, Any]:
+    """A plain config that `write` saved.
+
+    asked: what the user asks for now. Raises ValueError for a file that is damaged, or that names a
+    module which is not trusted and not named by `asked` (see plugin.check_trusted).
+    """
+    values = _loaded(path)
+    known = () if asked is None else plugin.modules(dataclasses.asdict(asked))
+    plugin.check_trusted(values, str(path), known)
+    return values
 
 
-def read_training(path: Path) -> Training:
-    """The checked config of a run that trained; keys that are newer than the run have their
-    defaults."""
-    return check(Training, read(path), "")
+def read_training(path: Path, asked: Config | None = None) -> Training:
+    """The checked config of a run that trained, read as `read` does; keys that are newer than the
+    run have their defaults."""
+    try:
+        return check(Training, read(path, asked), "")
+    except ValueError as error:
+        raise ValueError(error if str(path) in str(error) else f"{path}: {error}") from error
 
 
 def differences(

@@ -5,9 +5,12 @@ import importlib
 import importlib.resources
 import importlib.util
 import inspect
+import os
 import pkgutil
+import sys
 import types
 import typing
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +25,8 @@ KINDS = {  # the folder of each kind of part
     "sources": "prepretrain.data.sources",
     "towers": "prepretrain.models.text",
 }
+TRUSTED = "PREPRETRAIN_PLUGINS"  # packages whose modules files may name, separated by commas
+NAMING = ("name", "encoder", "source")  # keys of files under which a part may stand
 SHARED = ("base", "captions")  # files in these folders that are no part, and that parts import
 
 
@@ -63,6 +68,8 @@ def find(kind: str, name: str) -> type:
         )
     if "." not in name and name not in names(kind):
         raise ValueError(unknown(f"no {kind.rstrip('s')}", name, names(kind), quote=True))
+    if "." in name and not _is_module(name):
+        raise ValueError(f"{kind}: {name!r} is no name of a module, such as my_lab.jepa.")
     module = name if "." in name else f"{KINDS[kind]}.{name}"
     try:
         loaded = importlib.import_module(module)
@@ -83,6 +90,41 @@ def find(kind: str, name: str) -> type:
             f"{', '.join(c.__name__ for c in found) or 'none'}."
         )
     return found[0]
+
+
+def modules(content: Any) -> set[str]:
+    """The modules outside of the package that values of a file name as parts."""
+    found, left = set(), [content]
+    while left:
+        one = left.pop()
+        if isinstance(one, dict):
+            found |= {v for k, v in one.items() if k in NAMING and _is_module(v)}
+            left += one.values()
+        elif isinstance(one, (list, tuple)):
+            left += one
+    return found
+
+
+def _is_module(name: Any) -> bool:
+    """Whether a value is a dotted name that could be imported."""
+    return isinstance(name, str) and "." in name and all(p.isidentifier() for p in name.split("."))
+
+
+def check_trusted(content: Any, where: str, known: Collection[str] = ()) -> None:
+    """Raises ValueError if what was read from a file names a module that is not trusted.
+
+    To import a module runs it, and a file may be somebody else's. Trusted are modules that are
+    imported already, those of the packages in PREPRETRAIN_PLUGINS, and `known` ones, which the user
+    has named.
+    """
+    packages = [p.strip() for p in os.environ.get(TRUSTED, "").split(",") if p.strip()]
+    for name in sorted(modules(content)):
+        trusted = any(name == p or name.startswith(f"{p}.") for p in packages)
+        if not trusted and name not in sys.modules and name not in known:
+            raise ValueError(
+                f"{where}: names the module {name!r}, which is no part of prepretrain and would be "
+                f"run. If you trust it, set {TRUSTED}={name.partition('.')[0]}."
+            )
 
 
 def _base(kind: str) -> type:
@@ -132,7 +174,7 @@ def unknown(
 ) -> str:
     """An error text that offers the nearest name and lists all of them."""
     dot = f"{prefix}." if prefix else ""
-    near = difflib.get_close_matches(name, known, n=1)
+    near = difflib.get_close_matches(str(name), known, n=1)
     text = f"{what} '{name}'." if quote else f"{what}."
     if near:
         text += f" Did you mean '{near[0]}'?" if quote else f" Did you mean {dot}{near[0]}?"

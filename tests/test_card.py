@@ -132,6 +132,54 @@ def test_what_a_card_declares_is_checked_against_the_data(photos, options, messa
         open_data(path)
 
 
+ALIASES = "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]\n" for i in range(1, 9)
+)
+
+
+@pytest.mark.parametrize(
+    "last", ["description: *a8", "classes: *a8", "licence: {x: *a8}", "x: &x [*x]"]
+)
+def test_aliases_that_stand_for_more_than_fits_into_memory_are_refused(photos, last):
+    with pytest.raises(ValueError, match="mine.yaml: not readable as YAML: aliases stand for more"):
+        load_card(card(photos, ("" if "&x" in last else ALIASES) + last))
+
+
+def test_aliases_as_people_use_them_are_read(photos):
+    mine = load_card(
+        card(photos, "classes: &c [cat, dog]\nval: {source: folder, path: photos, classes: *c}")
+    )
+    assert mine.splits["val"]["classes"] == mine.classes
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("[" * 600, "not readable as YAML"),
+        ("1: {source: folder, path: photos}", "the key 1 is no text"),
+        ("train: {source: folder, path: photos, 2: 3}", "train: the key 2 is no text"),
+        ("vocabulary: [1]\ntrain: {source: folder, path: photos}", "vocabulary: .* is not a text"),
+        ("answers: {a: 1}\ntrain: {source: folder, path: photos}", "answers: .* is not a text"),
+        (
+            "description: [a]\ntrain: {source: folder, path: photos}",
+            "description: .* is not a text",
+        ),
+    ],
+)
+def test_what_is_no_card_is_refused_whatever_it_is(photos, text, message):
+    with pytest.raises(ValueError, match=f"mine.yaml: {message}"):
+        load_card(card(photos, text))
+
+
+def test_a_card_in_another_encoding_is_refused_by_name(photos):
+    path = card(photos, "train: {source: folder, path: photos}")
+    Path(path).write_bytes(
+        "description: café\ntrain: {source: folder, path: photos}".encode("latin-1")
+    )
+    with pytest.raises(ValueError, match="mine.yaml: not readable as YAML"):
+        load_card(path)
+
+
 def test_labels_that_would_mean_other_classes_are_refused(photos):
     path = card(photos, "classes: [cat, dog, owl]\ntrain: {source: folder, path: photos}")
     with pytest.raises(ValueError, match="names 3 classes, and the data has 2"):
@@ -209,7 +257,7 @@ def test_answers_come_in_the_order_of_the_source_not_of_the_file(photos):
         (f"{NUMBERED}3.JPEG", "[[1], [2]]", f"{NUMBERED}3.JPEG' has number 3, .* holds 1 to 2"),
         (f"{NUMBERED}0.JPEG", "[[1], [2]]", "has number 0"),
         (f"{NUMBERED}1.JPEG", "[[1], [2]]", "have the same number, 1"),
-        (f"{NUMBERED}2.JPEG", "{", "real.json: not readable as JSON"),
+        (f"{NUMBERED}2.JPEG", "{", "real.json: .*not readable as JSON"),
         (f"{NUMBERED}2.JPEG", "[1, 2]", "real.json: is no list that holds a list"),
         (f"{NUMBERED}2.JPEG", "[[1], [-1]]", "real.json: is no list that holds a list"),
     ],

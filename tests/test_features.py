@@ -1,6 +1,7 @@
 """Features of a split: each image once, in order, whatever the number of ranks."""
 
 import io
+import json
 import multiprocessing
 import os
 import shutil
@@ -250,6 +251,19 @@ def test_a_chunk_that_changed_on_disk_is_computed_again_and_a_torn_file_whole(
     (described,) = tmp_path.glob("*.json")
     described.write_text(described.read_text()[:40])
     assert kept(tmp_path) == list(range(13)) and kept(tmp_path) == []
+
+
+@pytest.mark.parametrize("key", ["rows", "shape", "dtype", "chunk", "crc32"])
+@pytest.mark.parametrize("value", [None, "x", 0, -3, [], {}, 10**30, "object", [2, "x"], 12])
+def test_a_store_whose_description_is_damaged_counts_as_none(tmp_path, key, value):
+    store = feature_store.Store.create(tmp_path / "x", 13, (4,), "float32")
+    described = tmp_path / "x.json"
+    head = json.loads(described.read_text())
+    described.write_text(json.dumps(head | {key: value}))
+    found = feature_store.Store.open(tmp_path / "x")
+    assert found is None or (key in ("chunk", "crc32") and found.missing())
+    described.write_text(json.dumps({k: v for k, v in head.items() if k != key}))
+    assert feature_store.Store.open(tmp_path / "x") is None and store.bytes
 
 
 def test_features_that_are_not_finite_are_never_kept(tmp_path):

@@ -86,7 +86,7 @@ GOOD = {
     "content, message",
     [
         ("{", "JSON"),
-        ("[]", "no vocabulary"),
+        ("[]", "no dict"),
         (json.dumps({**GOOD, "format": "?"}), "no vocabulary"),
         (json.dumps({**GOOD, "tags": {}}), "no tags"),
         (json.dumps({**GOOD, "tags": {"Red": 2}}), "'Red'"),

@@ -327,6 +327,62 @@ def test_a_link_is_rejected(tmp_path):
         open_shards(tmp_path)
 
 
+def forged(name=b"a.bin", size=b"%011o\0" % 0, kind=b"0"):
+    """A tar header with a right checksum, whatever it says."""
+    block = bytearray(512)
+    block[: len(name)], block[124:136], block[156:157] = name, size, kind
+    block[257:265] = b"ustar\x0000"
+    block[148:156] = b"%06o\0 " % (sum(block) + 8 * 32)
+    return bytes(block)
+
+
+@pytest.mark.parametrize(
+    "size",
+    [b"-0000001000\0", b"-1\0".rjust(12), b"size=x".ljust(12), b"0o17".ljust(12), b"1_0".ljust(12)]
+    + [b"\xff" * 12, b"\x81" + b"\0" * 11, b"9".rjust(12)],
+)
+@pytest.mark.parametrize("name", [b"a.bin", b"a.jpg"])
+def test_a_size_that_is_no_number_is_refused_at_its_offset(tmp_path, name, size):
+    path = tmp_path / "x.tar"
+    path.write_bytes(forged(name, size) + b"\0" * 2048)
+    with pytest.raises(ValueError, match="x.tar: at offset 0: a member with the size"):
+        tar_index.walk(path)
+
+
+@pytest.mark.parametrize("size", ["-1000", "1e3", "0x10", "9" * 30, " 5"])
+def test_a_pax_size_that_is_no_number_is_refused(tmp_path, size):
+    line = f" size={size}\n"
+    record = f"{len(line) + 2}{line}".encode()
+    body = forged(kind=b"x", size=b"%011o\0" % len(record)) + record.ljust(512, b"\0")
+    (tmp_path / "x.tar").write_bytes(body + forged() + b"\0" * 1024)
+    with pytest.raises(ValueError, match="x.tar: at offset 0: a member with the size"):
+        tar_index.walk(tmp_path / "x.tar")
+
+
+def test_extended_headers_take_a_time_in_proportion_to_their_length(tmp_path):
+    path = tmp_path / "x.tar"
+    for count, refused in ((200_000, False), (400_000, True)):
+        records = b"4 =\n" * count  # a copy of the rest for each would be 80 GB
+        size = b"%011o\0" % len(records)
+        body = forged(kind=b"x", size=size) + records + b"\0" * (-len(records) % 512)
+        path.write_bytes(body + forged() + b"\0" * 1024)
+        if refused:
+            with pytest.raises(ValueError, match="extended header of 1600000 bytes; the limit"):
+                tar_index.walk(path)
+        else:
+            assert tar_index.walk(path) == ([], [])
+
+
+@pytest.mark.parametrize(
+    "records", [b"3 =", b"0 a=b\n", b"99 a=b\n", b"-6 a=b\n", b"6 a=bX", b"a=b\n"]
+)
+def test_a_bad_extended_header_is_refused(tmp_path, records):
+    body = forged(kind=b"x", size=b"%011o\0" % len(records)) + records.ljust(512, b"\0")
+    (tmp_path / "x.tar").write_bytes(body + forged() + b"\0" * 1024)
+    with pytest.raises(ValueError, match="at offset 0: a bad extended header"):
+        tar_index.walk(tmp_path / "x.tar")
+
+
 # Shards: the sidecar.
 
 
@@ -353,6 +409,57 @@ def test_a_damaged_index_is_built_again(two_shards, content):
     (two_shards / "00000.tar.index").write_bytes(whole[:-3])
     assert open_shards(two_shards)[0]["key"] == "00"
     assert (two_shards / "00000.tar.index").read_bytes() == whole
+
+
+def test_an_index_in_which_a_byte_changed_is_built_again(two_shards):
+    before = [(one["key"], one["label"], one["image"]) for one in open_shards(two_shards)]
+    index, draws = two_shards / "00000.tar.index", np.random.default_rng(0)
+    whole = index.read_bytes()
+    for number in range(60):
+        content = bytearray(whole)
+        content[draws.integers(len(content))] ^= 1 << draws.integers(8)
+        index.write_bytes(content)
+        os.utime(index, ns=(number, number))  # within a tick of the clock two files look alike
+        source = open_shards(two_shards)
+        assert [(one["key"], one["label"], one["image"]) for one in source] == before
+    assert index.read_bytes() == whole
+
+
+def test_two_spans_of_an_index_that_were_exchanged_are_noticed(two_shards):
+    index = two_shards / "00000.tar.index"
+    labels = [open_shards(two_shards).label(i) for i in range(5)]
+    content = bytearray(index.read_bytes())
+    start = content.index(b"\n") + 1
+    column = sorted(
+        json.loads(content[:start])["fields"].index("cls") * 16 + start + row for row in (0, 64)
+    )
+    for at in range(16):
+        first, second = column[0] + at, column[1] + at
+        content[first], content[second] = content[second], content[first]
+    index.write_bytes(content)
+    assert [open_shards(two_shards).label(i) for i in range(5)] == labels
+
+
+@pytest.mark.parametrize(
+    "span", [(-1, 5), (600, -5), (1 << 40, 5), (600, 1 << 40), (600, (1 << 63) - 1)]
+)
+def test_an_index_that_names_bytes_outside_of_its_shard_is_built_again(
+    two_shards, span, monkeypatch
+):
+    index = two_shards / "00000.tar.index"
+    packed, whole = tar_index._packed, [open_shards(two_shards)[i]["image"] for i in range(5)]
+    walk = tar_index.walk
+
+    def spans(path):
+        keys, found = walk(path)
+        return keys, [{**fields, "jpg": span} for fields in found]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tar_index, "walk", spans)
+        index.write_bytes(
+            packed(two_shards / "00000.tar", tar_index._asked(two_shards / "00000.tar"))
+        )
+    assert [open_shards(two_shards)[i]["image"] for i in range(5)] == whole
 
 
 def test_where_the_folder_cannot_be_written_the_index_goes_to_the_cache(

@@ -1,5 +1,6 @@
 import io
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -111,6 +112,68 @@ def test_what_cannot_be_decoded_is_a_bad_image_with_a_cause(data):
     with pytest.raises(BadImage) as caught:
         decode(data)
     assert caught.value.cause == "unreadable"
+
+
+@pytest.mark.parametrize(
+    "start", [b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n", b"8BPS\0\1"]
+)
+def test_formats_off_the_list_are_not_even_looked_at(start, tmp_path, monkeypatch):
+    ghostscript = tmp_path / "gs"
+    ghostscript.write_text(f"#!/bin/sh\ntouch {tmp_path}/ran\n")
+    ghostscript.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    data = start + b"%%EndComments\nshowpage\n%%EOF\n" + b"\0" * 200
+    with pytest.raises(BadImage) as caught:
+        decode(data)
+    assert caught.value.cause == "unreadable" and not (tmp_path / "ran").exists()
+
+
+def test_only_one_place_opens_images():
+    package = Path(transforms.__file__).parents[1]
+    places = [p.name for p in package.rglob("*.py") if "Image.open(" in p.read_text()]
+    assert places == ["transforms.py"]
+    assert Path(transforms.__file__).read_text().count("Image.open(") == 1
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF"])
+def test_every_format_of_the_list_is_read(kind):
+    if kind not in transforms._formats():
+        pytest.skip("this Pillow does not read it")
+    assert decode(encoded(photo(), kind)).shape == (3, 48, 64)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "P", "I;16", "LA"])
+def test_a_large_image_has_the_same_pixels_though_it_is_read_in_strips(mode, monkeypatch):
+    image = Image.fromarray(np.arange(48 * 64, dtype=np.uint16).reshape(48, 64) * 21)
+    data = encoded(image if mode == "I;16" else photo(mode=mode), "PNG")
+    whole = decode(data)
+    monkeypatch.setattr(transforms, "_STRIP", 64 * 7)
+    assert torch.equal(decode(data), whole)
+
+
+@pytest.mark.parametrize("shape", [(1, 65_500), (4, 60_000), (65_500, 1)])
+@pytest.mark.parametrize("size", [32, (32, 64)])
+def test_a_thin_picture_is_cropped_before_it_is_resized(shape, size, monkeypatch):
+    image = torch.randint(0, 256, (3, *shape), dtype=torch.uint8)
+    resize, made = transforms._resize, []
+
+    def limited(image, height, width):
+        made.append(height * width)
+        return resize(image, height, width)
+
+    monkeypatch.setattr(transforms, "_resize", limited)
+    found = transforms.resize_center_crop(image, size)
+    height, width = transforms.sides(size)
+    assert found.shape == (3, height, width) and max(made) <= 65 * 73 * 73
+    # as far as the picture is long enough, its ends do not matter
+    shorter = image[:, :, 2000:-2000] if shape[1] > 1 else image[:, 2000:-2000]
+    assert torch.equal(transforms.resize_center_crop(shorter, size), found)
+
+
+def test_an_image_with_too_long_a_side_is_refused():
+    data = encoded(Image.new("L", (70_000, 1)), "PNG")
+    with pytest.raises(BadImage, match="65535 a side"):
+        decode(data)
 
 
 def test_an_image_of_200_megapixels_is_refused_by_its_header():

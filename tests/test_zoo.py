@@ -2,7 +2,9 @@
 every release."""
 
 import argparse
+import contextlib
 import csv
+import errno
 import functools
 import hashlib
 import importlib.util
@@ -11,10 +13,12 @@ import json
 import os
 import pickle
 import re
+import stat
 import subprocess
 import sys
 import threading
 import types
+import urllib.request
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -92,10 +96,17 @@ class Handler(BaseHTTPRequestHandler):
             first = 0 if fault == "cuts, other range" else start
             self.send_header("Content-Range", f"bytes {first}-{len(body) - 1}/{len(body)}")
         rest = body[start:]
-        self.send_header("Content-Length", str(len(rest)))
+        said = fault.removeprefix("says ") if fault.startswith("says ") else str(len(rest))
+        self.send_header("Content-Length", said)
         if "untagged" not in fault:
             self.send_header("ETag", server.tag)
         self.end_headers()
+        if fault == "drips":
+            with contextlib.suppress(ConnectionError):  # whom it serves has had enough
+                for byte in rest[:100]:
+                    self.wfile.write(bytes([byte]))
+                    threading.Event().wait(0.02)
+            return None
         cut = "always cuts" in fault or (fault.startswith(("cuts", "changes")) and before == 0)
         self.wfile.write(rest[: len(rest) // 2] if cut else rest)
         self.close_connection = True
@@ -161,7 +172,8 @@ def images(size: int = 32) -> torch.Tensor:
 
 def leftovers(path: Path) -> list[str]:
     """What lies beside a fetched file and should not."""
-    return sorted(p.name for p in path.parent.iterdir() if "part" in p.name or "tmp" in p.name)
+    beside = [p.name for p in path.parent.iterdir() if p.name.startswith(".")]
+    return sorted(beside) + [p.name for p in download._parts().iterdir()]
 
 
 # --- the download ---
@@ -324,6 +336,83 @@ def test_a_redirect_away_from_https_is_not_followed(server):
         download.fetch(server.put("/a/x.pt", BODY, "elsewhere"))
 
 
+def test_a_redirect_from_https_to_this_machine_is_not_followed():
+    asked = urllib.request.Request("https://example.org/x.pt")
+    with pytest.raises(ValueError, match="http://127.0.0.1:8080/admin: is not https"):
+        redirect = download._OnlyHttps().redirect_request
+        redirect(asked, None, 302, "Found", {}, "http://127.0.0.1:8080/admin")
+
+
+def test_an_address_with_a_password_is_refused_without_printing_it():
+    with pytest.raises(ValueError, match="holds a name or a password") as caught:
+        download.fetch("https://me:secret@example.org/x.pt")
+    assert "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize("length", ["-5", "many", "1e9"])
+def test_a_length_that_is_no_number_ends_the_download(server, length, monkeypatch):
+    monkeypatch.setattr(download, "TRIES", 1)
+    with pytest.raises(OSError, match="Content-Length: '" + length):
+        download.fetch(server.put("/a/x.pt", BODY, f"says {length}"))
+
+
+def test_a_server_that_drips_is_given_up(server, monkeypatch):
+    monkeypatch.setattr(download, "TRIES", 2)
+    monkeypatch.setattr(download, "TIMEOUT", 0.2)
+    with pytest.raises(OSError, match="less than 30720 bytes came in 0.2 seconds"):
+        download.fetch(server.put("/a/x.pt", BODY, "drips"))
+
+
+def test_what_comes_in_part_is_kept_where_nobody_else_can_lay_a_link(server, tmp_path):
+    victim = tmp_path / "victim"
+    victim.write_bytes(b"mine")
+    url = server.put("/a/x.pt", BODY)
+    path = download.place(url)
+    path.parent.mkdir(parents=True)
+    for name in (".part", ".json.tmp", ".part.json.tmp", ".json"):
+        Path(f"{path}{name}").symlink_to(victim)
+    with pytest.raises(ValueError, match="x.pt.json: is no record of a download"):
+        download.fetch(url)
+    Path(f"{path}.json").unlink()
+    assert download.fetch(url).read_bytes() == BODY
+    assert victim.read_bytes() == b"mine"
+    assert stat.S_IMODE(download._parts().stat().st_mode) & 0o077 == 0
+
+
+@pytest.mark.parametrize("how", ["a link", "open to others"])
+def test_a_folder_of_parts_that_is_not_ones_own_is_refused(server, tmp_path, how):
+    place = download.folder() / f".parts-{os.getuid()}"
+    place.parent.mkdir(parents=True)
+    if how == "a link":
+        (tmp_path / "elsewhere").mkdir()
+        place.symlink_to(tmp_path / "elsewhere")
+    else:
+        place.mkdir()
+        place.chmod(0o777)
+    with pytest.raises(OSError, match="no folder that only user .* Remove it, or name another"):
+        download.fetch(server.put("/a/x.pt", BODY))
+
+
+def test_whose_a_file_is_that_nothing_published_tells_of_is_said(server, monkeypatch, caplog):
+    url = server.put("/a/x.pt", BODY)
+    download.fetch(url)
+    monkeypatch.setattr(download.os, "getuid", lambda: 12345)
+    download.fetch(url)
+    assert (os.geteuid() == 0) == ("belongs to user" not in caplog.text)
+    caplog.clear()
+    download.fetch(url, Expected(sha256=hashlib.sha256(BODY).hexdigest()))
+    assert "belongs to user" not in caplog.text
+
+
+@pytest.mark.parametrize("record", ["[]", "{}", '{"size": 1, "sha256": "x"}', "{", "[" * 100_000])
+def test_a_damaged_record_is_refused_by_name(server, record):
+    url = server.put("/a/x.pt", BODY)
+    path = download.fetch(url)
+    Path(f"{path}.json").write_text(record)
+    with pytest.raises(ValueError, match="x.pt.json: is no record of a download. Delete it"):
+        download.fetch(url)
+
+
 def test_a_file_over_the_limit_is_refused_before_it_comes(server, monkeypatch):
     url = server.put("/a/x.pt", BODY)
     monkeypatch.setattr(download, "LIMIT", 1000)
@@ -338,9 +427,13 @@ def test_a_full_disk_is_named(server, monkeypatch):
         patch.setattr(download.shutil, "disk_usage", lambda _: usage)
         with pytest.raises(OSError, match="bytes more, and .* has 10 free.*PREPRETRAIN_CACHE"):
             download.fetch(url)
-    place = download.place(url)
-    Path(f"{place}.part").symlink_to("/dev/full")
-    with pytest.raises(OSError, match="cannot be written to .*part .*No space left"):
+
+    def full(_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(download.os, "fsync", full)
+    monkeypatch.setattr(download, "write_json", lambda *_: None)
+    with pytest.raises(OSError, match="cannot be written to .*parts.*No space left"):
         download.fetch(url)
 
 
@@ -377,6 +470,77 @@ def test_a_cut_file_put_there_by_hand_is_refused_and_not_recorded(tiny, server):
     with pytest.raises(ValueError, match=f"{row.place}: is cut: its end is missing"):
         prepretrain.load("tiny/vit")
     assert download.recorded(row.place) is None
+
+
+# --- files of others ---
+
+
+def prefixed(prefix: str, state: dict) -> dict:
+    """The tensors under other names."""
+    return {prefix + key: value for key, value in state.items()}
+
+
+@pytest.mark.parametrize("flat", [True, False])
+def test_the_encoder_of_a_file_is_taken_with_all_that_it_has(tmp_path, flat):
+    state = vit(depth=3).encoder.state_dict()
+    torch.save(state if flat else prefixed("encoder.", state), tmp_path / "x.pth")
+    for source in (tmp_path / "x.pth", f"{tmp_path}/x.pth:encoder"):
+        with pytest.raises(
+            ValueError, match=r"(?s)left over encoder.blocks.2.*right model.encoder\?"
+        ):
+            prepretrain.load(str(source), encoder="vit_test8")
+
+
+def test_of_a_flat_file_the_encoder_is_taken_without_the_modules_of_a_decoder(tmp_path):
+    model = vit()
+    more = {"decoder_blocks.0.weight": torch.ones(2), "mask_token": torch.ones(1)}
+    torch.save(model.encoder.state_dict() | more, tmp_path / "x.pth")
+    with pytest.raises(ValueError, match="left over .*mask_token"):
+        prepretrain.load(str(tmp_path / "x.pth"), encoder="vit_test8")
+    found = prepretrain.load(f"{tmp_path}/x.pth:encoder", encoder="vit_test8")
+    assert torch.equal(found(images()), model(images()))
+    torch.save(prefixed("encoder.", model.encoder.state_dict() | more), tmp_path / "x.pth")
+    with pytest.raises(ValueError, match="left over encoder.decoder_blocks"):
+        prepretrain.load(f"{tmp_path}/x.pth:encoder", encoder="vit_test8")
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.", "module.module."])
+@pytest.mark.parametrize("wrapped", [True, False])
+def test_what_ddp_and_compilation_put_before_names_does_not_matter(tmp_path, prefix, wrapped):
+    model = vit()
+    state = prefixed(prefix, model.encoder.state_dict())
+    torch.save({"model": state} if wrapped else state, tmp_path / "x.pth")
+    found = prepretrain.load(str(tmp_path / "x.pth"), encoder="vit_test8")
+    assert torch.equal(found(images()), model(images()))
+
+
+@pytest.mark.parametrize(
+    "content, way",
+    [
+        (lambda s: prefixed("model.", s), "model"),
+        (lambda s: {"model": prefixed("teacher.backbone.", s)}, "teacher.backbone"),
+        (lambda s: prefixed("a.", s) | prefixed("b.", {k: v + 1 for k, v in s.items()}), "a"),
+        (lambda s: {"model_ema": s, "epoch": 3}, "model_ema"),
+        (lambda s: {"teacher": prefixed("backbone.", s), "epoch": 3}, "teacher"),
+    ],
+)
+def test_an_error_says_the_prefix_under_which_the_tensors_lie(tmp_path, content, way):
+    model, path = vit(), tmp_path / "x.pth"
+    torch.save(content(model.encoder.state_dict()), path)
+    with pytest.raises(ValueError, match=f"write {path}:{way}[.]") as caught:
+        prepretrain.load(str(path), encoder="vit_test8")
+    if way == "teacher":
+        with pytest.raises(ValueError, match=f"write {path}:teacher.backbone[.]") as caught:
+            prepretrain.load(f"{path}:teacher", encoder="vit_test8")
+    told = str(caught.value).rpartition("write ")[2].rstrip(".")
+    assert torch.equal(prepretrain.load(told, encoder="vit_test8")(images()), model(images()))
+
+
+def test_a_folder_of_weights_in_pieces_says_so(tmp_path):
+    for number in (1, 2):
+        (tmp_path / f"model-0000{number}-of-00002.safetensors").touch()
+    with pytest.raises(ValueError, match="holds weights in 2 pieces, as model-00001-of-00002"):
+        prepretrain.load(str(tmp_path))
 
 
 class Bomb:

@@ -10,6 +10,7 @@ import json
 import logging
 import math
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -35,11 +36,49 @@ FINAL = {
 }
 
 
+# What an account, a constraint or an amount of memory is made of.
+_PLAIN = re.compile(r"[\w.,:+&|*()\[\]@-]+")
+
+
 def check(
-    partition: str, *, hours: float, requeues: int, extra: tuple[str, ...], **_: Any
+    partition: str,
+    folder: Path,
+    *,
+    hours: float,
+    requeues: int,
+    extra: tuple[str, ...],
+    account: str | None = None,
+    qos: str | None = None,
+    constraint: str | None = None,
+    memory: str | None = None,
+    **_: Any,
 ) -> list[str]:
     """The resources of a partition's nodes, as sinfo names them (gpu:8). Raises ValueError for what
-    SLURM could not take."""
+    SLURM could not take, or for a text that would be more than an option in the batch script."""
+    plain = {"account": account, "qos": qos, "constraint": constraint, "memory": memory}
+    for key, value in plain.items():
+        if value is not None and not _PLAIN.fullmatch(value):
+            raise ValueError(
+                f"slurm.{key}: {value!r} is no text of letters, digits and .,:+&|*()[]@-"
+            )
+    if not str(folder.absolute()).isprintable():
+        raise ValueError(
+            f"--out: {str(folder)!r} holds a line's end or the like, which must not come into a batch "
+            f"script. Name another folder."
+        )
+    for line in extra:
+        if not line.startswith("-") or not line.isprintable():
+            raise ValueError(
+                f"slurm.extra: {line!r} is no option of sbatch on one line, as --exclude=node7."
+            )
+    if requeues < 0:
+        raise ValueError(f"slurm.requeues: {requeues} must not be negative.")
+    if not hours > 0:
+        raise ValueError(f"--hours {hours}: must be above 0.")
+    return _resources(partition)
+
+
+def _resources(partition: str) -> list[str]:
     if shutil.which("sbatch") is None or shutil.which("sinfo") is None:
         raise ValueError(
             f"--slurm {partition}: there is no SLURM here (no sbatch on the PATH). Submit from a "
@@ -57,15 +96,6 @@ def check(
             + (f"Did you mean '{near[0]}'? " if near else "")
             + f"There are: {', '.join(names)}."
         )
-    if not hours > 0:
-        raise ValueError(f"--hours {hours}: must be above 0.")
-    if requeues < 0:
-        raise ValueError(f"slurm.requeues: {requeues} must not be negative.")
-    for line in extra:
-        if not line.startswith("-") or len(line.splitlines()) != 1:
-            raise ValueError(
-                f"slurm.extra: {line!r} is no option of sbatch on one line, as --exclude=node7."
-            )
     return [resources for name, resources in rows if name == partition]
 
 
@@ -73,7 +103,6 @@ def submit(
     tasks: list[Any],
     folder: Path,
     *,
-    name: str,
     partition: str,
     nodes: int,
     procs: int,
@@ -87,16 +116,17 @@ def submit(
     requeues: int = 3,
     extra: tuple[str, ...] = (),
 ) -> list[submitit.Job]:
-    """Queues a job of nodes x procs processes for each task, several as an array; their output,
-    and attempts.jsonl, go to `folder`. Raises ValueError for what SLURM refuses."""
-    resources = check(partition, hours=hours, requeues=requeues, extra=extra)
+    """Queues a job of nodes x procs processes for each task, several as an array, named after the
+    folder; their output, and attempts.jsonl, go to `folder`. Raises ValueError for what SLURM refuses."""
+    asked = {"account": account, "qos": qos, "constraint": constraint}
+    limits = {"hours": hours, "requeues": requeues, "extra": extra}
+    resources = check(partition, folder, **asked, memory=memory, **limits)
     if gpus is None and any("gpu" in one for one in resources):
         gpus = procs
     minutes = max(1, math.ceil(hours * 60))
     python = f"{shlex.quote(sys.executable)} -m prepretrain.cluster.slurm"
     place = shlex.quote(str(folder.absolute()))
-    asked = {"account": account, "qos": qos, "constraint": constraint, "mem": memory}
-    asked |= {"gpus-per-node": gpus or None, "cpus-per-task": cpus, "requeue": True}
+    asked |= {"mem": memory, "gpus-per-node": gpus or None, "cpus-per-task": cpus, "requeue": True}
     # from SLURM 22.05 on, srun does not take over --cpus-per-task of sbatch
     inherited = [] if cpus is None else [f"--cpus-per-task={cpus}"]
     # submitit's own handler, which we replace, gives up after so many time limits
@@ -104,7 +134,7 @@ def submit(
         folder / "submitit", cluster="slurm", slurm_max_num_timeout=10**6
     )
     executor.update_parameters(
-        name=name,
+        name=str(folder),
         nodes=nodes,
         tasks_per_node=procs,
         timeout_min=minutes,

@@ -3,6 +3,7 @@
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -14,6 +15,7 @@ _TEXTS = ("description", "licence")
 _PATTERN = "*?[{"
 _PATHS = ("path", "listing")  # options of sources that start at the data folder
 _VARIANTS = ("corruption", "severity")
+_REPEATED = 10_000  # not from the paper: values that a card's aliases stand for, in all
 
 
 class MissingData(ValueError):
@@ -184,8 +186,8 @@ def load_card(name: str | Path) -> Card:
     """The card of this name, or in this .yaml file."""
     path = _find(str(name))
     try:
-        content = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
+        content = yaml.load(path.read_bytes(), _Loader)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not readable as YAML: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(
@@ -194,6 +196,39 @@ def load_card(name: str | Path) -> Card:
             f"{'nothing' if content is None else type(content).__name__}."
         )
     return _card(path, content)
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML whose aliases (*name) stand for so many values at most: a few lines of them could stand
+    for more than fits into memory."""
+
+    def __init__(self, stream: Any):
+        super().__init__(stream)
+        self.repeated = 0
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        alias = self.peek_event() if self.check_event(yaml.AliasEvent) else None
+        node = super().compose_node(parent, index)
+        if alias is not None:
+            self.repeated += _size(node)
+            # the end of a value that an alias within it names has not been met yet
+            if node.end_mark is None or self.repeated > _REPEATED:
+                what = f"aliases stand for more than {_REPEATED} values, or for themselves"
+                raise yaml.composer.ComposerError(None, None, what, alias.start_mark)
+        return node
+
+
+def _size(node: Any) -> int:
+    """How many values a value of YAML holds, itself included; counted as far as may be."""
+    count, left = 0, [node]
+    while left and count <= _REPEATED:
+        one = left.pop()
+        count += 1
+        if isinstance(one, yaml.MappingNode):
+            left += [part for pair in one.value for part in pair]
+        elif isinstance(one, yaml.SequenceNode):
+            left += one.value
+    return count
 
 
 def open_data(address: str) -> Source:
@@ -224,13 +259,15 @@ def _find(name: str) -> Path:
 
 def _card(path: Path, content: dict) -> Card:
     content = dict(content)
-    texts = {key: str(content.pop(key, "")) for key in _TEXTS}
+    if odd := [key for key in content if not isinstance(key, str)]:
+        raise ValueError(f"{path}: the key {odd[0]!r} is no text. Put it in quotes.")
+    texts = {key: _text(content.pop(key, None), f"{path}: {key}") or "" for key in _TEXTS}
     classes = _classes(path, content.pop("classes", None))
-    vocabulary = content.pop("vocabulary", None)
+    vocabulary = _text(content.pop("vocabulary", None), f"{path}: vocabulary")
     names = _names(path, content.pop("names", None), classes)
     templates = _templates(path, content.pop("templates", None))
     groups = _groups(path, content.pop("groups", None), classes)
-    answers = content.pop("answers", None)
+    answers = _text(content.pop("answers", None), f"{path}: answers")
     for split, options in content.items():
         _check_split(f"{path}: {split}", options)
     if not content:
@@ -253,14 +290,20 @@ def _card(path: Path, content: dict) -> Card:
     )
 
 
+def _text(given: object, where: str) -> str | None:
+    if given is None or isinstance(given, str):
+        return given
+    raise ValueError(f"{where}: {given!r} is not a text. Put it in quotes.")
+
+
 def _classes(path: Path, classes: object) -> list[str] | None:
     if classes is None:
         return None
-    if not isinstance(classes, list) or len(set(map(str, classes))) != len(classes) or not classes:
+    if isinstance(classes, list):
+        for name in classes:
+            _text("" if name is None else name, f"{path}: classes")
+    if not isinstance(classes, list) or not classes or len(set(classes)) != len(classes):
         raise ValueError(f"{path}: classes: must be a list of different names, in label order.")
-    if not all(isinstance(name, str) for name in classes):
-        odd = next(name for name in classes if not isinstance(name, str))
-        raise ValueError(f"{path}: classes: {odd!r} is not a text. Put it in quotes.")
     return classes
 
 
@@ -348,6 +391,9 @@ def _check_split(where: str, options: object) -> None:
             f"path: …}}, not {options!r}. Other keys of a card: "
             "description, licence, classes, names, templates, vocabulary, groups, answers."
         )
+    if odd := [key for key in options if not isinstance(key, str)]:
+        raise ValueError(f"{where}: the key {odd[0]!r} is no text. Put it in quotes.")
+    plugin.check_trusted(options, where)
     _check_variants(where, options)
     images = options.get("images")
     if images is not None and (

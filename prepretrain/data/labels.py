@@ -1,11 +1,12 @@
 """What labels stand for where they are not one class each: groups of another card's, or several
 right answers."""
 
-import json
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+
+from prepretrain.files import read_json
 
 # "ILSVRC2012_val_00000293.JPEG", and with its class as on the Hugging Face hub. What has no
 # extension is no file's name: keys of shards count in the order in which they were packed.
@@ -55,11 +56,8 @@ def answers(path: Path, keys: Iterable[str]) -> list[list[int]]:
     source by class folders has another. Raises ValueError for a key without such a number, one
     that the file does not reach, and one that comes twice.
     """
-    try:
-        rows = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path}: not readable as JSON: {error}") from error
-    if not isinstance(rows, list) or not all(isinstance(r, list) and _are_classes(r) for r in rows):
+    rows = read_json(path, list)
+    if not all(isinstance(r, list) and _are_classes(r) for r in rows):
         raise ValueError(f"{path}: is no list that holds a list of class numbers for each image.")
     found: dict[int, str] = {}
     for key in keys:

@@ -1,8 +1,6 @@
 """The rarest hashtag of each image, by which an order is weighted; kept beside the vocabulary."""
 
 import logging
-import os
-import uuid
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +9,7 @@ from prepretrain.data.sources.base import Source, fingerprint_of
 from prepretrain.data.vocabulary import Vocabulary
 from prepretrain.distributed import group as distributed
 from prepretrain.distributed import heartbeat
+from prepretrain.files import draft
 
 logger = logging.getLogger(__name__)
 
@@ -24,7 +23,7 @@ def read(path: Path, vocabulary: Vocabulary, source: Source) -> np.ndarray:
     in memory: a billion in 6 hours, or with 64 processes in 5 minutes.
     """
     file = _file(path, vocabulary)
-    kept = _kept(file, len(source))
+    kept = _kept(file, len(source), len(vocabulary))
     if all(distributed.all_gather_object(kept is not None)):  # or some would wait for the others
         return kept
     logger.info("reads the hashtags of %d images, once: there is no %s", len(source), file)
@@ -45,13 +44,11 @@ def write(path: Path, vocabulary: Vocabulary, rarest: np.ndarray) -> None:
     """Keeps what `read` returns, whole or not at all; where nothing can be written, it is read again
     at each start."""
     file = _file(path, vocabulary)
-    draft = file.with_name(f".{file.name}.{uuid.uuid4().hex}")
     try:
-        with draft.open("wb") as stream:
-            np.save(stream, rarest.astype(np.int32), allow_pickle=False)
         for old in path.parent.glob(f"{path.name}.rarest-*.npy"):
             old.unlink(missing_ok=True)  # of another count, whose vocabulary was at this path
-        os.replace(draft, file)
+        with draft(file) as place, place.open("wb") as stream:
+            np.save(stream, rarest.astype(np.int32), allow_pickle=False)
     except OSError as error:
         logger.warning("%s: is not kept (%s), so each start reads all hashtags again", file, error)
 
@@ -61,10 +58,12 @@ def _file(path: Path, vocabulary: Vocabulary) -> Path:
     return path.with_name(f"{path.name}.rarest-{key}.npy")
 
 
-def _kept(file: Path, images: int) -> np.ndarray | None:
-    """What `write` kept, memory-mapped: the processes of a machine share it."""
+def _kept(file: Path, images: int, tags: int) -> np.ndarray | None:
+    """What `write` kept, memory-mapped: the processes of a machine share it. None for anything else."""
     try:
         found = np.load(file, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError):
         return None
-    return found if found.shape == (images,) and found.dtype == np.int32 else None
+    if found.shape != (images,) or found.dtype != np.int32:
+        return None
+    return found if not images or -1 <= found.min() <= found.max() < tags else None

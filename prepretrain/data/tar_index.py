@@ -1,20 +1,29 @@
 """Where everything lies in a tar shard: checked once, kept in a sidecar file beside the shard."""
 
+import functools
 import hashlib
 import json
 import mmap
 import os
-import uuid
+import re
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+
+from prepretrain.files import draft
 
 IMAGES = ("jpg", "jpeg", "png", "webp")
 MEMBERS = (*IMAGES, "txt", "json", "cls")
 
-_VERSION = 1
+_VERSION = 2  # 1 had no checksums
 _BLOCK = 512
+_EXTENDED = 1 << 20  # not from the paper: bytes of an extended header or of a long name
+_OCTAL = re.compile(rb"[ \0]*([0-7]*)[ \0]*")
+_RECORD = re.compile(rb"([0-9]{1,10}) ")  # how a record of an extended header begins
+_HEAD = {"samples": int, "fields": list, "keys": int, "digest": str, "crc32": int}
 _SKIPPED = b"5gK"  # folders, global pax headers, long link names: nothing to read in them
 
 
@@ -22,15 +31,10 @@ class Index:
     """The index of one shard, mapped from its sidecar: workers and processes share its pages."""
 
     def __init__(self, shard: Path):
-        head = read_head(shard)
+        head = _sound_head(shard)
         n, fields = head["samples"], head["fields"]
-        # A plain array over the mapping: slicing np.memmap itself is ten times slower.
-        body = np.asarray(np.memmap(head["file"], dtype=np.uint8, mode="r"))[head["start"] :]
-        spans, ends = n * len(fields) * 16, n * 8
         self._columns = {field: i for i, field in enumerate(fields)}
-        self._spans = body[:spans].view("<i8").reshape(n, len(fields), 2)
-        self._ends = body[spans : spans + ends].view("<i8")
-        self._keys = body[spans + ends :]
+        self._spans, self._ends, self._keys = _parts(_body(head["file"], head["start"]), n, fields)
 
     def key(self, row: int) -> str:
         """The key of a sample."""
@@ -51,18 +55,38 @@ def read_head(shard: Path) -> dict:
     """What the index says of a shard as a whole: "samples", "fields", "digest"; built if need be.
 
     A sidecar counts while version, size and time of change of the shard are those it was built
-    from; otherwise it is built again. It lies beside the shard as <shard>.index or, where that
-    cannot be written, under $XDG_CACHE_HOME/prepretrain/index by the shard's absolute path.
+    from, and its checksums are right; otherwise it is built again. It lies beside the shard as
+    <shard>.index or, where that cannot be written, under $XDG_CACHE_HOME/prepretrain/index by the
+    shard's absolute path.
     """
-    stat = os.stat(shard)
-    asked = {"version": _VERSION, "bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns}
+    asked = _asked(shard)
+    heads = (_valid(file, asked) for file in _sidecars(shard))
+    return next((head for head in heads if head), None) or _built(shard, asked)
+
+
+def _sound_head(shard: Path) -> dict:
+    """The head of a sidecar whose body is sound, too; built if need be. To read the whole body
+    takes a moment, which a process spends once for each shard that it opens."""
+    asked = _asked(shard)
     for file in _sidecars(shard):
-        if head := _valid(file, asked):
+        head = _valid(file, asked)
+        if head and _is_sound(file, head["state"], asked["bytes"]):
             return head
+    return _built(shard, asked)
+
+
+def _asked(shard: Path) -> dict:
+    stat = os.stat(shard)
+    return {"version": _VERSION, "bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns}
+
+
+def _built(shard: Path, asked: dict) -> dict:
     content = _packed(shard, asked)
     for file in _sidecars(shard):
         try:
-            _replace(file, content)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            with draft(file) as place:
+                place.write_bytes(content)
         except OSError as error:
             refused = error
             continue
@@ -81,18 +105,57 @@ def _sidecars(shard: Path) -> list[Path]:
 
 
 def _valid(file: Path, asked: dict) -> dict | None:
-    """The head of a sidecar that is whole and fits the shard as it is now."""
+    """The head of a sidecar that has its size and fits the shard as it is now."""
     try:
         with open(file, "rb") as stream:
             line = stream.readline(1 << 16)
-            size = os.fstat(stream.fileno()).st_size
+            stat = os.fstat(stream.fileno())
         head = json.loads(line)
+        check = head.pop("check")
         body = head["samples"] * (len(head["fields"]) * 16 + 8) + head["keys"]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
-    if any(head.get(key) != value for key, value in asked.items()) or size != len(line) + body:
+    if any(head.get(key) != value for key, value in asked.items()) or check != _check(head):
         return None
-    return head | {"file": file, "start": len(line)}
+    odd = any(type(head.get(key)) is not kind for key, kind in _HEAD.items())
+    if odd or not set(head["fields"]) <= set(MEMBERS) or stat.st_size != len(line) + body:
+        return None
+    return head | {"file": file, "start": len(line), "state": (stat.st_ino, stat.st_mtime_ns)}
+
+
+def _check(head: dict) -> int:
+    return zlib.crc32(json.dumps(head).encode())
+
+
+@functools.lru_cache(maxsize=1 << 16)
+def _is_sound(file: Path, state: tuple[int, int], size: int) -> bool:
+    """Whether a sidecar's body is what was written, and all it names lies in a shard of this size;
+    looked at once while the file's state is the same."""
+    with open(file, "rb") as stream:
+        line = stream.readline(1 << 16)
+    head = json.loads(line)
+    body = _body(file, len(line))
+    if zlib.crc32(body) != head["crc32"]:
+        return False
+    spans, ends, keys = _parts(body, head["samples"], head["fields"])
+    offsets, sizes = spans[..., 0], spans[..., 1]
+    inside = (offsets >= 0) & (sizes >= 0) & (sizes <= size) & (offsets <= size - sizes)
+    absent = (offsets == -1) & (sizes == -1)
+    rising = bool((np.diff(ends, prepend=0) >= 0).all())
+    whole = len(keys) == (ends[-1] if len(ends) else 0)
+    return bool((inside | absent).all()) and rising and whole
+
+
+def _body(file: Path, start: int) -> np.ndarray:
+    # A plain array over the mapping: slicing np.memmap itself is ten times slower.
+    return np.asarray(np.memmap(file, dtype=np.uint8, mode="r"))[start:]
+
+
+def _parts(body: np.ndarray, n: int, fields: list[str]) -> tuple[np.ndarray, ...]:
+    """(spans [n, fields, 2], ends of keys [n], the keys) of a sidecar's body."""
+    spans, ends = n * len(fields) * 16, n * 8
+    places = body[:spans].view("<i8").reshape(n, len(fields), 2)
+    return places, body[spans : spans + ends].view("<i8"), body[spans + ends :]
 
 
 def _packed(shard: Path, asked: dict) -> bytes:
@@ -108,26 +171,17 @@ def _packed(shard: Path, asked: dict) -> bytes:
     blob = b"".join(encoded)
     # The digest says what the data is: names and sizes, not where or when it was packed.
     digest = hashlib.sha256(json.dumps(fields).encode() + spans[..., 1].tobytes() + blob)
-    head = asked | {
+    body = spans.tobytes() + ends.tobytes() + blob
+    head: dict[str, Any] = asked | {
         "samples": len(keys),
         "fields": fields,
         "keys": len(blob),
         "digest": digest.hexdigest()[:32],
+        "crc32": zlib.crc32(body),
     }
-    line = json.dumps(head).encode()
+    line = json.dumps(head | {"check": _check(head)}).encode()
     line += b" " * (-(len(line) + 1) % 8) + b"\n"
-    return line + spans.tobytes() + ends.tobytes() + blob
-
-
-def _replace(file: Path, content: bytes) -> None:
-    """Write under a name of its own, then rename: others see the whole file or none."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    draft = file.with_name(f".{file.name}.{uuid.uuid4().hex}")
-    try:
-        draft.write_bytes(content)
-        os.replace(draft, file)
-    finally:
-        draft.unlink(missing_ok=True)
+    return line + body
 
 
 def _decoded(name: bytes) -> str:
@@ -179,6 +233,9 @@ def _members(path: Path) -> Iterator[tuple[str, int, int]]:
                 return _check_end(path, data, at)
             kind, name, size = _parse(path, at, block)
             size, start = int(extra.get("size", size)), at + _BLOCK
+            if kind in b"xL" and size > _EXTENDED:
+                what = f"an extended header of {size} bytes; the limit is {_EXTENDED}"
+                raise _broken(path, at, what)
             if start + size > total:
                 raise _broken(
                     path,
@@ -202,33 +259,40 @@ def _members(path: Path) -> Iterator[tuple[str, int, int]]:
 
 def _parse(path: Path, at: int, block: bytes) -> tuple[bytes, str, int]:
     """(type, name, size) of a header whose checksum is right."""
-    try:
-        checksum = int(block[148:156].strip(b" \0"), 8)
-        # 256 is the checksum field read as eight spaces.
-        if checksum != sum(block) - sum(block[148:156]) + 256:
-            raise ValueError("checksum")
-        if block[124] & 0x80:  # a size past 8 GiB is written in binary
-            size = int.from_bytes(block[125:136], "big")
-        else:
-            size = int(block[124:136].strip(b" \0") or b"0", 8)
-    except ValueError as error:
-        raise _broken(path, at, "a bad header (its checksum is wrong)") from error
+    # 256 is the checksum field read as eight spaces.
+    if _octal(block[148:156]) != sum(block) - sum(block[148:156]) + 256:
+        raise _broken(path, at, "a bad header (its checksum is wrong)")
+    if block[124] == 0x80:  # a size past 8 GiB is written in binary
+        size = int.from_bytes(block[125:136], "big")
+    elif (size := _octal(block[124:136])) is None:
+        raise _broken(path, at, f"a member with the size {block[124:136]!r}, which is no number")
     name = block[:100].split(b"\0", 1)[0]
     if block[257:263] == b"ustar\0" and block[345]:
         name = block[345:500].split(b"\0", 1)[0] + b"/" + name
     return block[156:157], _decoded(name), size
 
 
+def _octal(field: bytes) -> int | None:
+    """The number that a header's field holds; None for anything else, such as one with a sign."""
+    found = _OCTAL.fullmatch(field)
+    return None if found is None else int(found[1] or b"0", 8)
+
+
 def _pax(path: Path, at: int, data: bytes) -> dict[str, str]:
     """The records "length key=value" of an extended header."""
-    records = {}
-    while data.strip(b"\0"):
-        length, _, rest = data.partition(b" ")
-        if not length.isdigit() or not 0 < int(length) <= len(data):
+    records, begin, data = {}, 0, data.rstrip(b"\0")
+    while begin < len(data):
+        found = _RECORD.match(data, begin)
+        end = begin + int(found[1]) if found else 0
+        if not found or not found.end() < end <= len(data) or data[end - 1 : end] != b"\n":
             raise _broken(path, at, "a bad extended header")
-        key, _, value = data[len(length) + 1 : int(length) - 1].partition(b"=")
-        records[key.decode()] = _decoded(value)
-        data = data[int(length) :]
+        key, _, value = data[found.end() : end - 1].partition(b"=")
+        records[_decoded(key)] = _decoded(value)
+        begin = end
+    if not re.fullmatch(r"[0-9]{1,19}", records.get("size", "0")):
+        raise _broken(
+            path, at, f"a member with the size {records['size'][:40]!r}, which is no number"
+        )
     if any(key.startswith("GNU.sparse") for key in records):
         raise _broken(path, at, "a sparse file: only plain ones are read")
     return records

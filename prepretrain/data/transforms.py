@@ -4,6 +4,8 @@ import functools
 import io
 import math
 import warnings
+from pathlib import Path
+from typing import IO
 
 import numpy as np
 import torch
@@ -11,7 +13,13 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-MAX_PIXELS = 100_000_000  # not from the paper: 2.5 times the largest photo of a usual camera
+MAX_PIXELS = 64_000_000  # not from the paper: above the 50 million of many telephones
+MAX_SIDE = 65_535  # pixels: what a JPEG can have
+# Others are refused before they are looked at: Pillow runs Ghostscript on what begins like EPS.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
+
+_STRIP = 1 << 22  # not from the paper: pixels that are converted at a time
+_LONGEST = 64  # not from the paper: how much longer than what is seen a picture is resized
 
 Size = int | tuple[int, int]  # pixels of a picture: of both sides, or (height, width)
 
@@ -63,15 +71,28 @@ def _header(data: bytes, max_pixels: int) -> Image.Image:
         with warnings.catch_warnings():
             # PIL warns from 89 megapixels on; the limit that counts is ours.
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            image = Image.open(io.BytesIO(data))
+            image = open_image(io.BytesIO(data))
     except Image.DecompressionBombError as error:
         raise BadImage("too large", str(error)) from error
     except Exception as error:  # PIL's parsers raise anything on garbage, struct.error included
         raise BadImage("unreadable", f"{len(data)} bytes: {error}") from error
     width, height = image.size
-    if width * height > max_pixels:
-        raise BadImage("too large", f"{width} x {height} pixels, the limit is {max_pixels}")
+    if width * height > max_pixels or max(width, height) > MAX_SIDE:
+        limit = f"the limit is {max_pixels}, and {MAX_SIDE} a side"
+        raise BadImage("too large", f"{width} x {height} pixels, {limit}")
     return image
+
+
+def open_image(file: IO[bytes] | Path) -> Image.Image:
+    """Opens an image file lazily, as Pillow does, if it is of one of FORMATS; whatever it is called."""
+    return Image.open(file, formats=_formats())
+
+
+@functools.cache
+def _formats() -> tuple[str, ...]:
+    """Those of FORMATS that this Pillow reads; AVIF came with 11.3."""
+    Image.init()
+    return tuple(one for one in FORMATS if one in Image.OPEN)
 
 
 def _is_plain_jpeg(header: Image.Image) -> bool:
@@ -123,7 +144,7 @@ def _torchvision():
 
 def _pixels(image: Image.Image) -> Tensor:
     try:
-        return torch.from_numpy(np.array(_rgb(image))).permute(2, 0, 1)
+        return torch.from_numpy(_array(image)).permute(2, 0, 1)
     except BadImage:
         raise
     except Exception as error:
@@ -137,12 +158,25 @@ def _decode_unterminated(data: bytes) -> Tensor:
     different continuations give one picture.
     """
     zeros, ones = (
-        _pixels(Image.open(io.BytesIO(data + filler * 64 + _END)))
+        _pixels(open_image(io.BytesIO(data + filler * 64 + _END)))
         for filler in (b"\x00", b"\xff\x00")
     )
     if not torch.equal(zeros, ones):
         raise BadImage("unreadable", f"a JPEG of {len(data)} bytes, truncated")
     return zeros
+
+
+def _array(image: Image.Image) -> np.ndarray:
+    """The pixels, uint8 [H, W, 3]; a large image in strips, so that it is not held four times."""
+    width, height = image.size
+    if width * height <= _STRIP:
+        return np.array(_rgb(image))
+    pixels, rows = np.empty((height, width, 3), dtype=np.uint8), max(1, _STRIP // width)
+    image.load()
+    for top in range(0, height, rows):
+        end = min(top + rows, height)
+        pixels[top:end] = np.asarray(_rgb(image.crop((0, top, width, end))))
+    return pixels
 
 
 def _rgb(image: Image.Image) -> Image.Image:
@@ -203,9 +237,14 @@ def flip(image: Tensor, rng: np.random.Generator) -> Tensor:
 
 def resize_center_crop(image: Tensor, size: Size, *, share: float = 0.875) -> Tensor:
     """Resized so that it just covers the size / share, then the centre: uint8 [3, H, W] of that
-    size."""
+    size.
+
+    Of a picture that is much longer than wide only the middle is resized: scaled up as a whole, a
+    line of one pixel's height would not fit into memory.
+    """
     H, W = sides(size)
     least_height, least_width = max(H, round(H / share)), max(W, round(W / share))
+    image = _middle(image, least_height, least_width)
     height, width = image.shape[-2:]
     if height * least_width <= width * least_height:  # the height is what is scarce
         height, width = least_height, max(W, int(least_height * width / height))
@@ -213,6 +252,16 @@ def resize_center_crop(image: Tensor, size: Size, *, share: float = 0.875) -> Te
         height, width = max(H, int(least_width * height / width)), least_width
     top, left = round((height - H) / 2), round((width - W) / 2)
     return _resize(image, height, width)[:, top : top + H, left : left + W]
+
+
+def _middle(image: Tensor, least_height: int, least_width: int) -> Tensor:
+    """The middle of an image, as long as _LONGEST of what its resized form must cover."""
+    height, width = image.shape[-2:]
+    rows = math.ceil(_LONGEST * width * least_height / least_width)
+    columns = math.ceil(_LONGEST * height * least_width / least_height)
+    # half of what goes is whole, so that the middle stays where it is
+    top, left = max(0, (height - rows) // 2), max(0, (width - columns) // 2)
+    return image[..., top : height - top, left : width - left]
 
 
 def squash(image: Tensor, size: Size) -> Tensor:

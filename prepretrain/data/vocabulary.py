@@ -1,12 +1,12 @@
 """Which hashtags there are: one spelling for each, and a vocabulary counted from data."""
 
 import json
-import os
 import unicodedata
-import uuid
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
+
+from prepretrain.files import draft, read_json
 
 _FORMAT = "prepretrain vocabulary 1"
 
@@ -105,23 +105,20 @@ class Vocabulary:
         }
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        draft = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-        draft.write_text(json.dumps(content, ensure_ascii=False, indent=0) + "\n")
-        os.replace(draft, path)
+        with draft(path) as place:
+            place.write_text(json.dumps(content, ensure_ascii=False, indent=0) + "\n")
 
     @classmethod
     def load(cls, path: str | Path) -> "Vocabulary":
         """Read what `save` wrote; ValueError names the file and what is wrong with it."""
         try:
-            content = json.loads(Path(path).read_text())
+            content = read_json(Path(path))
         except FileNotFoundError as error:
             raise ValueError(
                 f"{path}: there is no such vocabulary. Make it: "
                 f"python datasets/hashtags.py CARD --out {path}."
             ) from error
-        except ValueError as error:
-            raise ValueError(f"{path}: not readable as JSON: {error}") from error
-        if not isinstance(content, dict) or content.get("format") != _FORMAT:
+        if content.get("format") != _FORMAT:
             raise ValueError(f"{path}: is no vocabulary (its format is not '{_FORMAT}').")
         tags = content.get("tags")
         if not isinstance(tags, dict) or not tags:

@@ -18,9 +18,12 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 from prepretrain.distributed import group as distributed
+from prepretrain.distributed.metadata import Planner, Reader
+from prepretrain.files import read_json
 
 logger = logging.getLogger(__name__)
 
@@ -266,38 +269,41 @@ def newest(folder: Path, step: int | None = None) -> Path | None:
 def damage(candidate: Path) -> list[str]:
     """What is wrong with this process's share of a checkpoint's files."""
     try:
-        files = json.loads((candidate / MANIFEST).read_text())
-        lacking = [name for name in (STATE, METADATA) if name not in files]
-    except (OSError, ValueError, TypeError) as error:
+        files = read_json(candidate / MANIFEST)
+    except (OSError, ValueError) as error:
         return [f"{MANIFEST}: {error}"]
-    if lacking or not isinstance(files, dict):
+    if lacking := [name for name in (STATE, METADATA) if name not in files]:
         return [f"{MANIFEST}: names no {', '.join(lacking)}"]
-    wrong = []
-    for name in sorted(files)[distributed.rank() :: distributed.world()]:
-        try:
-            found = describe(candidate / name)
-        except FileNotFoundError:
-            wrong.append(f"{name} is missing")
-            continue
-        except OSError as error:
-            wrong.append(f"{name} cannot be read: {error}")
-            continue
-        asked = files[name] if isinstance(files[name], dict) else {}
-        if found["size"] != asked.get("size"):
-            wrong.append(f"{name} has {found['size']} bytes and should have {asked.get('size')}")
-        elif found != asked:
-            wrong.append(f"{name} does not have the bytes that were written")
-        elif name == STATE and state(candidate)["step"] != int(candidate.name):
-            wrong.append(f"{name} is of step {state(candidate)['step']}")
-    return wrong
+    mine = sorted(files)[distributed.rank() :: distributed.world()]
+    return [what for name in mine if (what := _damage(candidate / name, name, files[name]))]
+
+
+def _damage(path: Path, name: str, asked: Any) -> str | None:
+    """What is wrong with a file that a manifest names; None if nothing is."""
+    if Path(name).name != name:  # whoever wrote the manifest must not choose what is read
+        return f"{name!r} is no file of the checkpoint"
+    if not path.is_file():
+        return f"{name} is missing"
+    wanted = asked.get("size") if isinstance(asked, dict) else None
+    try:
+        if (size := path.stat().st_size) != wanted:
+            return f"{name} has {size} bytes and should have {wanted}"
+        if describe(path) != asked:
+            return f"{name} does not have the bytes that were written"
+        if name == STATE and (step := state(path.parent).get("step")) != int(path.parent.name):
+            return f"{name} is of step {step}"
+    except (OSError, ValueError) as error:
+        return f"{name} cannot be read: {error}"
+    return None
 
 
 def state(saved: Path) -> dict[str, Any]:
     """What a checkpoint holds that is no tensor. Raises ValueError for one of a newer format."""
-    found = json.loads((saved / STATE).read_text())
-    if found.get("format", 1) > FORMAT:
+    found = read_json(saved / STATE)
+    number = found.get("format", 1)
+    if type(number) is not int or number > FORMAT:
         raise ValueError(
-            f"{saved}: is of format {found['format']}, and this prepretrain reads formats up to "
+            f"{saved}: is of format {number}, and this prepretrain reads formats up to "
             f"{FORMAT}. Update prepretrain, or start another run with --out."
         )
     return found
@@ -307,7 +313,7 @@ def restore(saved: Path, module: nn.Module, optimizer: torch.optim.Optimizer) ->
     """Loads a verified checkpoint into a sharded module and its optimizer, saved on any number of
     processes."""
     content = _content(module, optimizer)
-    dcp.load(content, checkpoint_id=str(saved))
+    _load(saved, content)
     set_state_dict(
         module, optimizer, model_state_dict=content["module"], optim_state_dict=content["optimizer"]
     )
@@ -318,25 +324,29 @@ def open_tensors(
     saved: Path,
 ) -> tuple[dict[str, tuple[int, ...]], Callable[[str], Tensor], dict[str, Any]]:
     """The module's tensors of a checkpoint, without its optimizer: (shapes, a reader of one, the
-    state).
-
-    A run's folder is trusted: DCP's own `.metadata` is a pickle.
-    """
-    reader = dcp.FileSystemReader(str(saved))
+    state). Raises ValueError for what is no checkpoint; nothing that it names is run."""
     prefix = "module."
-    metadata = {
+    tensors = {
         k.removeprefix(prefix): m
-        for k, m in reader.read_metadata().state_dict_metadata.items()
-        if k.startswith(prefix)
+        for k, m in Reader(str(saved)).read_metadata().state_dict_metadata.items()
+        if k.startswith(prefix) and isinstance(m, TensorStorageMetadata)
     }
 
     def read(name: str) -> Tensor:
-        target = {
-            prefix + name: torch.empty(metadata[name].size, dtype=metadata[name].properties.dtype)
-        }
+        found = tensors[name]
+        target = {prefix + name: torch.empty(found.size, dtype=found.properties.dtype)}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that it loads in this process alone, as meant
-            dcp.load(target, storage_reader=dcp.FileSystemReader(str(saved)), no_dist=True)
+            _load(saved, target, no_dist=True)
         return target[prefix + name]
 
-    return {k: tuple(m.size) for k, m in metadata.items()}, read, state(saved)
+    return {k: tuple(m.size) for k, m in tensors.items()}, read, state(saved)
+
+
+def _load(saved: Path, content: dict[str, Any], *, no_dist: bool = False) -> None:
+    """Fills tensors and values from a checkpoint, on all processes or in this one alone."""
+    try:
+        dcp.load(content, storage_reader=Reader(str(saved)), planner=Planner(), no_dist=no_dist)
+    except CheckpointException as error:  # DCP's own, which is no Exception
+        cause = next(iter(error.failures.values()))[0]
+        raise ValueError(f"{saved}: cannot be loaded: {cause}") from error

@@ -20,6 +20,7 @@ from scipy import ndimage, signal
 from torch import Tensor
 
 from prepretrain import plugin
+from prepretrain.data.transforms import open_image
 
 Corruption = Callable[[np.ndarray, tuple, np.random.Generator], np.ndarray]
 
@@ -170,7 +171,7 @@ def frost_textures(folder: str | Path) -> list[np.ndarray]:
             f"{folder}: has no {', '.join(missing)}. They lie in ImageNet-C/create_c of "
             "github.com/hendrycks/robustness (Apache-2.0); put all six into this folder."
         )
-    return [np.asarray(Image.open(Path(folder, name)).convert("RGB")) for name in FROST]
+    return [np.asarray(open_image(Path(folder, name)).convert("RGB")) for name in FROST]
 
 
 def gaussian_noise(x: np.ndarray, deviation: float, random: np.random.Generator) -> np.ndarray:
@@ -424,7 +425,7 @@ def jpeg_compression(x: np.ndarray, quality: int, random: np.random.Generator) -
     """A JPEG of that quality, by PIL."""
     file = io.BytesIO()
     Image.fromarray(_levels(x)).save(file, "JPEG", quality=quality)
-    return np.asarray(Image.open(file)) / 255
+    return np.asarray(open_image(file)) / 255
 
 
 def spatter(x: np.ndarray, c: tuple, random: np.random.Generator) -> np.ndarray:

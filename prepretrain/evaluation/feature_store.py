@@ -1,6 +1,5 @@
 """Rows in a file that is filled chunk by chunk, so that a kill costs one chunk."""
 
-import json
 import os
 import re
 import zlib
@@ -11,7 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from prepretrain.files import read_json, write_json
+
 BYTES, ROWS = 1 << 28, 16384  # of a chunk at most: what is held in memory, and what a kill costs
+DTYPES = ("float32", "float16")  # of features
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,11 @@ class Store:
     def open(cls, path: Path) -> "Store | None":
         """What is there, perhaps incomplete; None where there is nothing that can be continued."""
         try:
-            head = json.loads(_described(path).read_text())
+            head = read_json(_described(path))
+            numbers = [head["rows"], head["chunk"], *head["shape"]]
+            fits = all(type(number) is int and number > 0 for number in numbers)
+            if not fits or head["dtype"] not in DTYPES or not isinstance(head["crc32"], dict):
+                return None
             found = cls(path, head["rows"], tuple(head["shape"]), head["dtype"], head["chunk"])
             whole = found.file.stat().st_size == found.bytes
         except (OSError, ValueError, KeyError, TypeError):
@@ -91,16 +97,11 @@ class Store:
         return np.memmap(self.file, self.dtype, "c", shape=(self.rows, *self.shape))
 
     def _sums(self) -> dict[str, int]:
-        return json.loads(_described(self.path).read_text())["crc32"]
+        return read_json(_described(self.path))["crc32"]
 
     def _describe(self, sums: dict[str, int]) -> None:
         head = {k: v for k, v in asdict(self).items() if k != "path"} | {"crc32": sums}
-        draft = self.path.with_name(f"{self.path.name}.tmp")
-        with open(draft, "w") as file:
-            json.dump(head, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(draft, _described(self.path))
+        write_json(_described(self.path), head)
 
 
 def size(rows: int, shape: tuple[int, ...], dtype: str) -> int:

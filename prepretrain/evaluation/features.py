@@ -139,7 +139,7 @@ def _cached(
 ) -> Tensor:
     """What `compute` gives of a source, read from the store at `path`, with what it lacks added;
     `row()` is an image's features, as an example."""
-    store, missing = _find(path)
+    store, missing = _find(path, len(source))
     if store is not None and not missing:
         return store.read()
     with contextlib.ExitStack() as held:
@@ -148,7 +148,9 @@ def _cached(
                 raise ValueError(f"{path}: another process is writing it. Wait for its end.")
             logger.info("%s: another process is writing it; computed here without", path)
             return compute(source)
-        store, missing = _find(path)  # as the process that held the lock before has left it
+        store, missing = _find(
+            path, len(source)
+        )  # as the process that held the lock before has left it
         if store is None:
             example = row()[0]
             shape, dtype = tuple(example.shape), str(example.dtype).removeprefix("torch.")
@@ -164,9 +166,10 @@ def _cached(
     return store.read()
 
 
-def _find(path: Path) -> tuple[Store | None, list[tuple[int, int]]]:
-    """The store at `path` and what it lacks, as rank 0 sees it."""
+def _find(path: Path, rows: int) -> tuple[Store | None, list[tuple[int, int]]]:
+    """The store of so many rows at `path` and what it lacks, as rank 0 sees it."""
     store = Store.open(path) if distributed.is_main() else None
+    store = store if store is not None and store.rows == rows else None
     return distributed.from_main((store, store.missing() if store else []))
 
 

@@ -1,8 +1,6 @@
 """Writes a Model where `load`, timm and open_clip find it."""
 
-import json
 import logging
-import os
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +8,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from prepretrain.distributed import checkpoint
+from prepretrain.files import draft, write_json
 from prepretrain.models.encoders.vit import ViT
 from prepretrain.models.heads.linear import Linear
 from prepretrain.models.joint import LARGEST
@@ -52,7 +51,7 @@ def _write_encoder(model: Model, state: dict[str, Tensor], folder: Path, source:
     options = {k: v for k, v in model.options.items() if k not in others}
     path = _write_ours(options, named, folder, source)
     try:
-        _write_json(folder / "config.json", _timm_config(model, head))
+        write_json(folder / "config.json", _timm_config(model, head))
     except ValueError as error:
         logger.info("%s: timm cannot load it: %s", folder, error)
     return path
@@ -65,7 +64,7 @@ def _write_open_clip(model: Model, state: dict[str, Tensor], folder: Path) -> No
         logger.info("%s: not written for open_clip: %s", folder, error)
         return
     _write_tensors(folder, "open_clip_model.safetensors", tensors)
-    _write_json(folder / "open_clip_config.json", config)
+    write_json(folder / "open_clip_config.json", config)
     model.text.save_tokenizer(folder)
 
 
@@ -82,15 +81,15 @@ def _write_ours(
 ) -> Path:
     path = _write_tensors(folder, "model.safetensors", state)
     sha256 = checkpoint.describe(path)["sha256"]
-    _write_json(folder / "model.json", {"options": options, "source": source, "sha256": sha256})
+    write_json(folder / "model.json", {"options": options, "source": source, "sha256": sha256})
     return path
 
 
 def _write_tensors(folder: Path, name: str, state: dict[str, Tensor]) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / name
-    save_file(state, f"{path}.tmp", metadata={"format": "pt"})
-    os.replace(f"{path}.tmp", path)
+    with draft(path) as place:
+        save_file(state, place, metadata={"format": "pt"})
     return path
 
 
@@ -147,9 +146,3 @@ def _timm_config(model: Model, head: Linear | None) -> dict[str, Any]:
         "model_args": arguments,
         "pretrained_cfg": data,
     }
-
-
-def _write_json(path: Path, value: dict) -> None:
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(value, indent=1) + "\n")
-    os.replace(temporary, path)

@@ -17,9 +17,10 @@ from prepretrain.models.encoders import base as encoders
 from prepretrain.models.encoders.base import Encoder
 from prepretrain.models.model import Model
 from prepretrain.models.text.base import Tower
-from prepretrain.models.weights import Weights
+from prepretrain.models.weights import Weights, checked_options
 from prepretrain.zoo import releases as zoo
 
+PARTS = ("encoder", "text", "joint", "head")  # of a Model, which a source may name
 # sources of weights beside runs and files: what comes before the slash, and the family that fetches
 LIBRARIES = {"timm": "timm_vit", "open_clip": "openclip"}
 
@@ -47,21 +48,23 @@ def open_weights(source: str) -> Weights:
     (`encoder.…`, `text.…`, `joint.…`); or of a released model (`maws/vit_l16`, see zoo/releases.py), or
     those that timm (`timm/NAME`) or open_clip (`open_clip/ARCHITECTURE/TAG`) fetches.
 
-    `source:encoder` takes a part. Raises ValueError naming the source and what is wrong with it.
+    `source:encoder` takes a part, and `source:teacher.backbone` what lies under such a prefix.
+    Raises ValueError naming the source and what is wrong with it.
     """
     place, _, part = source.partition(":")
-    found = _locate(place)
+    found = _locate(place, part if part not in PARTS else "")
     if maws.is_released(found.shapes):
         shapes, read = maws.released(found.shapes, found.read)
         found = replace(found, shapes=shapes, read=read)
-    if not any(
-        k.startswith("encoder.") for k in found.shapes
-    ):  # timm's, MAE's and MAWS's files hold an encoder
+    flat = not any(k.startswith("encoder.") for k in found.shapes)
+    if flat:  # timm's, MAE's and MAWS's files hold an encoder
         found = found.under("encoder")
     found = found.named(_ours(found.shapes))
-    if part:
+    if part in PARTS:
         options = _encoder_options(found.options) if found.options and part == "encoder" else None
-        found = replace(found.part(part).under(part), whole=False, options=options or found.options)
+        found = replace(
+            found.part(part).under(part), whole=not flat, options=options or found.options
+        )
     return replace(found, source=source)
 
 
@@ -114,13 +117,21 @@ def _described(shapes: dict[str, tuple[int, ...]]) -> str:
     return f"a head of {last[-1][0]} classes" if last else f"a head of {len(shapes)} tensors"
 
 
-def _locate(place: str) -> Weights:
+def _locate(place: str, inside: str = "") -> Weights:
+    """The weights of a place, or what lies under the prefix `inside` in them."""
+    found = _found(place, inside)
+    found = found.part(inside).unwrapped() if inside else found
+    plugin.check_trusted(found.options, place)
+    return found
+
+
+def _found(place: str, inside: str) -> Weights:
     path = Path(place)
     library, _, name = place.partition("/")
     if library in LIBRARIES and not path.exists():
         return _fetched(plugin.find("encoders", LIBRARIES[library]), name, place)
     if path.is_file():
-        return weights.open_file(path)
+        return weights.open_file(path, inside)
     if path.is_dir():
         for file in (path / "model.safetensors", path / "export" / "model.safetensors"):
             if file.exists():  # a run that is done: its averaged weights, if it kept an average
@@ -128,7 +139,12 @@ def _locate(place: str) -> Weights:
         saved = checkpoint.newest(path)
         if saved is not None:
             shapes, read, state = checkpoint.open_tensors(saved)
-            return Weights(place, shapes, read, state["options"]).part("model")
+            return Weights(place, shapes, read, checked_options(state, saved)).part("model")
+        if pieces := sorted(path.glob("*-of-*.safetensors")):
+            raise ValueError(
+                f"{place}: holds weights in {len(pieces)} pieces, as {pieces[0].name}. Join them into one "
+                f"file (safetensors.torch.load_file and save_file), and give that."
+            )
         raise ValueError(
             f"{place}: holds no complete checkpoint and no export. Was the run cut off before its first?"
         )

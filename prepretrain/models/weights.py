@@ -1,11 +1,10 @@
 """Reads weights one tensor at a time and puts them into a module, accounting for every key."""
 
 import hashlib
-import json
 import logging
 import re
 import zipfile
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 
 from prepretrain import contracts
 from prepretrain.distributed.group import put
+from prepretrain.files import read_json
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +30,7 @@ class Weights:
     shapes: dict[str, tuple[int, ...]]
     read: Callable[[str], Tensor]
     options: dict[str, Any] | None = None  # what made the model they belong to
-    whole: bool = True  # False: a part was asked for, so the rest may go unused
+    whole: bool = True  # False: the encoder of a file that also holds parts it has no place for
 
     def part(self, prefix: str) -> "Weights":
         """The keys under `prefix.`, without it. Raises ValueError if there are none."""
@@ -51,6 +51,13 @@ class Weights:
             shapes={dot + k: s for k, s in self.shapes.items()},
             read=lambda name: self.read(name.removeprefix(dot)),
         )
+
+    def unwrapped(self) -> "Weights":
+        """The tensors without what torch.compile and DistributedDataParallel put before names."""
+        plain = {key: re.sub(r"(^|\.)_orig_mod\.", r"\1", key) for key in self.shapes}
+        while plain and all(name.startswith("module.") for name in plain.values()):
+            plain = {key: name.removeprefix("module.") for key, name in plain.items()}
+        return self.named(plain)
 
     def renamed(self, rules: Sequence[tuple[str, str]], unused: Sequence[str] = ()) -> "Weights":
         """The tensors under the names that rules of (pattern, replacement), applied in order, give
@@ -84,21 +91,30 @@ class Weights:
         return replace(self, shapes=shapes, read=lambda name: self.read(origin[name]))
 
 
-def open_file(path: Path) -> Weights:
+def open_file(path: Path, inside: str = "") -> Weights:
     """A .safetensors file, or a .pt / .pth file of plain tensors (read with weights_only, never
     unpickled).
 
+    inside: of a .pt file with several dictionaries of tensors, the one to take, as `teacher`.
     Options come from the `model.json` beside a file of ours. Raises ValueError for anything else.
     """
     if path.suffix == ".safetensors":
         shapes, read = _open_safetensors(path)
     elif path.suffix in (".pt", ".pth", ".bin", ".torch"):
-        shapes, read = _open_torch(path)
+        shapes, read = _open_torch(path, inside.partition(".")[0])
     else:
         raise ValueError(f"{path}: is neither .safetensors nor .pt / .pth.")
     beside = path.with_name("model.json")
-    options = json.loads(beside.read_text())["options"] if beside.exists() else None
-    return Weights(str(path), shapes, read, options)
+    options = checked_options(read_json(beside), beside) if beside.exists() else None
+    return Weights(str(path), shapes, read, options).unwrapped()
+
+
+def checked_options(content: dict[str, Any], path: Path) -> dict[str, Any]:
+    """The options of a model in what a file says of it. Raises ValueError if there are none."""
+    options = content.get("options")
+    if not isinstance(options, dict):
+        raise ValueError(f"{path}: is damaged: it says no options of a model.")
+    return options
 
 
 def _open_safetensors(path: Path) -> tuple[dict, Callable[[str], Tensor]]:
@@ -123,7 +139,7 @@ class _Inert:
 _INERT = [(_Inert, name) for name in ("yacs.config.CfgNode", "argparse.Namespace")]
 
 
-def _open_torch(path: Path) -> tuple[dict, Callable[[str], Tensor]]:
+def _open_torch(path: Path, inside: str) -> tuple[dict, Callable[[str], Tensor]]:
     try:
         with torch.serialization.safe_globals(_INERT):
             content = torch.load(
@@ -134,16 +150,19 @@ def _open_torch(path: Path) -> tuple[dict, Callable[[str], Tensor]]:
             f"{path}: cannot be read with weights_only ({error}). A file that holds more than "
             f"tensors is refused: save its state_dict alone."
         ) from error
-    for wrapper in ("model", "state_dict"):
+    for wrapper in (inside, "model", "state_dict"):
         if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
-            content = content[wrapper]
+            under = f"{wrapper}." if wrapper == inside else ""
+            content = {f"{under}{key}": value for key, value in content[wrapper].items()}
     odd = (
         [str(k) for k, v in content.items() if not isinstance(v, Tensor)]
         if isinstance(content, dict)
         else ["?"]
     )
     if odd:
-        raise ValueError(f"{path}: holds things that are no tensors: {', '.join(odd[:5])}.")
+        parts = [k for k in odd if k != "?" and isinstance(content[k], dict) and content[k]]
+        way = f" To take the weights under one of them, write {path}:{parts[0]}." if parts else ""
+        raise ValueError(f"{path}: holds things that are no tensors: {', '.join(odd[:5])}.{way}")
     return {k: tuple(v.shape) for k, v in content.items()}, content.__getitem__
 
 
@@ -177,7 +196,8 @@ def fill(module: nn.Module, weights: Weights) -> None:
 def check(module: nn.Module, weights: Weights) -> None:
     """Raises one ValueError that lists every key that is missing, left over or of another shape.
 
-    Nothing is read but names and shapes. Keys may be left over only where a part was asked for.
+    Nothing is read but names and shapes. Keys may be left over only where the encoder of a file was
+    asked for, and only of modules that it has not.
     """
     _check(module, _renamed(module, weights))
 
@@ -197,10 +217,10 @@ def _renamed(module: nn.Module, weights: Weights) -> Weights:
 def _check(module: nn.Module, weights: Weights) -> None:
     targets = module.state_dict(keep_vars=True)
     problems = []
-    if weights.whole:
-        problems += [
-            f"left over {k} {tuple(s)}" for k, s in weights.shapes.items() if k not in targets
-        ]
+    owned = {_owner(name) for name in targets}
+    for name, shape in weights.shapes.items():
+        if name not in targets and (weights.whole or _owner(name) in owned):
+            problems.append(f"left over {name} {tuple(shape)}")
     for name in [k for k in targets if k in weights.shapes]:
         given = torch.empty(weights.shapes[name], device="meta")
         shape = tuple(_adapted(module, name, given, weights.options or {}).shape)
@@ -213,9 +233,31 @@ def _check(module: nn.Module, weights: Weights) -> None:
             f"{weights.source}: does not fit, {len(problems)} keys:\n  "
             + "\n  ".join(problems[:20])
             + more
-            + "\nIs it the right model.encoder? To take the encoder of a larger file alone, write "
-            f"{weights.source.split(':')[0]}:encoder."
+            + f"\nIs it the right model.encoder? {_way_out(weights, list(targets))}".rstrip()
         )
+
+
+def _owner(name: str) -> str:
+    """The outermost module of an encoder that a tensor belongs to, as `blocks`."""
+    return name.removeprefix("encoder.").partition(".")[0]
+
+
+def _way_out(weights: Weights, targets: list[str]) -> str:
+    """What to write instead: the prefix under which the tensors lie, or the encoder alone."""
+    place, _, part = weights.source.partition(":")
+    wanted = {t.removeprefix("encoder.") for t in targets}
+    names = [name.removeprefix("encoder.") for name in weights.shapes]
+    counts: Counter[str] = Counter()
+    for name in names:
+        parts = name.split(".")
+        counts.update(
+            ".".join(parts[:i]) for i in range(1, len(parts)) if ".".join(parts[i:]) in wanted
+        )
+    prefix, count = counts.most_common(1)[0] if counts else ("", 0)
+    if count > sum(name in wanted for name in names):
+        prefix = prefix if part in ("", "encoder") else f"{part}.{prefix}"
+        return f"Its tensors lie under '{prefix}.': write {place}:{prefix}."
+    return "" if part else f"To take the encoder of a larger file alone, write {place}:encoder."
 
 
 def _adapted(module: nn.Module, name: str, tensor: Tensor, before: dict[str, Any]) -> Tensor:

@@ -8,15 +8,15 @@ from typing import Any
 
 from prepretrain import plugin
 from prepretrain.data.card import load_card
+from prepretrain.runs import results
 from prepretrain.zoo import published
 
 
-def results(run: str | Path) -> dict:
-    """A run's results.json."""
-    path = Path(run) / "results.json"
-    if not path.exists():
+def measured(run: str | Path) -> dict:
+    """What a run's results.json holds."""
+    if not (Path(run) / "results.json").exists():
         raise ValueError(f"{run}: there is no results.json. Has the run been evaluated?")
-    return json.loads(path.read_text())
+    return results.measured(Path(run))
 
 
 def rows(
@@ -37,26 +37,27 @@ def rows(
 
 
 def _measured(run: str | Path) -> dict[str, str | int]:
-    path, row, protocols = Path(run) / "evaluations.json", {}, []
-    asked = json.loads(path.read_text()) if path.exists() else {}
-    for name, value in results(run).items():
+    row, protocols, asked = {}, [], results.asked(Path(run))
+    for name, value in measured(run).items():
         if not isinstance(value, dict):
             row[name] = value if isinstance(value, int) else f"{value:.4g}"
             continue
         # a suite's training has several, each under its own name
         several = all(isinstance(inner, dict) for inner in value.values())
         for key, found in value.items() if several else [(None, value)]:
-            quoted = plugin.find("evaluators", (key or name).split("/")[0]).quoted(found)
+            quoted = _evaluator((key or name).split("/")[0]).quoted(found)
+            if not isinstance(found.get(quoted), (int, float)):
+                raise ValueError(f"{run}/results.json: {key or name}: lacks its metric {quoted}.")
             deviation = f" ± {found[f'{quoted}_std']:.2f}" if f"{quoted}_std" in found else ""
             row[f"{name} {key + ' ' if key else ''}{quoted}"] = f"{found[quoted]:.2f}{deviation}"
-        protocols.append(f"{name}: {_asked(asked[name]) if name in asked else 'not recorded'}")
+        protocols.append(f"{name}: {_told(asked[name]) if name in asked else 'not recorded'}")
     return row | ({"protocol": "; ".join(protocols)} if protocols else {})
 
 
 def chance(run: str | Path) -> dict[str, str]:
     """The row of a guesser: top-1 in those evaluations of a run whose card names its classes."""
     row = {"run": "chance"}
-    for name, metrics in results(run).items():
+    for name, metrics in measured(run).items():
         evaluator, _, card = name.partition("/")
         if evaluator not in plugin.names("evaluators"):
             continue
@@ -67,13 +68,27 @@ def chance(run: str | Path) -> dict[str, str]:
     return row
 
 
+def _evaluator(name: str) -> Any:
+    """The class of an evaluator that a file names."""
+    plugin.check_trusted({"name": name}, "report")
+    return plugin.find("evaluators", name)
+
+
+def _told(record: dict[str, Any]) -> str:
+    """What evaluations.json says of a result; that it says nothing, where that cannot be read."""
+    try:
+        return _asked(record)
+    except (KeyError, TypeError, AttributeError):
+        return "not recorded"
+
+
 def _asked(record: dict[str, Any]) -> str:
-    """What evaluations.json says of a result: of an evaluation the options that are no defaults."""
+    """The record of a training; of an evaluation, the options that are no defaults."""
     options = record["options"]
     if "evaluator" not in options:
         objective, rate = options["objective"]["name"], options["optim"]["lr"]
         return f"{objective} {options['length']}, batch {options['batch_size']}, lr {rate:g}"
-    kind = plugin.find("evaluators", options["evaluator"]["name"])
+    kind = _evaluator(options["evaluator"]["name"])
     default = json.loads(json.dumps(plugin.defaults(kind)))  # a tuple is a list in the record
     other = {k: v for k, v in options["evaluator"].items() if k not in ("name", "data")}
     other = {k: v for k, v in other.items() if k not in default or v != default[k]}

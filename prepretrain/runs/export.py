@@ -1,6 +1,5 @@
 """Writes a run's weights for others to load."""
 
-import os
 from pathlib import Path
 
 import torch
@@ -8,6 +7,7 @@ import torch
 from prepretrain import config as configs
 from prepretrain import contracts
 from prepretrain.distributed import checkpoint, shard
+from prepretrain.files import draft
 from prepretrain.models import weights
 from prepretrain.models.export import save
 from prepretrain.models.load import load
@@ -42,6 +42,6 @@ def export_released(run: Path, folder: Path) -> Path:
         raise ValueError(f"--released: {run} is of an objective without released files of its own.")
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "released.pth"
-    torch.save({"model": objective.release()}, f"{path}.tmp")
-    os.replace(f"{path}.tmp", path)
+    with draft(path) as place:
+        torch.save({"model": objective.release()}, place)
     return path

@@ -70,7 +70,7 @@ def launch(
     else:
         log.setup()
         if slurm is not None:
-            clusters.check(slurm, hours=hours, **asdict(config.slurm))
+            clusters.check(slurm, folder, hours=hours, **asdict(config.slurm))
         (suite if isinstance(config, Suite) else run).check(config, folder, world)
         held = lease.refusal(folder) if isinstance(config, Training) else None
         if held is not None:
@@ -186,7 +186,7 @@ def _here(task: Task, folder: Path, procs: int) -> None:
 
 def _queue(config: Config, folder: Path, partition: str, **size: Any) -> None:
     tasks = [Task(one, folder) for one in _jobs(config)]
-    options = {"name": str(folder), "partition": partition, **size, **asdict(config.slurm)}
+    options = {"partition": partition, **size, **asdict(config.slurm)}
     for job in clusters.submit(tasks, folder, **options):
         logger.info("%s: job %s; its output: %s", folder, job.job_id, job.paths.stderr)
 

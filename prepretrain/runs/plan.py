@@ -371,9 +371,9 @@ def with_model_options(config: Training, folder: Path | None = None) -> Training
     recorded = folder / "config.yaml" if folder is not None else None
     known: dict[str, Any] = {}
     if recorded is not None and recorded.exists():
-        known = configs.read(recorded).get("model", {})
+        known = configs.read(recorded, config).get("model", {})
     elif config.branch is not None:
-        known = _recorded(config.branch).model
+        known = _recorded(config.branch, config).model
     elif config.init is not None:
         known = open_weights(config.init).options or {}
     asked = config.model.get("encoder", known.get("encoder"))
@@ -398,9 +398,9 @@ def steps(folder: Path) -> int:
     return plan.schedule.steps
 
 
-def _recorded(run: str) -> Training:
-    """The config that a run was started with."""
+def _recorded(run: str, asked: Training | None = None) -> Training:
+    """The config that a run was started with; asked: see `config.read`."""
     path = Path(run) / "config.yaml"
     if not path.exists():
         raise ValueError(f"branch: {run} is no run's folder: it holds no config.yaml.")
-    return configs.read_training(path)
+    return configs.read_training(path, asked)

@@ -1,6 +1,5 @@
 """Takes one dumped step again, to find where the first value that is not finite comes from."""
 
-import json
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,7 @@ from prepretrain import config as configs
 from prepretrain.data.loader import Stream, to_device
 from prepretrain.distributed import checkpoint, shard
 from prepretrain.distributed import group as distributed
+from prepretrain.files import read_json
 from prepretrain.runs.plan import Plan, build_optimizer
 from prepretrain.training import fit as train
 from prepretrain.training import numerics
@@ -76,7 +76,7 @@ def check(dump: Path, procs: int) -> None:
 
 def _read(dump: Path) -> dict[str, Any]:
     try:
-        given = json.loads((dump / numerics.DUMP).read_text())
+        given = read_json(dump / numerics.DUMP)
     except (OSError, ValueError) as error:
         raise ValueError(
             f"--replay {dump}: holds no dump: {error}. Give a folder such as runs/mae/dumps/000001234."

@@ -2,34 +2,48 @@
 
 import contextlib
 import fcntl
-import json
 import logging
-import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from prepretrain.distributed import group as distributed
+from prepretrain.files import read_json, write_json
 
 logger = logging.getLogger(__name__)
 
 
-def add(folder: Path, found: dict[str, Any], asked: dict[str, Any] | None = None) -> None:
+def add(folder: Path, found: dict[str, Any], request: dict[str, Any] | None = None) -> None:
     """Adds to results.json and, what was asked, to evaluations.json; each whole or not at all.
     Other jobs may add to them at the same time. Called on every process."""
     if distributed.is_main():
         with _locked(folder):  # in this order: cut off between the two, it is measured anew
-            _add(folder / "results.json", found)
-            _add(folder / "evaluations.json", asked or {})
+            _add(folder / "results.json", found, measured(folder))
+            _add(folder / "evaluations.json", request or {}, asked(folder))
     distributed.barrier()
 
 
 def read(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """What results.json and evaluations.json hold, the same on every process; {} where there is
-    none."""
-    return distributed.from_main(
-        (_held(folder / "results.json"), _held(folder / "evaluations.json"))
-    )
+    none. Raises ValueError for a damaged one."""
+    return distributed.from_main((measured(folder), asked(folder)))
+
+
+def measured(folder: Path) -> dict[str, Any]:
+    """What results.json holds: a number or a mapping of metrics for each name."""
+    return _held(folder / "results.json", _is_measured)
+
+
+def asked(folder: Path) -> dict[str, dict[str, Any]]:
+    """What evaluations.json holds: for each name of a result the options that were asked for."""
+    return _held(folder / "evaluations.json", lambda one: isinstance(one, dict))
+
+
+def _is_measured(value: Any) -> bool:
+    """Whether it is a number, or a mapping of such."""
+    if isinstance(value, dict):
+        return all(_is_measured(inner) for inner in value.values())
+    return isinstance(value, (int, float))
 
 
 @contextlib.contextmanager
@@ -44,11 +58,15 @@ def _locked(folder: Path) -> Iterator[None]:
         yield
 
 
-def _add(path: Path, values: dict[str, Any]) -> None:
+def _add(path: Path, values: dict[str, Any], held: dict[str, Any]) -> None:
     if values:
-        path.with_suffix(".tmp").write_text(json.dumps(_held(path) | values, indent=1) + "\n")
-        os.replace(path.with_suffix(".tmp"), path)
+        write_json(path, held | values)
 
 
-def _held(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text()) if path.exists() else {}
+def _held(path: Path, fits: Callable[[Any], bool]) -> dict[str, Any]:
+    if not path.exists():
+        return {}
+    found = read_json(path)
+    if odd := [name for name, value in found.items() if not fits(value)]:
+        raise ValueError(f"{path}: is damaged: what it holds under {odd[0]!r} is no result.")
+    return found

@@ -255,8 +255,10 @@ def evaluator_of(config: Evaluating) -> tuple[str, Evaluator]:
 
 def checked_label(label: str) -> str:
     """The label. Raises ValueError for one that would not do in names of results and folders."""
-    if not isinstance(label, str) or not re.fullmatch(r"[\w.+-]+", label):
-        raise ValueError(f"label: {label!r} does not fit; it is text of letters, digits and _.+-")
+    if not isinstance(label, str) or not re.fullmatch(r"[\w.+-]*\w[\w.+-]*", label):
+        raise ValueError(
+            f"label: {label!r} does not fit; it is text of letters, digits and _.+-, not of dots alone"
+        )
     return label
 
 
@@ -293,7 +295,7 @@ def _check_unchanged(config: Training, folder: Path) -> None:
     path = folder / "config.yaml"
     if not path.exists():
         return
-    before, now = configs.plain(configs.read_training(path)), configs.plain(config)
+    before, now = configs.plain(configs.read_training(path, config)), configs.plain(config)
     if changed := configs.differences(before, now):
         raise ValueError(
             f"{folder}: was started with another config:\n  "

@@ -228,10 +228,10 @@ def _resume(
     if saved is None:
         return 0, Counter()
     state = checkpoint.state(saved)
-    if state["data"] != data.fingerprint:
+    if state.get("data") != data.fingerprint:
         raise ValueError(
             f"data.train: is not what {saved} was trained on (fingerprint {data.fingerprint}, and "
-            f"{state['data']} then). Restore the data, or start another run with --out."
+            f"{state.get('data')} then). Restore the data, or start another run with --out."
         )
     checkpoint.restore(saved, objective, optimizer)
     logger.info("continues from %s", saved)

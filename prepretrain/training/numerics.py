@@ -1,10 +1,8 @@
 """Decides what to do about NaN, Inf and gradient spikes: skip the step, roll back to the last
 checkpoint, or stop. Dumps the failing step for `--replay`."""
 
-import json
 import logging
 import math
-import os
 import statistics
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
@@ -17,6 +15,7 @@ from torch.distributed.tensor import DTensor
 
 from prepretrain.distributed import checkpoint
 from prepretrain.distributed import group as distributed
+from prepretrain.files import write_json
 
 logger = logging.getLogger(__name__)
 
@@ -169,8 +168,7 @@ def dump(
             place.mkdir(parents=True, exist_ok=True)
             row = {"step": step + 1, **facts, "world": len(processes)}
             row |= {"gradient_norms": blocks, "processes": processes}
-            (place / f"{DUMP}.tmp").write_text(json.dumps(row, indent=1))
-            os.replace(place / f"{DUMP}.tmp", place / DUMP)
+            write_json(place / DUMP, row)
     except OSError as error:
         logger.warning("%s: could not be written, so it cannot be replayed: %s", place, error)
     return place

@@ -5,10 +5,11 @@ import contextlib
 import functools
 import hashlib
 import http.client
-import json
 import logging
 import os
+import re
 import shutil
+import stat
 import time
 import urllib.error
 import urllib.parse
@@ -22,13 +23,17 @@ from typing import Any
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
+from prepretrain.files import create, read_json, write_json
+
 logger = logging.getLogger(__name__)
 
 LIMIT = 64 * 2**30  # bytes of one file; a 6.5B model in float32, the largest released, has 26e9
-TIMEOUT = 30.0  # seconds in which nothing comes
-TRIES = 5  # connections in a row that bring nothing new
+TIMEOUT = 30.0  # seconds in which nothing comes, or less than SLOW
+SLOW = 30 * 2**10  # bytes; not from the paper: a server that drips would hold the lock for ever
+TRIES = 5  # connections in a row that bring less than SLOW
 PAUSE = 2.0  # seconds between them
 BLOCK = 1 << 20
+_RECORDED = {"url": str, "size": int, "sha256": str}
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
@@ -59,7 +64,7 @@ def place(url: str) -> Path:
     """Where a URL's file lies: under its host and whole path, because different releases have files
     of the same name (maws/vit_b16.pt, mae/vit_b16.pt).
 
-    Raises ValueError for an address that is not https, or that has no plain path.
+    Raises ValueError for an address that is not https, holds a password, or has no plain path.
     """
     _check_address(url)
     parts = urllib.parse.urlsplit(url)
@@ -74,6 +79,11 @@ def place(url: str) -> Path:
 
 def _check_address(url: str) -> None:
     parts = urllib.parse.urlsplit(url)
+    if "@" in parts.netloc:  # they would stand in messages and in the cache's folder names
+        raise ValueError(
+            f"{parts.scheme}://…@{parts.hostname}{parts.path}: holds a name or a password, which are "
+            f"not sent. Download the file by hand."
+        )
     if parts.scheme == "https" or (parts.scheme == "http" and parts.hostname in LOOPBACK):
         return
     raise ValueError(f"{url}: is not https, and nothing else is fetched.")
@@ -92,12 +102,37 @@ def fetch(
     path = place(url)
     with _alone(path):
         if path.exists():
+            _warn_of_owner(path, expected)
             if accept is not None and recorded(path) is None:  # put there by hand
                 accept(path)
             verify(path, url, expected)
         else:
             _Download(url, path, expected).run(accept)
     return path
+
+
+def _warn_of_owner(path: Path, expected: Expected) -> None:
+    """Says whose a file in a shared cache is, where nothing published tells that it is the right
+    one: its record was written by the same hand."""
+    owner = path.stat().st_uid
+    if owner not in (0, os.getuid()) and expected.sha256 is None and expected.md5 is None:
+        logger.warning(
+            "%s: belongs to user %d, and no checksum of it was published: they are trusted to have "
+            "put the right weights there.",
+            path,
+            owner,
+        )
+
+
+def _parts() -> Path:
+    """The folder of files that came in part: this user's own, since their names can be guessed, and
+    who may write there could lay links that lead a download elsewhere."""
+    place = folder() / f".parts-{os.getuid()}"
+    place.mkdir(mode=0o700, parents=True, exist_ok=True)
+    state = place.lstat()
+    if not stat.S_ISDIR(state.st_mode) or state.st_uid != os.getuid() or state.st_mode & 0o022:
+        raise OSError(f"it is no folder that only user {os.getuid()} may write to")
+    return place
 
 
 @contextlib.contextmanager
@@ -136,7 +171,7 @@ def verify(path: Path, url: str, expected: Expected = Expected()) -> dict[str, A
         return known
     record = {"url": url, **found, "date": _now()}
     if os.access(path.parent, os.W_OK):
-        _write_json(_record(path), record)
+        write_json(_record(path), record)
     return record
 
 
@@ -146,11 +181,11 @@ def recorded(path: Path) -> dict[str, Any] | None:
     if not place.exists():
         return None
     try:
-        known = json.loads(place.read_text())
-        if isinstance(known["size"], int) and isinstance(known["sha256"], str):
-            return known
-    except (ValueError, KeyError, TypeError):
-        pass
+        known = read_json(place)
+    except ValueError:
+        known = {}
+    if all(isinstance(known.get(k), kind) for k, kind in _RECORDED.items()):
+        return known
     raise ValueError(f"{place}: is no record of a download. Delete it to record the file anew.")
 
 
@@ -199,7 +234,13 @@ class _Download:
 
     def __init__(self, url: str, path: Path, expected: Expected):
         self.url, self.path, self.expected = url, path, expected
-        self.part = Path(f"{path}.part")
+        try:
+            self.part = _parts() / hashlib.sha256(str(path).encode()).hexdigest()[:32]
+        except OSError as error:
+            raise OSError(
+                f"{folder() / f'.parts-{os.getuid()}'}: cannot be used ({error}). Remove it, or name "
+                f"another folder with PREPRETRAIN_CACHE."
+            ) from error
 
     def run(self, accept: Callable[[Path], None] | None) -> None:
         """Connects until the file is whole, then checks, records and names it."""
@@ -213,13 +254,13 @@ class _Download:
                 break
             except _Cut as error:
                 size = self.part.stat().st_size if self.part.exists() else 0
-                failures = 0 if size > most else failures + 1
+                failures = 0 if size >= most + SLOW else failures + 1
                 most = max(most, size)
                 if failures >= TRIES:
                     raise OSError(self.by_hand(str(error))) from error
                 time.sleep(PAUSE)
         found = self.check(known, accept)
-        _write_json(_record(self.path), {"url": self.url, **found, "date": _now()})
+        write_json(_record(self.path), {"url": self.url, **found, "date": _now()})
         os.replace(self.part, self.path)
         self.forget()
 
@@ -254,7 +295,7 @@ class _Download:
             validator = response.headers.get("ETag") or ""
             if not validator or validator.startswith("W/"):
                 validator = response.headers.get("Last-Modified") or ""
-            _write_json(_record(self.part), {"validator": validator, "total": total})
+            write_json(_record(self.part), {"validator": validator, "total": total})
             try:
                 self.receive(response, start, total)
             except OSError as error:  # a full disk; the network's errors are _Cut by now
@@ -264,11 +305,12 @@ class _Download:
     def begun(self) -> dict[str, Any] | None:
         """What is known of a file that came in part; None if it cannot be continued safely."""
         try:
-            begun = json.loads(_record(self.part).read_text())
-            safe = self.part.exists() and begun["validator"] and begun["total"]
-            return begun if safe else None
-        except (OSError, ValueError, KeyError, TypeError):
+            begun = read_json(_record(self.part))
+        except (OSError, ValueError):
             return None
+        texts, total = begun.get("validator"), begun.get("total")
+        safe = isinstance(texts, str) and texts and type(total) is int and total > 0
+        return begun if safe and self.part.exists() else None
 
     def open(self, headers: dict[str, str]) -> Any:
         """The server's response. Raises OSError for an answer that will not change."""
@@ -291,8 +333,12 @@ class _Download:
     def extent(self, response: Any, have: int, begun: dict | None) -> tuple[int, int | None]:
         """(first byte, size of the whole file) of a response: a range may be answered with all."""
         if response.status == 200:
-            length = response.headers.get("Content-Length", "")
-            return 0, int(length) if length.isdigit() else None
+            length = response.headers.get("Content-Length")
+            if length is None:
+                return 0, None
+            if not re.fullmatch(r"[0-9]{1,19}", length):
+                raise _Cut(f"the server said Content-Length: {length[:40]!r}")
+            return 0, int(length)
         said = response.headers.get("Content-Range", "")
         if (
             response.status == 206
@@ -324,7 +370,11 @@ class _Download:
         """Writes the body from byte `start` on, and sees to it that all of it came."""
         name, position = self.path.name, start
         bar = tqdm(total=total, initial=start, unit="B", unit_scale=True, desc=name, disable=None)
-        with self.part.open("r+b" if start else "wb") as file, bar:
+        if not start:
+            self.part.unlink(missing_ok=True)
+            os.close(create(self.part))
+        pace = _Pace(position)
+        with self.part.open("r+b") as file, bar:
             file.seek(start)
             while block := _read(response, position):
                 position += len(block)
@@ -332,6 +382,7 @@ class _Download:
                     raise ValueError(f"{self.url}: has more than the limit of {LIMIT} bytes.")
                 file.write(block)
                 bar.update(len(block))
+                pace.check(position)
             file.flush()
             os.fsync(file.fileno())
         if total is not None and position != total:
@@ -352,24 +403,36 @@ class _Download:
             file.unlink(missing_ok=True)
 
 
+class _Pace:
+    """Ends a connection over which less than SLOW bytes came in TIMEOUT seconds."""
+
+    def __init__(self, position: int):
+        self.position, self.since = position, time.monotonic()
+
+    def check(self, position: int) -> None:
+        """Raises _Cut if it is too slow; position: how far it has come."""
+        now = time.monotonic()
+        if now - self.since < TIMEOUT:
+            return
+        if position - self.position < SLOW:
+            raise _Cut(f"less than {SLOW} bytes came in {TIMEOUT:g} seconds")
+        self.position, self.since = position, now
+
+
 class _OnlyHttps(urllib.request.HTTPRedirectHandler):
     def redirect_request(self, req, fp, code, msg, headers, newurl):
         """Refuses to be sent where `fetch` would not go."""
         _check_address(newurl)
+        if req.type == "https" and urllib.parse.urlsplit(newurl).scheme != "https":
+            raise ValueError(f"{newurl}: is not https, and {req.full_url} leads there.")
         return super().redirect_request(req, fp, code, msg, headers, newurl)
 
 
 def _read(response: Any, position: int) -> bytes:
     try:
-        return response.read(BLOCK)
+        return response.read1(BLOCK)  # what there is: `read` waits until a whole block is there
     except (OSError, http.client.HTTPException) as error:
         raise _Cut(f"the connection was cut after {position} bytes ({error!r})") from error
-
-
-def _write_json(path: Path, value: dict) -> None:
-    temporary = Path(f"{path}.tmp")
-    temporary.write_text(json.dumps(value, indent=1) + "\n")
-    os.replace(temporary, path)
 
 
 def _now() -> str:

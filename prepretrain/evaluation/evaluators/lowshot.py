@@ -1,8 +1,6 @@
 """Low-shot: how much is learnt from a handful of images a class, by a linear classifier on the frozen
 encoder or with an adapter in it."""
 
-import json
-import os
 import re
 import statistics
 from pathlib import Path
@@ -19,6 +17,7 @@ from prepretrain.evaluation.features import extract, state
 from prepretrain.evaluation.probing import logistic, subsets, tuning
 from prepretrain.evaluation.probing.adapters import ADAPTERS
 from prepretrain.evaluation.probing.tuning import Recipe, Tuning
+from prepretrain.files import read_json, write_json
 
 SHOTS = (1, 2, 5, 10)  # MSN's (1, 2, 5) and MAWS's (1, 5, 10)
 Job = tuple[str, int]  # ("5shot", the seed or the list's number)
@@ -305,15 +304,17 @@ def _scaled(features: Tensor) -> Tensor:
 
 def _recorded(path: Path, asked: dict[str, Any]) -> dict[str, float] | None:
     """The accuracies that a finished job left behind; None if it is another, or not finished."""
-    known = json.loads(path.read_text()) if path.exists() else {}
+    try:
+        known = read_json(path)
+    except (OSError, ValueError):  # not there, or damaged: fitted again
+        known = {}
     found = known.pop("found", None)
     return distributed.from_main(found if known == asked else None)
 
 
 def _record(path: Path, values: dict[str, Any]) -> None:
     if distributed.is_main():
-        path.with_suffix(".tmp").write_text(json.dumps(values, indent=1) + "\n")
-        os.replace(path.with_suffix(".tmp"), path)
+        write_json(path, values)
 
 
 def summary(found: dict[Job, dict[str, float]]) -> dict[str, float]:

@@ -23,6 +23,8 @@ class TimmViT(Encoder):
     def __init__(self, *, architecture: str, image_size: Size | None = None):
         """architecture: timm's name, as `vit_base_patch16_224.dino`; image_size: its own if None."""
         super().__init__()
+        if ":" in architecture:  # timm would fetch it from a hub, or read a folder
+            raise ValueError(f"model.architecture: {architecture!r} is no model of timm's own.")
         size = {} if image_size is None else {"img_size": image_size}
         try:
             net = timm.create_model(architecture, pretrained=False, num_classes=0, **size)

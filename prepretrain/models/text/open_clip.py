@@ -183,7 +183,8 @@ class OpenClipTokenizer(Tokenizer):
             else:
                 place = given["hf_tokenizer_name"] if source is None else source
                 mode = given.get("tokenizer_mode")
-                self.inner = HFTokenizer(place, context, tokenizer_mode=mode, **options)
+                options = {**options, "tokenizer_mode": mode, "trust_remote_code": False}
+                self.inner = HFTokenizer(place, context, **options)
         except (OSError, ValueError) as error:
             raise ValueError(
                 f"model.text.tokenizer: '{source or given.get('hf_tokenizer_name')}', the tokenizer "
