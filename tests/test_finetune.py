@@ -201,6 +201,31 @@ def test_randaugment_is_timms_drawn_by_the_samples_own_randomness():
     assert np.array_equal(same[0].permute(1, 2, 0).numpy(), theirs)
 
 
+@pytest.mark.parametrize("description", ["rand-m{}", "rand-m{}-inc1", "rand-m{}-mmax20-inc1"])
+def test_every_operation_of_randaugment_takes_every_magnitude(description):
+    model = Model(encoder="vit_test8", head={"classes": 3})
+    picture = Image.fromarray(images(1)[0].permute(1, 2, 0).numpy())
+    seen = set()
+    for magnitude in range(21 if "mmax20" in description else 11):
+        for operation in RandAugment(description.format(magnitude), model).apply.ops:
+            operation.prob = 1.0
+            changed = operation(picture)
+            assert (changed.size, changed.mode) == (picture.size, picture.mode)
+            seen.add(operation.name)
+    assert len(seen) == 15
+
+
+def test_randaugment_at_magnitude_10_posterizes_to_black():
+    model = Model(encoder="vit_test8", head={"classes": 3})
+    operations = RandAugment("rand-m10-inc1", model).apply.ops
+    (last,) = [operation for operation in operations if operation.name == "PosterizeIncreasing"]
+    last.prob = 1.0
+    picture = Image.fromarray(images(1)[0].permute(1, 2, 0).numpy())
+    assert last(picture).getextrema() == ((0, 0),) * 3
+    last.magnitude = 5  # keeps 2 bits of 8
+    assert np.array_equal(np.array(last(picture)), np.array(picture) & 0b11000000)
+
+
 @pytest.mark.parametrize(
     "overrides, message",
     [

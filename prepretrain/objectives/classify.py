@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageOps
 from timm.data import Mixup
 from timm.data.auto_augment import rand_augment_transform
 from timm.data.random_erasing import RandomErasing
@@ -130,6 +130,9 @@ class RandAugment:
             raise ValueError(
                 f"objective.augment: {description!r} is not understood ({error})."
             ) from error
+        for operation in self.apply.ops:
+            if operation.name.startswith("Posterize"):
+                operation.aug_fn = posterize
 
     def __call__(self, image: Tensor, generator: np.random.Generator) -> Tensor:
         """uint8 [3, H, W] to uint8 [3, H, W]."""
@@ -143,6 +146,14 @@ class RandAugment:
             random.setstate(before[0])
             np.random.set_state(before[1])
         return torch.from_numpy(np.array(changed)).permute(2, 0, 1)
+
+
+def posterize(image: Image.Image, bits: int, **_: Any) -> Image.Image:
+    """The image with `bits` bits of each colour, 0 to 8. timm asks for 0 at its largest magnitude,
+    which gives black, as in Pillow up to 12; later ones refuse it."""
+    if bits < 1:
+        return Image.new(image.mode, image.size)
+    return image if bits >= 8 else ImageOps.posterize(image, bits)
 
 
 class Transform:
