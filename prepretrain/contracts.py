@@ -57,15 +57,9 @@ class NoWeightDecay(Protocol):
 
 
 @runtime_checkable
-class FinalNorm(Protocol):
-    """Says whether its last operation is a norm, which is then the layer above its blocks."""
-
-    final_norm: bool
-
-
-@runtime_checkable
 class Layered(Protocol):
-    """Says which parameters form a layer, for layer-wise rates; timm's name."""
+    """Says which parameters form a layer, for layer-wise rates; timm's name. What no pattern of it
+    names has the head's rate."""
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]: ...
 
@@ -98,7 +92,7 @@ class FusedAttention(Protocol):
     fused_attn: bool
 
 
-_ALL = (Container, Precise, Initialises, FillsBuffers, NoWeightDecay, FinalNorm, Layered)
+_ALL = (Container, Precise, Initialises, FillsBuffers, NoWeightDecay, Layered)
 _ALL += (Adapts, ReadsReleased, WritesReleased, FusedAttention)
 NAMES = {name for contract in _ALL for name in _declared(contract)}
 

@@ -15,7 +15,6 @@ from PIL import Image
 from safetensors.torch import load_file
 from test_train import rows, train
 from timm.data.auto_augment import rand_augment_transform
-from timm.optim import param_groups_layer_decay
 from torch.testing import assert_close
 
 import prepretrain
@@ -141,32 +140,6 @@ def test_accuracy_counts_each_image_once_on_one_two_and_three_processes(place):
     assert len(found) == 6 and all(f == found[0] for f in found)
     source = Accuracy(data="colours").card.open("val")
     assert found[0]["images"] == len(source)
-
-
-def test_layer_decay_gives_the_rates_of_timms_fine_tuned_vit():
-    theirs = timm.models.VisionTransformer(
-        32, 8, embed_dim=32, depth=3, num_heads=2, num_classes=3, global_pool="avg"
-    )
-    groups = param_groups_layer_decay(theirs, 0.05, {"pos_embed", "cls_token"}, layer_decay=0.65)
-    names = {id(p): n for n, p in theirs.named_parameters()}
-    want = {names[id(p)]: (g["lr_scale"], g["weight_decay"]) for g in groups for p in g["params"]}
-    head = {"classes": 3, "norm": True}
-    model = Model(encoder="vit_test8", depth=3, final_norm=False, head=head)
-    built = optim.build(Classify(model), lr=1.0, weight_decay=0.05, layer_decay=0.65)
-    names = {id(p): n for n, p in model.named_parameters()}
-    renamed = {"head.linear.": "head.", "head.norm.": "fc_norm.", "encoder.": ""}
-    got = {}
-    for one in built.param_groups:
-        for parameter in one["params"]:
-            name = names[id(parameter)]
-            for ours, other in renamed.items():
-                if name.startswith(ours):
-                    name = other + name.removeprefix(ours)
-                    break
-            got[name] = (one["lr_scale"], one["weight_decay"])
-    assert got.keys() == want.keys()
-    for name, (scale, decay) in want.items():
-        assert got[name] == (pytest.approx(scale), decay), name
 
 
 @pytest.mark.parametrize("layer_decay", [1.0, 0.65])

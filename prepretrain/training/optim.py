@@ -47,19 +47,21 @@ def groups(
 
     No weight decay on 1-d parameters, nor on those that a part names in `no_weight_decay()`.
     layer_decay scales the rate of each layer of a part that has a `group_matcher()`, the encoder,
-    as timm does; 1 is none.
+    by its distance from the head; 1 is none. Raises ValueError if no part says its layers.
     """
     all_groups = []
-    for root in find_roots(objective):
+    roots = find_roots(objective)
+    if layer_decay != 1.0 and not any(isinstance(root, contracts.Layered) for root in roots):
+        raise ValueError(
+            f"optim.layer_decay: {layer_decay} does nothing here: no part of this model says which "
+            f"layers it has. Set it to 1, or give the encoder a group_matcher()."
+        )
+    for root in roots:
         names = root.no_weight_decay() if isinstance(root, contracts.NoWeightDecay) else set()
         if layer_decay != 1.0 and isinstance(root, contracts.Layered):
-            found = param_groups_layer_decay(
-                root, weight_decay, no_weight_decay_list=names, layer_decay=layer_decay
+            all_groups += param_groups_layer_decay(
+                _UnderHead(root), weight_decay, no_weight_decay_list=names, layer_decay=layer_decay
             )
-            # the layer above an encoder's last block is its norm; without one, what stands on it
-            ends = not isinstance(root, contracts.FinalNorm) or root.final_norm
-            above = 1.0 if ends else layer_decay
-            all_groups += [g | {"lr_scale": g["lr_scale"] * above} for g in found]
         else:
             all_groups += param_groups_weight_decay(root, weight_decay, no_weight_decay_list=names)
     return [
@@ -72,6 +74,18 @@ def groups(
         for g in all_groups
         if g["params"]
     ]
+
+
+class _UnderHead:
+    """A part with a head above it, from which timm counts the layers: it gives the last layer of
+    what it is shown the whole rate, so it must be shown a whole model."""
+
+    def __init__(self, part: contracts.Layered):
+        self.part, self.group_matcher = part, part.group_matcher
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        yield from self.part.named_parameters()
+        yield "head", nn.Parameter(torch.empty(0), requires_grad=False)  # in no group itself
 
 
 @torch.no_grad()

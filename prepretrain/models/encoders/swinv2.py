@@ -98,7 +98,6 @@ class SwinV2(Encoder):
         }
         net = _Net(**self.arguments, num_classes=0, drop_path_rate=drop_path)
         self.patch_embed, self.layers, self.norm = net.patch_embed, net.layers, net.norm
-        self._groups = net.group_matcher()
 
     def forward(
         self,
@@ -169,8 +168,16 @@ class SwinV2(Encoder):
         return {n for n, _ in self.named_parameters() if "cpb_mlp" in n or "logit_scale" in n}
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """See ViT.group_matcher."""
-        return self._groups
+        """See ViT.group_matcher. A merging of patches belongs to the last block before it, the last
+        norm to the head (SimMIM's optimizer.py)."""
+        before = (-1, 99999)  # sorted before the stage's first block; 99999 joins what precedes it
+        return {
+            "stem": r"^patch_embed",
+            "blocks": [
+                (r"^layers\.(\d+)\.downsample", before),
+                (r"^layers\.(\d+)\.blocks\.(\d+)", None),
+            ],
+        }
 
     def timm(self) -> dict[str, Any]:
         """See Encoder.timm."""

@@ -137,11 +137,9 @@ class ViT(Encoder):
         return {"pos_embed", "cls_token"}
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """timm's description of which layer a parameter belongs to, for layer-wise decay."""
-        return {
-            "stem": r"^cls_token|pos_embed|patch_embed",
-            "blocks": [(r"^blocks\.(\d+)", None), (r"^norm", (99999,))],
-        }
+        """timm's description of which layer a parameter belongs to, for layer-wise decay. The last
+        norm belongs to the head (MAE's util/lr_decay.py)."""
+        return {"stem": r"^cls_token|pos_embed|patch_embed", "blocks": r"^blocks\.(\d+)"}
 
     def timm(self) -> dict[str, Any]:
         """See Encoder.timm."""

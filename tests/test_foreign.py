@@ -1,0 +1,98 @@
+"""Weights of other libraries: what a Model makes of them, against those libraries' own code."""
+
+import re
+
+import pytest
+import timm
+import torch
+from timm.optim import param_groups_layer_decay
+
+from prepretrain.models.model import Model
+from prepretrain.objectives.classify import Classify
+from prepretrain.training import optim
+
+RATE = 0.65
+
+
+def ours(encoder: str, head: dict, **options: object) -> dict[str, tuple[float, float]]:
+    """(rate, weight decay) of each parameter of a classifier, by timm's name."""
+    with torch.device("meta"):
+        model = Model(encoder=encoder, head={"classes": 3, **head}, **options)
+    built = optim.build(Classify(model), lr=1.0, weight_decay=0.05, layer_decay=RATE)
+    given = {
+        id(p): (g["lr_scale"], g["weight_decay"]) for g in built.param_groups for p in g["params"]
+    }
+    rename = {
+        "head.linear.": f"{model.encoder.timm_head}.",
+        "head.norm.": "fc_norm.",
+        "encoder.": "",
+    }
+    names = {}
+    for name, parameter in model.named_parameters():
+        prefix = next(p for p in rename if name.startswith(p))
+        names[rename[prefix] + name.removeprefix(prefix)] = given[id(parameter)]
+    return names
+
+
+def timms(net: torch.nn.Module, spared: set[str]) -> dict[str, tuple[float, float]]:
+    """The same by timm, which is given the whole model."""
+    groups = param_groups_layer_decay(net, 0.05, spared, layer_decay=RATE)
+    given = {id(p): (g["lr_scale"], g["weight_decay"]) for g in groups for p in g["params"]}
+    return {name: given[id(p)] for name, p in net.named_parameters()}
+
+
+def layer_of_vit(name: str, blocks: int) -> int:
+    """MAE's util/lr_decay.py (be47fef), and SimMIM's of a ViT: the stem is 0, the head blocks + 1."""
+    if match := re.match(r"blocks\.(\d+)\.", name):
+        return int(match[1]) + 1
+    return 0 if name.startswith(("cls_token", "pos_embed", "patch_embed")) else blocks + 1
+
+
+def layer_of_swin(name: str, depths: tuple[int, ...]) -> int:
+    """SimMIM's optimizer.py (0e71746), by timm's names: a merging of patches, which timm puts before
+    its stage, is of the layer of the last block before it."""
+    if match := re.match(r"layers\.(\d+)\.downsample\.", name):
+        return sum(depths[: int(match[1])])
+    if match := re.match(r"layers\.(\d+)\.blocks\.(\d+)\.", name):
+        return sum(depths[: int(match[1])]) + int(match[2]) + 1
+    return 0 if name.startswith("patch_embed") else sum(depths) + 1
+
+
+VIT = dict(patch_size=8, embed_dim=32, depth=3, num_heads=2, img_size=32, num_classes=3)
+
+
+@pytest.mark.parametrize("pool", ["class", "mean"])
+def test_layer_decay_gives_maes_rates_and_but_for_the_last_norm_timms(pool):
+    mean = pool == "mean"
+    head = {"pool": pool, "norm": mean}
+    got = ours("vit_test8", head, depth=3, final_norm=not mean)
+    net = timm.models.VisionTransformer(**VIT, global_pool="avg" if mean else "token")
+    want = timms(net, {"pos_embed", "cls_token"})
+    assert got.keys() == want.keys()
+    for name, (rate, decay) in got.items():
+        assert rate == pytest.approx(RATE ** (4 - layer_of_vit(name, 3))), name
+        assert decay == want[name][1], name
+        if not name.startswith("norm."):  # timm lets it learn as the last block does
+            assert rate == pytest.approx(want[name][0]), name
+
+
+def test_layer_decay_gives_simmims_rates_of_a_swin_and_timms_of_its_blocks():
+    depths = (2, 2, 3)
+    sizes = dict(depths=depths, num_heads=(1, 2, 4), window_size=4)
+    net = timm.models.swin_transformer_v2.SwinTransformerV2(
+        **sizes, img_size=64, patch_size=4, embed_dim=16, num_classes=3
+    )
+    options = dict(depths=depths, heads=(1, 2, 4), window=4, image_size=64, base_width=16)
+    got, want = ours("swinv2_test8", {"pool": "mean"}, **options), timms(net, set())
+    assert got.keys() == want.keys()
+    for name, (rate, _) in got.items():
+        assert rate == pytest.approx(RATE ** (8 - layer_of_swin(name, depths))), name
+        if not name.startswith("norm.") and ".downsample." not in name:
+            assert rate == pytest.approx(want[name][0]), name
+
+
+def test_layer_decay_without_layers_to_tell_apart_is_refused():
+    with pytest.raises(ValueError, match="optim.layer_decay: 0.65 does nothing here"):
+        optim.groups(
+            torch.nn.Sequential(torch.nn.Linear(2, 2)), lr=1, weight_decay=0, layer_decay=0.65
+        )
