@@ -13,6 +13,8 @@ from transformers import XLMRobertaConfig, XLMRobertaForMaskedLM
 
 from prepretrain.distributed import shard
 from prepretrain.models import weights
+from prepretrain.models.encoders.base import Encoder
+from prepretrain.models.encoders.vit import ViT
 from prepretrain.models.export import save
 from prepretrain.models.load import load, open_text, open_weights
 from prepretrain.models.model import Model
@@ -255,6 +257,26 @@ def test_an_export_with_a_text_tower_loads_again_and_its_encoder_loads_in_timm(t
         )
     assert "text" not in json.loads((tmp_path / "timm" / "model.json").read_text())["options"]
     assert "cls_token" in load_file(tmp_path / "timm" / "model.safetensors")
+
+
+def test_what_another_library_cannot_load_leaves_the_runs_own_export_whole(
+    tmp_path, caplog, monkeypatch
+):
+    caplog.set_level("INFO")
+    model = Model(encoder="vit_test8", final_norm=False, text=BPE, joint={"width": 16})
+    shard.initialise(model, 0)
+    save(model, tmp_path / "bare", "test")
+    assert "not written for open_clip: open_clip's image towers end with a norm" in caplog.text
+    assert not (tmp_path / "bare" / "open_clip").exists()
+    assert (tmp_path / "bare" / "timm" / "config.json").exists()
+    tokens = model.text.tokenizer()(["a dog", "cats"])
+    assert_close(load(str(tmp_path / "bare")).text_features(tokens), model.text_features(tokens))
+    monkeypatch.setattr(ViT, "timm", Encoder.timm)  # as an encoder of one's own
+    alone = Model(encoder="vit_test8")
+    shard.initialise(alone, 0)
+    save(alone, tmp_path / "own", "test")
+    assert "timm cannot load it: timm has no encoder like ViT" in caplog.text
+    assert_close(load(str(tmp_path / "own")).features(images()), alone.eval().features(images()))
 
 
 def test_the_encoder_alone_of_a_model_with_text_is_taken_by_name(tmp_path):

@@ -33,19 +33,14 @@ def save(model: Model, folder: Path, source: str, state: dict[str, Tensor] | Non
     state = {k: v.detach().cpu().contiguous() for k, v in (state or model.state_dict()).items()}
     if model.text is None and isinstance(model.head, Linear | None):
         return _write_encoder(model, state, folder, source)
+    path = _write_ours(
+        model.options, state, folder, source
+    )  # first: the others may not be possible
     encoder = {k: v for k, v in state.items() if k.startswith("encoder.")}
     _write_encoder(model, encoder, folder / "timm", source)
-    if model.text is None:
-        return _write_ours(model.options, state, folder, source)
-    try:
-        config, tensors = _for_open_clip(model, state)
-    except ValueError as error:
-        logger.info("%s: not written for open_clip: %s", folder, error)
-    else:
-        _write_tensors(folder / "open_clip", "open_clip_model.safetensors", tensors)
-        _write_json(folder / "open_clip" / "open_clip_config.json", config)
-        model.text.save_tokenizer(folder / "open_clip")
-    return _write_ours(model.options, state, folder, source)
+    if model.text is not None:
+        _write_open_clip(model, state, folder / "open_clip")
+    return path
 
 
 def _write_encoder(model: Model, state: dict[str, Tensor], folder: Path, source: str) -> Path:
@@ -56,8 +51,22 @@ def _write_encoder(model: Model, state: dict[str, Tensor], folder: Path, source:
     others = ("text", "joint") if head is not None else ("text", "joint", "head")
     options = {k: v for k, v in model.options.items() if k not in others}
     path = _write_ours(options, named, folder, source)
-    _write_json(folder / "config.json", _timm_config(model, head))
+    try:
+        _write_json(folder / "config.json", _timm_config(model, head))
+    except ValueError as error:
+        logger.info("%s: timm cannot load it: %s", folder, error)
     return path
+
+
+def _write_open_clip(model: Model, state: dict[str, Tensor], folder: Path) -> None:
+    try:
+        config, tensors = _for_open_clip(model, state)
+    except ValueError as error:
+        logger.info("%s: not written for open_clip: %s", folder, error)
+        return
+    _write_tensors(folder, "open_clip_model.safetensors", tensors)
+    _write_json(folder / "open_clip_config.json", config)
+    model.text.save_tokenizer(folder)
 
 
 def _timms(key: str, head: str) -> str:

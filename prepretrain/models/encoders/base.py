@@ -119,8 +119,9 @@ class Encoder(nn.Module):
         raise NotImplementedError
 
     def timm(self) -> dict[str, Any]:
-        """{"architecture": …, "model_args": …} with which timm builds the same encoder."""
-        raise NotImplementedError
+        """{"architecture": …, "model_args": …} with which timm builds the same encoder. Raises
+        ValueError where timm has no such encoder under the same key names."""
+        raise ValueError(f"timm has no encoder like {type(self).__name__}.")
 
     def open_clip(self, state: dict[str, Tensor], pool: str) -> tuple[dict[str, Any], dict]:
         """open_clip's `vision_cfg` of the same encoder, pooled by `pool`, and the state under its

@@ -158,6 +158,10 @@ class ViT(Encoder):
     def open_clip(self, state: dict[str, Tensor], pool: str) -> tuple[dict[str, Any], dict]:
         """See Encoder.open_clip. Its ViT embeds patches without a bias, so that is added to their
         positions, which is the same."""
+        if not self.final_norm:
+            raise ValueError(
+                "open_clip's image towers end with a norm, and this one does not (model.final_norm=false)."
+            )
         config = {
             "image_size": _plain(self.image_size),
             "patch_size": self.stride,
