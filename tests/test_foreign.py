@@ -2,12 +2,17 @@
 
 import re
 
+import open_clip
 import pytest
 import timm
 import torch
+from open_clip.transformer import QuickGELU
 from timm.optim import param_groups_layer_decay
 
+from prepretrain.models.encoders.openclip import OpenClip
+from prepretrain.models.load import open_text
 from prepretrain.models.model import Model
+from prepretrain.models.text.open_clip import OpenClip as TextTower
 from prepretrain.objectives.classify import Classify
 from prepretrain.training import optim
 
@@ -96,3 +101,49 @@ def test_layer_decay_without_layers_to_tell_apart_is_refused():
         optim.groups(
             torch.nn.Sequential(torch.nn.Linear(2, 2)), lr=1, weight_decay=0, layer_decay=0.65
         )
+
+
+def tags() -> list[str]:
+    """Of each architecture of open_clip whose tower is built in a moment, the tags that differ."""
+    few = {}
+    for architecture, tag in open_clip.list_pretrained():
+        stated = open_clip.get_pretrained_cfg(architecture, tag)
+        if architecture in ("ViT-B-32", "ViT-B-32-quickgelu", "ViT-B-16", "ViT-B-16-SigLIP"):
+            key = architecture, bool(stated.get("quick_gelu")), str(stated.get("mean"))
+            few.setdefault(key, f"{architecture}/{tag}")
+    return list(few.values())
+
+
+@pytest.mark.parametrize("name", tags())
+def test_a_tower_of_open_clip_has_the_activation_and_colours_that_are_stated_for_its_weights(name):
+    architecture, _, tag = name.partition("/")
+    stated = open_clip.get_pretrained_cfg(architecture, tag)
+    with torch.device("meta"):
+        model = Model(**OpenClip.offered(name))
+    quick = any(isinstance(module, QuickGELU) for module in model.modules())
+    assert quick == bool(stated.get("quick_gelu"))
+    assert (model.mean, model.std) == (tuple(stated["mean"]), tuple(stated["std"]))
+
+
+def test_without_a_tag_a_tower_of_open_clip_is_what_all_its_tags_state_and_else_warns(caplog):
+    with torch.device("meta"):
+        sigmoid = OpenClip(architecture="ViT-B-16-SigLIP")
+        assert "model.tag" not in caplog.text
+        several = OpenClip(architecture="ViT-B-16")
+    assert tuple(sigmoid.mean) == tuple(sigmoid.std) == (0.5, 0.5, 0.5)
+    assert not any(isinstance(module, QuickGELU) for module in several.modules())
+    assert "ViT-B-16 differ in quick_gelu, and model.tag does not say which" in caplog.text
+    with pytest.raises(ValueError, match="model.tag: open_clip has no weights 'mine' of ViT-B-16"):
+        OpenClip(architecture="ViT-B-16", tag="mine")
+
+
+def test_a_text_tower_of_another_activation_than_its_weights_is_refused(monkeypatch):
+    config = {"width": 32, "layers": 1, "heads": 2}
+    peer = open_clip.CLIP(
+        8, {"image_size": 32, "patch_size": 8, "width": 32, "layers": 1, "head_width": 16}, config
+    )
+    monkeypatch.setattr(OpenClip, "fetch", staticmethod(lambda name: peer.state_dict()))
+    with pytest.raises(ValueError, match="ViT-B-32/openai was trained with QuickGELU"):
+        open_text("open_clip/ViT-B-32/openai", TextTower(architecture="ViT-B-32", **config))
+    quick = TextTower(architecture="ViT-B-32-quickgelu", **config)
+    assert open_text("open_clip/ViT-B-32/openai", quick).shapes

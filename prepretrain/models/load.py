@@ -67,7 +67,7 @@ def open_text(source: str, tower: Tower) -> Weights:
     found = _locate(source)
     if maws.is_released(found.shapes) or any(k.startswith("text.tower.") for k in found.shapes):
         return replace(open_weights(source).part("text"), source=source)
-    shapes, read = tower.adopt(found.shapes, found.read)
+    shapes, read = tower.adopt(found.shapes, found.read, found.options or {})
     return replace(found, shapes=shapes, read=read)
 
 
@@ -142,7 +142,7 @@ def _fetched(family: type[Encoder], name: str, place: str) -> Weights:
     except (OSError, RuntimeError) as error:
         raise ValueError(
             f"{place}: could not be fetched ({str(error)[:300]}). Without a network, give its file "
-            f"instead, with encoder={options['encoder']} architecture={options['architecture']}."
+            f"instead, with {' '.join(f'{k}={v}' for k, v in options.items())}."
         ) from error
     shapes = {k: tuple(v.shape) for k, v in state.items()}
     return Weights(place, shapes, state.__getitem__, options)

@@ -1,6 +1,7 @@
 """The image tower of any open_clip model by its name (CLIP, EVA-CLIP, …), to be a teacher or to be
 measured beside our own."""
 
+import logging
 from typing import Any
 
 import torch
@@ -9,17 +10,24 @@ from torch import Tensor, nn
 from prepretrain.data.transforms import Size
 from prepretrain.models.encoders.base import Encoder, resample_positions
 
+logger = logging.getLogger(__name__)
+
 SIZES = {"open_clip": {}}
+_OF_TAGS = ("quick_gelu", "mean", "std")  # what differs between weights of one architecture
 
 
 class OpenClip(Encoder):
     """The tokens of an open_clip image tower after its last norm, before pooling and projection.
 
-    Its mean and standard deviation are those that open_clip states for the name.
+    Its activation, mean and standard deviation are those that open_clip states for the weights.
     """
 
-    def __init__(self, *, architecture: str, image_size: Size | None = None):
-        """architecture: open_clip's name, as `ViT-B-16`; image_size: its own if None."""
+    def __init__(
+        self, *, architecture: str, tag: str | None = None, image_size: Size | None = None
+    ):
+        """architecture: open_clip's name, as `ViT-B-16`; tag: its name of the weights, as `openai`,
+        by which activation, mean and deviation differ; None takes what all tags of the architecture
+        share, else open_clip's defaults. image_size: its own if None."""
         import open_clip  # slow to import, and only its own models need it
 
         super().__init__()
@@ -27,9 +35,12 @@ class OpenClip(Encoder):
             raise ValueError(
                 f"model.architecture: open_clip has no '{architecture}'. See open_clip.list_models()."
             )
+        stated = _stated(architecture, tag)
         tower = open_clip.create_model(
             architecture,
             force_image_size=image_size,
+            force_quick_gelu=bool(stated.get("quick_gelu")),
+            force_preprocess_cfg={k: stated[k] for k in ("mean", "std") if k in stated},
             load_weights=False,
             device=torch.get_default_device(),
         ).visual
@@ -115,7 +126,7 @@ class OpenClip(Encoder):
                 f"open_clip/{name}: open_clip offers no such weights. Write "
                 f"open_clip/ARCHITECTURE/TAG, as open_clip.list_pretrained() has them."
             )
-        return {"encoder": "open_clip", "architecture": architecture}
+        return {"encoder": "open_clip", "architecture": architecture, "tag": tag}
 
     @staticmethod
     def fetch(name: str) -> dict[str, Tensor]:
@@ -123,4 +134,31 @@ class OpenClip(Encoder):
         import open_clip
 
         architecture, _, tag = name.partition("/")
-        return open_clip.create_model(architecture, pretrained=tag).state_dict()
+        quick = bool(_stated(architecture, tag).get("quick_gelu"))
+        model = open_clip.create_model(architecture, pretrained=tag, force_quick_gelu=quick)
+        return model.state_dict()
+
+
+def _stated(architecture: str, tag: str | None) -> dict[str, Any]:
+    """What open_clip states of the weights `tag`; without one, of all weights of the architecture
+    alike, and a warning names what differs. Raises ValueError for a tag that it has not."""
+    import open_clip
+
+    tags = open_clip.list_pretrained_tags_by_model(architecture)
+    every = {t: open_clip.get_pretrained_cfg(architecture, t) for t in tags}
+    if tag is not None:
+        if tag not in every:
+            raise ValueError(
+                f"model.tag: open_clip has no weights '{tag}' of {architecture}. It has: "
+                f"{', '.join(tags) or 'none'}."
+            )
+        return every[tag]
+    first = next(iter(every.values()), {})
+    alike = {k for k in _OF_TAGS if all(one.get(k) == first.get(k) for one in every.values())}
+    if differing := [k for k in _OF_TAGS if k not in alike]:
+        logger.warning(
+            "open_clip's weights of %s differ in %s, and model.tag does not say which these are: "
+            "open_clip's defaults are taken. There are: %s",
+            *(architecture, " and ".join(differing), ", ".join(tags)),
+        )
+    return {k: v for k, v in first.items() if k in alike}

@@ -48,9 +48,18 @@ class Tower(nn.Module):
         """timm's name for the parameters without weight decay, beside all 1-d ones."""
         return set()
 
-    def adopt(self, shapes: dict[str, tuple[int, ...]], read: Callable[[str], Tensor]) -> Keys:
+    def adopt(
+        self,
+        shapes: dict[str, tuple[int, ...]],
+        read: Callable[[str], Tensor],
+        options: dict[str, Any],
+    ) -> Keys:
         """The tensors of a public checkpoint of this family under this tower's names; a key that is
-        not known keeps its name, so that it shows as left over."""
+        not known keeps its name, so that it shows as left over.
+
+        options: what is known of the model that they are of. Raises ValueError if this tower would
+        compute other features with them.
+        """
         raise NotImplementedError
 
     def open_clip(self) -> dict[str, Any]:

@@ -122,14 +122,35 @@ class OpenClip(Tower):
         """As open_clip's."""
         return {"tower.positional_embedding", "tower.cls_emb"}
 
-    def adopt(self, shapes: dict[str, tuple[int, ...]], read: Callable[[str], Tensor]) -> Keys:
+    def adopt(
+        self,
+        shapes: dict[str, tuple[int, ...]],
+        read: Callable[[str], Tensor],
+        options: dict[str, Any],
+    ) -> Keys:
         """An open_clip checkpoint, with a text tower of its own (`text.…`) or in the old flat form.
 
         Its image tower, projection and temperature are not part of the tower, and left out.
         """
+        self._check_activation(options)
         other = ("visual.", "logit_scale", "logit_bias", "text_projection", "text.text_projection")
         names = {f"tower.{k.removeprefix('text.')}": k for k in shapes if not k.startswith(other)}
         return {n: shapes[k] for n, k in names.items()}, lambda name: read(names[name])
+
+    def _check_activation(self, options: dict[str, Any]) -> None:
+        """Raises ValueError for weights of a tag of open_clip's with another activation."""
+        import open_clip
+
+        architecture, tag = options.get("architecture"), options.get("tag")
+        if tag is None:
+            return
+        stated = open_clip.get_pretrained_cfg(architecture, tag)
+        if stated.get("quick_gelu") and not self.quick:
+            raise ValueError(
+                f"model.text.architecture: open_clip's {architecture}/{tag} was trained with QuickGELU, "
+                f"and the text tower of '{self.architecture}' has GELU. Take the architecture whose name "
+                f"ends with -quickgelu."
+            )
 
     def open_clip(self) -> dict[str, Any]:
         """See Tower.open_clip."""

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -108,7 +108,12 @@ class XLMR(Tower):
             tensor[PAD] = 0
         return True
 
-    def adopt(self, shapes: dict[str, tuple[int, ...]], read: Callable[[str], Tensor]) -> Keys:
+    def adopt(
+        self,
+        shapes: dict[str, tuple[int, ...]],
+        read: Callable[[str], Tensor],
+        options: dict[str, Any],
+    ) -> Keys:
         """A Hugging Face checkpoint of XLM-R, as a masked language model (`roberta.…`) or bare.
 
         The head and the pooler are left out. The one row of token types is added to every position,
