@@ -52,6 +52,23 @@ def test_a_small_temperature_does_not_overflow(card):
     assert votes.isfinite().all() and torch.allclose(votes.sum(1), torch.ones(9))
 
 
+def test_a_class_without_a_vote_is_not_among_the_first_five_whatever_its_number(card, tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    train, labels = torch.randn(200, 16, generator=generator), torch.arange(200) % 10
+    val, truth = torch.randn(300, 16, generator=generator), torch.arange(300) % 10
+    splits = {"train": (train, labels), "val": (val, truth)}
+    for k in (1, 2, 3, 20):
+        evaluator = Knn(data=card, k=k)
+        evaluator.features = lambda model, split, folder: splits[split]
+        found = evaluator.run(None, tmp_path)
+        votes = evaluator.votes(train, labels, val, 10)
+        order = votes.argsort(dim=1, descending=True, stable=True)[:, :5]
+        guessed = (order == truth[:, None]) & (votes.gather(1, order) > 0)
+        assert found["top5"] == pytest.approx(100 * guessed.any(1).float().mean().item())
+        if k == 1:
+            assert found["top5"] == found["top1"]
+
+
 def test_more_neighbours_than_images_is_an_error(card, tmp_path):
     evaluator = Knn(data=card, k=300)
     evaluator.features = lambda *_: clouds(240, 3, 1.0, 0)

@@ -183,7 +183,8 @@ def class_count(card: Any, *labels: Tensor) -> int:
 
 def accuracy(scores: Tensor, labels: Tensor) -> dict[str, float]:
     """Top-1 in percent, and top-5 where there are more than five classes. `scores` is [n,
-    classes]; of equal scores the lower class comes first, on every device.
+    classes]; of equal scores the lower class comes first, on every device, and one whose score is
+    -inf is not among the first at all.
 
     Raises RuntimeError for scores that are NaN.
     """
@@ -192,5 +193,6 @@ def accuracy(scores: Tensor, labels: Tensor) -> dict[str, float]:
     own, classes = scores.gather(1, labels[:, None]), torch.arange(scores.shape[1])
     before = (scores == own) & (classes.to(labels.device) < labels[:, None])
     rank = ((scores > own) | before).sum(dim=1)
+    rank[own[:, 0] == -torch.inf] = scores.shape[1]
     ranks = (1, 5) if scores.shape[1] > 5 else (1,)
     return {f"top{k}": 100.0 * (rank < k).sum().item() / len(labels) for k in ranks}

@@ -71,6 +71,7 @@ class Knn(ProbeEvaluator):
         mine = val.tensor_split(distributed.world())[distributed.rank()]
         votes = self.votes(train, train_labels, mine, classes)
         votes = torch.cat(distributed.all_gather_object(votes))
+        votes[votes == 0] = -torch.inf  # no neighbour's class is no guess, whatever its number
         found = accuracy(votes, val_labels) | {"images": len(val), "train_images": len(train)}
         return distributed.from_main(found)
 
