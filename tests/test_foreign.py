@@ -8,15 +8,22 @@ import timm
 import torch
 from open_clip.transformer import QuickGELU
 from timm.optim import param_groups_layer_decay
+from torch.testing import assert_close
 
 from prepretrain.models.encoders.openclip import OpenClip
-from prepretrain.models.load import open_text
+from prepretrain.models.encoders.timm_vit import TimmViT
+from prepretrain.models.load import load, open_text
 from prepretrain.models.model import Model
 from prepretrain.models.text.open_clip import OpenClip as TextTower
 from prepretrain.objectives.classify import Classify
 from prepretrain.training import optim
 
 RATE = 0.65
+
+
+def photos(size: int, count: int = 2) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(0, 256, (count, 3, size, size), generator=generator, dtype=torch.uint8)
 
 
 def ours(encoder: str, head: dict, **options: object) -> dict[str, tuple[float, float]]:
@@ -147,3 +154,22 @@ def test_a_text_tower_of_another_activation_than_its_weights_is_refused(monkeypa
         open_text("open_clip/ViT-B-32/openai", TextTower(architecture="ViT-B-32", **config))
     quick = TextTower(architecture="ViT-B-32-quickgelu", **config)
     assert open_text("open_clip/ViT-B-32/openai", quick).shapes
+
+
+def test_a_model_of_timm_that_pools_by_a_mean_is_a_teacher_by_its_name_and_by_its_file(
+    monkeypatch, tmp_path
+):
+    name = "eva02_tiny_patch14_224.mim_in22k"
+    torch.manual_seed(0)
+    peer = timm.create_model(name, img_size=28, num_classes=0).eval()
+    assert "fc_norm.weight" in peer.state_dict()
+    monkeypatch.setattr(TimmViT, "fetch", staticmethod(lambda name: peer.state_dict()))
+    monkeypatch.setattr(timm, "is_model_pretrained", lambda name: True)
+    classifier = {"head.weight": torch.zeros(3, 192), "head.bias": torch.zeros(3)}
+    torch.save({**peer.state_dict(), **classifier}, tmp_path / "eva.pt")
+    file = {"encoder": "timm", "architecture": name}
+    for source, options in ((f"timm/{name}", {}), (f"{tmp_path / 'eva.pt'}:encoder", file)):
+        model = load(source, image_size=28, **options)
+        with torch.no_grad():
+            expected = peer.forward_features(model.normalise(photos(28)))
+            assert_close(model(photos(28)), expected, rtol=0, atol=1e-6)

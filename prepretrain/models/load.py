@@ -2,6 +2,7 @@
 are of."""
 
 import re
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,12 +24,18 @@ from prepretrain.zoo import releases as zoo
 LIBRARIES = {"timm": "timm_vit", "open_clip": "openclip"}
 
 
-def _ours(key: str) -> str:
-    """Our name of a tensor that has timm's (see export.py); a head's may also lie under `encoder.`."""
-    key = key.removeprefix("encoder.") if key.startswith("encoder.head.") else key
-    if key.startswith("encoder.fc_norm."):
-        return key.replace("encoder.fc_norm.", "head.norm.")
-    return re.sub(r"^head\.(fc\.)?(?=(weight|bias)$)", "head.linear.", key)
+def _ours(keys: Iterable[str]) -> dict[str, str]:
+    """Our names of tensors that have timm's (see export.py); a head's may also lie under `encoder.`.
+
+    The norm before a classifier is its own; without a classifier it is of an encoder of timm's.
+    """
+    bare = {k: k.removeprefix("encoder.") if k.startswith("encoder.head.") else k for k in keys}
+    names = {
+        k: re.sub(r"^head\.(fc\.)?(?=(weight|bias)$)", "head.linear.", n) for k, n in bare.items()
+    }
+    if "head.linear.weight" in names.values():
+        names = {k: n.replace("encoder.fc_norm.", "head.norm.") for k, n in names.items()}
+    return names
 
 
 def _encoder_options(options: dict[str, Any]) -> dict[str, Any]:
@@ -51,7 +58,7 @@ def open_weights(source: str) -> Weights:
         k.startswith("encoder.") for k in found.shapes
     ):  # timm's, MAE's and MAWS's files hold an encoder
         found = found.under("encoder")
-    found = found.named({key: _ours(key) for key in found.shapes})
+    found = found.named(_ours(found.shapes))
     if part:
         options = _encoder_options(found.options) if found.options and part == "encoder" else None
         found = replace(found.part(part).under(part), whole=False, options=options or found.options)

@@ -4,7 +4,7 @@ measured beside our own."""
 from typing import Any
 
 import timm
-from torch import Tensor
+from torch import Tensor, nn
 
 from prepretrain.data.transforms import Size
 from prepretrain.models.encoders.base import Encoder, resample_positions
@@ -31,6 +31,7 @@ class TimmViT(Encoder):
                 f"model.architecture: {architecture} is a {type(net).__name__}, which gives no tokens "
                 f"of patches. Take a ViT."
             )
+        net.fc_norm = nn.Identity()  # of the mean that a classifier takes: no token sees it
         self.net, self.prefix, self.width = net, net.num_prefix_tokens, net.num_features
         self.image_size, self.stride = net.patch_embed.img_size, net.patch_embed.patch_size[0]
         self.patch, self.patch_width = self.stride, self.width
@@ -58,10 +59,10 @@ class TimmViT(Encoder):
 
     @staticmethod
     def released(names: list[str]) -> dict[str, str | None]:
-        """See Encoder.released: timm's files name its modules, and a classifier."""
+        """See Encoder.released: timm's files name its modules, and a classifier with its norm."""
         if any(n.startswith("net.") for n in names):
             return {n: n for n in names}
-        return {n: None if n.startswith("head.") else f"net.{n}" for n in names}
+        return {n: None if n.startswith(("head.", "fc_norm.")) else f"net.{n}" for n in names}
 
     @staticmethod
     def offered(name: str) -> dict[str, Any]:
