@@ -173,3 +173,12 @@ def test_a_model_of_timm_that_pools_by_a_mean_is_a_teacher_by_its_name_and_by_it
         with torch.no_grad():
             expected = peer.forward_features(model.normalise(photos(28)))
             assert_close(model(photos(28)), expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("encoder", ["timm", "open_clip"])
+def test_another_librarys_tower_is_not_trained_and_the_error_says_what_it_is_for(encoder):
+    architecture = {"timm": "vit_tiny_patch16_224", "open_clip": "ViT-S-32-alt"}[encoder]
+    with torch.device("meta"):
+        model = Model(encoder=encoder, architecture=architecture, head={"classes": 3})
+    with pytest.raises(ValueError, match="is a teacher .* and is not trained"):
+        Classify(model)

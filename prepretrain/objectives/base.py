@@ -40,6 +40,12 @@ class Objective(nn.Module):
     def __init__(self, model: Model):
         super().__init__()
         check_fields(self.fields, f"objective '{self.name()}'")
+        if not model.encoder.trains:
+            raise ValueError(
+                f"model.encoder: a {type(model.encoder).__name__} is a teacher (objective.teacher of "
+                f"feature_mae) or is measured (--stage eval/…), and is not trained. Take one of the "
+                f"sizes of our own, as vit_b16; timm's plain ViTs load into them with --init FILE."
+            )
         model.encoder.require(self.needs.get("encoder", ()), "model.encoder")
         for part in _PARTS:
             _check_part(part, getattr(model, part), self.needs.get(part), self.name())
@@ -188,7 +194,7 @@ class MaskedObjective(Objective):
     def split(self, noise: Tensor) -> tuple[Tensor, Tensor]:
         """Noise [B, N] to the kept [B, K] and the masked [B, M] patches: the smallest noise is
         kept."""
-        order = noise.argsort(1)
+        order = noise.argsort(dim=1, stable=True)  # equal draws: the same patches on every device
         return order[:, : self.kept], order[:, self.kept :]
 
 

@@ -119,8 +119,9 @@ def _fit(
         _evaluate(evals, step, schedule.steps, metrics, asked, skip)
     objective.train()
     collecting = gc.isenabled()  # not where an evaluation trains within a run
-    gc.disable()  # a collection at a random time on one of many processes stops them all
-    gc.freeze()  # what is there already is not searched at every checkpoint
+    if collecting:
+        gc.disable()  # a collection at a random time on one of many processes stops them all
+        gc.freeze()  # what is there already is not searched at every checkpoint
 
     def state() -> dict[str, Any]:
         kept = {"step": step, "images": step * data.batch_size, "bad": dict(bad)}
@@ -193,8 +194,8 @@ def _fit(
         raise
     finally:
         stream.close()
-        gc.unfreeze()
         if collecting:
+            gc.unfreeze()
             gc.enable()
         if saver is not None:
             saver.close()

@@ -45,7 +45,8 @@ def groups(
 ) -> Groups:
     """The parameters that are trained, in groups for an optimizer that a Schedule drives.
 
-    No weight decay on 1-d parameters, nor on those that a part names in `no_weight_decay()`.
+    No weight decay on 1-d parameters, nor on those that a part names in `no_weight_decay()`: for
+    MAE's class and mask token # not from the paper, whose pre-training code decays both.
     layer_decay scales the rate of each layer of a part that has a `group_matcher()`, the encoder,
     by its distance from the head; 1 is none. Raises ValueError if no part says its layers.
     """

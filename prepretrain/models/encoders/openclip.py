@@ -22,6 +22,8 @@ class OpenClip(Encoder):
     Its activation, mean and standard deviation are those that open_clip states for the weights.
     """
 
+    trains = False
+
     def __init__(
         self, *, architecture: str, tag: str | None = None, image_size: Size | None = None
     ):

@@ -18,6 +18,8 @@ class TimmViT(Encoder):
     Its mean and standard deviation are those that timm states for the name.
     """
 
+    trains = False
+
     def __init__(self, *, architecture: str, image_size: Size | None = None):
         """architecture: timm's name, as `vit_base_patch16_224.dino`; image_size: its own if None."""
         super().__init__()
