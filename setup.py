@@ -51,7 +51,7 @@ setup(
     install_requires=[
         "torch>=2.11,<3",
         "torchvision<1",
-        "timm>=1.0.20,<1.1",
+        "timm>=1.0.23,<1.1",
         "fairscale<0.5",
         "open_clip_torch>=3,<4",
         "webdataset<2",

@@ -1,30 +1,38 @@
 """Some images of a source."""
 
+from collections.abc import Sequence
+
+import numpy as np
+
 from prepretrain.data.sources.base import Source, fingerprint_of
 
 
 class Subset(Source):
     """Some images of a source, in the order of their numbers given."""
 
-    def __init__(self, source: Source, indexes: list[int]):
-        self.source, self.indexes = source, indexes
+    def __init__(self, source: Source, indexes: Sequence[int]):
+        # an array, not a list: see Files
+        self.source, self.indexes = source, np.asarray(indexes, dtype=np.int64)
         self.fields, self.classes, self.groups = source.fields, source.classes, [len(indexes)]
-        self.fingerprint = fingerprint_of([source.fingerprint, *indexes])
+        self.fingerprint = fingerprint_of([source.fingerprint, *self.indexes.tolist()])
 
     def __getitem__(self, index: int) -> dict:
-        return self.source[self.indexes[index]]
+        return self.source[self._index(index)]
+
+    def _index(self, index: int) -> int:
+        return int(self.indexes[index])
 
     def key(self, index: int) -> str:
-        return self.source.key(self.indexes[index])
+        return self.source.key(self._index(index))
 
     def label(self, index: int) -> int:
-        return self.source.label(self.indexes[index])
+        return self.source.label(self._index(index))
 
     def hashtags(self, index: int) -> list[str]:
-        return self.source.hashtags(self.indexes[index])
+        return self.source.hashtags(self._index(index))
 
     def texts(self, index: int) -> dict:
-        return self.source.texts(self.indexes[index])
+        return self.source.texts(self._index(index))
 
 
 def evenly(count: int, images: int | None) -> list[int]:
