@@ -5,16 +5,23 @@ import multiprocessing
 import os
 import shutil
 import signal
+import tarfile
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pyarrow
 import pytest
 import torch
 from conftest import processes
 from filelock import FileLock
 from PIL import Image
+from pyarrow import parquet
 
 from prepretrain.data.sources.base import Source
+from prepretrain.data.sources.listed import Listed
+from prepretrain.data.sources.parquet import Parquet
+from prepretrain.data.sources.shards import Shards
 from prepretrain.distributed import group as distributed
 from prepretrain.distributed import shard
 from prepretrain.evaluation import feature_store
@@ -39,6 +46,12 @@ class Pictures(Source):
         file = io.BytesIO()
         Image.fromarray(pixels).resize((40, 36)).save(file, "JPEG")
         return {"key": f"k{index}", "image": file.getvalue(), "label": index, **self.changed}
+
+    def key(self, index: int) -> str:
+        return f"k{index}"
+
+    def label(self, index: int) -> int:
+        return self.changed.get("label", index)
 
 
 def tiny_model(**options: object) -> Model:
@@ -100,6 +113,16 @@ def test_a_source_without_labels_is_named():
 def test_an_image_without_a_label_is_named():
     with pytest.raises(ValueError, match="k0.*no label"):
         extract(tiny_model(), Pictures(3, label=None), name="demo:val")
+
+
+def test_an_image_without_a_label_is_named_also_where_its_features_are_kept(tmp_path):
+    extract(tiny_model(), Pictures(3), cache=tmp_path)
+    with pytest.raises(ValueError, match="k0.*no label"):
+        extract(tiny_model(), Pictures(3, label=None), cache=tmp_path)
+    features, labels = extract(
+        tiny_model(), Pictures(3, label=None), labelled=False, cache=tmp_path
+    )
+    assert labels.tolist() == [0, 0, 0] and len(features) == 3
 
 
 def test_an_unreadable_image_stops_the_evaluation():
@@ -175,10 +198,11 @@ def test_features_are_computed_once_for_each_model_and_way_of_reading(tmp_path):
     ):
         assert kept(tmp_path, **options) == list(range(13)), options
         assert kept(tmp_path, **options) == [], options
-    source = Pictures(13)
-    source.fingerprint = "other pictures"
-    extract(tiny_model(), source, cache=tmp_path)
-    assert source.read == list(range(13))
+    for changed in ({"fingerprint": "other pictures"}, {"stamp": "written anew"}):
+        source = Pictures(13)
+        vars(source).update(changed)
+        extract(tiny_model(), source, cache=tmp_path)
+        assert source.read == list(range(13))
     shutil.rmtree(tmp_path)
     assert kept(tmp_path) == list(range(13))
 
@@ -217,7 +241,7 @@ def test_a_chunk_that_changed_on_disk_is_computed_again_and_a_torn_file_whole(
         stream.seek(5 * 32 * 4)
         stream.write(np.array([np.nan], "<f4").tobytes())
     assert kept(tmp_path) == [4, 5, 6, 7]
-    with open(file, "r+b") as stream:  # the last label
+    with open(file, "r+b") as stream:  # the last value
         stream.seek(-1, os.SEEK_END)
         stream.write(b"\1")
     assert kept(tmp_path) == [12]
@@ -261,6 +285,66 @@ def test_a_disk_without_room_is_refused_before_it_starts(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="demo:val: its features take .* are free"):
         extract(tiny_model(), Pictures(5), pool="tokens", name="demo:val", cache=tmp_path)
     assert not list(tmp_path.glob("*.bin"))
+
+
+def bitmap(seed: int) -> bytes:
+    """A picture of one colour, whose file has the same size whatever the seed."""
+    file = io.BytesIO()
+    Image.new("RGB", (8, 8), (seed, 0, 0)).save(file, "BMP")
+    return file.getvalue()
+
+
+def write_shard(folder: Path, images: list[bytes], labels: list[int]) -> Source:
+    with tarfile.open(folder / "0.tar", "w") as tar:
+        for i, (image, label) in enumerate(zip(images, labels)):
+            for name, data in ((f"{i}.png", image), (f"{i}.cls", str(label).encode())):
+                member = tarfile.TarInfo(name)
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
+    return Shards(path=str(folder))
+
+
+def write_parquet(folder: Path, images: list[bytes], labels: list[int]) -> Source:
+    table = pyarrow.table({"image": images, "label": labels})
+    parquet.write_table(table, folder / "0.parquet", compression="none", use_dictionary=False)
+    return Parquet(path=str(folder))
+
+
+def write_list(folder: Path, images: list[bytes], labels: list[int]) -> Source:
+    for i, image in enumerate(images):
+        (folder / f"{i}.bmp").write_bytes(image)
+    rows = "".join(f"{i}.bmp {label}\n" for i, label in enumerate(labels))
+    (folder / "list.txt").write_text(rows)
+    return Listed(path=str(folder), listing=str(folder / "list.txt"))
+
+
+@pytest.mark.parametrize("write", [write_shard, write_parquet, write_list])
+def test_what_was_mended_in_the_data_is_never_read_from_the_cache(tmp_path, write):
+    """In each case the files have the size that they had, and so the training's fingerprint."""
+    data, cache = tmp_path / "data", tmp_path / "cache"
+    data.mkdir()
+    pictures = [bitmap(seed) for seed in range(4)]
+    before = write(data, pictures, [0, 1, 0, 1])
+    features, labels = extract(tiny_model(), before, cache=cache)
+    kept, times = features.clone(), [(f, f.stat()) for f in data.iterdir()]
+    mended = write(data, pictures, [1, 0, 0, 1])
+    for file, stat in times:  # even where the mended file has the old one's time
+        if file.suffix != ".index":
+            os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    mended = type(before)(**options(write, data))
+    found, labels = extract(tiny_model(), mended, cache=cache)
+    assert labels.tolist() == [1, 0, 0, 1] and torch.equal(found, kept)
+    replaced = write(data, [bitmap(seed + 90) for seed in range(4)], [1, 0, 0, 1])
+    found, _ = extract(tiny_model(), replaced, cache=cache)
+    assert replaced.fingerprint == mended.fingerprint and replaced.stamp != mended.stamp
+    assert not torch.equal(found, kept)
+    torch.testing.assert_close(found, extract(tiny_model(), replaced)[0])
+
+
+def options(write: Callable, data: Path) -> dict:
+    return {"path": str(data)} | (
+        {"listing": str(data / "list.txt")} if write is write_list else {}
+    )
 
 
 def test_features_of_changed_images_are_not_kept(tmp_path):

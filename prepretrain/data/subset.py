@@ -14,6 +14,7 @@ class Subset(Source):
         # an array, not a list: see Files
         self.source, self.indexes = source, np.asarray(indexes, dtype=np.int64)
         self.fields, self.classes, self.groups = source.fields, source.classes, [len(indexes)]
+        self.stamp = source.stamp
         self.fingerprint = fingerprint_of([source.fingerprint, *self.indexes.tolist()])
 
     def __getitem__(self, index: int) -> dict:

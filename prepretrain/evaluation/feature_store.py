@@ -1,4 +1,4 @@
-"""Rows and their labels in a file that is filled chunk by chunk, so that a kill costs one chunk."""
+"""Rows in a file that is filled chunk by chunk, so that a kill costs one chunk."""
 
 import json
 import os
@@ -16,7 +16,7 @@ BYTES, ROWS = 1 << 28, 16384  # of a chunk at most: what is held in memory, and 
 
 @dataclass(frozen=True)
 class Store:
-    """`rows` rows of `shape` in <path>.bin, then as many int64 labels; <path>.json describes it.
+    """`rows` rows of `shape` in <path>.bin; <path>.json describes it.
 
     The description holds the checksum of each chunk of `chunk` rows that is whole on disk. It is
     replaced as a whole after the chunk was, so a chunk that a kill tore has none, and one that
@@ -70,32 +70,25 @@ class Store:
     def missing(self) -> list[tuple[int, int]]:
         """The spans that were never written whole, or that have changed since; reads all of the
         file."""
-        sums, (features, labels) = self._sums(), self._arrays()
-        return [
-            (a, b) for a, b in self.spans if sums.get(str(a)) != _sum(features[a:b], labels[a:b])
-        ]
+        sums, rows = self._sums(), self._rows()
+        return [(a, b) for a, b in self.spans if sums.get(str(a)) != zlib.crc32(rows[a:b].data)]
 
-    def write(self, first: int, features: Tensor, labels: Tensor) -> None:
+    def write(self, first: int, features: Tensor) -> None:
         """One chunk, durably: the rows, and only then its checksum."""
-        values, answers = features.contiguous().numpy(), labels.contiguous().numpy()
+        values = features.contiguous().numpy()
         with open(self.file, "r+b") as file:
             file.seek(first * values[0].nbytes)
             file.write(values.data)
-            file.seek(self.bytes - 8 * (self.rows - first))
-            file.write(answers.data)
             file.flush()
             os.fsync(file.fileno())
-        self._describe(self._sums() | {str(first): _sum(values, answers)})
+        self._describe(self._sums() | {str(first): zlib.crc32(values.data)})
 
-    def read(self) -> tuple[Tensor, Tensor]:
-        """Rows [n, *shape], memory-mapped (changing them changes no file), and labels int64 [n]."""
-        features, labels = self._arrays()
-        return torch.from_numpy(features), torch.from_numpy(np.array(labels))
+    def read(self) -> Tensor:
+        """Rows [n, *shape], memory-mapped; changing them changes no file."""
+        return torch.from_numpy(self._rows())
 
-    def _arrays(self) -> tuple[np.ndarray, np.ndarray]:
-        features = np.memmap(self.file, self.dtype, "c", shape=(self.rows, *self.shape))
-        start = self.bytes - 8 * self.rows
-        return features, np.memmap(self.file, np.int64, "c", start, (self.rows,))
+    def _rows(self) -> np.ndarray:
+        return np.memmap(self.file, self.dtype, "c", shape=(self.rows, *self.shape))
 
     def _sums(self) -> dict[str, int]:
         return json.loads(_described(self.path).read_text())["crc32"]
@@ -111,9 +104,8 @@ class Store:
 
 
 def size(rows: int, shape: tuple[int, ...], dtype: str) -> int:
-    """Bytes of the rows, filled up to whole int64s, and of their labels."""
-    values = rows * int(np.prod(shape)) * np.dtype(dtype).itemsize
-    return -(-values // 8) * 8 + 8 * rows
+    """Bytes of the rows."""
+    return rows * int(np.prod(shape)) * np.dtype(dtype).itemsize
 
 
 def file_name(text: str) -> str:
@@ -123,7 +115,3 @@ def file_name(text: str) -> str:
 
 def _described(path: Path) -> Path:
     return path.with_name(f"{path.name}.json")
-
-
-def _sum(features: np.ndarray, labels: np.ndarray) -> int:
-    return zlib.crc32(labels.data, zlib.crc32(features.data))

@@ -25,7 +25,7 @@ from prepretrain.training.log import logger
 # An image uint8 [3, S, S] as the encoder sees it, and its generators by purpose, to another like it.
 Change = Callable[[Tensor, Callable], Tensor]
 
-_VERSION = 1  # of how an image becomes a feature, weights and options apart: raise it with a change
+_VERSION = 2  # of how an image becomes a feature, weights and options apart: raise it with a change
 
 
 def extract(
@@ -53,9 +53,10 @@ def extract(
     image then; not `labelled` needs no labels, and gives zeros.
 
     cache: a folder that all ranks see, in which features are kept under a hash of the weights, the
-    model's options, the data's fingerprint and how they are read; what is returned is then
+    model's options, the data's fingerprint and stamp, and how they are read; what is returned is then
     memory-mapped, and the next call finds it. A pass that was cut off goes on from its last whole
     chunk, and chunks that changed on disk are computed again. The folder may be removed at any time.
+    Labels are not kept: they are read each time, since they may be mended.
 
     Raises ValueError for data without labels, a cache together with `change`, tokens without a
     cache, and a disk without room; RuntimeError for features that are not finite.
@@ -73,7 +74,7 @@ def extract(
             "evaluator has none within a run, so use --stage eval/… there."
         )
     image_size = image_size or model.encoder.image_size
-    centre = _Centre(image_size, share, resize, change, labelled)
+    centre = _Centre(image_size, share, resize, change, labelled and cache is None)
 
     def compute(some: Any) -> tuple[Tensor, Tensor]:
         rows = _Rows(len(some), name)
@@ -90,11 +91,36 @@ def extract(
             return compute(source)
         height, width = sides(image_size)
         pixels = height if height == width else (height, width)
-        reading = [_VERSION, pool, layer, pixels, share, resize, labelled]
-        key = fingerprint_of([fingerprint(model), source.fingerprint, len(source), *reading])
+        data = [*state(source), len(source)]
+        reading = [_VERSION, pool, layer, pixels, share, resize]
+        key = fingerprint_of([fingerprint(model), *data, *reading])
         example = torch.zeros(1, 3, height, width, dtype=torch.uint8)
         row = partial(_features, model, example, pool, layer)
-        return _cached(cache / f"{file_name(name)}-{key}", source, row, compute, name)
+        labels = _labels(source) if labelled else torch.zeros(len(source), dtype=torch.int64)
+        path = cache / f"{file_name(name)}-{key}"
+        return _cached(path, source, row, lambda some: compute(some)[0], name), labels
+
+
+def state(source: Any) -> list[str]:
+    """What the data is and when its files last changed, as process 0 sees it: what was computed from
+    it before holds as long as this is the same."""
+    return distributed.from_main([source.fingerprint, source.stamp])
+
+
+def _labels(source: Any) -> Tensor:
+    """int64 [n], read by process 0. Raises BadImage, on every process, for an image without one."""
+    found: list[int | None] | BadImage = []
+    if distributed.is_main():
+        try:
+            found = source.labels()
+            if None in found:
+                found = BadImage("no label", "", source.key(found.index(None)))
+        except BadImage as error:
+            found = error
+    found = distributed.from_main(found)
+    if isinstance(found, BadImage):
+        raise found
+    return torch.tensor(found, dtype=torch.int64)
 
 
 def _features(model: nn.Module, image: Tensor, pool: str, layer: int | None) -> Tensor:
@@ -108,9 +134,9 @@ def _cached(
     path: Path,
     source: Any,
     row: Callable[[], Tensor],
-    compute: Callable[[Any], tuple[Tensor, Tensor]],
+    compute: Callable[[Any], Tensor],
     name: str,
-) -> tuple[Tensor, Tensor]:
+) -> Tensor:
     """What `compute` gives of a source, read from the store at `path`, with what it lacks added;
     `row()` is an image's features, as an example."""
     store, missing = _find(path)
@@ -131,9 +157,9 @@ def _cached(
             store = distributed.from_main(made)
             missing = store.spans
         for first, end in missing:
-            features, labels = compute(Subset(source, list(range(first, end))))
+            features = compute(Subset(source, range(first, end)))
             if distributed.is_main():
-                store.write(first, features, labels)
+                store.write(first, features)
         distributed.barrier()  # the others read what rank 0 has written
     return store.read()
 

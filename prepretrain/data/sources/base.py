@@ -26,7 +26,8 @@ class Source:
 
     A sample holds "key" (str) and those of `FIELDS` that the source's `fields` name. `groups` are
     the sizes of the parts that are cheap to read together (shards). `fingerprint` says what the
-    data is, wherever it lies. A field of your own is a line more, as in
+    data is, wherever it lies; `stamp` changes whenever a file of it is written anew, for what is kept
+    of the data between evaluations ("" where no file is read). A field of your own is a line more, as in
     `Source.FIELDS["depth"] = "float32 [H, W], in metres"`.
     """
 
@@ -35,6 +36,7 @@ class Source:
     classes: list[str] | None = None
     groups: list[int]
     fingerprint: str
+    stamp: str = ""
 
     def __len__(self) -> int:
         return int(sum(self.groups))
@@ -49,6 +51,10 @@ class Source:
     def label(self, index: int) -> int:
         """The label alone, without reading the image where the source can."""
         return self[index]["label"]
+
+    def labels(self) -> list[int]:
+        """The labels of all images."""
+        return [self.label(index) for index in range(len(self))]
 
     def hashtags(self, index: int) -> list[str]:
         """The hashtags alone, without reading the image where the source can."""
@@ -68,8 +74,9 @@ class Files(Source):
     ):
         """`border` pixels are cut off each side of every image."""
         self.path, self.border = Path(path), border
-        sizes = (os.path.getsize(self.path / name) for name in names)
-        self.fingerprint = fingerprint_of(f"{n} {s}" for n, s in zip(names, sizes))
+        files = [os.stat(self.path / name) for name in names]
+        self.fingerprint = fingerprint_of(f"{n} {f.st_size}" for n, f in zip(names, files))
+        self.stamp = stamp_of(files)
         if border:
             self.fingerprint = fingerprint_of([self.fingerprint, border])
         self.fields = ("image",) if labels is None else ("image", "label")
@@ -117,6 +124,12 @@ def _without_border(data: bytes, border: int, key: str) -> bytes:
     inner = np.ascontiguousarray(pixels[border:-border, border:-border])
     Image.fromarray(inner).save(file, "PNG", compress_level=1)  # fast, and loses nothing
     return file.getvalue()
+
+
+def stamp_of(files: Iterable[os.stat_result]) -> str:
+    """A short hash of when each file last changed."""
+    times = np.array([file.st_mtime_ns for file in files], dtype=np.int64)
+    return hashlib.sha256(times.tobytes()).hexdigest()[:16]
 
 
 def fingerprint_of(parts: Iterable[object]) -> str:

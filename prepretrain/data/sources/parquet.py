@@ -1,5 +1,6 @@
 """Images in the rows of Parquet files, as the Hugging Face hub and many exports keep them."""
 
+import os
 from collections import OrderedDict
 from pathlib import Path
 
@@ -7,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from prepretrain.data.sources.base import Source, fingerprint_of
+from prepretrain.data.sources.base import Source, fingerprint_of, stamp_of
 from prepretrain.data.transforms import BadImage
 
 _IN_MEMORY = 2_000_000_000  # not from the paper: bytes of row groups that are kept read
@@ -74,6 +75,7 @@ class Parquet(Source):
         self.fingerprint = fingerprint_of(
             [*self.columns.items()] + [(g.num_rows, g.total_byte_size) for *_, g in groups]
         )
+        self.stamp = stamp_of(map(os.stat, self.paths))
         self._bytes = [group.total_byte_size for *_, group in groups]
         self._kept: OrderedDict[int, dict[str, pa.ChunkedArray]] = OrderedDict()
         if sum(self._bytes) <= _IN_MEMORY:
@@ -114,6 +116,12 @@ class Parquet(Source):
     def label(self, index: int) -> int:
         number, row = self._find(index)
         return self._group(number)["label"][row].as_py()
+
+    def labels(self) -> list[int]:
+        """See Source.labels; of that column alone, since a row group's images are large."""
+        name = self.columns["label"]
+        read = (file.read(columns=[name], use_threads=False) for file in self._files)
+        return [label for table in read for label in table[name].to_pylist()]
 
     def hashtags(self, index: int) -> list[str]:
         number, row = self._find(index)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from prepretrain.data.sources.base import Source, fingerprint_of
+from prepretrain.data.sources.base import Source, fingerprint_of, stamp_of
 from prepretrain.data.tar_index import IMAGES, MEMBERS, Index, read_head
 from prepretrain.data.transforms import BadImage
 
@@ -51,6 +51,7 @@ class Shards(Source):
         heads = [read_head(shard) for shard in self.paths]
         self.groups = [head["samples"] for head in heads]
         self.fingerprint = fingerprint_of(head["digest"] for head in heads)
+        self.stamp = stamp_of(map(os.stat, self.paths))
         self._starts = np.cumsum(self.groups) - self.groups
         self._length = sum(self.groups)
         self._opened: OrderedDict[int, _Shard] = OrderedDict()

@@ -33,7 +33,9 @@ class Encoder(nn.Module):
     image_size: tuple[int, int]  # pixels: height, width
     takes: tuple[str, ...] = ()  # what of keep, hide and layer `forward` offers
     blocks: nn.ModuleList  # what is recomputed, compiled and sharded as a unit
-    trains: bool = True  # an objective can train it; else it is a teacher or is measured beside ours
+    trains: bool = (
+        True  # an objective can train it; else it is a teacher or is measured beside ours
+    )
     final_norm: bool = True  # the tokens' last operation is a norm
     mean: Sequence[float] | None = None  # of each colour, 0 to 1; None: ImageNet's
     std: Sequence[float] | None = None
