@@ -165,6 +165,21 @@ def test_other_weights_are_measured_anew_and_the_same_in_an_export_are_not(train
     assert witnessed() == ["a", "a"]
 
 
+def test_other_data_or_another_card_are_measured_anew(trained):
+    start(witness("a"))
+    start(witness("a"))
+    assert witnessed() == ["a"]
+    image = next(Path("data/photos").rglob("*.png"))
+    image.write_bytes(image.read_bytes())  # of the same size, as one that was mended may be
+    start(witness("a"))
+    assert witnessed() == ["a", "a"]
+    card = Path("datasets/colours.yaml")
+    card.write_text(card.read_text() + "templates: ['a {} square']\n")
+    start(witness("a"))
+    start(witness("a"))
+    assert witnessed() == ["a", "a", "a"]
+
+
 def test_what_is_measured_in_training_names_no_weights(trained):
     every = "evaluators=[{name: lowshot, data: colours, every: 100%, shots: [2]}]"
     launch("small.yaml", ["length=2it", "optim.warmup=0it", every], out="runs/other")
@@ -181,7 +196,9 @@ def test_a_failing_entry_loses_no_other_and_is_tried_again(trained):
             start(witness("a"), TOO_MANY, witness("b"))
     assert witnessed() == ["a", "b"]
     log = (trained / "log.txt").read_text()
-    assert log.count("suite[1] (eval/lowshot) failed") == 2 and "same options and weights" in log
+    assert (
+        log.count("suite[1] (eval/lowshot) failed") == 2 and "same options, weights and data" in log
+    )
 
 
 @pytest.mark.parametrize(

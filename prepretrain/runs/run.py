@@ -269,9 +269,12 @@ def fingerprint(source: str) -> str:
 def request(evaluator: Evaluator, model: dict[str, Any], sha256: str | None) -> dict[str, Any]:
     """What evaluations.json says of a result, as JSON has it: with two alike the numbers are.
 
-    model: the options that it is loaded with. sha256: of its weights.
+    model: the options that it is loaded with. sha256: of its weights; without, as in training, where
+    they change, the data are not looked at either. Called on every process.
     """
     asked = {"options": {"evaluator": evaluator.options, "model": model}, "model": sha256}
+    if sha256 is not None:
+        asked["data"] = evaluator.data_state()
     return json.loads(json.dumps(asked))
 
 

@@ -1,7 +1,7 @@
 """A list of stages on one model, as one job: evaluations, and fine-tunings with what they measure.
 
-All is checked before anything runs. What results.json holds already, of the same weights and asked
-for with the same options, is not measured again, so a suite that was cut off is continued by the
+All is checked before anything runs. What results.json holds already, of the same weights and data and
+asked for with the same options, is not measured again, so a suite that was cut off is continued by the
 same command. What fails does not keep the rest from running.
 """
 
@@ -225,7 +225,9 @@ def _run(entry: Entry, folder: Path, sha256: str) -> None:
     found, known = results.read(folder)
     asked = _asked(entry, sha256)
     if entry.key in found and known.get(entry.key) == asked:
-        logger.info("%s: %s is there, with the same options and weights", entry.name, entry.key)
+        logger.info(
+            "%s: %s is there, with the same options, weights and data", entry.name, entry.key
+        )
     elif isinstance(entry.config, Evaluating):
         run.evaluate(entry.config, folder, sha256)
     else:

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from prepretrain import plugin
-from prepretrain.data.card import load_card
-from prepretrain.evaluation.features import extract
+from prepretrain.data.card import Card, load_card
+from prepretrain.data.sources.base import fingerprint_of
+from prepretrain.evaluation.features import extract, state
 
 SPEED = ("feature_batch", "workers")  # options that change no result but for rounding
 
@@ -39,6 +40,21 @@ class Evaluator:
     def run(self, model: nn.Module, folder: Path) -> dict[str, float]:
         """Named numbers, the same on every rank; called on every rank. `folder` is the run's."""
         raise NotImplementedError
+
+    def cards(self) -> list[tuple[Card, tuple[str, ...]]]:
+        """All cards that it reads, each with the splits."""
+        return [(self.card, self.splits)]
+
+    def data_state(self) -> dict[str, Any]:
+        """What it reads, as it is now: with other options alike, a result holds as long as this is
+        the same. Called on every process."""
+        found: dict[str, Any] = {}
+        for card, splits in self.cards():
+            said = [card.classes, card.names, card.templates, card.groups, card.splits]
+            answers = card.answers.read_bytes() if card.answers is not None else b""
+            found[card.name] = fingerprint_of([*said, answers])
+            found |= {f"{card.name}:{split}": state(card.open(split)) for split in splits}
+        return found
 
     @classmethod
     def quoted(cls, results: dict[str, float]) -> str:

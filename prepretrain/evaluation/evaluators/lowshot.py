@@ -11,11 +11,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from prepretrain.data.sources.base import Source
+from prepretrain.data.sources.base import Source, fingerprint_of
 from prepretrain.data.subset import Subset, evenly_spaced
 from prepretrain.distributed import group as distributed
 from prepretrain.evaluation.evaluators.base import Evaluator, accuracy, class_count, require
-from prepretrain.evaluation.features import extract
+from prepretrain.evaluation.features import extract, state
 from prepretrain.evaluation.probing import logistic, subsets, tuning
 from prepretrain.evaluation.probing.adapters import ADAPTERS
 from prepretrain.evaluation.probing.tuning import Recipe, Tuning
@@ -158,6 +158,13 @@ class Lowshot(Evaluator):
         if self.method != "logistic":
             self.recipe.check(model.encoder)
 
+    def data_state(self) -> dict[str, Any]:
+        """See Evaluator.data_state: also of the lists."""
+        found = super().data_state()
+        if self.lists is None:
+            return found
+        return found | {"lists": fingerprint_of(subsets.read_lists(self.lists).items())}
+
     @classmethod
     def quoted(cls, results: dict[str, float]) -> str:
         """Top-1 of the largest K in the results, or of the share if there is no K."""
@@ -266,12 +273,12 @@ class Lowshot(Evaluator):
         folder: Path,
     ) -> dict[Job, dict[str, float]]:
         """The accuracies of each job by training; all processes train each job together."""
-        asked = tuning.identity(self.recipe, model) | {"classes": classes, "val": val.fingerprint}
+        asked = tuning.identity(self.recipe, model) | {"classes": classes, "val": state(val)}
         tuned, found = None, {}
         for (size, number), rows in chosen.items():
             images = Subset(source, rows.tolist())
             place = folder / "lowshot" / self.card.name / f"{self.method}_{size}_{number}"
-            record = {**asked, "images": images.fingerprint}
+            record = {**asked, "images": state(images)}
             measured = _recorded(place / "result.json", record)
             if measured is None:
                 if tuned is None:

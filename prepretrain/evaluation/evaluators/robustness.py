@@ -131,11 +131,17 @@ class Robustness(ProbeEvaluator):
                     "Give it, or name the corruptions without frost."
                 )
             self.textures = makers.frost_textures(frost)
+        self.splits = ("train", "val") if classifier == "linear" else ("val",)
         self.zeroshot = None
         if classifier == "zeroshot":
             texts = {"names": names, "templates": templates, "feature_batch": feature_batch}
             self.zeroshot = plugin.build("evaluators", "zeroshot", data=data, **texts)
         self.classifier, self.images, self.seed = classifier, images, seed
+
+    def cards(self) -> list[tuple[Card, tuple[str, ...]]]:
+        """See Evaluator.cards. Of official images the card alone: they are published as they are."""
+        official = [] if self.official is None else [(self.official, ())]
+        return [*super().cards(), *((card, ("val",)) for card in self.sets), *official]
 
     @classmethod
     def quoted(cls, results: dict[str, float]) -> str:
