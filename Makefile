@@ -1,6 +1,7 @@
 # make demo: both stages on data that it makes, about four minutes on two cores.   make test: the tests.
 # make lint: ruff's rules and format, and mypy on the public API.   make constraints: the versions that passed, kept.
 # make gpu: what a GPU does with this project, in at most nine minutes; make gpu SMOKE=1: the same, tiny, on the CPU.
+# make test-oldest: the tests of what is timm's and open_clip's, with the oldest that setup.py admits.
 # make test-faults: all that break runs, over and over: what docs/reliability.md counts. About 40 minutes.
 PYTHON ?= python3
 PY := .venv/bin/python
@@ -10,7 +11,7 @@ FAULTS := tests/test_faults.py tests/test_lease.py tests/test_slurm.py tests/tes
 # No newer versions than passed the tests.   make setup CONSTRAINTS= takes the newest that setup.py admits.
 CONSTRAINTS ?= tests/constraints.txt
 
-.PHONY: setup demo test test-faults lint constraints gpu
+.PHONY: setup demo test test-faults test-oldest lint constraints gpu
 
 setup: .venv/ready
 
@@ -47,6 +48,13 @@ test: .venv/ready
 
 test-faults: .venv/ready
 	OMP_NUM_THREADS=1 $(PY) -m pytest -v --timeout 1200 $(FAULTS)
+
+# The oldest timm and open_clip that setup.py admits, by the tests of what is theirs.
+test-oldest: .venv/ready
+	$(PY) -m pip install --quiet --no-deps --upgrade --target .venv/oldest \
+	  $$(sed -n 's/.*"\(timm\|open_clip_torch\)>=\([0-9.]*\),.*/\1==\2/p' setup.py)
+	PYTHONPATH=.venv/oldest OMP_NUM_THREADS=1 $(PY) -m pytest -q \
+	  tests/test_foreign.py tests/test_golden.py tests/test_masked.py tests/test_text.py tests/test_zoo.py tests/test_finetune.py
 
 lint: .venv/ready
 	$(PY) -m ruff check .

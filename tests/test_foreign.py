@@ -1,12 +1,19 @@
 """Weights of other libraries: what a Model makes of them, against those libraries' own code."""
 
+import functools
+import json
 import re
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import open_clip
 import pytest
 import timm
 import torch
+import torchvision
 from open_clip.transformer import QuickGELU
+from timm.layers import resample_abs_pos_embed
 from timm.optim import param_groups_layer_decay
 from torch.testing import assert_close
 
@@ -17,6 +24,7 @@ from prepretrain.models.model import Model
 from prepretrain.models.text.open_clip import OpenClip as TextTower
 from prepretrain.objectives.classify import Classify
 from prepretrain.training import optim
+from prepretrain.zoo import releases as zoo
 
 RATE = 0.65
 
@@ -24,6 +32,212 @@ RATE = 0.65
 def photos(size: int, count: int = 2) -> torch.Tensor:
     generator = torch.Generator().manual_seed(0)
     return torch.randint(0, 256, (count, 3, size, size), generator=generator, dtype=torch.uint8)
+
+
+@dataclass
+class Foreign:
+    """A file of another library's: what `load` is given, and at each of two sizes what that library
+    makes of the images, as it normalises them, and of our tokens where it goes on from there."""
+
+    source: str
+    colours: tuple
+    theirs: dict[int, Callable[[torch.Tensor], torch.Tensor]]
+    options: dict = field(default_factory=dict)
+    ours: Callable = lambda size, tokens: tokens
+
+
+def drawn(net: torch.nn.Module) -> torch.nn.Module:
+    """A network with weights among which none is small."""
+    generator = torch.Generator().manual_seed(1)
+    for name, parameter in net.named_parameters():
+        scale = 1.0 if "pos_embed" in name else 0.05
+        with torch.no_grad():
+            parameter.add_(scale * torch.randn(parameter.shape, generator=generator))
+    return net.eval()
+
+
+def shrink(monkeypatch, **options: int) -> None:
+    """Whatever timm makes by a name is smaller: for us and for the reference alike."""
+    monkeypatch.setattr(timm, "create_model", functools.partial(timm.create_model, **options))
+
+
+def of_timm(folder: Path, monkeypatch, name: str, sizes: tuple[int, int]) -> Foreign:
+    """A model of timm's by its name, made for another size and filled by timm's own loader."""
+    shrink(monkeypatch, depth=2)
+    made = functools.partial(timm.create_model, name, num_classes=0)
+    torch.save(drawn(made(img_size=sizes[0])).state_dict(), folder / "timm.pt")
+    overlay = {"file": str(folder / "timm.pt")}
+    nets = {
+        s: made(img_size=s, pretrained=True, pretrained_cfg_overlay=overlay).eval() for s in sizes
+    }
+    stated = timm.get_pretrained_cfg(name)
+    options = {"encoder": "timm", "architecture": name}
+    theirs = {size: net.forward_features for size, net in nets.items()}
+    return Foreign(str(folder / "timm.pt"), (stated.mean, stated.std), theirs, options)
+
+
+TEXT = {"width": 16, "layers": 1, "heads": 1, "vocab_size": 49408}
+OWN_TOWER = {"image_size": 32, "patch_size": 8, "width": 32, "layers": 2, "head_width": 16}
+TIMMS_TOWER = {
+    "image_size": 32,
+    "timm_model_name": "vit_base_patch16_siglip_224",
+    "timm_pool": "map",
+    "timm_proj": "none",
+}
+
+
+def of_open_clip(folder: Path, monkeypatch, stated: dict, tower: dict = OWN_TOWER) -> Foreign:
+    """A tower of open_clip's by its tag, filled by open_clip's own loader."""
+    shrink(monkeypatch, depth=2, embed_dim=32, num_heads=2)
+    config = {"embed_dim": 32, "vision_cfg": tower, "text_cfg": TEXT}
+    (folder / "tiny.json").write_text(json.dumps(config))
+    open_clip.add_model_config(folder / "tiny.json")
+    monkeypatch.setitem(open_clip.pretrained._PRETRAINED, "tiny", {"theirs": {"url": "", **stated}})
+    quick = {"force_quick_gelu": stated.get("quick_gelu", False)}
+    peer = drawn(open_clip.create_model("tiny", **quick))
+    torch.save(peer.state_dict(), folder / "clip.pt")
+    made = functools.partial(open_clip.create_model, "tiny", str(folder / "clip.pt"), **quick)
+    nets = {size: made(force_image_size=size).eval() for size in (32, 48)}
+    return Foreign(
+        str(folder / "clip.pt"),
+        (tuple(stated["mean"]), tuple(stated["std"])),
+        {size: net.encode_image for size, net in nets.items()},
+        {"encoder": "open_clip", "architecture": "tiny", "tag": "theirs"},
+        lambda size, tokens: pooled(nets[size].visual, tokens),
+    )
+
+
+def pooled(tower: torch.nn.Module, tokens: torch.Tensor) -> torch.Tensor:
+    if hasattr(tower, "trunk"):
+        return tower.head(tower.trunk.forward_head(tokens))
+    return tower._global_pool(tokens)[0] @ tower.proj
+
+
+def of_release(
+    folder: Path, monkeypatch, name: str, state: dict, encoder: str, theirs: dict, **options
+) -> Foreign:
+    """A small file as those of a release, which the table's own row opens."""
+    row = zoo.releases()[name]
+    size = {**row.preprocessing, "image_size": 32}
+    small = replace(row, encoder=encoder, options=row.options | options, preprocessing=size)
+    torch.save(state, folder / "release.pt")
+    monkeypatch.setattr(zoo, "releases", lambda: {name: small})
+    monkeypatch.setattr(zoo, "fetch", lambda _: folder / "release.pt")
+    return Foreign(name, (tuple(size["mean"]), tuple(size["std"])), theirs)
+
+
+PLAIN = dict(patch_size=8, embed_dim=32, depth=2, num_heads=2, num_classes=0)
+
+
+def plain_vits() -> tuple[dict, dict]:
+    """The tensors of a ViT of timm's, which MAE's and MAWS's code is, and its tokens at two sizes."""
+    norm = functools.partial(torch.nn.LayerNorm, eps=1e-6)
+    made = functools.partial(timm.models.VisionTransformer, **PLAIN, norm_layer=norm)
+    state, theirs = drawn(made(img_size=32)).state_dict(), {}
+    for size in (32, 48):
+        net, grid = made(img_size=size).eval(), [size // 8] * 2
+        net.load_state_dict(state | {"pos_embed": resample_abs_pos_embed(state["pos_embed"], grid)})
+        theirs[size] = net.forward_features
+    return state, theirs
+
+
+def of_mae(folder: Path, monkeypatch) -> Foreign:
+    state, theirs = plain_vits()
+    return of_release(folder, monkeypatch, "mae/vit_b16", {"model": state}, "vit_test8", theirs)
+
+
+def of_maws(folder: Path, monkeypatch) -> Foreign:
+    state, theirs = plain_vits()
+    return of_release(folder, monkeypatch, "maws/vit_b16", state, "vit_test8", theirs)
+
+
+def of_swag(folder: Path, monkeypatch) -> Foreign:
+    """torchvision's ViT, under the names of SWAG's own files. SWAG's code knows one size; at another
+    the positions are those of timm, as for all files here."""
+    made = functools.partial(
+        torchvision.models.VisionTransformer,
+        **dict(patch_size=8, num_layers=2, num_heads=2, hidden_dim=32, mlp_dim=128),
+    )
+    state, theirs = drawn(made(image_size=32)).state_dict(), {}
+    place = "encoder.pos_embedding"
+    for size in (32, 48):
+        net = made(image_size=size).eval()
+        table = resample_abs_pos_embed(state[place], [size // 8] * 2)
+        net.load_state_dict(state | {place: table})
+        theirs[size] = functools.partial(torchvision_tokens, net)
+    named = {
+        key.replace("encoder_layer_", "layer_")
+        .replace(".mlp.0.", ".mlp.linear_1.")
+        .replace(".mlp.3.", ".mlp.linear_2."): value.transpose(0, 1) if key == place else value
+        for key, value in state.items()
+        if not key.startswith("heads.")
+    }
+    return of_release(folder, monkeypatch, "swag/vit_b16", named, "vit_test8", theirs)
+
+
+def torchvision_tokens(net: torch.nn.Module, image: torch.Tensor) -> torch.Tensor:
+    patches = net._process_input(image)
+    return net.encoder(torch.cat([net.class_token.expand(len(image), -1, -1), patches], 1))
+
+
+def of_simmim(folder: Path, monkeypatch) -> Foreign:
+    """A SwinV2 of timm's, under the names of SimMIM's files; at another size the position bias keeps
+    the scale of the windows that it was trained with."""
+    made = functools.partial(
+        timm.models.SwinTransformerV2,
+        **dict(patch_size=4, embed_dim=16, depths=(1, 2), num_heads=(1, 2), num_classes=0),
+    )
+    state, theirs = drawn(made(img_size=32, window_size=4)).state_dict(), {}
+    for size in (32, 64):
+        net = made(img_size=size, window_size=4, pretrained_window_sizes=(4, 4)).eval()
+        net.load_state_dict(state)
+        theirs[size] = lambda image, net=net: net.forward_features(image).flatten(1, 2)
+    named = {
+        "encoder." + re.sub(r"^layers\.1\.downsample", "layers.0.downsample", key): value
+        for key, value in state.items()
+    }
+    named = {key.replace("cpb_mlp", "rpe_mlp"): value for key, value in named.items()}
+    others = {"encoder.mask_token": torch.zeros(1, 1, 16), "decoder.0.bias": torch.zeros(3)}
+    name = "simmim/swinv2_b_1k_125k"
+    content = {"model": named | others | {"decoder.0.weight": torch.zeros(3, 32, 1, 1)}}
+    return of_release(folder, monkeypatch, name, content, "swinv2_test8", theirs, window=4)
+
+
+OPENAI = dict(mean=open_clip.OPENAI_DATASET_MEAN, std=open_clip.OPENAI_DATASET_STD)
+FAMILIES: dict[str, Callable[..., Foreign]] = {
+    "timm, its default colours": lambda *at: of_timm(*at, "vit_tiny_patch16_224", (32, 64)),
+    "timm, DINO": lambda *at: of_timm(*at, "vit_small_patch16_224.dino", (32, 64)),
+    "timm, DINOv2": lambda *at: of_timm(*at, "vit_small_patch14_reg4_dinov2.lvd142m", (28, 42)),
+    "timm, DINOv3": lambda *at: of_timm(*at, "vit_small_patch16_dinov3.lvd1689m", (32, 64)),
+    "timm, EVA": lambda *at: of_timm(*at, "eva02_tiny_patch14_224.mim_in22k", (28, 42)),
+    "open_clip": lambda *at: of_open_clip(*at, OPENAI),
+    "open_clip, OpenAI": lambda *at: of_open_clip(*at, {**OPENAI, "quick_gelu": True}),
+    "open_clip, SigLIP": lambda *at: of_open_clip(
+        *at, {"mean": [0.5] * 3, "std": [0.5] * 3}, TIMMS_TOWER
+    ),
+    "open_clip, other colours": lambda *at: of_open_clip(
+        *at, {"mean": [0.5] * 3, "std": [0.5] * 3}
+    ),
+    "MAE": of_mae,
+    "MAWS": of_maws,
+    "SWAG": of_swag,
+    "SimMIM": of_simmim,
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_weights_give_their_own_librarys_features_at_two_sizes_with_its_colours(
+    family, tmp_path, monkeypatch
+):
+    given = FAMILIES[family](tmp_path, monkeypatch)
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in given.colours)
+    for size, theirs in given.theirs.items():
+        model = load(given.source, image_size=size, **given.options)
+        expected = theirs((photos(size) / 255 - mean) / std)
+        assert expected.std() > 0.01
+        scale = expected.abs().max().item()
+        assert_close(given.ours(size, model(photos(size))), expected, rtol=0, atol=1e-5 * scale)
 
 
 def ours(encoder: str, head: dict, **options: object) -> dict[str, tuple[float, float]]:

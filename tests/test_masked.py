@@ -6,7 +6,6 @@ import shutil
 from pathlib import Path
 
 import numpy as np
-import open_clip
 import pytest
 import timm
 import torch
@@ -258,38 +257,6 @@ def test_a_teacher_without_a_class_token_missing_or_pickled_is_refused(tmp_path)
     save_file({"x": torch.ones(1)}, tmp_path / "bare.safetensors")
     with pytest.raises(ValueError, match="does not say which encoder it is"):
         FeatureMAE(student, teacher=str(tmp_path / "bare.safetensors"))
-
-
-def test_a_teacher_of_timm_gives_timms_own_features(tmp_path):
-    name = "vit_small_patch14_reg4_dinov2.lvd142m"
-    torch.manual_seed(0)
-    peer = timm.create_model(name, img_size=28, num_classes=0).eval()
-    save_file(peer.state_dict(), tmp_path / "dino.safetensors")
-    found = load(
-        str(tmp_path / "dino.safetensors"), encoder="timm", architecture=name, image_size=28
-    )
-    assert found.mean == peer.pretrained_cfg["mean"] and found.encoder.prefix == 5
-    with torch.no_grad():
-        theirs = peer.forward_features(found.normalise(photos(1, 28)))
-        assert_close(found(photos(1, 28)), theirs, rtol=0, atol=1e-6)
-    larger = load(
-        str(tmp_path / "dino.safetensors"), encoder="timm", architecture=name, image_size=42
-    )
-    assert larger(photos(1, 42)).shape == (1, 5 + 9, 384)
-
-
-def test_a_teacher_of_open_clip_gives_open_clips_own_features(tmp_path):
-    torch.manual_seed(0)
-    peer = open_clip.create_model("ViT-S-32-alt", force_image_size=64).eval()
-    torch.save(peer.state_dict(), tmp_path / "clip.pt")
-    options = dict(encoder="open_clip", architecture="ViT-S-32-alt", image_size=64)
-    found = load(str(tmp_path / "clip.pt"), **options)
-    with torch.no_grad():
-        image = found.normalise(photos(1, 64))
-        tokens = found(photos(1, 64))
-        assert tokens.shape == (1, 5, 384)
-        pooled, _ = peer.visual._global_pool(tokens)
-        assert_close(pooled @ peer.visual.proj, peer.encode_image(image), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("source", ["timm/vit_base_patch16_224.mae", "open_clip/ViT-B-16/nothing"])
