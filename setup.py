@@ -51,9 +51,9 @@ setup(
     install_requires=[
         "torch>=2.11,<3",
         "torchvision<1",
-        "timm>=1.0.23,<1.1",
+        "timm>=1.0.31,<1.1",
         "fairscale<0.5",
-        "open_clip_torch>=3,<4",
+        "open_clip_torch>=3.3,<4",
         "webdataset<2",
         "submitit>=1.5,<2",
         "fvcore<0.2",

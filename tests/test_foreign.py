@@ -66,7 +66,7 @@ def of_timm(folder: Path, monkeypatch, name: str, sizes: tuple[int, int]) -> For
     shrink(monkeypatch, depth=2)
     made = functools.partial(timm.create_model, name, num_classes=0)
     torch.save(drawn(made(img_size=sizes[0])).state_dict(), folder / "timm.pt")
-    overlay = {"file": str(folder / "timm.pt")}
+    overlay = {"file": str(folder / "timm.pt"), "custom_load": False}
     nets = {
         s: made(img_size=s, pretrained=True, pretrained_cfg_overlay=overlay).eval() for s in sizes
     }

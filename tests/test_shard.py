@@ -5,6 +5,7 @@ import shutil
 import pytest
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -139,3 +140,28 @@ def test_a_name_that_nothing_has_is_an_error_before_the_run_starts(place):
         ValueError, match=r"shard.float32: no part is called '\*.nrm'.*encoder.norm"
     ):
         launch("small.yaml", ["shard.float32=['*.nrm']"], dry_run=True)
+
+
+def test_a_buffer_that_no_checkpoint_holds_and_nothing_fills_is_an_error():
+    class Table(nn.Module):
+        """A buffer that only its constructor fills."""
+
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.zeros(2))
+            self.register_buffer("numbers", torch.arange(3), persistent=False)
+
+    class Filled(Table):
+        """One that is filled again."""
+
+        def init_non_persistent_buffers(self) -> None:
+            self.numbers.copy_(torch.arange(3))
+
+    for made, fits in ((Filled(), True), (Table(), False)):
+        whole = nn.Sequential(made).to_empty(device="cpu")
+        if fits:
+            shard.fill_buffers(whole)
+            assert made.numbers.tolist() == [0, 1, 2]
+            continue
+        with pytest.raises(ValueError, match="0.numbers: no checkpoint holds this buffer"):
+            shard.fill_buffers(whole)

@@ -4,7 +4,7 @@ torch.compile, FSDP, initial values."""
 import logging
 import warnings
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from fnmatch import fnmatchcase
 from functools import cache, lru_cache, partial
 from pathlib import Path
@@ -233,11 +233,36 @@ def materialise(module: nn.Module, precision: Literal["bf16", "fp32"] = "bf16") 
 
 
 def fill_buffers(module: nn.Module) -> None:
-    """Computes again the buffers that no checkpoint holds (SwinV2's position tables), which
-    `to_empty` leaves without values: every submodule's `init_non_persistent_buffers`, timm's name."""
+    """Computes again the buffers that no checkpoint holds (SwinV2's position tables and masks), which
+    `to_empty` leaves without values: every submodule's `init_non_persistent_buffers`, timm's name.
+
+    Raises ValueError for one that nothing fills: it would hold whatever lay in memory.
+    """
+    for _, buffer in _unsaved_buffers(module):
+        buffer.fill_(_unset(buffer))
     for one in module.modules():
         if isinstance(one, contracts.FillsBuffers):
             one.init_non_persistent_buffers()
+    for name, buffer in _unsaved_buffers(module):
+        left = buffer.isnan() if buffer.is_floating_point() else buffer == _unset(buffer)
+        if buffer.numel() and left.all():
+            raise ValueError(
+                f"{name}: no checkpoint holds this buffer, and nothing computes it again. Give its module "
+                f"an init_non_persistent_buffers(); a module of timm's has one in newer versions."
+            )
+
+
+def _unsaved_buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The numbers among the buffers that are in no state dict."""
+    for place, owner in module.named_modules():
+        for name in owner._non_persistent_buffers_set:
+            buffer = getattr(owner, name)
+            if buffer is not None and buffer.dtype != torch.bool:
+                yield f"{place}.{name}".lstrip("."), buffer
+
+
+def _unset(buffer: Tensor) -> float:
+    return torch.nan if buffer.is_floating_point() else torch.iinfo(buffer.dtype).min
 
 
 def _has_bf16() -> bool:

@@ -135,10 +135,12 @@ class Encoder(nn.Module):
 def resample_positions(
     table: Tensor, grid: tuple[int, int], prefix: int, stride: int, before: dict[str, Any]
 ) -> Tensor:
-    """Positions [1, prefix + N, D] of another grid resampled to this one (bicubic, as timm and MAE's
-    users do); what is no table of positions stays as it is.
+    """Positions [1, prefix + N, D] of another grid resampled to this one as timm and open_clip do,
+    bicubic with antialiasing; MAE's and DINO's own code has none. What is no table of positions stays
+    as it is.
 
-    The other grid is that of the image size in `before`, at this stride, or else a square.
+    The other grid is that of the image size in `before`, at this stride. A file of others does not say
+    it and is taken for a square, as by timm: 16 cells are 4 x 4, were they 2 x 8.
     """
     cells = table.shape[1] - prefix if table.ndim == 3 else 0
     stated = before.get("image_size")
