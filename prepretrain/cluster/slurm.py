@@ -23,6 +23,7 @@ from typing import Any, NoReturn
 
 import submitit
 
+from prepretrain import jsonl
 from prepretrain.distributed import ports
 
 logger = logging.getLogger(__name__)
@@ -196,13 +197,8 @@ def _attempt() -> dict[str, Any]:
 
 def attempts(folder: Path) -> list[dict[str, Any]]:
     """The lines of a folder's attempts.jsonl, but for one that was cut off; [] without one."""
-    rows, path = [], folder / ATTEMPTS
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    return rows
+    needs = {"time": str, "job": str, "restart": int, "ended": str, "error": str}
+    return list(jsonl.rows(folder / ATTEMPTS, needs))
 
 
 def _note(folder: Path, **row: Any) -> None:
@@ -324,17 +320,17 @@ def _decide(rows: list[dict[str, Any]], requeues: int, status: int) -> tuple[boo
     """(whether to start again, whether that counts, why). A stop that gained a step does not count."""
     mine = _of_this_attempt(rows)
     of_job = [row for row in rows if row["job"] == _job()]
-    stops = {row["step"] for row in of_job if row["ended"] == "stopped" and row not in mine}
-    if mine and mine[0]["ended"] == "stopped" and mine[0]["step"] not in {None, *stops}:
+    stops = {row.get("step") for row in of_job if row["ended"] == "stopped" and row not in mine}
+    if mine and mine[0]["ended"] == "stopped" and mine[0].get("step") not in {None, *stops}:
         return True, False, f"stopped by a signal after step {mine[0]['step']}"
-    failures = {(row["error"], row["step"]) for row in mine if row["ended"] == "failed"}
+    failures = {(row["error"], row.get("step")) for row in mine if row["ended"] == "failed"}
     cause = mine[0]["error"] if mine else _of_status(status)
-    if mine and mine[0]["fixed"]:
+    if mine and mine[0].get("fixed"):
         return False, True, f"starting again would not help: {cause}"
     earlier = [row for row in of_job if row["ended"] == "failed" and row not in mine]
-    if failures & {(row["error"], row["step"]) for row in earlier}:
+    if failures & {(row["error"], row.get("step")) for row in earlier}:
         return False, True, f"the same error at the same step as before: {cause}"
-    lost = 1 + sum(row["ended"] == "again" and row["counts"] for row in of_job)
+    lost = 1 + sum(row["ended"] == "again" and row.get("counts", True) for row in of_job)
     if lost > requeues:
         return False, True, f"lost start {lost}, and slurm.requeues is {requeues}: {cause}"
     return True, True, f"lost start {lost} of at most {requeues}: {cause}"

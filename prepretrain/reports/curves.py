@@ -1,6 +1,5 @@
 """Draws what runs logged, over the images seen."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,23 +8,19 @@ import yaml
 from matplotlib.axes import Axes
 from matplotlib.ticker import EngFormatter
 
+from prepretrain import jsonl
 from prepretrain.reports.figure import COLOURS, DASHES, INK, blank, panels, save
 
 
-def metrics(run: str | Path) -> list[dict]:
-    """The rows of a run's metrics.jsonl."""
+def metrics(run: str | Path, keys: Sequence[str]) -> list[dict]:
+    """The rows of a run's metrics.jsonl, of each the step, the images seen and some keys."""
     path = Path(run) / "metrics.jsonl"
     if not path.exists():
         raise ValueError(
             f"{run}: there is no metrics.jsonl. Is it a run's folder, and has the run logged a step?"
         )
-    rows = []
-    for number, line in enumerate(path.read_text().splitlines(), 1):
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}:{number}: not a line of JSON ({error}).") from error
-    return rows
+    kept = ("step", "images", *keys)
+    return [{k: row[k] for k in kept if k in row} for row in jsonl.rows(path)]
 
 
 def draw(
@@ -45,7 +40,7 @@ def draw(
     if names and len(names) != len(runs):
         raise ValueError(f"--names: {len(names)} names for {len(runs)} runs.")
     called = names or [Path(run).resolve().name for run in runs]
-    lines = [(_objective(run), name, metrics(run)) for run, name in zip(runs, called)]
+    lines = [(_objective(run), name, metrics(run, keys)) for run, name in zip(runs, called)]
     objectives = dict.fromkeys(objective for objective, _, _ in lines)
     shown = [(key, objective) for key in keys for objective in objectives]
     figure = blank(6.4 * len(shown), 4.2)

@@ -1,16 +1,19 @@
 """What a run tells a person and a program: log lines, metrics.jsonl, TensorBoard, a progress
 bar."""
 
+import contextlib
 import json
 import logging
 import os
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
 from tqdm import tqdm
 
+from prepretrain import jsonl
 from prepretrain.distributed import group as distributed
 
 logger = logging.getLogger("prepretrain")
@@ -60,17 +63,17 @@ class Metrics:
         self.measured: list[str] = []  # figures that were logged of this very step
         if not distributed.is_main():
             return
-        rows = _rewind(folder / "metrics.jsonl", step)
-        self.seconds = max((row.get("seconds", 0.0) for row in rows), default=0.0)
-        self.measured = sorted({key for row in rows if row["step"] == step for key in row})
-        self.file = (folder / "metrics.jsonl").open("a")
+        path = folder / "metrics.jsonl"
+        self.measured = _rewind(path, step)
+        self.seconds = _seconds(path)
+        self.file = _Lines(path)
         self.replaced = folder / "quarantine.jsonl"
         self.causes: set[str] = set()  # of which a warning was given
         _rewind(self.replaced, step)
         self.board = _board(folder, step)
         if wandb is not None:
             self.remote = _remote(folder, wandb)
-            for row in rows:  # what a killed process had not sent yet, or, offline, had not written
+            for row in jsonl.rows(path):  # what a killed process had not sent, or, offline, written
                 if row["step"] >= self.remote.step:
                     self.remote.log(row, step=row["step"])
 
@@ -78,13 +81,26 @@ class Metrics:
         """Appends one row, which holds at least "step"."""
         if self.file is None:
             return
-        self.file.write(json.dumps(row) + "\n")
-        self.file.flush()
-        for key, value in row.items():
-            if self.board is not None and key != "step" and isinstance(value, (int, float)):
-                self.board.add_scalar(key, value, row["step"])
+        self.file.write(row)
+        if self.board is not None:
+            self._draw(row)
         if self.remote is not None:  # which drops steps that it had before the run was cut off
             self.remote.log(row, step=row["step"])
+
+    def _draw(self, row: dict) -> None:
+        """Adds a row to TensorBoard, whose own thread writes it; a disk that takes no curves ends them,
+        and not the run."""
+        try:
+            for key, value in row.items():
+                if key != "step" and isinstance(value, (int, float)):
+                    self.board.add_scalar(key, value, row["step"])
+        except OSError as error:
+            logger.warning("no more curves for TensorBoard in this process: %s", error)
+            self.board = None
+
+    def unwritten(self) -> str | None:
+        """Why not all rows are on disk, after another try; None if they are."""
+        return None if self.file is None else self.file.unwritten()
 
     def write_rollbacks(self, step: int, rollbacks: list[dict]) -> None:
         """Appends how a run came to begin at a step that it had left behind, if so."""
@@ -109,9 +125,42 @@ class Metrics:
         if self.file is not None:
             self.file.close()
         if self.board is not None:
-            self.board.close()
+            with contextlib.suppress(OSError):  # its disk is full, or its folder gone
+                self.board.close()
         if self.remote is not None:
             self.remote.finish()
+
+
+class _Lines:
+    """Appends rows to a file. Those that a full disk does not take are kept, and written with a later
+    row; what was written in part is continued where it ended."""
+
+    def __init__(self, path: Path):
+        self.path, self.waiting = path, b""
+        self.file = path.open("ab", buffering=0)
+        self.lock = threading.Lock()  # a save in the background asks, too
+
+    def write(self, row: dict) -> None:
+        with self.lock:
+            fresh = not self.waiting
+            self.waiting += json.dumps(row).encode() + b"\n"
+        said = self.unwritten()
+        if fresh and said is not None:
+            logger.warning("%s Until then its rows are kept in memory.", said)
+
+    def unwritten(self) -> str | None:
+        with self.lock:
+            try:
+                while self.waiting:
+                    self.waiting = self.waiting[self.file.write(self.waiting) :]
+            except OSError as error:
+                return f"{self.path}: cannot be written ({error}). Make room."
+        return None
+
+    def close(self) -> None:
+        if (said := self.unwritten()) is not None:
+            logger.error("%s Its last rows are lost.", said)
+        self.file.close()
 
 
 def _board(folder: Path, step: int) -> Any:
@@ -138,23 +187,44 @@ def _remote(folder: Path, project: str) -> Any:
     )
 
 
-def _rewind(path: Path, step: int) -> list[dict]:
-    """Removes the rows after a step, how the run came to begin at it, and the torn last line of a
-    killed process; returns the rows that stay."""
-    if not path.exists():
-        return []
-    kept = []
-    for line in path.read_text().splitlines():
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
+def _rewind(path: Path, step: int) -> list[str]:
+    """Removes the rows after a step, how the run came to begin at it, and what is no row among them,
+    as the torn last line of a killed process; returns what was logged of this very step.
+
+    Reads backwards, as a file may hold a million rows, and only the last ones go.
+    """
+    cut, torn = None, 0
+    stay: list[tuple[int, bytes]] = []
+    for at, line in jsonl.backwards(path):
+        row = jsonl.row(line)
+        if row is None or row["step"] > step or (row["step"] == step and ROLLBACKS in row):
+            cut, torn = at, torn + (row is None)
             continue
-        if row["step"] < step or (row["step"] == step and ROLLBACKS not in row):
-            kept.append(row)
+        if row["step"] < step:
+            break
+        stay.append((at, line))
+    if torn:
+        logger.warning("%s: %d lines are damaged, and removed", path, torn)
+    if cut is not None:
+        _cut(path, cut, b"".join(line for at, line in reversed(stay) if at > cut))
+    return sorted({key for _, line in stay for key in jsonl.row(line)})
+
+
+def _seconds(path: Path) -> float:
+    """How long the run that logged the rows had trained."""
+    found = (jsonl.row(line, {"step": int, "seconds": float}) for _, line in jsonl.backwards(path))
+    return next((row["seconds"] for row in found if row is not None), 0.0)
+
+
+def _cut(path: Path, end: int, more: bytes) -> None:
+    """The file's first `end` bytes and some more instead of its rest, whole or not at all."""
     new = path.with_suffix(".tmp")
-    new.write_text("".join(json.dumps(row) + "\n" for row in kept))
+    with path.open("rb") as old, new.open("wb") as file:
+        while end and (block := old.read(min(end, 1 << 20))):
+            file.write(block)
+            end -= len(block)
+        file.write(more)
     os.replace(new, path)
-    return kept
 
 
 class Progress:
