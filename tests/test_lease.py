@@ -2,9 +2,11 @@
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -72,6 +74,59 @@ def test_the_same_job_takes_over_from_itself(monkeypatch):
         owner(job="17")
         with lease.held(folder):
             pass
+
+
+def test_a_living_process_of_this_machine_keeps_its_folder_whatever_the_age_of_its_last_sign():
+    folder = Path("run")
+    folder.mkdir()
+    with lease.held(folder):
+        os.utime("run/owner.json", (0, 0))  # suspended for long, or a clock that was set ahead
+        assert "two jobs must not" in lease.refusal(folder)
+        known = json.loads(Path("run/owner.json").read_text())
+    with lease.held(owner(**known | {"began": "7"})):  # its number is another process's by now
+        pass
+    elsewhere = known | {"system": "another boot", "pid": 2**22 + 1}
+    assert "two jobs must not" in lease.refusal(owner(**elsewhere))  # this name, another machine
+
+
+def test_a_sign_of_life_from_the_future_counts_only_if_another_follows(monkeypatch):
+    monkeypatch.setattr(lease, "BEAT", 0.1)
+    later = time.time() + 86_400
+    folder = owner()
+    os.utime(folder / "owner.json", (later, later))
+    assert lease.refusal(folder) is None
+    monkeypatch.setattr(lease.time, "sleep", lambda _: os.utime(folder / "owner.json"))
+    os.utime(folder / "owner.json", (later, later))
+    assert "process 1 on node7" in lease.refusal(folder)
+
+
+def test_the_age_of_a_sign_of_life_is_told_by_the_clock_of_the_files(monkeypatch):
+    folder = owner()
+    monkeypatch.setattr(lease.time, "time", lambda: 1e10)  # this machine's is far ahead
+    assert "was 0 s ago" in lease.refusal(folder)
+
+
+@pytest.mark.parametrize("how", ["taken over", "removed"])
+def test_an_owner_that_lost_its_folder_is_told_and_leaves_the_others_file_alone(how, monkeypatch):
+    monkeypatch.setattr(lease, "BEAT", 0.02)
+    Path("run").mkdir()
+    told = threading.Event()
+    with lease.held(Path("run"), told.set) as own:
+        assert own.lost() is None
+        if how == "removed":
+            shutil.rmtree("run")
+        else:
+            owner()
+        assert told.wait(10)
+        assert "no longer this run's" in own.lost()
+    assert Path("run/owner.json").exists() == (how == "taken over")
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", "1", "\udcff", '{"pid": "x", "host": 3}'])
+def test_a_damaged_owner_file_is_an_owner_of_whom_nothing_is_known(text):
+    folder = owner()
+    Path("run/owner.json").write_bytes(text.encode(errors="surrogateescape"))
+    assert "two jobs must not" in lease.refusal(folder)
 
 
 def test_the_owner_gives_signs_of_life(monkeypatch):

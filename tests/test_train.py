@@ -5,6 +5,7 @@ import logging
 import math
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -22,7 +23,7 @@ from prepretrain.data.vocabulary import Vocabulary
 from prepretrain.distributed import checkpoint
 from prepretrain.distributed import group as distributed
 from prepretrain.runs import run
-from prepretrain.training import log
+from prepretrain.training import log, signals
 
 ENV = {**os.environ, "OMP_NUM_THREADS": "1"}
 CLOCKS = (
@@ -131,19 +132,81 @@ def test_a_run_killed_at_any_step_and_started_again_is_bitwise_the_uninterrupted
     assert all(torch.equal(one[k], two[k]) for k in one) and one.keys() == two.keys()
 
 
-def test_a_signal_saves_at_the_end_of_the_step_and_the_same_command_goes_on(place):
+def trains(*more: str):
+    """A run of 400 steps in a process of its own, once it has taken five."""
     given = ["--stage", "small.yaml", "length=400it", "checkpoint.every=400it", "--out", "runs/a"]
-    started = start(Path("said"), "launch.py", *given)
+    started = start(Path("said"), "launch.py", *given, *more)
     metrics = Path("runs/a/metrics.jsonl")
     while not metrics.exists() or metrics.read_text().count("\n") < 5:
+        assert started.exitcode is None, Path("said.err").read_text()
         time.sleep(0.01)
-    started.terminate()
+    return started
+
+
+@pytest.mark.parametrize(
+    "number, more",
+    [
+        (signal.SIGTERM, []),
+        (signal.SIGINT, ["data.workers=1"]),  # Ctrl-C, which a terminal sends to workers, too
+        pytest.param(signal.SIGINT, ["--procs", "2"], marks=pytest.mark.faults),
+    ],
+)
+def test_a_signal_saves_at_the_end_of_the_step_and_the_same_command_goes_on(place, number, more):
+    started = trains(*more)
+    for child in _children(started.pid) if more == ["data.workers=1"] else []:
+        os.kill(child, number)
+    os.kill(started.pid, number)
     started.join()
-    assert started.exitcode == 75
+    assert started.exitcode == 75, Path("said.err").read_text()
     assert "The same command continues it" in Path("said.err").read_text()
     saved = checkpoint.listed(Path("runs/a"))
     assert len(saved) == 1 and 5 <= int(saved[0].name) < 400
     assert rows("runs/a")[-1]["step"] == int(saved[0].name)
+
+
+def _children(pid: int) -> list[int]:
+    tasks = Path(f"/proc/{pid}/task").glob("*/children")
+    return [int(child) for task in tasks for child in task.read_text().split()]
+
+
+def test_a_second_ctrl_c_leaves_at_once(monkeypatch):
+    left = []
+    monkeypatch.setattr(signals.os, "_exit", left.append)
+    asked = signals.Signals()
+    signal.raise_signal(signal.SIGINT)
+    signal.raise_signal(signal.SIGINT)  # the same, which a launcher passes on
+    assert asked.received == signal.SIGINT and not left
+    asked.pressed -= 10
+    signal.raise_signal(signal.SIGINT)
+    asked.restore()
+    assert left == [130] and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # TensorBoard's
+@pytest.mark.parametrize("how", ["removed", "taken over"])
+def test_a_run_whose_folder_is_no_longer_its_own_ends_and_writes_nothing_more(
+    place, group, how, monkeypatch
+):
+    from prepretrain.objectives.mae import MAE
+
+    plain, calls = MAE.forward, []
+
+    def lost(self, batch):
+        calls.append(1)
+        if len(calls) == 6 and how == "removed":
+            shutil.rmtree("runs/a")
+        elif len(calls) == 6:
+            Path("runs/a/owner.json").write_text('{"job": null, "host": "node7", "pid": 1}')
+        return plain(self, batch)
+
+    monkeypatch.setattr(MAE, "forward", lost)
+    with pytest.raises(ValueError, match="runs/a: is no longer this run's: owner.json"):
+        train("runs/a", "length=8it")
+    if how == "removed":
+        assert not Path("runs/a/checkpoints").exists() and not Path("runs/a/export").exists()
+    else:
+        assert [p.name for p in Path("runs/a/checkpoints").iterdir()] == ["000000004"]
+        assert "node7" in Path("runs/a/owner.json").read_text()
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_before_the_weights_change(

@@ -81,6 +81,7 @@ def main() -> None:
     from prepretrain.runs.launch import examine, launch, look_again, status
     from prepretrain.runs.listing import listing
     from prepretrain.training.fit import Stopped
+    from prepretrain.training.signals import INTERRUPTED
 
     gc.freeze()
     gc.enable()
@@ -95,6 +96,9 @@ def main() -> None:
             said = {name: given[name] for name in ("out", "procs")}
             sys.exit(not examine(given["stage"], given["overrides"], **said))
         launch(given.pop("stage"), given.pop("overrides"), **given)
+    except KeyboardInterrupt:
+        print("launch: stopped by Ctrl-C; nothing was being trained.", file=sys.stderr)
+        sys.exit(INTERRUPTED)
     except Stopped as stopped:
         print(f"launch: {stopped}", file=sys.stderr)
         sys.exit(STOPPED)

@@ -246,12 +246,13 @@ def _unchanged(batch: dict) -> dict:
 def _quiet(_: int) -> None:
     """Forget the handlers of the main process, which would act on its flags in a copy.
 
-    They ask the main process for a checkpoint; SLURM sends them to all that a job started, and they
-    must not end the workers, whose batches are still needed on the way to it. Workers end when the
+    They ask the main process for a checkpoint; SLURM sends them to all that a job started, a terminal
+    Ctrl-C to all that a command did, and they must not end the workers, whose batches are still needed on the way to it. Workers end when the
     main process says so or is gone.
     """
     signal.signal(signal.SIGTERM, _end_if_leaving)
-    signal.signal(signal.SIGUSR2, signal.SIG_IGN)
+    for number in (signal.SIGUSR2, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
 
 
 # One byte that a process shares with the workers that it forks: whether it is leaving, at which it

@@ -36,6 +36,17 @@ FORMAT = 2
 class Failed(Exception):
     """What one process could not do, on all of them."""
 
+    def __init__(self, said: str, kind: str):
+        super().__init__(said)
+        self.kind = kind  # "storage"; "lost" for a folder that is not the run's any more; "other"
+
+
+Lost = Callable[[], str | None]
+
+
+def _kept() -> str | None:
+    """Why a folder that nobody else can have is lost: never."""
+
 
 def save(
     folder: Path,
@@ -46,13 +57,15 @@ def save(
     *,
     keep: int,
     always: Collection[int] = (),
+    lost: Lost = _kept,
 ) -> Path:
     """Saves all processes' shards as `<folder>/checkpoints/<step>`, then removes all but the newest
     `keep`, and those of the steps in `always`.
 
-    state: what is no tensor, as JSON. Raises OSError, on every process, if it cannot be written (no
-    space, for one); what was there before is untouched, and nothing half-written is left under a
-    final name.
+    state: what is no tensor, as JSON. lost: why the folder is no longer the run's, if so; process 0
+    asks before it changes anything there. Raises, on every process, OSError if it cannot be written
+    (no space, for one), ValueError for a folder that is lost; what was there before is untouched, and
+    nothing half-written is left under a final name.
     """
     final = _final(folder, step)
     temporary = _temporary(final)
@@ -62,9 +75,9 @@ def save(
         dcp.save(content, checkpoint_id=str(temporary))
 
     with _reported(final, temporary):
-        _together(lambda: _prepare(temporary))
+        _together(lambda: _prepare(temporary, lost))
         _together(write)
-        _commit(final, temporary, state, keep, always)
+        _commit(final, temporary, state, keep, always, lost)
     return final
 
 
@@ -75,8 +88,10 @@ class Background:
     Only here do two threads of a process exchange, each in a group of its own.
     """
 
-    def __init__(self, folder: Path, *, keep: int, always: Collection[int] = ()):
-        self.folder, self.keep, self.always = folder, keep, always
+    def __init__(
+        self, folder: Path, *, keep: int, always: Collection[int] = (), lost: Lost = _kept
+    ):
+        self.folder, self.keep, self.always, self.lost = folder, keep, always, lost
         self.group = distributed.second_group(distributed.TIMEOUT)
         self.thread: threading.Thread | None = None
         self.problem: BaseException | None = None
@@ -84,20 +99,20 @@ class Background:
     def save(
         self, step: int, module: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]
     ) -> None:
-        """Starts to save. Raises OSError, on every process, if this or the one before fails."""
+        """Starts to save. Raises as `save`, on every process, if this or the one before fails."""
         self.wait()
         final = _final(self.folder, step)
         temporary = _temporary(final)
         content, state = _content(module, optimizer), copy.deepcopy(state)
         with _reported(final, temporary):
-            _together(lambda: _prepare(temporary))
+            _together(lambda: _prepare(temporary, self.lost))
             future = dcp.async_save(content, checkpoint_id=str(temporary), process_group=self.group)
 
         def finish() -> None:
             try:
                 with _reported(final, temporary):
                     _together(future.result, self.group)
-                    _commit(final, temporary, state, self.keep, self.always, self.group)
+                    _commit(final, temporary, state, self.keep, self.always, self.lost, self.group)
             except BaseException as error:  # raised where the loop waits
                 self.problem = error
 
@@ -141,38 +156,60 @@ def _together(action: Callable[[], Any], group: Any = None) -> list:
     found = problem = None
     try:
         found = action()
+    except Failed as error:
+        problem = str(error), error.kind
     except CheckpointException as error:  # DCP's own, which is no Exception
-        problem = "; ".join(
-            f"process {rank}: {cause!r}" for rank, (cause, _) in error.failures.items()
-        )
+        causes = {rank: cause for rank, (cause, _) in error.failures.items()}
+        said = "; ".join(f"process {rank}: {cause!r}" for rank, cause in causes.items())
+        problem = said, _kind(*causes.values())
     except Exception as error:  # whatever the storage raised
-        problem = f"process {distributed.rank()}: {error!r}"
+        problem = f"process {distributed.rank()}: {error!r}", _kind(error)
     parts = distributed.all_gather_object((found, problem), group)
     problems = [p for _, p in parts if p]
     if problems:
-        raise Failed(problems[0])
+        raise Failed(*problems[0])
     return [f for f, _ in parts]
+
+
+def _kind(*errors: BaseException) -> str:
+    """Whether the storage is to blame; torch's own writer says so in words alone."""
+    of_storage = (OSError, "PytorchStreamWriter", "unexpected pos", "SafetensorError")
+    for error in errors:
+        if isinstance(error, of_storage[0]) or any(w in repr(error) for w in of_storage[1:]):
+            return "storage"
+    return "other"
 
 
 @contextlib.contextmanager
 def _reported(final: Path, temporary: Path) -> Iterator[None]:
-    """Turns Failed into an OSError that says what to do, and removes what is half-written."""
+    """Turns Failed into an error that says what to do, and removes what is half-written."""
     try:
         yield
     except Failed as failed:
         if distributed.is_main():
             shutil.rmtree(temporary, ignore_errors=True)
+        if failed.kind == "lost":
+            raise ValueError(str(failed)) from failed
+        said = f"{final}: could not be saved ({str(failed)[:300]}). Earlier checkpoints are intact."
+        again = "tart the same command again: it resumes."
+        if failed.kind == "other":
+            raise RuntimeError(f"{said} S{again}") from failed
         free = shutil.disk_usage(next(p for p in final.parents if p.exists())).free
         raise OSError(
-            f"{final}: could not be saved ({str(failed)[:300]}). Earlier checkpoints are intact. Of its "
-            f"disk {free / 2**30:.1f} GiB are free. Make room, and start the "
-            f"same command again: it resumes."
+            f"{said} Of its disk {free / 2**30:.1f} GiB are free. Make room, and s{again}"
         ) from failed
 
 
-def _prepare(temporary: Path) -> None:
+def _ask(lost: Lost) -> None:
+    """Raises Failed for a folder that is no longer the run's."""
+    if (said := lost()) is not None:
+        raise Failed(said, "lost")
+
+
+def _prepare(temporary: Path, lost: Lost) -> None:
     """Room for a save: what killed processes left half-written goes first."""
     if distributed.is_main():
+        _ask(lost)
         for left in temporary.parent.glob(f"*{TEMPORARY}*"):
             shutil.rmtree(left, ignore_errors=True)
         temporary.mkdir(parents=True)
@@ -184,6 +221,7 @@ def _commit(
     state: dict[str, Any],
     keep: int,
     always: Collection[int],
+    lost: Lost,
     group: Any = None,
 ) -> None:
     """Completes what all processes have written: manifest, final name, and only then the old ones
@@ -197,6 +235,7 @@ def _commit(
     def finish() -> None:
         if not distributed.is_main():
             return
+        _ask(lost)
         (temporary / STATE).write_text(json.dumps({"format": FORMAT, **state}, indent=1))
         known = files | {name: describe(temporary / name) for name in (STATE, METADATA)}
         (temporary / MANIFEST).write_text(json.dumps(known, indent=1))

@@ -4,6 +4,7 @@ torchrun's."""
 import json
 import logging
 import os
+import signal
 import tempfile
 import time
 from dataclasses import asdict, replace
@@ -13,6 +14,7 @@ from typing import Any
 import submitit
 
 from prepretrain import config as configs
+from prepretrain import jsonl
 from prepretrain.cluster import lease
 from prepretrain.cluster import slurm as clusters
 from prepretrain.config import Config, Evaluating, Suite, Training
@@ -20,6 +22,8 @@ from prepretrain.distributed import checkpoint
 from prepretrain.distributed import group as distributed
 from prepretrain.runs import doctor, plan, replay, run, suite
 from prepretrain.training import log
+from prepretrain.training.fit import Stopped
+from prepretrain.training.signals import Signals
 
 logger = logging.getLogger(__name__)
 
@@ -179,7 +183,12 @@ class Task:
 def _here(task: Task, folder: Path, procs: int) -> None:
     executor = submitit.AutoExecutor(folder=folder / "submitit", cluster="local")
     executor.update_parameters(nodes=1, tasks_per_node=procs, timeout_min=_FOREVER)
-    job = executor.submit(task)
+    # a terminal's Ctrl-C goes to all processes, and submitit's would kill the others a second later
+    old = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        job = executor.submit(task)
+    finally:
+        signal.signal(signal.SIGINT, old)
     logger.info("%s: %d processes; their output: %s", folder, procs, job.paths.stderr)
     _follow(job, procs, folder / "log.txt")
 
@@ -203,10 +212,9 @@ def status(run: str) -> str:
     for job in _submitted(folder):
         lines.append(f"  job {job}: {clusters.state(job) or 'unknown to SLURM'}")
     metrics = folder / "metrics.jsonl"
-    rows = metrics.read_text().splitlines() if metrics.exists() else []
-    if rows:
+    if (row := jsonl.last(metrics)) is not None:
         age = time.time() - metrics.stat().st_mtime
-        lines.append(f"  step {json.loads(rows[-1])['step']} of {_steps(folder)}, {age:.0f} s ago")
+        lines.append(f"  step {row['step']} of {_steps(folder)}, {age:.0f} s ago")
     saved = checkpoint.listed(folder)
     lines.append(f"  newest checkpoint: {saved[-1] if saved else 'none'}")
     if (folder / "export" / "model.safetensors").exists():
@@ -215,9 +223,10 @@ def status(run: str) -> str:
         step = "" if one.get("step") is None else f" at step {one['step']}"
         lines.append(
             f"  {one['time']} job {one['job']}, start {one['restart'] + 1}: {one['ended']}{step}: "
-            f"{one['error'].splitlines()[0][:200]}"
+            f"{one['error'].partition(chr(10))[0][:200]}"
         )
-    lines.append(f"  logs: {folder / 'log.txt'}, of each process: {folder / 'submitit'}/*_log.err")
+    own = f", of each process: {folder / 'submitit'}/*_log.err"
+    lines.append(f"  logs: {folder / 'log.txt'}{own if (folder / 'submitit').is_dir() else ''}")
     return "\n".join(lines)
 
 
@@ -235,24 +244,31 @@ def _steps(folder: Path) -> str:
 
 
 def _follow(job: submitit.Job, processes: int, path: Path) -> None:
-    """Shows the run's log as it grows, until its processes end; raises if they failed."""
+    """Shows the run's log as it grows, until its processes end, to which it passes on what asks them
+    to stop. Raises Stopped if they did, RuntimeError if they failed."""
     shown = path.stat().st_size if path.exists() else 0
+    asked = Signals((signal.SIGTERM, signal.SIGINT))
+    passed = False
     try:
         while True:
             done = job.done()
             if path.exists():
-                with path.open() as file:
+                with path.open(errors="replace") as file:
                     file.seek(shown)
                     print(file.read(), end="", flush=True)
                     shown = file.tell()
             if done:
                 break
+            if asked.received is not None and not passed:
+                os.kill(int(job.job_id), signal.SIGTERM)  # submitit's own process tells the others
+                passed = True
             time.sleep(0.5)
-    except KeyboardInterrupt:
-        job.cancel()
-        raise
+    finally:
+        asked.restore()
     for task in range(processes):
         error = job.task(task).exception()
+        if passed:
+            raise Stopped(f"{path.parent}: stopped by a signal. The same command continues it.")
         if error is not None:
             raise RuntimeError(
                 f"process {task} failed. Its output: {job.task(task).paths.stderr}\n{error}"

@@ -89,15 +89,15 @@ def _open_folder(folder: Path) -> None:
 
 def train(config: Training, folder: Path) -> None:
     """Stage one, stage two or fine-tuning: whatever the objective says."""
-    with lease.held(folder), heartbeat.watching(folder, config.hang):
-        asked = Signals()  # from here on, so that whatever is started gets at least a step further
-        try:
-            _train(config, folder, asked)
-        finally:
-            asked.restore()
+    asked = Signals()  # from here on, so that whatever is started gets at least a step further
+    try:
+        with lease.held(folder, asked.stop) as own, heartbeat.watching(folder, config.hang):
+            _train(config, folder, asked, own)
+    finally:
+        asked.restore()
 
 
-def _train(config: Training, folder: Path, asked: Signals) -> None:
+def _train(config: Training, folder: Path, asked: Signals, own: lease.Lease) -> None:
     config = with_model_options(config, folder)
     plan, source, repeats = Plan(config, distributed.world()).open_data()
     _record(config, folder)
@@ -157,7 +157,10 @@ def _train(config: Training, folder: Path, asked: Signals) -> None:
         evals=evals,
         wandb=config.wandb,
         signals=asked,
+        lost=own.lost,
     )
+    if said := distributed.from_main(own.lost()):  # a folder that was removed is not made again
+        raise ValueError(said)
     with optim.averaged(objective, optimizer):
         _finish(plan, folder)
 

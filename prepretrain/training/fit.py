@@ -58,7 +58,7 @@ def fit(
 
     saved: that checkpoint, verified. policy: how many non-finite steps to skip or roll back before
     stopping. how: the options of `_fit`: seed, options, clip, log_every, save_every, keep, always,
-    async_save, evals, wandb, signals. Raises FloatingPointError, on every process and before the
+    async_save, evals, wandb, signals, lost. Raises FloatingPointError, on every process and before the
     weights change, for a non-finite loss or gradient past the policy's limits; ValueError for too
     many bad images or data that are not the run's; Stopped after a signal.
     """
@@ -99,12 +99,14 @@ def _fit(
     evals: Sequence[Evaluation] = (),
     wandb: str | None = None,
     signals: Signals | None = None,
+    lost: Callable[[], str | None] = lambda: None,
 ) -> None:
     """options: what made the model, kept in checkpoints so that they describe themselves. clip:
     largest gradient norm. save_every: steps between checkpoints, one is always saved at the end; None
     saves none at all. always: steps that are saved, and never removed. async_save: save while training
     goes on. wandb: see Metrics. signals: those of a caller that notes them before; else they are
-    noted from here on. Raises numerics.GoBack to be started again from the newest checkpoint.
+    noted from here on. lost: see checkpoint.save. Raises numerics.GoBack to be started again from the
+    newest checkpoint.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     step, bad = _resume(saved, objective, optimizer, data)
@@ -113,7 +115,6 @@ def _fit(
     metrics.write_rollbacks(step, guard.rollbacks)
     stream = data.batches(guard.position(step, data.batch_size))
     meter, before = _Meter(data.batch_size), metrics.seconds if distributed.is_main() else 0.0
-    saver = checkpoint.Background(folder, keep=keep, always=always) if async_save else None
     with optim.averaged(objective, optimizer):
         skip = distributed.from_main(metrics.measured)
         _evaluate(evals, step, schedule.steps, metrics, asked, skip)
@@ -131,6 +132,17 @@ def _fit(
             "numerics": guard.state(),
         }
 
+    def refused() -> str | None:
+        """See checkpoint.save; a checkpoint also comes after the rows of its steps."""
+        if (said := metrics.unwritten()) is not None:
+            raise OSError(said)
+        return lost()
+
+    saver = (
+        checkpoint.Background(folder, keep=keep, always=always, lost=refused)
+        if async_save
+        else None
+    )
     try:
         while step < schedule.steps:
             heartbeat.beat(f"step {step + 1}")
@@ -177,7 +189,7 @@ def _fit(
                 if saver is not None:
                     saver.save(*parts)
                 else:
-                    checkpoint.save(folder, *parts, keep=keep, always=always)
+                    checkpoint.save(folder, *parts, keep=keep, always=always, lost=refused)
             if saver is not None and (vote.stop or step == schedule.steps):
                 saver.wait()
             if vote.stop and step < schedule.steps:
@@ -189,6 +201,8 @@ def _fit(
             with optim.averaged(objective, optimizer):
                 _evaluate(evals, step, schedule.steps, metrics, asked)
             objective.train()
+        if (said := distributed.from_main(metrics.unwritten())) is not None:
+            raise OSError(said)
     except Exception as error:
         error.step = step  # for those who decide whether to start again
         raise

@@ -20,6 +20,7 @@ from prepretrain.objectives.classify import Classify
 from prepretrain.training import optim
 from prepretrain.training.fit import fit
 from prepretrain.training.schedule import Schedule
+from prepretrain.training.signals import Signals
 
 
 @dataclass(frozen=True)
@@ -96,6 +97,7 @@ class Tuning:
             options=self.model.options,
             log_every=schedule.steps,
             save_every=None,
+            signals=Signals(()),  # nothing is saved here, so they are whoever's who evaluates
         )
         bad = folder / "quarantine.jsonl"
         if distributed.from_main(bad.exists() and bad.stat().st_size > 0):
