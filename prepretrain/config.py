@@ -14,7 +14,7 @@ from typing import Any, Literal
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from prepretrain import plugin
+from prepretrain import plugin, ranges
 from prepretrain.files import draft
 
 
@@ -23,7 +23,9 @@ class Data:
     """What a run trains on."""
 
     train: str  # a card's name, with a split after a colon if it is not "train"
-    workers: int = 4  # loading processes of each process; 0 loads in the process itself
+    # loading processes of each process; 0 loads in the process itself, null takes up to 4, as many as
+    # there are cores for
+    workers: int | None = None
     window: int = 0  # shards that images are shuffled within; 0 shuffles over all of them
     max_bad: float = 0.01  # share of substituted images past which the run stops
 
@@ -57,7 +59,8 @@ class Shard:
     group: int | None = (
         None  # most processes that share a copy of the weights; 1 replicates, null shards over all
     )
-    precision: Literal["bf16", "fp32"] = "bf16"
+    # auto: bf16, but fp32 on a CPU that has no instructions for it
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
     recompute: Literal["none", "block", "offload"] = "none"  # activation checkpointing
     compile: bool = False
     float32: tuple[str, ...] = ()  # parts that a bf16 run computes in float32: model.head, *.norm*
@@ -206,9 +209,21 @@ def load(
     given = dict(overrides) if isinstance(overrides, dict) else _overrides(overrides)
     merged = merge(_read(find(stage), bases=given.pop("base", None)), given)
     merged |= {k: v for k, v in (("init", init), ("branch", branch)) if v is not None}
+    _check_keys(merged, "")
     kinds = {"suite": Suite, "evaluator": Evaluating}
     schema = next((kind for key, kind in kinds.items() if key in merged), Training)
     return check(schema, merged, "")
+
+
+def _check_keys(given: Any, where: str) -> None:
+    """Raises ValueError for a key that is no text; YAML has numbers, dates and others as well."""
+    for key, value in given.items() if isinstance(given, dict) else enumerate(given):
+        if isinstance(given, dict) and not isinstance(key, str):
+            raise ValueError(
+                f"{where or 'the config'}: {key!r} is no key, which is a name. Write name: value."
+            )
+        if isinstance(value, (dict, list, tuple)):
+            _check_keys(value, f"{where}.{key}" if where else str(key))
 
 
 def find(stage: str) -> Path:
@@ -237,7 +252,12 @@ def _read(path: Path, seen: tuple[Path, ...] = (), bases: Any = None) -> dict[st
     named = own.pop("base", [])
     bases = named if bases is None else bases
     merged: dict[str, Any] = {}
-    for base in [bases] if isinstance(bases, str) else bases:
+    bases = [bases] if isinstance(bases, str) else bases
+    if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
+        raise ValueError(
+            f"{path}: base: {bases!r} is no file's name, nor a list of them, as size/vit_l16.yaml."
+        )
+    for base in bases:
         merged = merge(merged, _read(_base(base, path), (*seen, path)))
     return merge(merged, own)
 
@@ -332,6 +352,7 @@ def _values(schema: type, given: dict[str, Any], where: str, known: list[str]) -
             values[key] = check(hints[key], value, f"{dot}{key}")
         else:
             values[key] = plugin.coerce(value, hints[key], f"{dot}{key}")
+            ranges.check(where, key, values[key], f"{dot}{key}")
     for one in dataclasses.fields(schema):
         required = one.default is dataclasses.MISSING and one.default_factory is dataclasses.MISSING
         if required and one.name not in values:

@@ -14,7 +14,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from prepretrain import contracts
+from prepretrain import contracts, ranges
 
 KINDS = {  # the folder of each kind of part
     "encoders": "prepretrain.models.encoders",
@@ -66,6 +66,8 @@ def find(kind: str, name: str) -> type:
         raise ValueError(
             f"{kind}.name: must be a name, not {name!r}. There are: {', '.join(names(kind))}."
         )
+    if not all(part.isidentifier() for part in name.split(".")):
+        raise ValueError(unknown(f"{kind}: no module", name, names(kind), quote=True))
     if "." not in name and name not in names(kind):
         raise ValueError(unknown(f"no {kind.rstrip('s')}", name, names(kind), quote=True))
     if "." in name and not _is_module(name):
@@ -155,7 +157,12 @@ def check(factory: Any, given: dict[str, Any], where: str) -> dict[str, Any]:
         raise ValueError(
             f"{where}: missing {', '.join(f'{where}.{k}' for k in missing)}, which has no default."
         )
-    return {k: coerce(v, hints.get(k, Any), f"{where}.{k}") for k, v in given.items()}
+    values = {k: coerce(v, hints.get(k, Any), f"{where}.{k}") for k, v in given.items()}
+    # parts of others may give our names another meaning
+    section = where if factory.__module__.startswith("prepretrain.") else ""
+    for key, value in values.items():
+        ranges.check(section, key, value, f"{where}.{key}")
+    return values
 
 
 def defaults(factory: Any) -> dict[str, Any]:

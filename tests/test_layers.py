@@ -16,7 +16,7 @@ PACKAGE = ROOT / "prepretrain"
 
 # A room imports only from rows above its own.
 ROWS = [
-    {"contracts", "files", "jsonl"},
+    {"contracts", "files", "jsonl", "ranges"},
     {"plugin", "distributed"},
     {"command", "config", "data", "zoo", "cluster"},
     {"models", "training"},

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prepretrain import plugin
+from prepretrain import plugin, ranges
 from prepretrain.models.encoders import base as encoders
 from prepretrain.models.heads import base as heads
 from prepretrain.models.heads.base import Scores
@@ -163,4 +163,6 @@ def _tower(given: Any) -> Tower:
 
 
 def _colour(values: Any, name: str) -> tuple[float, float, float]:
-    return plugin.coerce(values, tuple[float, float, float], f"model.{name}")
+    colours = plugin.coerce(values, tuple[float, float, float], f"model.{name}")
+    ranges.check("model", name, colours, f"model.{name}")
+    return colours

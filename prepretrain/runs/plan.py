@@ -29,6 +29,12 @@ from prepretrain.training import durations, numerics, optim
 from prepretrain.training.optimizers.base import Optimizer
 from prepretrain.training.schedule import Schedule, check_shape
 
+_STEPS = 10**9  # of a run, at most
+_KEPT = 10_000  # checkpoints that are never removed, at most
+_FEW = 100  # steps
+_SPEEDS = (0.1, 100)  # TFLOP/s that training may reach, for a person to think of a machine
+_DURATIONS = ("log_every", "checkpoint.every", "validation.every")
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -80,7 +86,8 @@ class Plan:
     def accumulate(self) -> int:
         """How many parts each process takes its share of a batch in."""
         config = self.config
-        return accumulation(config.batch_size, self.world, config.batch_per_process)
+        multiple = self.objective.multiple
+        return accumulation(config.batch_size, self.world, config.batch_per_process, multiple)
 
     @cached_property
     def policy(self) -> numerics.Policy:
@@ -119,8 +126,10 @@ class Plan:
         """The schedule that a run of this config has at some length."""
         batch, given = self.config.batch_size, self.config.optim
         total = durations.steps(length, where, batch_size=batch, images=self.images)
-        if total < 1:
-            raise ValueError(f"{where}: {length!r} is less than a step.")
+        if not 1 <= total <= _STEPS:
+            raise ValueError(
+                f"{where}: {length!r} is {total} steps of {batch} images; it must be 1 to {_STEPS:,}."
+            )
         steps = partial(durations.steps, batch_size=batch, images=self.images, total=total)
         return Schedule(
             per_batch(given.lr, batch),
@@ -147,6 +156,11 @@ class Plan:
         if every is None:
             return set(self.branches())
         apart = self.steps_of("checkpoint.permanent")
+        if steps // apart > _KEPT:
+            raise ValueError(
+                f"checkpoint.permanent: {every!r} keeps {steps // apart} checkpoints for ever. Save less "
+                f"often, so that it is at most {_KEPT}."
+            )
         return {*self.branches(), *range(apart, steps + 1, apart)}
 
     def branch_point(self) -> Path | None:
@@ -198,6 +212,11 @@ class Plan:
         for part in key.split("."):
             value = getattr(value, part)
         return self._steps(value, key)
+
+    def check_durations(self) -> None:
+        """Raises ValueError for one of the config that is none, also where nothing needs it yet."""
+        for key in _DURATIONS:
+            self.steps_of(key)
 
     def _steps(self, length: str, where: str) -> int:
         total, batch = self.schedule.steps, self.config.batch_size
@@ -253,6 +272,48 @@ class Plan:
         trained = 2 + self.state_tensors
         return sum(p.numel() * 4 * (trained if p.requires_grad else 1) for p in held) // group
 
+    def warnings(self) -> list[str]:
+        """What a run does as asked, and hardly anybody means."""
+        found, batch, steps = [], self.config.batch_size, self.schedule.steps
+        if self.images is not None and batch > self.images:
+            found.append(
+                f"batch_size: {batch} is more than the {self.images} images of data.train, so a step "
+                f"sees some of them twice. Take a smaller one, as batch_size=256."
+            )
+        if steps < _FEW:
+            found.append(
+                f"length: {self.config.length} is {steps} steps, which teach a model little. Take a "
+                f"smaller batch_size (now {batch}) or a longer length."
+            )
+        return found
+
+    def told(self) -> str:
+        """What a run will be, for a person to read before it is started."""
+        config, schedule, size = self.config, self.schedule, self.size()
+        split, described = self.data
+        seen = schedule.steps * config.batch_size
+        classes = len(described.classes) if described.classes else 0
+        images = "an unknown number of images"
+        if self.images is not None:
+            images = f"{self.images:,} images" + (
+                f", {classes} classes ({self.images / classes:,.0f} images each)" if classes else ""
+            )
+        epochs = f", {seen / self.images:,.1f} epochs" if self.images else ""
+        work = 3 * size["flops_per_image"] * seen  # a backward pass costs two forward ones
+        times = [f"{_time(work / (speed * 1e12))} at {speed} TFLOP/s" for speed in _SPEEDS]
+        return "\n".join(
+            [
+                f"{config.objective['name']} on {described.name}:{split}: {images}",
+                f"{config.model['encoder']}: {size['encoder_parameters'] / 1e6:,.1f} M parameters, "
+                f"{size['parameters'] / 1e6:,.1f} M with all that is trained; "
+                f"{size['flops_per_image'] / 1e9:,.1f} GFLOPs an image",
+                f"{schedule.steps:,} steps of {config.batch_size:,} images{epochs}, {seen:,} images in "
+                f"all; highest learning rate {schedule.peak:.3g} after {schedule.warmup:,} steps",
+                f"about {' or '.join(times)} (a laptop's CPU, a GPU), without loading and evaluations",
+                *(f"warning: {one}" for one in self.warnings()),
+            ]
+        )
+
     def summary(self) -> str:
         """One line of what is derived from the config."""
         optim_, s = self.config.optim, self.schedule
@@ -261,6 +322,13 @@ class Plan:
             f"{self.accumulate} at a time each step), peak lr {s.peak:.3g} = {optim_.lr:g} x batch / 256, "
             f"warm-up {s.warmup} steps, {self.images} images an epoch"
         )
+
+
+def _time(seconds: float) -> str:
+    for unit, size in (("days", 86400), ("hours", 3600), ("minutes", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:,.0f} {unit}"
+    return f"{max(1, seconds):.0f} s"
 
 
 def _check_trunk(trunk: Schedule, branch: Schedule, where: str) -> None:
@@ -282,9 +350,9 @@ def _check_trunk(trunk: Schedule, branch: Schedule, where: str) -> None:
         )
 
 
-def accumulation(batch_size: int, world: int, most: int | None) -> int:
+def accumulation(batch_size: int, world: int, most: int | None, multiple: int = 1) -> int:
     """How many parts each process takes its share of a batch in: the fewest of at most `most`
-    images each."""
+    images each, a multiple of `multiple`."""
     if batch_size < 1 or batch_size % world:
         raise ValueError(
             f"batch_size: {batch_size} does not divide among {world} processes. "
@@ -293,8 +361,14 @@ def accumulation(batch_size: int, world: int, most: int | None) -> int:
     if most is not None and most < 1:
         raise ValueError(f"batch_per_process: {most} must be at least 1.")
     share = batch_size // world
+    if share % multiple or (most or share) < multiple:
+        raise ValueError(
+            f"batch_size: {batch_size} gives each of {world} processes {share} images, at most "
+            f"{most or share} at a time (batch_per_process), and the objective takes a multiple of "
+            f"{multiple}, as mixup, which mixes pairs. Choose both so that it can."
+        )
     parts = 1 if most is None else math.ceil(share / most)
-    while share % parts:
+    while share % (parts * multiple):
         parts += 1
     return parts
 

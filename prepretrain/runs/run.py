@@ -317,6 +317,7 @@ def check(config: Training | Evaluating, folder: Path, world: int) -> Plan | Non
     _check_unchanged(config, folder)
     plan, *_ = Plan(config, world).open_data()
     plan.open_validation()
+    plan.check_durations()
     plan.always()
     plan.branch_point()
     for module, found in starting(config, plan.objective):

@@ -4,6 +4,7 @@ import math
 import re
 
 FORM = re.compile(r"^\s*([0-9]*\.?[0-9]+(?:[eE][+-]?[0-9]+)?)\s*(ep|img|it|%)\s*$")
+_MOST = 1e15  # of any unit
 WAYS = "Write '90ep' (epochs), '3e9img' (images), '1000it' (steps) or '5%' (of the run)."
 
 
@@ -12,7 +13,10 @@ def parse(duration: str, where: str) -> tuple[float, str]:
     match = FORM.match(str(duration))
     if not match:
         raise ValueError(f"{where}: {duration!r} is no duration. {WAYS}")
-    return float(match.group(1)), match.group(2)
+    amount = float(match.group(1))
+    if amount > _MOST:
+        raise ValueError(f"{where}: {duration!r} is more than {_MOST:g}, which no run takes.")
+    return amount, match.group(2)
 
 
 def steps(

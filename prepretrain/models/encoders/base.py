@@ -187,6 +187,10 @@ def find(encoder: str) -> tuple[type[Encoder], dict[str, Any]]:
     """(family, the options it stands for) of a size's name (`vit_l16`), or of a dotted module
     outside the package. Raises ValueError for an unknown one."""
     known = sizes()
+    if not isinstance(encoder, str):
+        raise ValueError(
+            f"model.encoder: {encoder!r} is no name. There are: {', '.join(sorted(known))}."
+        )
     if encoder in known:
         return known[encoder]
     if "." in encoder:
