@@ -103,6 +103,29 @@ def test_a_run_past_its_limits_stops_with_a_reason_and_continues_when_one_is_rai
         train("runs/b", poisoned("nan", 0), "numerics.rollbacks=1")
 
 
+def test_weights_that_are_not_finite_are_never_saved(place, group, monkeypatch):
+    from prepretrain.objectives.mae import MAE
+
+    plain, calls = MAE.forward, []
+
+    def spoilt(self, batch):
+        figures = plain(self, batch)
+        calls.append(1)
+        if len(calls) == 6:  # after its use, so that loss and gradient are finite
+            self.model.encoder.norm.bias.data.fill_(float("nan"))
+        return figures
+
+    monkeypatch.setattr(MAE, "forward", spoilt)
+    given = ["checkpoint={every: 3it, keep: 1}", "numerics.rollbacks=1", "length=9it"]
+    train("runs/back", *given)
+    assert [r["step"] for r in rows("runs/back")] == [1, 2, 3, 3, *range(4, 10)]
+    assert all(bool(t.isfinite().all()) for t in exported("runs/back").values())
+    calls.clear()
+    with pytest.raises(FloatingPointError, match="weights after step 6 are not finite.*not saved"):
+        train("runs/a", *given[:1], "length=9it")
+    assert [p.name for p in checkpoint.listed(Path("runs/a"))] == ["000000003"]
+
+
 def test_a_spike_is_logged_and_left_out_if_asked(place, group):
     few = "numerics={window: 4, sigma: 6.0}"
     train("runs/logged", poisoned("large", 96, 111), few)

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from prepretrain.data.loader import Stream, to_device
 from prepretrain.distributed import checkpoint, heartbeat, shard
@@ -185,6 +186,8 @@ def _fit(
                 vote.stop or step in always or durations.due(step, save_every, schedule.steps)
             ):
                 gc.collect()
+                if not _finite(objective, optimizer):
+                    guard.spoilt(step, _spoilt(folder, step))
                 parts = (step, objective, optimizer, state())
                 if saver is not None:
                     saver.save(*parts)
@@ -327,6 +330,24 @@ def _not_finite(folder: Path, step: int, figures: dict[str, Tensor], norm: Tenso
         f"{folder}: step {step + 1} is not finite ({shown}, gradient norm {float(norm):g} on process "
         f"{distributed.rank()}). The weights are those of step {step}. Lower optim.lr, set optim.clip, or "
         f"use shard.precision=fp32; the newest checkpoint is intact."
+    )
+
+
+def _finite(objective: nn.Module, optimizer: torch.optim.Optimizer) -> bool:
+    """Whether all weights, and what the optimizer keeps, are finite on every process: a finite
+    gradient can still make weights that are not."""
+    kept = [value for state in optimizer.state.values() for value in state.values()]
+    tensors = [t for t in (*objective.parameters(), *kept) if isinstance(t, Tensor)]
+    local = [t.to_local() if isinstance(t, DTensor) else t for t in tensors]
+    wrong = sum(not bool(t.isfinite().all()) for t in local)
+    return float(distributed.all_sum(torch.tensor([float(wrong)]))) == 0
+
+
+def _spoilt(folder: Path, step: int) -> str:
+    return (
+        f"{folder}: the weights after step {step} are not finite, or what the optimizer keeps is not, so "
+        f"they are not saved, and the earlier checkpoints stay. Lower optim.lr or optim.weight_decay, or "
+        f"set optim.clip."
     )
 
 

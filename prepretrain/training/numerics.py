@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -106,6 +106,15 @@ class Guard:
             raise GoBack(said, step)
         raise FloatingPointError(
             f"{said} (The limits are {limits}; raise one to continue past this step.)"
+        )
+
+    def spoilt(self, step: int, said: str) -> NoReturn:
+        """For weights that are not finite after a step that was taken: raises GoBack within the budget,
+        and otherwise FloatingPointError."""
+        if len(self.rollbacks) < self.policy.rollbacks:
+            raise GoBack(said, step - 1)
+        raise FloatingPointError(
+            f"{said} (The limit is numerics.rollbacks={self.policy.rollbacks}.)"
         )
 
     def go_back(self, failed: int, kept: dict[str, Any], batch_size: int) -> None:

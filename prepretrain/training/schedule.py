@@ -29,7 +29,8 @@ class Schedule:
         check_shape(self.shape)
         if not 0 <= self.warmup < self.steps:
             raise ValueError(
-                f"optim.warmup: {self.warmup} steps leave nothing of the run's {self.steps}."
+                f"optim.warmup: {self.warmup} steps leave nothing of the run's {self.steps}. Give a "
+                f"share of the run, as optim.warmup=5%, or a longer length."
             )
         if self.milestones and self.shape != "step":
             raise ValueError(
