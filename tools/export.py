@@ -26,7 +26,7 @@ def main() -> None:
     try:
         print(write(asked.source, asked.out or Path(asked.source) / "export"))
     except (ValueError, OSError) as error:
-        sys.exit(f"export: {error}")
+        sys.exit(f"export: {str(error) or repr(error)}")
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ python tools/launch.py --list objectives                            one kind; or
 import argparse
 import gc
 import sys
+import traceback
 
 from prepretrain.runs.completion import complete, stages
 
@@ -103,7 +104,10 @@ def main() -> None:
         print(f"launch: {stopped}", file=sys.stderr)
         sys.exit(STOPPED)
     except (ValueError, OSError, RuntimeError, FloatingPointError) as error:
-        sys.exit(f"launch: {error}")
+        sys.exit(f"launch: {str(error) or repr(error)}")
+    except Exception:
+        traceback.print_exc()
+        sys.exit("launch: the above is a fault of prepretrain, not of yours. Please report it.")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,12 @@
 """Writes a Model where `load`, timm and open_clip find it."""
 
 import logging
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -31,38 +34,45 @@ def save(model: Model, folder: Path, source: str, state: dict[str, Tensor] | Non
     """
     state = {k: v.detach().cpu().contiguous() for k, v in (state or model.state_dict()).items()}
     if model.text is None and isinstance(model.head, Linear | None):
-        return _write_encoder(model, state, folder, source)
-    path = _write_ours(
-        model.options, state, folder, source
-    )  # first: the others may not be possible
+        path = _write_encoder(model, state, folder, source)
+        _try("timm", folder, partial(_write_timm, model, folder))
+        return path
+    path = _write_ours(model.options, state, folder, source)
     encoder = {k: v for k, v in state.items() if k.startswith("encoder.")}
     _write_encoder(model, encoder, folder / "timm", source)
+    _try("timm", folder, partial(_write_timm, model, folder / "timm"))
     if model.text is not None:
-        _write_open_clip(model, state, folder / "open_clip")
+        _try("open_clip", folder, partial(_write_open_clip, model, state, folder / "open_clip"))
     return path
+
+
+def _try(library: str, folder: Path, write: Callable[[], None]) -> None:
+    """Writes for another library what it can: whatever that meets, the weights themselves, which `load`
+    finds, are written already."""
+    try:
+        write()
+    except ValueError as error:  # it has nothing like this model
+        logger.info("%s: not written for %s: %s", folder, library, error)
+    except Exception as error:
+        logger.warning("%s: not written for %s: %r", folder, library, error)
 
 
 def _write_encoder(model: Model, state: dict[str, Tensor], folder: Path, source: str) -> Path:
     named = {
         _timms(k, model.encoder.timm_head).removeprefix("encoder."): v for k, v in state.items()
     }
-    head = model.head if isinstance(model.head, Linear) else None
-    others = ("text", "joint") if head is not None else ("text", "joint", "head")
+    others = ("text", "joint") if isinstance(model.head, Linear) else ("text", "joint", "head")
     options = {k: v for k, v in model.options.items() if k not in others}
-    path = _write_ours(options, named, folder, source)
-    try:
-        write_json(folder / "config.json", _timm_config(model, head))
-    except ValueError as error:
-        logger.info("%s: timm cannot load it: %s", folder, error)
-    return path
+    return _write_ours(options, named, folder, source)
+
+
+def _write_timm(model: Model, folder: Path) -> None:
+    head = model.head if isinstance(model.head, Linear) else None
+    write_json(folder / "config.json", _timm_config(model, head))
 
 
 def _write_open_clip(model: Model, state: dict[str, Tensor], folder: Path) -> None:
-    try:
-        config, tensors = _for_open_clip(model, state)
-    except ValueError as error:
-        logger.info("%s: not written for open_clip: %s", folder, error)
-        return
+    config, tensors = _for_open_clip(model, state)
     _write_tensors(folder, "open_clip_model.safetensors", tensors)
     write_json(folder / "open_clip_config.json", config)
     model.text.save_tokenizer(folder)
@@ -88,8 +98,14 @@ def _write_ours(
 def _write_tensors(folder: Path, name: str, state: dict[str, Tensor]) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / name
-    with draft(path) as place:
-        save_file(state, place, metadata={"format": "pt"})
+    try:
+        with draft(path) as place:
+            save_file(state, place, metadata={"format": "pt"})
+    except (OSError, SafetensorError) as error:
+        raise OSError(
+            f"{path}: could not be written ({error}). Make room, and start the same command again: a "
+            f"run resumes from its last checkpoint."
+        ) from error
     return path
 
 
