@@ -289,6 +289,15 @@ def _check(length: int, batch_size: int, world: int, accumulate: int) -> None:
         )
 
 
+def loading(asked: int | None) -> int:
+    """The loading processes of each process: those asked for, or up to four, as many as there are cores
+    for."""
+    if asked is not None:
+        return asked
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return max(1, min(4, len(os.sched_getaffinity(0)) // here))
+
+
 def to_device(batch: dict[str, Any]) -> dict[str, Any]:
     """A batch with its tensors on this process's device."""
     device = distributed.device()

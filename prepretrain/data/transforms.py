@@ -65,6 +65,16 @@ def decode(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Tensor:
         return _decode_unterminated(data)
 
 
+def pixels(image: Image.Image | str | Path) -> Tensor:
+    """RGB uint8 [3, H, W] of a PIL image, or of an image file; raises BadImage, which names it."""
+    if isinstance(image, Image.Image):
+        return _pixels(image)
+    try:
+        return decode(Path(image).read_bytes())
+    except BadImage as error:
+        raise BadImage(error.cause, error.detail, str(image)) from error
+
+
 def _header(data: bytes, max_pixels: int) -> Image.Image:
     """Open lazily, which reads the header only, and refuse what would not fit."""
     try:

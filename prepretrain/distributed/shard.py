@@ -37,6 +37,12 @@ logger = logging.getLogger(__name__)
 warnings.filterwarnings("ignore", message=".*returned a view tensor")
 
 
+def chosen(precision: Literal["auto", "bf16", "fp32"]) -> Literal["bf16", "fp32"]:
+    """The precision that "auto" stands for on this process's device."""
+    emulated = distributed.device().type == "cpu" and not _has_bf16()
+    return ("fp32" if emulated else "bf16") if precision == "auto" else precision
+
+
 def shard(
     module: nn.Module,
     *,

@@ -25,6 +25,7 @@ def evaluate(
     """
     protocol = build(evaluator, cache=folder is not None, data=data, **options)
     protocol.check(model)
+    protocol.open_data()
     joined_before = dist.is_initialized()
     model = model.to(group.init())
     try:

@@ -2,12 +2,15 @@
 options that made it."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from prepretrain import plugin, ranges
+from prepretrain.data import transforms
 from prepretrain.models.encoders import base as encoders
 from prepretrain.models.heads import base as heads
 from prepretrain.models.heads.base import Scores
@@ -97,15 +100,21 @@ class Model(nn.Module):
         """Normalised float [B, 3, H, W] to tokens [B, prefix + N, D]; how: as `forward`'s."""
         return self.encoder(image, **how)
 
+    def preprocess(self, image: Image.Image | str | Path, share: float = 0.875) -> Tensor:
+        """A PIL image, or the path of an image file, to uint8 [3, H, W] for `features`, cropped as the
+        evaluators do; share: of the image's short side that the centre crop shows."""
+        pixels = transforms.pixels(image)
+        return transforms.resize_center_crop(pixels, self.encoder.image_size, share=share)
+
     def features(self, image: Tensor, pool: str = "class", layer: int | None = None) -> Tensor:
         """uint8 [B, 3, H, W] to one float32 feature [B, D] an image; pool "joint": [B, J] of length
         1, in the space of the texts; "scores": [B, C] of its classifier. Raises ValueError for images
         of another type, whose range nobody knows."""
         if image.dtype != torch.uint8:
             raise ValueError(
-                f"images are uint8, 0 to 255, and these are {image.dtype}. Of float images in 0 to 1 "
-                f"make (255 * image).round().to(torch.uint8); `encode` takes those that are "
-                f"normalised already."
+                f"images are uint8, 0 to 255, and these are {image.dtype}. `preprocess` makes them of a "
+                f"file or a PIL image; of float images in 0 to 1 make "
+                f"(255 * image).round().to(torch.uint8). `encode` takes those that are normalised."
             )
         if pool == "scores":
             return self.scores(image)

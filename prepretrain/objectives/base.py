@@ -32,6 +32,7 @@ class Objective(nn.Module):
 
     fields: tuple[str, ...] = ("image",)  # what it needs of a sample: see Source.FIELDS
     whole_batch = False  # compares all images of a batch, so a process must take its share at once
+    multiple = 1  # a process takes a multiple of so many images at a time
     needs_init = False  # makes no sense without weights to start from
     # what it asks of a Model: of "encoder" ways of encoding (Encoder.takes); of "head" and "text",
     # which a Model has only for an objective that names them, a class

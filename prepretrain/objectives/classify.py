@@ -54,6 +54,7 @@ class Classify(Objective):
             if mixup or cutmix
             else None
         )
+        self.multiple = 2 if self.mix else 1  # it mixes pairs
         self.erasing = RandomErasing(erasing, mode="pixel", device="cpu") if erasing else None
         self.augment = RandAugment(augment, model) if augment is not None else None
 
@@ -97,11 +98,6 @@ class Classify(Objective):
             return {
                 "loss": F.cross_entropy(self.logits(image), label, label_smoothing=self.smoothing)
             }
-        if len(image) % 2:
-            raise ValueError(
-                f"objective.mixup: mixes pairs, and a process has {len(image)} images at a time. "
-                f"Choose batch_size and batch_per_process so that it is even."
-            )
         image, target = self.mix(image, label)
         return {"loss": F.cross_entropy(self.logits(image), target)}
 

@@ -92,7 +92,7 @@ def estimate(
         "fits": fits,
         "gpus": gpus,
         "gpus_needed": gpus if fits else _enough(config, gpus, room),
-        "settings": {**asdict(settings), "precision": config.shard.precision},
+        "settings": {**asdict(settings), "precision": _precision(config)},
         "overrides": _overrides(config, best.config) if fits else [],
         "bytes": step.bytes,
         "peak_bytes": step.peak,
@@ -125,8 +125,9 @@ def _attempts(config: Training, gpus: int, room: float) -> Iterator[Attempt]:
         for how in RECOMPUTE[RECOMPUTE.index(config.shard.recompute) :]:
             last = _attempt(_changed(wider, recompute=how), gpus)
             yield last
-        whole = Plan(config, gpus).objective.whole_batch
-        while not whole and last.settings.batch_per_process > 1:
+        objective = Plan(config, gpus).objective
+        least = last.settings.batch_per_process if objective.whole_batch else objective.multiple
+        while last.settings.batch_per_process >= 2 * least:
             smaller = replace(last.config, batch_per_process=last.settings.batch_per_process // 2)
             before, last = last, _attempt(smaller, gpus)
             yield last
@@ -146,6 +147,12 @@ def _changed(config: Training, **shard: Any) -> Training:
     return replace(config, shard=replace(config.shard, **shard))
 
 
+def _precision(config: Training) -> str:
+    """A GPU computes bf16, which "auto" then stands for."""
+    given = config.shard.precision
+    return "bf16" if given == "auto" else given
+
+
 def _attempt(config: Training, gpus: int) -> Attempt:
     plan, given = Plan(config, gpus), config.shard
     images = config.batch_size // gpus // plan.accumulate
@@ -157,7 +164,7 @@ def _attempt(config: Training, gpus: int) -> Attempt:
         accumulate=plan.accumulate,
         world=gpus,
         group=given.group,
-        precision=given.precision,
+        precision=_precision(config),
         recompute=given.recompute,
         optimizer=partial(build_optimizer, config),
     )
@@ -181,7 +188,7 @@ def _enough(config: Training, gpus: int, room: float) -> int | None:
     saving = _changed(config, group=None, recompute="offload")
     while config.batch_size % (gpus := gpus * 2) == 0:
         plan = Plan(replace(saving, batch_per_process=None), gpus)
-        for parts in (None,) if plan.objective.whole_batch else (None, 1):
+        for parts in (None,) if plan.objective.whole_batch else (None, plan.objective.multiple):
             one = replace(saving, batch_per_process=parts)
             if plan.state_bytes() <= room and _attempt(one, gpus).step.peak <= room:
                 return gpus

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 from prepretrain.config import Training
-from prepretrain.data.loader import Stream
+from prepretrain.data.loader import Stream, loading
 from prepretrain.data.transforms import decode
 from prepretrain.distributed import group as distributed
 from prepretrain.runs.plan import Plan
@@ -154,7 +154,7 @@ def _first_batch(plan: Plan, source: object, repeats: np.ndarray | None) -> Chec
         batch_size=config.batch_size,
         seed=config.seed,
         accumulate=plan.accumulate,
-        workers=config.data.workers,
+        workers=loading(config.data.workers),
         window=config.data.window,
         repeats=repeats,
     )

@@ -153,8 +153,12 @@ def _folder(config: Config, stage: str, out: str | None) -> Path:
 
 
 def _show(merged: list[str], facts: dict[str, Any]) -> None:
-    """The merged configs and, as the last line, the facts as one JSON object."""
+    """The merged configs, what a person reads of the facts, and as the last line all of them as one
+    JSON object."""
     print("\n---\n".join(merged))
+    for entry in facts.get("entries", [facts]):
+        if "summary" in entry:
+            print(f"---\n{entry['summary']}")
     print(json.dumps(facts))
 
 

@@ -21,7 +21,7 @@ from prepretrain import config as configs
 from prepretrain.cluster import lease, slurm
 from prepretrain.config import Evaluating, Training
 from prepretrain.data import card
-from prepretrain.data.loader import Stream
+from prepretrain.data.loader import Stream, loading
 from prepretrain.data.subset import evenly_spaced
 from prepretrain.distributed import checkpoint, heartbeat, shard
 from prepretrain.distributed import group as distributed
@@ -102,7 +102,8 @@ def _train(config: Training, folder: Path, asked: Signals, own: lease.Lease) -> 
     plan, source, repeats = Plan(config, distributed.world()).open_data()
     _record(config, folder)
     objective = plan.objective
-    sharding = {"group": config.shard.group, "precision": config.shard.precision}
+    precision = shard.chosen(config.shard.precision)
+    sharding = {"group": config.shard.group, "precision": precision}
     shard.shard(
         objective, **sharding, recompute=config.shard.recompute, compile=config.shard.compile
     )
@@ -119,13 +120,17 @@ def _train(config: Training, folder: Path, asked: Signals, own: lease.Lease) -> 
         batch_size=config.batch_size,
         seed=config.seed,
         accumulate=plan.accumulate,
-        workers=config.data.workers,
+        workers=loading(config.data.workers),
         max_bad=config.data.max_bad,
         window=config.data.window,
         repeats=repeats,
     )
-    logger.info("%s", plan.summary())
+    logger.info("%s, in %s", plan.summary(), precision)
+    for warning in plan.warnings():
+        logger.warning("%s", warning)
     evaluators = plan.evaluators()
+    for _, _, evaluator in evaluators:
+        evaluator.open_data()
     evals = [
         Evaluation(f"{name}/", every, partial(_measure, name, evaluator, objective.model, folder))
         for name, every, evaluator in evaluators
@@ -136,7 +141,7 @@ def _train(config: Training, folder: Path, asked: Signals, own: lease.Lease) -> 
     if config.validation.data is not None:
         sets = plan.open_validation(), source
         batch = config.batch_size // plan.world // plan.accumulate
-        run = partial(_validate, objective, *sets, batch, config.data.workers, folder)
+        run = partial(_validate, objective, *sets, batch, data.workers, folder)
         evals.append(Evaluation("val_", plan.steps_of("validation.every"), run))
     fit(
         objective,
@@ -242,6 +247,7 @@ def evaluate(config: Evaluating, folder: Path, sha256: str | None = None) -> dic
     sha256: of the model's weights, where it is known.
     """
     name, evaluator = evaluator_of(config)
+    evaluator.open_data()
     model = load(config.init, **config.model).to(distributed.device())
     evaluator.check(model)
     asked = request(evaluator, config.model, sha256 or fingerprint(config.init))
@@ -310,7 +316,7 @@ def _check_unchanged(config: Training, folder: Path) -> None:
 def check(config: Training | Evaluating, folder: Path, world: int) -> Plan | None:
     """Checks all that a start would, without a device; a training run's plan. Raises ValueError."""
     if isinstance(config, Evaluating):
-        evaluator_of(config)
+        evaluator_of(config)[1].open_data()
         open_weights(config.init)
         return None
     config = with_model_options(config, folder)
@@ -322,7 +328,8 @@ def check(config: Training | Evaluating, folder: Path, world: int) -> Plan | Non
     plan.branch_point()
     for module, found in starting(config, plan.objective):
         weights.check(module, found)
-    plan.evaluators()
+    for _, _, evaluator in plan.evaluators():
+        evaluator.open_data()
     return plan
 
 
@@ -360,4 +367,6 @@ def dry_run(config: Training | Evaluating, folder: Path, stage: str, world: int)
         "lr": plan.schedule.peak,
         "state_gib_per_process": round(plan.state_bytes() / 2**30, 3),
         "data": data,
+        "warnings": plan.warnings(),
+        "summary": plan.told(),
     }

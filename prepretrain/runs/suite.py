@@ -162,8 +162,7 @@ def _check(entry: Entry, model: Model | None, world: int) -> None:
         return
     evaluator = run.evaluator_of(entry.config)[1]
     evaluator.check(model)
-    for split in evaluator.splits:
-        evaluator.card.open(split)
+    evaluator.open_data()
 
 
 def _check_begun(entries: list[Entry], folder: Path, sha256: str) -> None:

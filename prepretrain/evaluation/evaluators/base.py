@@ -37,6 +37,12 @@ class Evaluator:
     def check(self, model: nn.Module) -> None:
         """Raises ValueError if this model cannot be measured, before any time is spent."""
 
+    def open_data(self) -> None:
+        """Opens every split that is read. Raises what is wrong with one before any time is spent on the
+        others."""
+        for split in self.splits:
+            self.card.open(split)
+
     def run(self, model: nn.Module, folder: Path) -> dict[str, float]:
         """Named numbers, the same on every rank; called on every rank. `folder` is the run's."""
         raise NotImplementedError
