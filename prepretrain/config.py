@@ -286,6 +286,10 @@ def _base(name: str, path: Path) -> Path:
     raise ValueError(f"{path}: base: there is no {name} beside it or in configs/.")
 
 
+# Keys whose values are durations, with a unit.
+_DURATIONS = ("length", "every", "permanent", "warmup", "log_every")
+
+
 def _overrides(given: list[str]) -> dict[str, Any]:
     result: dict[str, Any] = {}
     for one in given:
@@ -298,7 +302,10 @@ def _overrides(given: list[str]) -> dict[str, Any]:
         try:
             result = merge(result, OmegaConf.to_container(OmegaConf.from_dotlist([one])))
         except Exception as error:  # OmegaConf's and PyYAML's
-            raise ValueError(f"{one!r}: cannot be read: {error}") from error
+            quote = ""
+            if "{" in one or "[" in one:
+                quote = f" A shell cuts values at blanks: quote it, as in '{key}={{name: value}}'."
+            raise ValueError(f"{one!r}: cannot be read: {error}{quote}") from error
     return result
 
 
@@ -347,10 +354,20 @@ def _values(schema: type, given: dict[str, Any], where: str, known: list[str]) -
     hints, values, dot = typing.get_type_hints(schema), {}, f"{where}." if where else ""
     for key, value in given.items():
         if key not in known:
-            raise ValueError(plugin.unknown(f"{dot}{key}: unknown key", key, known, prefix=where))
+            text = plugin.unknown(f"{dot}{key}: unknown key", key, known, prefix=where)
+            raise ValueError(text + _meant(schema, key))
         if dataclasses.is_dataclass(hints[key]):
             values[key] = check(hints[key], value, f"{dot}{key}")
         else:
+            if key in _DURATIONS and type(value) in (
+                int,
+                float,
+            ):  # its own message says what to write
+                value = str(value)
+            if schema is Evaluating and key == "data" and isinstance(value, dict):
+                raise ValueError(
+                    f"{key}: {value!r} is no card. An evaluation reads one: data=CARD."
+                )
             values[key] = plugin.coerce(value, hints[key], f"{dot}{key}")
             ranges.check(where, key, values[key], f"{dot}{key}")
     for one in dataclasses.fields(schema):
@@ -358,6 +375,15 @@ def _values(schema: type, given: dict[str, Any], where: str, known: list[str]) -
         if required and one.name not in values:
             raise ValueError(f"{dot}{one.name}: is missing, and has no default.")
     return values
+
+
+def _meant(schema: type, key: str) -> str:
+    """What a key may be meant as that other programs have."""
+    if schema is Training and key in ("epochs", "steps", "iterations"):
+        return f" For {key} write length=90ep or length=1000it."
+    if schema is Evaluating:
+        return f" An evaluator's own options stand under it: evaluator.{key}."
+    return ""
 
 
 def _names(schema: type) -> list[str]:

@@ -95,6 +95,34 @@ def test_an_encoder_of_ones_own_that_no_other_library_has_is_trained_and_exporte
     assert not Path("runs/a/export/config.json").exists()
 
 
+@pytest.mark.parametrize(
+    "given, said",
+    [
+        (["length=100"], "length: '100' is no duration. Write '90ep'"),
+        (["epochs=10"], "epochs: unknown key.*write length=90ep"),
+        (["data.train=data/photos"], "no card 'data/photos', but a folder data/photos.*path: /"),
+        (["model.text={name:"], "quote it, as in 'model.text={name: value}'"),
+        (["optim.warmup=12it"], "leave nothing of the run's 12. Give a share"),
+    ],
+)
+def test_a_slip_gets_a_way_out(place, given, said):
+    with pytest.raises(ValueError, match=said):
+        launch("small.yaml", given, dry_run=True)
+
+
+def test_an_evaluation_says_where_its_data_and_options_stand(place):
+    for given, said in (
+        (["k=5"], "evaluator.k"),
+        (["data.train=colours"], "is no card. An evaluation reads one: data=CARD"),
+        (["data=colours:val"], "here a card is named without a split, as 'colours'"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            launch("eval/knn", given, init="x", dry_run=True)
+    Path("file").touch()
+    with pytest.raises(ValueError, match="--out: file is a file"):
+        launch("small.yaml", [], out="file", dry_run=True)
+
+
 def test_whatever_another_librarys_export_meets_the_weights_are_written(tmp_path, monkeypatch):
     def meets(*_):
         raise KeyError("norm.weight")

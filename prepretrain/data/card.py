@@ -251,6 +251,19 @@ def _find(name: str) -> Path:
     for folder in _folders():
         if (folder / f"{name}.yaml").is_file():
             return folder / f"{name}.yaml"
+    card, _, split = name.rpartition(":")
+    if card in card_names():
+        raise ValueError(
+            f"no card '{name}': here a card is named without a split, as '{card}'. Its split '{split}' is "
+            f"read where a single one is asked for, as in data.train."
+        )
+    if (
+        inside := next((p for p in (data_folder() / name, Path(name)) if p.is_dir()), None)
+    ) and name:
+        raise ValueError(
+            f"no card '{name}', but a folder {inside}. Of a folder of images a card is made: a file "
+            f"datasets/mine.yaml with the line  train: {{source: folder, path: {inside.absolute()}}}"
+        )
     raise ValueError(
         plugin.unknown("no card", name, card_names(), quote=True)
         + f" A new one is a file datasets/{name}.yaml (datasets/README.md)."

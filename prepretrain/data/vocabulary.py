@@ -91,7 +91,7 @@ class Vocabulary:
             raise ValueError(
                 f"the vocabulary of {len(self)} tags was counted from data {self.source}, and this "
                 f"data is {source.fingerprint}: its counts and ids are not this data's. Count "
-                "again: python datasets/hashtags.py CARD --out FILE."
+                "again: python datasets/hashtags.py CARD --min-count 100 --out FILE."
             )
 
     def save(self, path: str | Path) -> None:
@@ -116,7 +116,7 @@ class Vocabulary:
         except FileNotFoundError as error:
             raise ValueError(
                 f"{path}: there is no such vocabulary. Make it: "
-                f"python datasets/hashtags.py CARD --out {path}."
+                f"python datasets/hashtags.py CARD --min-count 100 --out {path}."
             ) from error
         if content.get("format") != _FORMAT:
             raise ValueError(f"{path}: is no vocabulary (its format is not '{_FORMAT}').")

@@ -64,7 +64,8 @@ class Hashtag(Objective):
             found = Vocabulary.load(self.path)
             if getattr(self, "tags", len(found.tags)) != len(found.tags):
                 raise ValueError(
-                    f"objective.tags: {self.tags}, and {self.path} holds {len(found.tags)}."
+                    f"objective.tags: {self.tags}, and {self.path} holds {len(found.tags)}. With "
+                    f"objective.tags=null it may hold any number."
                 )
             self._vocabulary = found
         return self._vocabulary

@@ -4,7 +4,6 @@ from pathlib import Path
 
 import torch
 
-from prepretrain.data.transforms import BadImage, decode, resize_center_crop
 from prepretrain.evaluation.evaluators import zeroshot
 from prepretrain.models.load import load
 
@@ -19,9 +18,8 @@ def classify(
     model, rows = load(source), []
     for path in images:
         try:
-            pixels = decode(path.read_bytes())
-        except (OSError, BadImage) as error:
+            rows.append(model.preprocess(path, share=1.0))
+        except OSError as error:
             raise ValueError(f"{path}: {error}") from error
-        rows.append(resize_center_crop(pixels, model.encoder.image_size, share=1.0))
     found = zeroshot.probabilities(model, torch.stack(rows), names, templates)
     return [dict(zip(names, row.tolist())) for row in found]

@@ -50,6 +50,8 @@ def launch(
     """
     config = configs.load(stage, overrides, init, branch)
     folder = _folder(config, stage, out)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"--out: {folder} is a file, and a run is a folder. Name another.")
     inherited = "RANK" in os.environ and "WORLD_SIZE" in os.environ
     world = int(os.environ["WORLD_SIZE"]) if inherited else nodes * procs
     if nodes < 1 or procs < 1:

@@ -146,7 +146,7 @@ def probabilities(
 
     Raises ValueError for names that are empty or not different, or a template without {}.
     """
-    model.require_text("classify")
+    model.require_text("zero-shot classification")
     check_names([[name] for name in names], "--names")
     check_templates(list(templates), "--template")
     weight, _ = classifier(model, [[name] for name in names], templates)
