@@ -188,7 +188,7 @@ def slips(rng: random.Random) -> Iterator[list[str]]:
         yield [*given, *more]
 
 
-@pytest.mark.parametrize("count", [150, pytest.param(5000, marks=pytest.mark.faults)])
+@pytest.mark.parametrize("count", [100, pytest.param(5000, marks=pytest.mark.faults)])
 def test_random_overrides_are_taken_or_refused_and_never_a_fault_of_the_program(
     place, count, capsys
 ):

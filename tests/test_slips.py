@@ -12,12 +12,14 @@ from PIL import Image
 from test_features import tiny_model
 from test_train import train
 
-from prepretrain import evaluate, load
+from prepretrain import config, evaluate, load
 from prepretrain.data import transforms
+from prepretrain.data.card import load_card
 from prepretrain.data.loader import loading
 from prepretrain.distributed import shard
 from prepretrain.models import export
-from prepretrain.runs import plan
+from prepretrain.reports import tables
+from prepretrain.runs import plan, results, run
 from prepretrain.runs.launch import launch
 
 CLASSES = ["objective={name: classify}", "model={encoder: vit_test8, head: {classes: 3}}"]
@@ -83,9 +85,6 @@ def test_an_encoder_of_ones_own_that_no_other_library_has_is_trained_and_exporte
         "model={encoder: faulty.bare, head: {classes: 3, pool: mean}}",
     ]
     Path("own.yaml").write_text(Path("small.yaml").read_text().replace(", positions: fixed", ""))
-    from prepretrain import config
-    from prepretrain.runs import run
-
     Path("runs/a").mkdir(parents=True)
     run.train(config.load("own.yaml", [*own, "length=4it"]), Path("runs/a"))
     assert load("runs/a").features(torch.zeros(1, 3, 32, 32, dtype=torch.uint8), "mean").shape == (
@@ -121,6 +120,28 @@ def test_an_evaluation_says_where_its_data_and_options_stand(place):
     Path("file").touch()
     with pytest.raises(ValueError, match="--out: file is a file"):
         launch("small.yaml", [], out="file", dry_run=True)
+
+
+@pytest.mark.parametrize("text", ["", "null", "[]", '{"a": ', "[" * 9999, "\0" * 50])
+def test_a_damaged_file_of_a_run_is_named(tmp_path, text):
+    for name, read in (
+        ("results.json", lambda: tables.measured(tmp_path)),
+        ("evaluations.json", lambda: results.read(tmp_path)),
+        ("config.yaml", lambda: config.read_training(tmp_path / "config.yaml")),
+    ):
+        for old in tmp_path.iterdir():
+            old.unlink()
+        (tmp_path / name).write_text(text)
+        with pytest.raises(ValueError, match=name):
+            read()
+
+
+@pytest.mark.parametrize("line", ["vocabulary: [1]", "answers: {a: 1}", "train: {source: x, 1: 2}"])
+def test_a_card_with_odd_values_is_named(tmp_path, line):
+    path = tmp_path / "card.yaml"
+    path.write_text(f"val: {{source: folder, path: x}}\n{line}\n")
+    with pytest.raises(ValueError, match=f"card.yaml: {line.partition(':')[0]}"):
+        load_card(path)
 
 
 def test_whatever_another_librarys_export_meets_the_weights_are_written(tmp_path, monkeypatch):

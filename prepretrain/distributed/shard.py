@@ -403,9 +403,9 @@ def _fill(module: nn.Module, name: str, full: Tensor, generator: torch.Generator
     layer, leaf = module.get_submodule(".".join(parts[:-1])), parts[-1]
     if isinstance(layer, nn.LayerNorm):
         full.fill_(1.0 if leaf == "weight" else 0.0)
-    elif isinstance(layer, nn.Linear) and leaf == "weight":
-        nn.init.xavier_uniform_(full, generator=generator)
-    elif isinstance(layer, nn.Linear):
+    elif isinstance(layer, nn.Linear | nn.Conv2d) and leaf == "weight":
+        nn.init.xavier_uniform_(full.flatten(1), generator=generator)  # of a patch, as MAE's code
+    elif isinstance(layer, nn.Linear | nn.Conv2d):
         full.zero_()
     else:
         raise ValueError(

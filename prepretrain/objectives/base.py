@@ -94,7 +94,8 @@ class Objective(nn.Module):
         if lacking:
             raise ValueError(
                 f"data.train={card.name}: has no {', '.join(lacking)}, which objective "
-                f"'{self.name()}' needs. It has: {', '.join(source.fields)}."
+                f"'{self.name()}' needs. It has: {', '.join(source.fields)}. A folder has images and "
+                f"labels; hashtags and captions are read from shards and Parquet (datasets/README.md)."
             )
 
     def repeats(self, source: Any) -> np.ndarray | None:

@@ -85,12 +85,12 @@ class ProbeEvaluator(Evaluator):
         self,
         *,
         data: str,
-        pool: str,
-        layer: int | None,
-        share: float,
-        resize: Literal["crop", "squash"],
-        feature_batch: int,
-        workers: int,
+        pool: str = "class",
+        layer: int | None = None,
+        share: float = 0.875,
+        resize: Literal["crop", "squash"] = "crop",
+        feature_batch: int = 256,
+        workers: int = 0,
     ):
         super().__init__(data=data)
         kind = type(self).__module__.rpartition(".")[2]
@@ -134,7 +134,15 @@ class ContrastiveEvaluator(Evaluator):
     feature_batch  images or texts at once a process;  workers: decoding processes
     """
 
-    def __init__(self, *, data: str, split: str, share: float, feature_batch: int, workers: int):
+    def __init__(
+        self,
+        *,
+        data: str,
+        split: str = "val",
+        share: float = 1.0,
+        feature_batch: int = 256,
+        workers: int = 0,
+    ):
         super().__init__(data=data)
         kind = type(self).__module__.rpartition(".")[2]
         require(0 < share <= 1, f"{kind}.share", share, "must lie above 0 and up to 1")
