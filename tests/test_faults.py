@@ -302,6 +302,16 @@ def test_a_save_in_the_background_that_fails_ends_the_run_with_the_reason(place,
     assert not list(Path("runs/a/checkpoints").glob("*.tmp-*"))
 
 
+def test_a_worker_that_dies_during_a_save_is_not_reported_as_a_full_disk(place, group, monkeypatch):
+    def dies(*_, **__):
+        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed.")
+
+    monkeypatch.setattr(checkpoint.dcp, "save", dies)
+    with pytest.raises(RuntimeError, match="could not be saved.*worker.*Start the same") as caught:
+        train("runs/a")
+    assert "Make room" not in str(caught.value) and not isinstance(caught.value, OSError)
+
+
 def test_the_last_few_and_the_permanent_checkpoints_are_kept(place, group):
     train("runs/a", "checkpoint={every: 2it, keep: 2, permanent: 5it}")
     kept = [int(p.name) for p in checkpoint.listed(Path("runs/a"))]

@@ -154,6 +154,21 @@ def test_smaller_parts_and_larger_groups_come_last(place):
     assert found["fits"] and tried[-1][0] == 2 and "shard.group=2" in found["overrides"]
 
 
+def test_a_fine_tuning_that_mixes_pairs_is_planned_in_parts_of_two_images_or_more(place):
+    given = ["objective={name: classify, mixup: 0.8}", "batch_size=8"]
+    given += ["model={encoder: vit_test8, head: {classes: 3}}"]
+    found = capacity.estimate(
+        capacity.load("small.yaml", given), gpus=1, gigabytes=1e-5, mfu=0.5, tflops=1.0
+    )
+    assert not found["fits"] and found["gpus_needed"] is None
+    room = Plan(capacity.load("small.yaml", given), 1).state_bytes() / 1e9 / (1 - capacity.RESERVE)
+    found = capacity.estimate(
+        capacity.load("small.yaml", given), gpus=1, gigabytes=room, mfu=0.5, tflops=1.0
+    )
+    assert {one["batch_per_process"] for one in found["tried"]} >= {8, 2}
+    assert min(one["batch_per_process"] for one in found["tried"]) == 2
+
+
 def test_what_fits_nowhere_says_so_and_the_tool_exits_with_1(place):
     done = command("plan.py", "--stage", "small.yaml", "--gpus", "4", "--memory", "0.00001")
     assert done.returncode == 1 and "It does not fit" in done.stdout, done.stderr

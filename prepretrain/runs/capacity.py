@@ -186,9 +186,10 @@ def _enough(config: Training, gpus: int, room: float) -> int | None:
     """The first doubling of GPUs on which the run fits with all that saves memory; None if there is
     none that the batch divides among."""
     saving = _changed(config, group=None, recompute="offload")
-    while config.batch_size % (gpus := gpus * 2) == 0:
+    multiple = Plan(config, gpus).objective.multiple
+    while config.batch_size % ((gpus := gpus * 2) * multiple) == 0:
         plan = Plan(replace(saving, batch_per_process=None), gpus)
-        for parts in (None,) if plan.objective.whole_batch else (None, plan.objective.multiple):
+        for parts in (None,) if plan.objective.whole_batch else (None, multiple):
             one = replace(saving, batch_per_process=parts)
             if plan.state_bytes() <= room and _attempt(one, gpus).step.peak <= room:
                 return gpus
