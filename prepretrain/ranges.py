@@ -74,6 +74,7 @@ RANGES = {
     "objective.cell": "[1, 16384]",
     "objective.target_window": "[1, 16384]",
     "objective.tags": _COUNT,
+    "objective.resample": "(0, 1]",
     "objective.chunk": _COUNT,
     "objective.mixup": "[0, inf)",
     "objective.cutmix": "[0, inf)",

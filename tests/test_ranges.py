@@ -137,6 +137,7 @@ VALUES = """nan inf -inf -1 0 1 2 3 7 1e-400 1e400 -1e400 1e30 -1e30 0.5 1.5 -0.
 colours:nope: scenes mae knn vit_test8 vit_mini8 swinv2_test open_clip xlmr 5% 200% 1ep 0ep -1ep 1e300it
 1e308ep 1it 3img 0.5it 1e-9it ${x} ${oc.env:HOME} $ !!binary 2020-01-01 0x10 1_000 +1 a=b \u4e2d
 \ud83d\ude00 *x &x [1 {a """.split()
+USUAL = "1 2 8 0.5 0.9 1e-3 null true false 5% 2it 1ep [0.5,0.9] colours:val fp32 linear mean".split()
 VALUES += ["", " ", "a b", "\x00", "\n", "x" * 5000, "[" * 200 + "]" * 200]
 
 STAGES = [  # small.yaml with these
@@ -184,7 +185,7 @@ def slips(rng: random.Random) -> Iterator[list[str]]:
         for _ in range(rng.choice([1, 1, 1, 2])):
             name = rng.choice(names)
             name += rng.choice([".x", "x", ".", ".0", "[0]"]) if rng.random() < 0.03 else ""
-            more.append(f"{name}={rng.choice(VALUES)}")
+            more.append(f"{name}={rng.choice(rng.choice([VALUES, USUAL]))}")
         yield [*given, *more]
 
 
@@ -203,7 +204,7 @@ def test_random_overrides_are_taken_or_refused_and_never_a_fault_of_the_program(
         except Exception as error:
             raise AssertionError(f"{given}: {type(error).__name__}: {error}") from error
         slowest = max(slowest, time.monotonic() - before)
-    assert count / 20 < taken < count * 3 / 4 and not (place / "runs").exists()
+    assert count / 20 < taken < count * 19 / 20 and not (place / "runs").exists()
     capsys.readouterr()
     print(f"{count} overrides, {taken} taken, the slowest in {slowest:.1f} s")
 
