@@ -137,7 +137,9 @@ VALUES = """nan inf -inf -1 0 1 2 3 7 1e-400 1e400 -1e400 1e30 -1e30 0.5 1.5 -0.
 colours:nope: scenes mae knn vit_test8 vit_mini8 swinv2_test open_clip xlmr 5% 200% 1ep 0ep -1ep 1e300it
 1e308ep 1it 3img 0.5it 1e-9it ${x} ${oc.env:HOME} $ !!binary 2020-01-01 0x10 1_000 +1 a=b \u4e2d
 \ud83d\ude00 *x &x [1 {a """.split()
-USUAL = "1 2 8 0.5 0.9 1e-3 null true false 5% 2it 1ep [0.5,0.9] colours:val fp32 linear mean".split()
+USUAL = (
+    "1 2 8 0.5 0.9 1e-3 null true false 5% 2it 1ep [0.5,0.9] colours:val fp32 linear mean".split()
+)
 VALUES += ["", " ", "a b", "\x00", "\n", "x" * 5000, "[" * 200 + "]" * 200]
 
 STAGES = [  # small.yaml with these

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -180,6 +181,14 @@ def test_a_second_ctrl_c_leaves_at_once(monkeypatch):
     signal.raise_signal(signal.SIGINT)
     asked.restore()
     assert left == [130] and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_signals_are_the_main_threads_and_a_loop_in_another_runs_without(monkeypatch):
+    made = []
+    thread = threading.Thread(target=lambda: made.append(signals.Signals()))
+    thread.start()
+    thread.join()
+    assert made[0].old == {}
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # TensorBoard's

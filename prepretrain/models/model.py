@@ -57,10 +57,6 @@ class Model(nn.Module):
         if head is not None:
             self.head = heads.build(self.encoder, head)
             self.options |= {"head": dict(head)}
-            if isinstance(self.head, Scores) and self.head.classes < 2:
-                raise ValueError(
-                    f"model.head.classes: {self.head.classes} leaves nothing to tell apart."
-                )
             if self.head.normed and self.encoder.final_norm:
                 raise ValueError(
                     "model.head.norm: the encoder ends with a norm already; with model.final_norm=false "

@@ -23,7 +23,7 @@ from prepretrain.distributed import group as distributed
 from prepretrain.runs import doctor, plan, replay, run, suite
 from prepretrain.training import log
 from prepretrain.training.fit import Stopped
-from prepretrain.training.signals import Signals
+from prepretrain.training.signals import Signals, deaf_children
 
 logger = logging.getLogger(__name__)
 
@@ -190,11 +190,8 @@ def _here(task: Task, folder: Path, procs: int) -> None:
     executor = submitit.AutoExecutor(folder=folder / "submitit", cluster="local")
     executor.update_parameters(nodes=1, tasks_per_node=procs, timeout_min=_FOREVER)
     # a terminal's Ctrl-C goes to all processes, and submitit's would kill the others a second later
-    old = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
+    with deaf_children():
         job = executor.submit(task)
-    finally:
-        signal.signal(signal.SIGINT, old)
     logger.info("%s: %d processes; their output: %s", folder, procs, job.paths.stderr)
     _follow(job, procs, folder / "log.txt")
 

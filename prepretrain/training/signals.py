@@ -3,6 +3,7 @@
 import contextlib
 import os
 import signal
+import threading
 import time
 from collections.abc import Collection, Iterator
 from typing import Any
@@ -22,6 +23,8 @@ class Signals:
     ) -> None:
         self.received: int | None = None  # which one came
         self.pressed: float | None = None  # when Ctrl-C first was
+        if threading.current_thread() is not threading.main_thread():
+            numbers = ()  # only the main thread may, and gets them
         self.old = {number: signal.signal(number, self._set) for number in numbers}
 
     def stop(self) -> None:
@@ -58,6 +61,19 @@ class Signals:
     def restore(self) -> None:
         for number, handler in self.old.items():
             signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def deaf_children() -> Iterator[None]:
+    """Processes that are started within ignore Ctrl-C, until they say otherwise."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    old = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, old)
 
 
 def _handles(handler: Any) -> bool:
