@@ -110,6 +110,7 @@ RANGES = {
     "source.images": _COUNT,
     "source.size": "[8, 16384]",
     "source.noise": "[0, 0.5]",
+    "source.aside": "[0, 1]",
 }
 _RISING = ("crop_scale",)  # a least and a largest
 _WAYS = {  # out of a value that others mean something by

@@ -157,7 +157,7 @@ def test_of_many_that_find_a_dead_owner_one_gets_the_folder():
 def _elsewhere(rank: int, places: list[str]) -> None:
     os.chdir(places[rank])
     with pytest.raises(ValueError, match=f"is not shared: .*{places[1]}"):
-        with run.joined(Path("runs/a")):
+        with run.joined(Path("runs/a"), "cpu"):
             raise AssertionError("both went on")
 
 
