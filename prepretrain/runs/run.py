@@ -247,9 +247,9 @@ def evaluate(config: Evaluating, folder: Path, sha256: str | None = None) -> dic
     sha256: of the model's weights, where it is known.
     """
     name, evaluator = evaluator_of(config)
-    evaluator.open_data()
     model = load(config.init, **config.model).to(distributed.device())
     evaluator.check(model)
+    evaluator.open_data()
     asked = request(evaluator, config.model, sha256 or fingerprint(config.init))
     return _measure(name, evaluator, model, folder, asked)
 
@@ -316,8 +316,9 @@ def _check_unchanged(config: Training, folder: Path) -> None:
 def check(config: Training | Evaluating, folder: Path, world: int) -> Plan | None:
     """Checks all that a start would, without a device; a training run's plan. Raises ValueError."""
     if isinstance(config, Evaluating):
-        evaluator_of(config)[1].open_data()
+        _, evaluator = evaluator_of(config)
         open_weights(config.init)
+        evaluator.open_data()
         return None
     config = with_model_options(config, folder)
     _check_unchanged(config, folder)
@@ -340,9 +341,9 @@ def dry_run(config: Training | Evaluating, folder: Path, stage: str, world: int)
     says so.
     """
     if isinstance(config, Evaluating):
-        check(config, folder, world)
-        model = load(config.init, **config.model)
-        evaluator_of(config)[1].check(model)
+        model, evaluator = load(config.init, **config.model), evaluator_of(config)[1]
+        evaluator.check(model)
+        evaluator.open_data()
         encoder = model.encoder
         return {
             "stage": stage,
