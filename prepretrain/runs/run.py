@@ -334,21 +334,29 @@ def check(config: Training | Evaluating, folder: Path, world: int) -> Plan | Non
     return plan
 
 
+_NOT_HERE = "not here, so not checked: {}"  # what a dry run says of data
+
+
 def dry_run(config: Training | Evaluating, folder: Path, stage: str, world: int) -> dict[str, Any]:
     """Checks everything that a start would, on the meta device, and returns the facts of the run.
 
-    Data that are not here are no error if the card declares how many images there are: "data" then
-    says so.
+    Data that are not here are no error for an evaluation, nor for a training whose card declares how
+    many images there are: "data" then says so.
     """
     if isinstance(config, Evaluating):
-        model, evaluator = load(config.init, **config.model), evaluator_of(config)[1]
+        evaluator, data = evaluator_of(config)[1], "checked"
+        model = load(config.init, **config.model)
         evaluator.check(model)
-        evaluator.open_data()
+        try:
+            evaluator.open_data()
+        except card.MissingData as error:
+            data = _NOT_HERE.format(error)
         encoder = model.encoder
         return {
             "stage": stage,
             "encoder": type(encoder).__name__,
             "encoder_parameters": sum(p.numel() for p in encoder.parameters()),
+            "data": data,
         }
     data = "checked"
     try:
@@ -357,7 +365,7 @@ def dry_run(config: Training | Evaluating, folder: Path, stage: str, world: int)
         plan = Plan(with_model_options(config, folder), world)
         if plan.schedule is None:
             raise
-        data = f"not here, so not checked: {error}"
+        data = _NOT_HERE.format(error)
     return {
         "stage": stage,
         "encoder": plan.config.model["encoder"],
