@@ -1,5 +1,6 @@
 """What every way of reading samples has in common."""
 
+import copy
 import hashlib
 import io
 import os
@@ -43,6 +44,12 @@ class Source:
 
     def __getitem__(self, index: int) -> dict:
         raise NotImplementedError
+
+    def only(self, fields: Iterable[str]) -> "Source":
+        """The same samples, of which only these fields are read: a flaw in another loses no image."""
+        narrowed, wanted = copy.copy(self), set(fields)
+        narrowed.fields = tuple(name for name in self.fields if name in wanted)
+        return narrowed
 
     def key(self, index: int) -> str:
         """The key alone, without reading the image where the source can."""
@@ -91,7 +98,7 @@ class Files(Source):
         name = self.key(index)
         image = (self.path / name).read_bytes()
         sample = {"key": name, "image": _without_border(image, self.border, name)}
-        return sample if self._labels is None else sample | {"label": self.label(index)}
+        return sample | {"label": self.label(index)} if "label" in self.fields else sample
 
     def key(self, index: int) -> str:
         start = self._ends[index - 1] if index else 0
@@ -136,6 +143,6 @@ def fingerprint_of(parts: Iterable[object]) -> str:
     """A short hash over the text of the parts, in order."""
     digest = hashlib.sha256()
     for part in parts:
-        text = str(part).encode()
+        text = str(part).encode(errors="surrogatepass")  # names of files need not be UTF-8
         digest.update(len(text).to_bytes(8, "little") + text)
     return digest.hexdigest()[:16]

@@ -1,5 +1,6 @@
 """Tar shards in img2dataset's (webdataset's) layout, read at random through an index of our own."""
 
+import errno
 import glob
 import json
 import os
@@ -253,8 +254,9 @@ class _Shard:
         data = os.pread(self._file, size, offset)
         if len(data) != size:
             raise OSError(
+                errno.ESTALE,
                 f"{self.path}: {len(data)} of {size} bytes at offset {offset}: the file "
-                "was cut since it was opened."
+                "was cut since it was opened.",
             )
         return data
 
