@@ -100,10 +100,10 @@ def test_shards_are_named_by_folder_glob_or_range(two_shards, path):
 @pytest.mark.parametrize(
     "path, message",
     [
-        ("{00000..00002}.tar", "00002.tar: there is no such shard"),
+        ("{00000..00002}.tar", "00002.tar: there is no such .tar shard"),
         ("no*.tar", "no .tar"),
         ("{00003..00001}.tar", "range .* is empty"),
-        ("none.tar", "no such shard"),
+        ("none.tar", "no such .tar shard"),
     ],
 )
 def test_missing_shards_are_an_error_that_names_them(two_shards, path, message):

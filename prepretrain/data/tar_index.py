@@ -7,23 +7,24 @@ import mmap
 import os
 import re
 import zlib
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from prepretrain.data.names import IMAGES, USUAL, left_out
 from prepretrain.files import draft
 
-IMAGES = ("jpg", "jpeg", "png", "webp")
 MEMBERS = (*IMAGES, "txt", "json", "cls")
 
-_VERSION = 2  # 1 had no checksums
+_VERSION = 3  # 1 had no checksums, 2 no count of what is left out
 _BLOCK = 512
 _EXTENDED = 1 << 20  # not from the paper: bytes of an extended header or of a long name
 _OCTAL = re.compile(rb"[ \0]*([0-7]*)[ \0]*")
 _RECORD = re.compile(rb"([0-9]{1,10}) ")  # how a record of an extended header begins
-_HEAD = {"samples": int, "fields": list, "keys": int, "digest": str, "crc32": int}
+_HEAD = {"samples": int, "fields": list, "keys": int, "digest": str, "crc32": int, "left_out": dict}
 _SKIPPED = b"5gK"  # folders, global pax headers, long link names: nothing to read in them
 
 
@@ -160,7 +161,7 @@ def _parts(body: np.ndarray, n: int, fields: list[str]) -> tuple[np.ndarray, ...
 
 def _packed(shard: Path, asked: dict) -> bytes:
     """A line of JSON, then int64 (offset, size) [samples, fields, 2], ends of keys, the keys."""
-    keys, found = walk(shard)
+    keys, found, others = walk(shard)
     fields = [field for field in MEMBERS if any(field in sample for sample in found)]
     spans = np.full((len(keys), len(fields), 2), -1, dtype="<i8")
     for row, sample in enumerate(found):
@@ -178,6 +179,7 @@ def _packed(shard: Path, asked: dict) -> bytes:
         "keys": len(blob),
         "digest": digest.hexdigest()[:32],
         "crc32": zlib.crc32(body),
+        "left_out": others,
     }
     line = json.dumps(head | {"check": _check(head)}).encode()
     line += b" " * (-(len(line) + 1) % 8) + b"\n"
@@ -188,14 +190,21 @@ def _decoded(name: bytes) -> str:
     return name.decode(errors="surrogateescape")
 
 
-def walk(path: Path) -> tuple[list[str], list[dict[str, tuple[int, int]]]]:
-    """The keys, and for each the (offset, size) of its fields, read from a shard's headers.
+Walked = tuple[list[str], list[dict[str, tuple[int, int]]], dict[str, int]]
+
+
+def walk(path: Path) -> Walked:
+    """The keys, for each the (offset, size) of its fields, and how many files of what kind are left
+    out though they may look like images; all read from a shard's headers.
 
     The key is everything up to the last dot. ValueError, with file and offset, for anything that
     is off in the archive, for a key that comes back after others, and for two images in one key.
     """
-    keys, spans, seen = [], [], set()
+    keys, spans, seen, others = [], [], set(), Counter()
     for name, offset, size in _members(path):
+        if reason := left_out(name):
+            others[reason] += 1
+            continue
         key, dot, extension = name.rpartition(".")
         extension = extension.lower()
         if not dot or "/" in extension or extension not in MEMBERS:
@@ -212,10 +221,16 @@ def walk(path: Path) -> tuple[list[str], list[dict[str, tuple[int, int]]]]:
             keys.append(key)
             spans.append({})
         fields = spans[-1]
-        if extension in fields or extension in IMAGES and any(f in fields for f in IMAGES):
+        image = next((f for f in fields if f in IMAGES), None) if extension in IMAGES else None
+        if extension in fields or image and (image in USUAL) == (extension in USUAL):
             raise _broken(path, offset, f"a second {extension} for the key '{key}'")
+        if image:
+            others["previews beside another image"] += 1
+            if image in USUAL:
+                continue
+            del fields[image]
         fields[extension] = (offset, size)
-    return keys, spans
+    return keys, spans, others
 
 
 def _members(path: Path) -> Iterator[tuple[str, int, int]]:
