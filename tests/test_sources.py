@@ -768,7 +768,7 @@ def test_parquet_errors_name_the_file_and_the_columns(tmp_path):
     parquet(tmp_path / "x.parquet", [{"image": jpeg(), "label": 1}])
     with pytest.raises(ValueError, match="no column 'fine'.*source.label.*image, label"):
         build(path=str(tmp_path), label="fine")
-    with pytest.raises(ValueError, match="no .parquet file"):
+    with pytest.raises(ValueError, match="no such .parquet file"):
         build(path=str(tmp_path / "none.parquet"))
     (tmp_path / "y.parquet").write_bytes(b"junk")
     with pytest.raises(ValueError, match="not readable as Parquet"):
