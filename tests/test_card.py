@@ -122,7 +122,7 @@ def test_a_bad_card_is_refused_by_file_and_key(photos, text, message):
         ("source: folder", "missing source.path"),
         ("source: folder, path: none", "nothing at .*none"),
         ("source: shards, path: 'none/{0..3}.tar'", "nothing at .*none/"),
-        ("source: shards, path: 'photos/{0..3}.tar'", "0.tar: there is no such shard"),
+        ("source: shards, path: 'photos/{0..3}.tar'", "0.tar: there is no such .tar shard"),
         ("source: shards, path: 's3://bucket/x'", "local disks"),
     ],
 )

@@ -4,8 +4,9 @@ import copy
 import hashlib
 import io
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -35,6 +36,7 @@ class Source:
     FIELDS = FIELDS  # what a sample may hold
     fields: tuple[str, ...] = ("image",)
     classes: list[str] | None = None
+    left_out: Mapping[str, int] = {}  # how many files of which kind are not read
     groups: list[int]
     fingerprint: str
     stamp: str = ""
@@ -44,6 +46,12 @@ class Source:
 
     def __getitem__(self, index: int) -> dict:
         raise NotImplementedError
+
+    @classmethod
+    def class_names(cls, **options: Any) -> list[str] | None:
+        """The `classes` of a source with these options, where it costs little to know them: the
+        images are not looked at. None where it does not."""
+        return None
 
     def only(self, fields: Iterable[str]) -> "Source":
         """The same samples, of which only these fields are read: a flaw in another loses no image."""
