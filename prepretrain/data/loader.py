@@ -60,7 +60,7 @@ class Stream:
     ):
         self.rank = distributed.rank() if rank is None else rank
         self.world = distributed.world() if world is None else world
-        _check(len(source), batch_size, self.world, accumulate)
+        _check(source, batch_size, self.world, accumulate)
         self.batch_size, self.accumulate = batch_size, accumulate
         self.workers, self.max_bad = workers, max_bad
         order = Order(source.groups, seed=seed, window=window, repeats=repeats)
@@ -153,7 +153,7 @@ def evaluation_batches(
     """
     rank = distributed.rank() if rank is None else rank
     world = distributed.world() if world is None else world
-    _check(len(source), batch_size, 1, 1)
+    _check(source, batch_size, 1, 1)
     share = -(-len(source) // world)
     size = min(batch_size, share)
     end = min(len(source), (rank + 1) * share)
@@ -307,9 +307,13 @@ def _end_if_leaving(*_: Any) -> None:
         os._exit(0)
 
 
-def _check(length: int, batch_size: int, world: int, accumulate: int) -> None:
-    if length == 0:
-        raise ValueError("the source holds no image. Check the path in its card.")
+def _check(source: Source, batch_size: int, world: int, accumulate: int) -> None:
+    if len(source) == 0:
+        others = ", ".join(f"{count:,} {what}" for what, count in source.left_out.items())
+        raise ValueError(
+            "the source holds no image. "
+            + (f"It is read without {others}." if others else "Check the path in its card.")
+        )
     if batch_size < 1 or accumulate < 1:
         raise ValueError(f"batch_size {batch_size} and accumulate {accumulate} must be 1 or more.")
     parts = world * accumulate

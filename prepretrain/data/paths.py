@@ -82,9 +82,11 @@ def _unfolded(path: str) -> Iterator[str]:
 def _matching(path: str, what: str) -> list[Path]:
     if os.path.lexists(path):
         return [Path(path)]
-    folder, name = os.path.split(path)
-    there = os.path.isdir(folder)  # then its own brackets are no pattern
-    if not glob.has_magic(name if there else path):
+    solid = Path(path)
+    while not solid.is_dir():
+        solid = solid.parent
+    rest = str(Path(path).relative_to(solid))
+    if not glob.has_magic(rest):
         raise ValueError(f"{path}: there is no such {what}.")
-    pattern = os.path.join(glob.escape(folder), name) if there else path
+    pattern = os.path.join(glob.escape(str(solid)), rest)  # brackets of a folder's name are none
     return sorted(map(Path, glob.glob(pattern, recursive=True)))

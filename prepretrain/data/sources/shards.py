@@ -19,8 +19,8 @@ from prepretrain.data.transforms import BadImage
 MAX_MEMBER = 64_000_000  # not from the paper: bytes of one member, checked before it is read
 
 _OPEN = 256  # shards held open at once; more are closed and opened again
-_LOOK = (16, 25)  # shards, and samples of each, that are looked at for what json members hold
-_LOOK_FOR = (100, 100)  # and where the options name something that these have not
+_LOOK = (16, 400)  # shards, and samples in all, that are looked at for what json members hold
+_LOOK_FOR = (100, 10_000)  # and where the options name something that these have not
 
 
 class Shards(Source):
@@ -155,8 +155,9 @@ class Shards(Source):
         all that are wanted have been seen."""
         seen: set[str] = set()
         filled = np.flatnonzero(self.groups)
-        for number in filled[evenly(len(filled), shards)].tolist():
-            for row in evenly(self.groups[number], samples):
+        chosen = filled[evenly(len(filled), shards)].tolist()
+        for number in chosen:
+            for row in evenly(self.groups[number], -(-samples // len(chosen))):
                 if wanted <= seen:
                     return seen
                 shard = self._shard(number)
