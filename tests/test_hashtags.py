@@ -23,6 +23,8 @@ from prepretrain.data.vocabulary import Vocabulary, canonical
         ("new\t york", "new york"),
         ("don't", "don't"),
         ("#❤", "❤"),
+        ("lov\ud83de", "love"),
+        ("#\udce9", ""),
         ("#", ""),
         (" ...", ""),
         ("", ""),

@@ -169,8 +169,7 @@ class Card:
                 raise ValueError(
                     f"{where}: its classes are not those of split '{other}', so labels would not mean the "
                     f"same: {_difference(classes, named, other)}. Where some have no images in one of them, "
-                    f"list all classes in the key `classes` of both splits, or make empty folders of "
-                    f"them there."
+                    f"make empty folders for those, and list all in the key `classes` of both splits."
                 )
 
     def _class_names(self, split: str) -> list[str] | None:
