@@ -1,8 +1,10 @@
 """Files that strangers wrote: what they may hold, how they may lie, and what is said where they cannot
 be read."""
 
+import gzip
 import io
 import json
+import lzma
 import os
 
 import pyarrow as pa
@@ -294,6 +296,29 @@ def test_files_are_named_by_glob_braces_and_lists(tmp_path, kind, ending):
     (place / f"folder.{ending}").mkdir()
     with pytest.raises(ValueError, match=f"folder.{ending}: is a folder, not a"):
         opened(f"f*.{ending}")
+
+
+@pytest.mark.parametrize(
+    "start, said",
+    [
+        (gzip.compress(b"x"), "gunzip"),
+        (lzma.compress(b"x"), "unxz"),
+        (b"PK\3\4", "zip archive"),
+        (b"\r\n<!DOCTYPE html>", "web page"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
+    ],
+)
+def test_what_is_no_plain_tar_is_refused_with_the_way_out(tmp_path, start, said):
+    (tmp_path / "x.tar").write_bytes(start + bytes(2000))
+    with pytest.raises(ValueError, match=f"x.tar: is no plain tar: .*{said}"):
+        open_shards(tmp_path)
+
+
+def test_half_an_end_marker_after_whole_members_loses_no_shard(tmp_path):
+    path = write_tar(tmp_path / "x.tar", sample("a"))
+    data = path.read_bytes().rstrip(b"\0")
+    path.write_bytes(data + bytes(-len(data) % 512 + 512))
+    assert open_shards(path).key(0) == "a"
 
 
 # Parquet files of strangers.

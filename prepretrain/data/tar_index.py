@@ -28,6 +28,18 @@ _HEAD = {"samples": int, "fields": list, "keys": int, "digest": str, "crc32": in
 _SKIPPED = b"5gK"  # folders, global pax headers, long link names: nothing to read in them
 
 
+_OTHERS = {  # how files begin that are often found in a tar's place
+    b"\x1f\x8b": "it is compressed by gzip. Unpack it: gunzip",
+    b"bzh": "it is compressed by bzip2. Unpack it: bunzip2",
+    b"\xfd7zxz": "it is compressed by xz. Unpack it: unxz",
+    b"\x28\xb5\x2f\xfd": "it is compressed by zstd. Unpack it: unzstd",
+    b"pk\x03\x04": "it is a zip archive. Unpack it, and pack it with tar",
+    b"<!doctype": "it is a web page, perhaps a server's error. Fetch the shard again",
+    b"<html": "it is a web page, perhaps a server's error. Fetch the shard again",
+    b"version https://git-lfs": "it is a pointer of Git LFS. Fetch what it points to: git lfs pull",
+}
+
+
 class Index:
     """The index of one shard, mapped from its sidecar: workers and processes share its pages."""
 
@@ -239,6 +251,7 @@ def _members(path: Path) -> Iterator[tuple[str, int, int]]:
     if not total:
         raise _broken(path, 0, "the file is empty")
     with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        _check_kind(path, data[:256])
         at, extra = 0, {}
         while True:
             block = data[at : at + _BLOCK]
@@ -313,8 +326,15 @@ def _pax(path: Path, at: int, data: bytes) -> dict[str, str]:
     return records
 
 
+def _check_kind(path: Path, start: bytes) -> None:
+    """Raises ValueError for what is known not to be a plain tar, with the way to make one of it."""
+    for magic, way_out in _OTHERS.items():
+        if start.lstrip(b"\xef\xbb\xbf \r\n").lower().startswith(magic):
+            raise ValueError(f"{path}: is no plain tar: {way_out}.")
+
+
 def _check_end(path: Path, data: mmap.mmap, at: int) -> None:
-    if len(data) < at + 2 * _BLOCK:
+    if at == 0 and len(data) < 2 * _BLOCK:  # after whole members half of the marker will do
         raise _broken(path, at, "half of the end marker is missing: the file is truncated")
     for start in range(at, len(data), 1 << 20):
         rest = np.frombuffer(data[start : start + (1 << 20)], dtype=np.uint8)
