@@ -1,6 +1,7 @@
 """Files that strangers wrote: what they may hold, how they may lie, and what is said where they cannot
 be read."""
 
+import bz2
 import gzip
 import io
 import json
@@ -304,6 +305,7 @@ def test_files_are_named_by_glob_braces_and_lists(tmp_path, kind, ending):
         (gzip.compress(b"x"), "gunzip"),
         (lzma.compress(b"x"), "unxz"),
         (b"PK\3\4", "zip archive"),
+        (bz2.compress(b"x"), "bunzip2"),
         (b"\r\n<!DOCTYPE html>", "web page"),
         (b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
     ],

@@ -30,12 +30,12 @@ _SKIPPED = b"5gK"  # folders, global pax headers, long link names: nothing to re
 
 _OTHERS = {  # how files begin that are often found in a tar's place
     b"\x1f\x8b": "it is compressed by gzip. Unpack it: gunzip",
-    b"bzh": "it is compressed by bzip2. Unpack it: bunzip2",
-    b"\xfd7zxz": "it is compressed by xz. Unpack it: unxz",
+    b"BZh9": "it is compressed by bzip2. Unpack it: bunzip2",
+    b"\xfd7zXZ": "it is compressed by xz. Unpack it: unxz",
     b"\x28\xb5\x2f\xfd": "it is compressed by zstd. Unpack it: unzstd",
-    b"pk\x03\x04": "it is a zip archive. Unpack it, and pack it with tar",
-    b"<!doctype": "it is a web page, perhaps a server's error. Fetch the shard again",
-    b"<html": "it is a web page, perhaps a server's error. Fetch the shard again",
+    b"PK\x03\x04": "it is a zip archive. Unpack it, and pack it with tar",
+    b"<!DOCTYPE": "it is a web page, perhaps a server's error. Fetch the shard again",
+    b"<HTML": "it is a web page, perhaps a server's error. Fetch the shard again",
     b"version https://git-lfs": "it is a pointer of Git LFS. Fetch what it points to: git lfs pull",
 }
 
@@ -173,7 +173,11 @@ def _parts(body: np.ndarray, n: int, fields: list[str]) -> tuple[np.ndarray, ...
 
 def _packed(shard: Path, asked: dict) -> bytes:
     """A line of JSON, then int64 (offset, size) [samples, fields, 2], ends of keys, the keys."""
-    keys, found, others = walk(shard)
+    try:
+        keys, found, others = walk(shard)
+    except ValueError as error:
+        _check_kind(shard, error)
+        raise
     fields = [field for field in MEMBERS if any(field in sample for sample in found)]
     spans = np.full((len(keys), len(fields), 2), -1, dtype="<i8")
     for row, sample in enumerate(found):
@@ -251,7 +255,6 @@ def _members(path: Path) -> Iterator[tuple[str, int, int]]:
     if not total:
         raise _broken(path, 0, "the file is empty")
     with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        _check_kind(path, data[:256])
         at, extra = 0, {}
         while True:
             block = data[at : at + _BLOCK]
@@ -326,11 +329,13 @@ def _pax(path: Path, at: int, data: bytes) -> dict[str, str]:
     return records
 
 
-def _check_kind(path: Path, start: bytes) -> None:
+def _check_kind(path: Path, error: ValueError) -> None:
     """Raises ValueError for what is known not to be a plain tar, with the way to make one of it."""
+    with open(path, "rb") as file:
+        start = file.read(256).lstrip(b"\xef\xbb\xbf \r\n")
     for magic, way_out in _OTHERS.items():
-        if start.lstrip(b"\xef\xbb\xbf \r\n").lower().startswith(magic):
-            raise ValueError(f"{path}: is no plain tar: {way_out}.")
+        if start.startswith((magic, magic.lower())):
+            raise ValueError(f"{path}: is no plain tar: {way_out}.") from error
 
 
 def _check_end(path: Path, data: mmap.mmap, at: int) -> None:
