@@ -175,10 +175,12 @@ class Card:
     def _class_names(self, split: str) -> list[str] | None:
         options = self._options(split)
         kind = plugin.find("sources", options.pop("source"))
+        if "images" not in plugin.options(kind):
+            options.pop("images", None)
         for key in _PATHS:
             if key in options:
                 options[key] = self._located(options[key], split)
-        return kind.class_names(**options)
+        return kind.class_names(**plugin.check(kind, options, "source"))
 
     def _located(self, path: object, split: str) -> str | list[str]:
         if isinstance(path, list):
@@ -194,7 +196,7 @@ class Card:
         return str(located)
 
     def _require(self, located: Path, where: str, solid: Path | None = None) -> None:
-        if not (solid or located).exists():
+        if not os.path.exists(solid or located):  # no error for a name that no file can have
             raise MissingData(
                 f"{where}: there is nothing at {located}. Put the data of card '{self.name}' there, "
                 f"or set PREPRETRAIN_DATA, the folder that relative paths start from (now "
