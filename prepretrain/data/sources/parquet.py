@@ -252,9 +252,11 @@ class Parquet(Source):
 
 def _opened(path: Path) -> pq.ParquetFile:
     try:
-        return pq.ParquetFile(path, memory_map=True, page_checksum_verification=True)
-    except (pa.ArrowException, OSError) as error:
+        file = pq.ParquetFile(path, memory_map=True, page_checksum_verification=True)
+        str(file.schema_arrow)  # in which a name that is not UTF-8 is found
+    except (pa.ArrowException, OSError, ValueError) as error:
         raise ValueError(f"{path}: not readable as Parquet: {error}") from error
+    return file
 
 
 def _is_list(kind: pa.DataType | None) -> bool:
