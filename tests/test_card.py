@@ -208,14 +208,19 @@ def test_splits_with_other_classes_are_refused_by_what_tells_them_apart(tmp_path
         text = "\n".join(f"{split}: {{{where}}}" for split, where in given.items())
         return [load_card(card(tmp_path, text)).open(split) for split in splits]
 
-    with pytest.raises(ValueError, match="train: its classes are not those of split 'val'.*only here"):
+    with pytest.raises(
+        ValueError, match="train: its classes are not those of split 'val'.*only here"
+    ):
         opened()
     listed = ", classes: [hat, pants, shoes]"
     with pytest.raises(ValueError, match="no folder for the classes hat"):
         opened(train=listed, val=listed)[1]
     (tmp_path / "val/hat").mkdir()
     train, val = opened(train=listed, val=listed)
-    assert [train.label(i) for i in range(3)] == [0, 1, 2] and [val.label(0), val.label(1)] == [1, 2]
+    assert [train.label(i) for i in range(3)] == [0, 1, 2] and [val.label(0), val.label(1)] == [
+        1,
+        2,
+    ]
     with pytest.raises(ValueError, match="label 0 is hat, and shoes in 'val'"):
         opened(train=listed, val=", classes: [shoes, pants, hat]")
     (tmp_path / "val/hat").rmdir()
@@ -229,7 +234,9 @@ def test_a_path_may_be_a_list(tmp_path, monkeypatch):
         with tarfile.open(tmp_path / f"{name}.tar", "w") as tar:
             info = tarfile.TarInfo(f"{name}.jpg")
             tar.addfile(info, io.BytesIO())
-    source = load_card(card(tmp_path, "train: {source: shards, path: [b.tar, a.tar]}")).open("train")
+    source = load_card(card(tmp_path, "train: {source: shards, path: [b.tar, a.tar]}")).open(
+        "train"
+    )
     assert [source.key(i) for i in range(2)] == ["b", "a"]
     missing = load_card(card(tmp_path, "train: {source: shards, path: [b.tar, none.tar]}"))
     with pytest.raises(MissingData, match="there is nothing at .*none.tar"):
@@ -555,7 +562,9 @@ def test_what_cannot_be_packed_leaves_nothing_behind(tmp_path, script):
     made = script(
         "datasets/make_shards.py", "folder", f"path={tmp_path}/in", "--out", str(tmp_path / "out")
     )
-    assert "3 of 3 images cannot be packed: a.jpg: no image of a kind that shards hold; b.png" in made
+    assert (
+        "3 of 3 images cannot be packed: a.jpg: no image of a kind that shards hold; b.png" in made
+    )
     assert sorted(p.name for p in tmp_path.iterdir()) == ["in"]
     wrong = script("datasets/make_shards.py", "synthetic", "images", "--out", str(tmp_path / "o"))
     assert "images: is not key=value" in wrong

@@ -4,7 +4,6 @@ whole ones. Each input is read, sample by sample, or refused by its name; nothin
 `make test-faults` tries thousands of each family, in processes of their own, whose memory is bounded.
 """
 
-import io
 import json
 import math
 import random
@@ -56,7 +55,7 @@ def damaged(data: bytes, rng: random.Random) -> bytes:
         elif flaw == 5 and rng.random() < 0.3:
             del data[at:]
         elif at < len(data):  # where numbers are written
-            data[at] = rng.choice(b"\0\xff019-+ /.{}[]\"")
+            data[at] = rng.choice(b'\0\xff019-+ /.{}[]"')
     return bytes(data)
 
 
@@ -127,10 +126,14 @@ def a_card(folder: Path, rng: random.Random) -> tuple[str, dict]:
     for name in ("photos/cat/1.jpg", "photos/dog/2.jpg"):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(jpeg(1, 8))
-    (folder / "list.txt").write_text(rng.choice(["cat/1.jpg 0\n", "cat/1.jpg\n", "x 99999999999 \0"]))
+    (folder / "list.txt").write_text(
+        rng.choice(["cat/1.jpg 0\n", "cat/1.jpg\n", "x 99999999999 \0"])
+    )
     photos = f"{folder}/photos"
     card = {"train": {"source": "folder", "path": photos}, "val": {"source": "folder"}}
-    card["val"]["path"] = rng.choice([photos, photos, f"{folder}/*", [f"{folder}/{{0..2}}"], "a{,b}"])
+    card["val"]["path"] = rng.choice(
+        [photos, photos, f"{folder}/*", [f"{folder}/{{0..2}}"], "a{,b}"]
+    )
     card |= {"classes": ["cat", "dog"], "licence": "x"}
     if rng.random() < 0.3:
         card["val"] |= {"source": "listed", "listing": f"{folder}/list.txt"}
@@ -183,7 +186,9 @@ def outcome(family: str, seed: int, folder: Path) -> str:
             continue
         try:
             for batch in evaluation_batches(source, pixels, batch_size=8, leave_out=True):
-                seen.update(batch["mask"].tolist()[: sum(place >= 0 for place in batch["position"])])
+                seen.update(
+                    batch["mask"].tolist()[: sum(place >= 0 for place in batch["position"])]
+                )
         except ValueError as error:
             assert "none of the" in str(error), error
             seen[False] += len(source)

@@ -7,6 +7,7 @@ import io
 import json
 import lzma
 import os
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -25,10 +26,10 @@ from test_sources import (
     write_tar,
 )
 
-from prepretrain import plugin
+from prepretrain import config, plugin
 from prepretrain.data.loader import Stream
 from prepretrain.data.transforms import BadImage, decode
-
+from prepretrain.runs.plan import Plan
 
 # What strangers' files hold: each value has one meaning, in shards and in Parquet files alike.
 
@@ -116,6 +117,16 @@ def test_metadata_nested_without_end_costs_one_image(tmp_path, deep):
     with pytest.raises(BadImage, match="b: bad metadata: json: "):
         source[1]
     assert source.only(["image"])[1]["image"] == jpeg()  # stage one loses nothing
+
+
+def test_stage_one_loses_no_image_to_a_broken_caption(place):
+    members = flat(*(sample(str(number)) for number in range(8)))
+    broken = [(name, b"{" if name.endswith("json") else data) for name, data in members]
+    write_tar(Path("data/x.tar"), [*broken, *sample("9")])
+    Path("datasets/crawl.yaml").write_text("train: {source: shards, path: x.tar}")
+    _, source, _ = Plan(config.load("small.yaml", ["data.train=crawl"]), 1).open_data()
+    assert source.fields == ("image",) and len(source) == 9
+    assert {tuple(source[index]) for index in range(9)} == {("key", "image")}
 
 
 def test_what_may_be_named_by_default_is_looked_for_in_all_shards(tmp_path):
@@ -232,9 +243,7 @@ def test_names_that_are_not_utf8_are_read(tmp_path):
     assert os.fsencode(source.key(1)) == b"cat/\xe9.jpg" and source[1]["image"] == jpeg(1)
     assert source.fingerprint != open_folder(tmp_path, border=1).fingerprint
     (tmp_path / "list").write_bytes(b"cat/\xe9.jpg 0\n")
-    listed = plugin.build(
-        "sources", "listed", path=str(tmp_path), listing=str(tmp_path / "list")
-    )
+    listed = plugin.build("sources", "listed", path=str(tmp_path), listing=str(tmp_path / "list"))
     assert listed[0]["image"] == jpeg(1)
 
 

@@ -60,7 +60,8 @@ def exif_block(*, name=b"Exif\0\0", kind=3, count=1, cut=0):
 
 
 @pytest.mark.parametrize(
-    "form", [{}, {"count": 0}, {"kind": 0}, {"cut": 6}, {"name": b"exif\0\0"}, {"name": b"EXIF\0\0"}]
+    "form",
+    [{}, {"count": 0}, {"kind": 0}, {"cut": 6}, {"name": b"exif\0\0"}, {"name": b"EXIF\0\0"}],
 )
 def test_a_malformed_orientation_turns_no_image_whatever_the_decoder(form, monkeypatch):
     plain = encoded(photo(48, 32))

@@ -236,7 +236,9 @@ def _is_of_the_machine(error: Exception) -> bool:
     """Whether an error says nothing of the image that was being read."""
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
-    if isinstance(error, RuntimeError) and "can't allocate memory" in str(error):  # torch's, of a CPU
+    if isinstance(error, RuntimeError) and "can't allocate memory" in str(
+        error
+    ):  # torch's, of a CPU
         return True
     # parsers raise OSError, too, without a number
     return isinstance(error, OSError) and error.errno not in (None, *_OF_A_FILE)
