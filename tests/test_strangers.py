@@ -7,6 +7,7 @@ import io
 import json
 import lzma
 import os
+import tarfile
 from pathlib import Path
 
 import pyarrow as pa
@@ -323,6 +324,17 @@ def test_what_is_no_plain_tar_is_refused_with_the_way_out(tmp_path, start, said)
     (tmp_path / "x.tar").write_bytes(start + bytes(2000))
     with pytest.raises(ValueError, match=f"x.tar: is no plain tar: .*{said}"):
         open_shards(tmp_path)
+
+
+def test_links_and_labels_that_are_no_images_lose_no_shard(tmp_path):
+    with tarfile.open(tmp_path / "x.tar", "w") as tar:
+        for name, kind in (("label", b"V"), ("latest", tarfile.SYMTYPE), ("a.jpg", b"7")):
+            info = tarfile.TarInfo(name)
+            info.type, info.linkname = kind, "elsewhere" if kind == tarfile.SYMTYPE else ""
+            info.size = len(jpeg()) if name == "a.jpg" else 0
+            tar.addfile(info, io.BytesIO(jpeg()))
+    source = open_shards(tmp_path)
+    assert len(source) == 1 and source[0]["image"] == jpeg()
 
 
 def test_half_an_end_marker_after_whole_members_loses_no_shard(tmp_path):

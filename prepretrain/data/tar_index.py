@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from prepretrain.data.names import IMAGES, USUAL, left_out
+from prepretrain.data.names import IMAGES, USUAL, extension, left_out
 from prepretrain.files import draft
 
 MEMBERS = (*IMAGES, "txt", "json", "cls")
@@ -25,7 +25,7 @@ _EXTENDED = 1 << 20  # not from the paper: bytes of an extended header or of a l
 _OCTAL = re.compile(rb"[ \0]*([0-7]*)[ \0]*")
 _RECORD = re.compile(rb"([0-9]{1,10}) ")  # how a record of an extended header begins
 _HEAD = {"samples": int, "fields": list, "keys": int, "digest": str, "crc32": int, "left_out": dict}
-_SKIPPED = b"5gK"  # folders, global pax headers, long link names: nothing to read in them
+_SKIPPED = b"5gKV"  # folders, global pax headers, long link names, labels: nothing to read in them
 
 
 _OTHERS = {  # how files begin that are often found in a tar's place
@@ -221,9 +221,9 @@ def walk(path: Path) -> Walked:
         if reason := left_out(name):
             others[reason] += 1
             continue
-        key, dot, extension = name.rpartition(".")
-        extension = extension.lower()
-        if not dot or "/" in extension or extension not in MEMBERS:
+        key, dot, ending = name.rpartition(".")
+        ending = ending.lower()
+        if not dot or "/" in ending or ending not in MEMBERS:
             continue
         if not keys or keys[-1] != key:
             if key in seen:
@@ -237,15 +237,15 @@ def walk(path: Path) -> Walked:
             keys.append(key)
             spans.append({})
         fields = spans[-1]
-        image = next((f for f in fields if f in IMAGES), None) if extension in IMAGES else None
-        if extension in fields or image and (image in USUAL) == (extension in USUAL):
-            raise _broken(path, offset, f"a second {extension} for the key '{key}'")
+        image = next((f for f in fields if f in IMAGES), None) if ending in IMAGES else None
+        if ending in fields or image and (image in USUAL) == (ending in USUAL):
+            raise _broken(path, offset, f"a second {ending} for the key '{key}'")
         if image:
             others["previews beside another image"] += 1
             if image in USUAL:
                 continue
             del fields[image]
-        fields[extension] = (offset, size)
+        fields[ending] = (offset, size)
     return keys, spans, others
 
 
@@ -278,11 +278,13 @@ def _members(path: Path) -> Iterator[tuple[str, int, int]]:
                 extra["path"] = _decoded(data[start : start + size].rstrip(b"\0"))
             elif kind == b"x":
                 extra |= _pax(path, at, data[start : start + size])
-            elif kind in b"0\0":
+            elif kind in b"0\x007":
                 yield extra.get("path", name), start, size
                 extra = {}
             elif kind in _SKIPPED:
                 extra = {} if kind == b"5" else extra
+            elif extension(extra.get("path", name)) not in MEMBERS:  # nor would a file be read
+                extra = {}
             else:
                 raise _broken(path, at, f"member '{name}' of type {kind!r}: only files are read")
             at = start + -(-size // _BLOCK) * _BLOCK
