@@ -390,6 +390,11 @@ def test_columns_of_other_types_are_refused_when_they_are_opened(
         plugin.build("sources", "parquet", path=str(tmp_path / "y.parquet"))
 
 
+def test_a_column_that_is_not_wanted_is_left_out(tmp_path):
+    source = table(tmp_path / "x.parquet", ["dog"], pa.string(), "label", label=None)
+    assert source.fields == ("image",) and source[0].keys() == {"key", "image"}
+
+
 def test_a_list_of_texts_in_the_column_of_the_text_are_captions(tmp_path):
     source = table(tmp_path / "x.parquet", [["a", "b"]], pa.list_(pa.string()), "raw", text="raw")
     assert source.fields == ("image", "captions") and source[0]["captions"] == ["a", "b"]

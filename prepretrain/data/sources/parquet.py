@@ -27,7 +27,7 @@ class Parquet(Source):
 
     `image` is a column of bytes, or of structs with a field `bytes`. The other columns are
     optional where their name is the default's; data/values.py says what they may hold, and a list in
-    the column of `text` are captions. Class names come from Hugging Face's metadata. Row groups are
+    the column of `text` are captions; null leaves one out. Class names come from Hugging Face's metadata. Row groups are
     the groups to read together: up to 2 GB of them are kept, so larger data wants shuffling in
     windows.
     """
@@ -37,24 +37,24 @@ class Parquet(Source):
         *,
         path: str | list[str],
         image: str = "image",
-        label: str = "label",
-        text: str = "text",
-        captions: str = "captions",
-        hashtags: str = "hashtags",
-        key: str = "path",
+        label: str | None = "label",
+        text: str | None = "text",
+        captions: str | None = "captions",
+        hashtags: str | None = "hashtags",
+        key: str | None = "path",
     ):
         self.paths = find_files(path, ".parquet", ".parquet file")
         self._files = [_opened(file) for file in self.paths]
         asked = {"image": image, "label": label, "text": text, "captions": captions}
         asked |= {"hashtags": hashtags, "key": key}
-        self.columns = self._present(asked)
+        self.columns = self._present({name: column for name, column in asked.items() if column})
         self.fields = tuple(name for name in self.columns if name != "key")
         self.classes = self._classes()
         self._index()
 
     @classmethod
     def class_names(
-        cls, *, path: str | list[str], label: str = "label", **_: Any
+        cls, *, path: str | list[str], label: str | None = "label", **_: Any
     ) -> list[str] | None:
         """See Source.class_names."""
         first = find_files(path, ".parquet", ".parquet file")[0]
@@ -309,7 +309,7 @@ def _check_type(path: Path, column: str, field: str, kind: pa.DataType) -> None:
     if not fits(_plain(kind)) and not (pa.types.is_null(kind) and field != "image"):
         raise ValueError(
             f"{path}: column '{column}' is {kind}, not {wanted} (source.{field}). Name another column, "
-            f"or convert it."
+            f"convert it, or leave it out: source.{field}: null."
         )
 
 
