@@ -1,4 +1,4 @@
-"""Random data of strangers: damaged tars, Parquet files and cards, and values of every kind in
+"""Random data of strangers: damaged tars, sidecars, Parquet files and cards, and values of every kind in
 whole ones. Each input is read, sample by sample, or refused by its name; nothing else may happen.
 
 `make test-faults` tries thousands of each family, in processes of their own, whose memory is bounded.
@@ -89,6 +89,23 @@ TYPES = [
 ]
 
 
+def a_sidecar(folder: Path, rng: random.Random) -> tuple[str, dict]:
+    path = write_tar(folder / "x.tar", tar(rng))
+    try:
+        plugin.build("sources", "shards", path=str(path))
+    except ValueError:  # a key that comes twice
+        return "shards", {"path": str(path)}
+    index = folder / "x.tar.index"
+    if rng.random() < 0.5:
+        index.write_bytes(damaged(index.read_bytes(), rng))
+    else:
+        line, _, body = index.read_bytes().partition(b"\n")
+        head = json.loads(line)
+        head[rng.choice(list(head))] = rng.choice(VALUES)
+        index.write_bytes(json.dumps(head).encode() + b"\n" + body)
+    return "shards", {"path": str(path)}
+
+
 TEXTS = [pa.string(), pa.list_(pa.string()), pa.large_list(pa.large_string()), pa.binary()]
 USUAL = {
     "label": [pa.int64(), pa.int8(), pa.float32(), pa.bool_(), pa.null()],
@@ -151,7 +168,7 @@ def a_card(folder: Path, rng: random.Random) -> tuple[str, dict]:
     return "card", {"path": str(folder / "card.yaml")}
 
 
-FAMILIES = {"tar": a_tar, "parquet": a_parquet, "card": a_card}
+FAMILIES = {"tar": a_tar, "sidecar": a_sidecar, "parquet": a_parquet, "card": a_card}
 
 
 def opened(kind: str, options: dict) -> list:

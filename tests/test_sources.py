@@ -370,7 +370,7 @@ def test_extended_headers_take_a_time_in_proportion_to_their_length(tmp_path):
             with pytest.raises(ValueError, match="extended header of 1600000 bytes; the limit"):
                 tar_index.walk(path)
         else:
-            assert tar_index.walk(path) == ([], [])
+            assert tar_index.walk(path) == ([], [], {})
 
 
 @pytest.mark.parametrize(
@@ -451,8 +451,8 @@ def test_an_index_that_names_bytes_outside_of_its_shard_is_built_again(
     walk = tar_index.walk
 
     def spans(path):
-        keys, found = walk(path)
-        return keys, [{**fields, "jpg": span} for fields in found]
+        keys, found, others = walk(path)
+        return keys, [{**fields, "jpg": span} for fields in found], others
 
     with monkeypatch.context() as patch:
         patch.setattr(tar_index, "walk", spans)

@@ -131,6 +131,7 @@ def _valid(file: Path, asked: dict) -> dict | None:
     if any(head.get(key) != value for key, value in asked.items()) or check != _check(head):
         return None
     odd = any(type(head.get(key)) is not kind for key, kind in _HEAD.items())
+    odd = odd or any(type(count) is not int for count in head["left_out"].values())
     if odd or not set(head["fields"]) <= set(MEMBERS) or stat.st_size != len(line) + body:
         return None
     return head | {"file": file, "start": len(line), "state": (stat.st_ino, stat.st_mtime_ns)}
