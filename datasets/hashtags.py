@@ -11,6 +11,7 @@ import numpy as np
 
 from prepretrain.data import rarest
 from prepretrain.data.card import open_data
+from prepretrain.data.transforms import BadImage
 from prepretrain.data.vocabulary import Vocabulary
 
 
@@ -28,8 +29,13 @@ def main() -> None:
     args = parser.parse_args()
     source = open_data(args.card)
     if "hashtags" not in source.fields:
-        raise ValueError(f"{args.card}: has no hashtags. It has: {', '.join(source.fields)}.")
-    tags = [source.hashtags(index) for index in range(len(source))]
+        raise ValueError(
+            f"{args.card}: has no hashtags. It has: {', '.join(source.fields)}. Tar shards have them in "
+            f"json members, Parquet files in a column: see the options of both in datasets/README.md."
+        )
+    bad: list[BadImage] = []
+    tags = [rarest.tags_of(source, index, bad) for index in range(len(source))]
+    rarest.say_bad(bad)
     vocabulary = Vocabulary.count(tags, source=source.fingerprint, min_count=args.min_count)
     vocabulary.save(args.out)
     tag_of_images = np.array([vocabulary.rarest(found) for found in tags])

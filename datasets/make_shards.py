@@ -18,21 +18,33 @@ import yaml
 
 from prepretrain import plugin
 from prepretrain.data.sources.base import Source
+from prepretrain.data.transforms import BadImage
 
-EXTENSIONS = {b"\xff\xd8": "jpg", b"\x89P": "png", b"RI": "webp"}
+STARTS = {b"\xff\xd8": "jpg", b"\x89PNG": "png", b"GIF8": "gif", b"BM": "bmp", b"II*\0": "tif"}
+STARTS |= {b"MM\0*": "tif", b"P6": "ppm", b"P5": "pgm"}
+
+
+def extension(image: bytes) -> str | None:
+    """What a file of these bytes is called; None for what the source shards does not read."""
+    if image[:4] == b"RIFF" and image[8:12] == b"WEBP":
+        return "webp"
+    if image[4:12] in (b"ftypavif", b"ftypavis"):
+        return "avif"
+    return next((name for start, name in STARTS.items() if image.startswith(start)), None)
 
 
 def members(number: int, sample: dict) -> dict:
-    """The files of one image; its own key goes to the json, as it may hold dots and folders."""
-    start = sample["image"][:2]
-    if start not in EXTENSIONS:
-        raise ValueError(f"{sample['key']}: neither JPEG, PNG nor WebP. Convert it first.")
+    """The files of one image; its own key goes to the json, as it may hold dots and folders. Raises
+    BadImage for what is no image."""
+    kind = extension(sample["image"])
+    if kind is None:
+        raise BadImage("no image of a kind that shards hold", key=sample["key"])
     details = {"key": sample["key"]}
     if "hashtags" in sample:
         details["hashtags"] = sample["hashtags"]
     if "captions" in sample:
         details["captions"] = sample["captions"]
-    files = {"__key__": f"{number:09d}", EXTENSIONS[start]: sample["image"], "json": details}
+    files = {"__key__": f"{number:09d}", kind: sample["image"], "json": details}
     if "text" in sample:
         files["txt"] = sample["text"]
     if "label" in sample:
@@ -46,12 +58,15 @@ def pack(source: Source, out: Path, per_shard: int) -> None:
         raise ValueError(f"{out}: exists already. Choose another --out, or remove it.")
     draft = out.with_name(f"{out.name}.tmp-{os.getpid()}")
     draft.mkdir(parents=True)
+    bad: list[BadImage] = []
     try:
         for shard, first in enumerate(range(0, len(source), per_shard)):
-            write(
-                source,
-                range(first, min(first + per_shard, len(source))),
-                draft / f"{shard:05d}.tar",
+            numbers = range(first, min(first + per_shard, len(source)))
+            bad += write(source, numbers, draft / f"{shard:05d}.tar")
+        if bad:
+            raise ValueError(
+                f"{len(bad):,} of {len(source):,} images cannot be packed: "
+                f"{'; '.join(map(str, bad[:5]))}{'; …' if bad[5:] else ''}. Convert or remove them first."
             )
         plugin.build("sources", "shards", path=str(draft))  # builds the indices
         os.rename(draft, out)
@@ -59,12 +74,18 @@ def pack(source: Source, out: Path, per_shard: int) -> None:
         shutil.rmtree(draft, ignore_errors=True)
 
 
-def write(source: Source, numbers: range, path: Path) -> None:
-    """One shard; its bytes depend on the images only, as no time is written into it."""
+def write(source: Source, numbers: range, path: Path) -> list[BadImage]:
+    """One shard; its bytes depend on the images only, as no time is written into it. Returns what was
+    wrong with those that it lacks."""
+    bad = []
     # webdataset's ShardWriter opens files through what WDS_SECURE switches off; TarWriter does not.
     with open(path, "wb") as file, webdataset.TarWriter(file, mtime=0) as writer:
         for number in numbers:
-            writer.write(members(number, source[number]))
+            try:
+                writer.write(members(number, source[number]))
+            except BadImage as error:
+                bad.append(error)
+    return bad
 
 
 def main() -> None:

@@ -75,7 +75,7 @@ def write(lists: dict[str, Rows], out: Path) -> None:
     try:
         for name, rows in lists.items():
             text = "".join(f"{path} {label}\n" for path, label in rows)
-            (draft / f"{name}.txt").write_text(text)
+            (draft / f"{name}.txt").write_text(text, errors="surrogateescape")
         os.rename(draft, out)
     finally:
         shutil.rmtree(draft, ignore_errors=True)

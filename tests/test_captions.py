@@ -358,7 +358,7 @@ def test_captions_in_json_are_read_as_they_are(tmp_path):
     assert source.fields == ("image", "text", "captions")
     assert source.texts(0) == {"text": "", "captions": ["one bee", "two bees"]}
     assert source.texts(1) == {"text": "a text", "captions": []}
-    with pytest.raises(BadImage, match="captions: .* is no list of texts"):
+    with pytest.raises(BadImage, match="captions: .* is no text"):
         shard_of(tmp_path / "1.tar", [["a"], [1, 2]])[1]
     with pytest.raises(BadImage, match="text: .* is no text"):
         Shards(path=str(tmp_path / "0.tar"), text="json.captions")[0]

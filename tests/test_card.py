@@ -122,7 +122,7 @@ def test_a_bad_card_is_refused_by_file_and_key(photos, text, message):
         ("source: folder", "missing source.path"),
         ("source: folder, path: none", "nothing at .*none"),
         ("source: shards, path: 'none/{0..3}.tar'", "nothing at .*none/"),
-        ("source: shards, path: 'photos/{0..3}.tar'", "0.tar: there is no such shard"),
+        ("source: shards, path: 'photos/{0..3}.tar'", "0.tar: there is no such .tar shard"),
         ("source: shards, path: 's3://bucket/x'", "local disks"),
     ],
 )
@@ -195,6 +195,52 @@ def put(folder, *names, size=8):
         file = folder / name
         file.parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (size + number, size)).save(file, "JPEG")
+
+
+def test_splits_with_other_classes_are_refused_by_what_tells_them_apart(tmp_path):
+    for name in ("train/hat", "train/pants", "train/shoes", "val/pants", "val/shoes"):
+        (tmp_path / name).mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / name / "1.jpg")
+    splits = {split: f"source: folder, path: {tmp_path}/{split}" for split in ("train", "val")}
+
+    def opened(**options):
+        given = {split: f"{where}{options.get(split, '')}" for split, where in splits.items()}
+        text = "\n".join(f"{split}: {{{where}}}" for split, where in given.items())
+        return [load_card(card(tmp_path, text)).open(split) for split in splits]
+
+    with pytest.raises(
+        ValueError, match="train: its classes are not those of split 'val'.*only here"
+    ):
+        opened()
+    listed = ", classes: [hat, pants, shoes]"
+    with pytest.raises(ValueError, match="no folder for the classes hat"):
+        opened(train=listed, val=listed)[1]
+    (tmp_path / "val/hat").mkdir()
+    train, val = opened(train=listed, val=listed)
+    assert [train.label(i) for i in range(3)] == [0, 1, 2] and [val.label(0), val.label(1)] == [
+        1,
+        2,
+    ]
+    with pytest.raises(ValueError, match="label 0 is hat, and shoes in 'val'"):
+        opened(train=listed, val=", classes: [shoes, pants, hat]")
+    (tmp_path / "val/hat").rmdir()
+    path = card(tmp_path, f"train: {{{splits['train']}}}\nval: {{source: folder, path: absent}}")
+    assert load_card(path).open("train").classes == ["hat", "pants", "shoes"]
+
+
+def test_a_path_may_be_a_list(tmp_path, monkeypatch):
+    monkeypatch.setenv("PREPRETRAIN_DATA", str(tmp_path))
+    for name in ("a", "b"):
+        with tarfile.open(tmp_path / f"{name}.tar", "w") as tar:
+            info = tarfile.TarInfo(f"{name}.jpg")
+            tar.addfile(info, io.BytesIO())
+    source = load_card(card(tmp_path, "train: {source: shards, path: [b.tar, a.tar]}")).open(
+        "train"
+    )
+    assert [source.key(i) for i in range(2)] == ["b", "a"]
+    missing = load_card(card(tmp_path, "train: {source: shards, path: [b.tar, none.tar]}"))
+    with pytest.raises(MissingData, match="there is nothing at .*none.tar"):
+        missing.open("train")
 
 
 def test_a_cards_classes_can_be_groups_of_another_cards_classes(photos):
@@ -493,28 +539,32 @@ def test_scenes_are_packed_into_shards_counted_and_opened_by_their_card(
 
 
 def test_packing_keeps_the_bytes_labels_and_dotted_keys_of_a_folder(tmp_path, script):
-    for name in ("cat/a.b.jpg", "cat/a.c.png", "dog/x.jpg"):
+    for name in ("cat/a.b.jpg", "cat/a.c.png", "dog/x.jpg", "dog/y.gif", "dog/z.tif", "dog/zz.bmp"):
         file = tmp_path / "in" / name
         file.parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (8, 8)).save(file)
     made = script(
         "datasets/make_shards.py", "folder", f"path={tmp_path}/in", "--out", str(tmp_path / "out")
     )
-    assert "3 images in 1 shards" in made
+    assert "6 images in 1 shards" in made
     path = card(tmp_path, f"train: {{source: shards, path: {tmp_path}/out}}")
     source = open_data(path)
     assert [source.label(i) for i in range(3)] == [0, 0, 1]
     assert source[0]["image"] == (tmp_path / "in/cat/a.b.jpg").read_bytes()
-    assert Image.open(io.BytesIO(source[1]["image"])).format == "PNG"
+    kinds = [Image.open(io.BytesIO(source[i]["image"])).format for i in range(6)]
+    assert kinds == ["JPEG", "PNG", "JPEG", "GIF", "TIFF", "BMP"]
 
 
 def test_what_cannot_be_packed_leaves_nothing_behind(tmp_path, script):
     (tmp_path / "in").mkdir()
-    Image.new("RGB", (8, 8)).save(tmp_path / "in" / "a.bmp")
+    for name in ("a.jpg", "b.png", "c.tif"):
+        (tmp_path / "in" / name).write_bytes(b"" if name == "b.png" else b"no image")
     made = script(
         "datasets/make_shards.py", "folder", f"path={tmp_path}/in", "--out", str(tmp_path / "out")
     )
-    assert "a.bmp: neither JPEG, PNG nor WebP" in made
+    assert (
+        "3 of 3 images cannot be packed: a.jpg: no image of a kind that shards hold; b.png" in made
+    )
     assert sorted(p.name for p in tmp_path.iterdir()) == ["in"]
     wrong = script("datasets/make_shards.py", "synthetic", "images", "--out", str(tmp_path / "o"))
     assert "images: is not key=value" in wrong

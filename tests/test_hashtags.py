@@ -1,8 +1,12 @@
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
+from prepretrain.data import rarest
+from prepretrain.data.sources.base import Source
+from prepretrain.data.transforms import BadImage
 from prepretrain.data.vocabulary import Vocabulary, canonical
 
 
@@ -23,6 +27,8 @@ from prepretrain.data.vocabulary import Vocabulary, canonical
         ("new\t york", "new york"),
         ("don't", "don't"),
         ("#❤", "❤"),
+        ("lov\ud83de", "love"),
+        ("#\udce9", ""),
         ("#", ""),
         (" ...", ""),
         ("", ""),
@@ -104,3 +110,17 @@ def test_a_bad_vocabulary_file_is_refused_by_name(tmp_path, content, message):
 def test_a_missing_vocabulary_says_how_to_make_one(tmp_path):
     with pytest.raises(ValueError, match="no such vocabulary.*datasets/hashtags.py"):
         Vocabulary.load(tmp_path / "none.json")
+
+
+def test_hashtags_that_cannot_be_read_are_none_and_told(caplog):
+    class Some(Source):
+        groups, fingerprint = [3], "some"
+
+        def hashtags(self, index):
+            if index == 1:
+                raise BadImage("bad metadata", "json: deep", "k1")
+            return ["red"]
+
+    vocabulary = Vocabulary.count([["red"]], source="some", min_count=1)
+    assert rarest.read(Path("absent/tags.json"), vocabulary, Some()).tolist() == [0, -1, 0]
+    assert "1 images cannot be read, and are none: k1: bad metadata: json: deep" in caplog.text

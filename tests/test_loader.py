@@ -1,3 +1,4 @@
+import errno
 import itertools
 import multiprocessing
 import subprocess
@@ -303,12 +304,66 @@ def test_data_that_is_all_bad_stops_the_stream():
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_an_error_in_the_transform_is_not_a_bad_image_and_names_the_image(workers):
+def test_an_error_in_the_transform_is_counted_by_its_name_and_stops_what_always_fails(workers):
     def broken(sample):
+        if sample["label"] != 3:
+            return transform(sample)
+        raise ZeroDivisionError("of the user's")
+
+    def always(sample):
         raise KeyError("colour")
 
-    with pytest.raises(RuntimeError, match="k[0-9]+: KeyError: 'colour'"):
-        next(Stream(Numbers(4), broken, batch_size=4, seed=0, workers=workers).batches())
+    stream = lambda how: Stream(Numbers(8), how, batch_size=8, seed=0, workers=workers).batches()
+    (bad,) = [one for one in next(stream(broken))["bad"]]
+    assert (bad["cause"], bad["key"]) == ("ZeroDivisionError in the transform", "k3")
+    assert bad["detail"] == "of the user's"
+    with pytest.raises(RuntimeError, match="k[0-9]+: KeyError in the transform: 'colour'"):
+        next(stream(always))
+
+
+class Failing(Numbers):
+    """Numbers of which one raises an error when it is read."""
+
+    def __init__(self, error):
+        super().__init__(8)
+        self.error = error
+
+    def __getitem__(self, index):
+        if index == 3:
+            raise self.error
+        return super().__getitem__(index)
+
+
+@pytest.mark.parametrize(
+    "error, cause",
+    [
+        (RecursionError("deep"), "RecursionError in the source"),
+        (FileNotFoundError(errno.ENOENT, "gone"), "FileNotFoundError in the source"),
+        (OSError("image file is truncated"), "OSError in the source"),
+        (MemoryError("full"), None),
+        (OSError(errno.EIO, "the disk"), None),
+        (OSError(errno.EMFILE, "too many files"), None),
+    ],
+)
+def test_no_image_ends_a_run_and_the_machines_own_errors_do(error, cause):
+    stream = Stream(Failing(error), transform, batch_size=8, seed=0)
+    if cause is None:
+        with pytest.raises(RuntimeError, match=f"image 3: {type(error).__name__}"):
+            next(stream.batches())
+    else:
+        assert [one["cause"] for one in next(stream.batches())["bad"]] == [cause]
+    with pytest.raises((ValueError, RuntimeError), match="image 3"):
+        list(evaluation_batches(Failing(error), transform, batch_size=4))
+
+
+def test_a_sample_without_a_field_that_is_asked_for_is_a_bad_image():
+    class Unlabelled(Numbers):
+        def __getitem__(self, index):
+            sample = super().__getitem__(index)
+            return sample if index != 3 else {k: v for k, v in sample.items() if k != "label"}
+
+    batch = next(Stream(Unlabelled(8), transform, batch_size=8, seed=0).batches())
+    assert [(one["key"], one["cause"]) for one in batch["bad"]] == [("k3", "no label")]
 
 
 def test_a_batch_that_cannot_be_shared_out_is_refused_with_a_size_that_can():
@@ -468,7 +523,7 @@ def test_an_error_in_a_worker_ends_them_all_before_it_is_raised():
     ):
         batches = start()
         assert len(multiprocessing.active_children()) == 2
-        with pytest.raises(RuntimeError, match="no picture"):
+        with pytest.raises((RuntimeError, ValueError), match="no picture"):
             next(batches)
         assert not multiprocessing.active_children()
 

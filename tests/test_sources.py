@@ -100,10 +100,10 @@ def test_shards_are_named_by_folder_glob_or_range(two_shards, path):
 @pytest.mark.parametrize(
     "path, message",
     [
-        ("{00000..00002}.tar", "00002.tar: there is no such shard"),
+        ("{00000..00002}.tar", "00002.tar: there is no such .tar shard"),
         ("no*.tar", "no .tar"),
         ("{00003..00001}.tar", "range .* is empty"),
-        ("none.tar", "no such shard"),
+        ("none.tar", "no such .tar shard"),
     ],
 )
 def test_missing_shards_are_an_error_that_names_them(two_shards, path, message):
@@ -370,7 +370,7 @@ def test_extended_headers_take_a_time_in_proportion_to_their_length(tmp_path):
             with pytest.raises(ValueError, match="extended header of 1600000 bytes; the limit"):
                 tar_index.walk(path)
         else:
-            assert tar_index.walk(path) == ([], [])
+            assert tar_index.walk(path) == ([], [], {})
 
 
 @pytest.mark.parametrize(
@@ -451,8 +451,8 @@ def test_an_index_that_names_bytes_outside_of_its_shard_is_built_again(
     walk = tar_index.walk
 
     def spans(path):
-        keys, found = walk(path)
-        return keys, [{**fields, "jpg": span} for fields in found]
+        keys, found, others = walk(path)
+        return keys, [{**fields, "jpg": span} for fields in found], others
 
     with monkeypatch.context() as patch:
         patch.setattr(tar_index, "walk", spans)
@@ -768,7 +768,7 @@ def test_parquet_errors_name_the_file_and_the_columns(tmp_path):
     parquet(tmp_path / "x.parquet", [{"image": jpeg(), "label": 1}])
     with pytest.raises(ValueError, match="no column 'fine'.*source.label.*image, label"):
         build(path=str(tmp_path), label="fine")
-    with pytest.raises(ValueError, match="no .parquet file"):
+    with pytest.raises(ValueError, match="no such .parquet file"):
         build(path=str(tmp_path / "none.parquet"))
     (tmp_path / "y.parquet").write_bytes(b"junk")
     with pytest.raises(ValueError, match="not readable as Parquet"):

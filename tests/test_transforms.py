@@ -51,6 +51,31 @@ def test_every_fast_decoder_gives_the_pixels_that_pil_gives(make):
                 assert torch.equal(fast(data).expand(3, -1, -1), theirs)
 
 
+def exif_block(*, name=b"Exif\0\0", kind=3, count=1, cut=0):
+    """An APP1 segment that says an orientation of 6, more or less."""
+    entry = b"\x01\x12" + kind.to_bytes(2, "big") + count.to_bytes(4, "big") + b"\0\6\0\0"
+    body = name + b"MM\0*\0\0\0\x08" + b"\0\1" + entry + bytes(4)
+    body = body[: len(body) - cut]
+    return b"\xff\xe1" + (len(body) + 2).to_bytes(2, "big") + body
+
+
+@pytest.mark.parametrize(
+    "form",
+    [{}, {"count": 0}, {"kind": 0}, {"cut": 6}, {"name": b"exif\0\0"}, {"name": b"EXIF\0\0"}],
+)
+def test_a_malformed_orientation_turns_no_image_whatever_the_decoder(form, monkeypatch):
+    plain = encoded(photo(48, 32))
+    data = plain[:2] + exif_block(**form) + plain[2:]
+    assert torch.equal(decode(data), pixels(Image.open(io.BytesIO(plain))))
+    monkeypatch.setattr(transforms, "_fast_decoder", lambda: None)
+    assert torch.equal(decode(data), decode(plain))
+
+
+def test_a_png_with_a_large_profile_is_read():
+    data = encoded(photo(), "PNG", icc_profile=bytes(2_000_000))
+    assert len(data) < 20_000 and decode(data).shape == decode(encoded(photo(), "PNG")).shape
+
+
 def test_the_orientation_tag_is_ignored_whatever_the_decoder(monkeypatch):
     exif = Image.Exif()
     exif[0x0112] = 6

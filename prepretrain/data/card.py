@@ -60,7 +60,7 @@ class Card:
             options.pop(key, None)
         for key in _PATHS:
             if key in options:
-                options[key] = self._located(str(options[key]), split)
+                options[key] = self._located(options[key], split)
         try:
             if "images" not in plugin.options(plugin.find("sources", name)):
                 options.pop("images", None)  # a source that makes its images takes it itself
@@ -75,6 +75,7 @@ class Card:
             )
         if source.classes:
             self._check_classes(where, len(source.classes))
+            self._check_other_splits(where, split, source.classes)
         return source
 
     def corruptions(self, split: str = "val") -> dict[str, list[int]]:
@@ -153,7 +154,38 @@ class Card:
                 "would not mean the same."
             )
 
-    def _located(self, path: str, split: str) -> str:
+    def _check_other_splits(self, where: str, split: str, classes: list[str]) -> None:
+        """Raises ValueError where the classes of another split, read in the same way, are others."""
+        for other, options in self.splits.items():
+            if other == split or options["source"] != self.splits[split]["source"]:
+                continue
+            if any(key in options for key in _VARIANTS):
+                continue
+            try:
+                named = self._class_names(other)
+            except (ValueError, OSError):  # which is said where that split is opened
+                continue
+            if named is not None and named != classes:
+                raise ValueError(
+                    f"{where}: its classes are not those of split '{other}', so labels would not mean the "
+                    f"same: {_difference(classes, named, other)}. Where some have no images in one of them, "
+                    f"make empty folders for those, and list all in the key `classes` of both splits."
+                )
+
+    def _class_names(self, split: str) -> list[str] | None:
+        options = self._options(split)
+        kind = plugin.find("sources", options.pop("source"))
+        if "images" not in plugin.options(kind):
+            options.pop("images", None)
+        for key in _PATHS:
+            if key in options:
+                options[key] = self._located(options[key], split)
+        return kind.class_names(**plugin.check(kind, options, "source"))
+
+    def _located(self, path: object, split: str) -> str | list[str]:
+        if isinstance(path, list):
+            return [self._located(one, split) for one in path]
+        path = str(path)
         if "://" in path:
             return path
         located = data_folder() / path
@@ -164,12 +196,23 @@ class Card:
         return str(located)
 
     def _require(self, located: Path, where: str, solid: Path | None = None) -> None:
-        if not (solid or located).exists():
+        if not os.path.exists(solid or located):  # no error for a name that no file can have
             raise MissingData(
                 f"{where}: there is nothing at {located}. Put the data of card '{self.name}' there, "
                 f"or set PREPRETRAIN_DATA, the folder that relative paths start from (now "
                 f"'{data_folder()}')."
             )
+
+
+def _difference(classes: list[str], named: list[str], other: str) -> str:
+    """What tells two lists of classes apart, in words."""
+    here, there = set(classes) - set(named), set(named) - set(classes)
+    if not here and not there:
+        place = next(i for i, (one, two) in enumerate(zip(classes, named)) if one != two)
+        return f"label {place} is {classes[place]}, and {named[place]} in '{other}'"
+    few = lambda some: ", ".join(sorted(some)[:5]) + (", …" if len(some) > 5 else "")
+    parts = [f"only here {few(here)}"] if here else []
+    return "; ".join([*parts, *([f"only in '{other}' {few(there)}"] if there else [])])
 
 
 def data_folder() -> Path:

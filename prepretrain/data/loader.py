@@ -1,5 +1,6 @@
 """Batches in an order that is a pure function: the same for any number of processes and workers."""
 
+import errno
 import mmap
 import os
 import signal
@@ -15,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 from prepretrain.data.batch import collate
 from prepretrain.data.order import Order
 from prepretrain.data.random import Random
-from prepretrain.data.sources.base import Source, fingerprint_of
+from prepretrain.data.sources.base import FIELDS, Source, fingerprint_of
 from prepretrain.data.transforms import BadImage
 from prepretrain.distributed import group as distributed
 from prepretrain.distributed import heartbeat
@@ -23,6 +24,16 @@ from prepretrain.distributed import heartbeat
 Transform = Callable[[dict], dict]
 
 _IN_A_ROW = 100  # not from the paper: bad images in a row, after which the data itself is broken
+_DETAIL = 200  # characters of what was wrong with an image that are kept
+_OF_A_FILE = (  # what the system says of one file; all else it says is of the machine
+    errno.ENOENT,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EISDIR,
+    errno.ENOTDIR,
+    errno.ELOOP,
+    errno.ENAMETOOLONG,
+)
 
 
 class Stream:
@@ -49,7 +60,7 @@ class Stream:
     ):
         self.rank = distributed.rank() if rank is None else rank
         self.world = distributed.world() if world is None else world
-        _check(len(source), batch_size, self.world, accumulate)
+        _check(source, batch_size, self.world, accumulate)
         self.batch_size, self.accumulate = batch_size, accumulate
         self.workers, self.max_bad = workers, max_bad
         order = Order(source.groups, seed=seed, window=window, repeats=repeats)
@@ -104,20 +115,23 @@ class _Training(Dataset):
     def _usable(
         self, position: int, epoch: int, index: int, copy: int, bad: list
     ) -> tuple[str, dict]:
-        first = index
+        first, last = index, None
         for attempt in range(_IN_A_ROW):
             try:
                 random = Random(self.order.seed, epoch, index, copy)
                 return _transformed(self.source, self.transform, index, random)
             except BadImage as error:
+                last = error
                 bad.append({"cause": error.cause, "key": error.key, "position": position})
+                if error.detail:
+                    bad[-1]["detail"] = error.detail[:_DETAIL]
             rng = Random(self.order.seed, epoch, position)(f"substitute {attempt}")
             slot = rng.integers(self.order.length, size=1)
             index, copy = (int(one[0]) for one in self.order.at(epoch, slot))
         raise RuntimeError(
-            f"{_IN_A_ROW} bad images in a row in place of image {first}; the last: "
-            f"{bad[-1]['key']}: {bad[-1]['cause']}. Check the data."
-        )
+            f"{_IN_A_ROW} bad images in a row in place of image {first}; the last: {last}. "
+            "Check the data, or the transform where that is named."
+        ) from last
 
 
 def evaluation_batches(
@@ -139,7 +153,7 @@ def evaluation_batches(
     """
     rank = distributed.rank() if rank is None else rank
     world = distributed.world() if world is None else world
-    _check(len(source), batch_size, 1, 1)
+    _check(source, batch_size, 1, 1)
     share = -(-len(source) // world)
     size = min(batch_size, share)
     end = min(len(source), (rank + 1) * share)
@@ -196,16 +210,38 @@ class _Evaluation(Dataset):
 
 
 def _transformed(source: Source, transform: Transform, index: int, random: Random):
-    """(key, what the transform makes of the image); any error names the image."""
-    key = f"image {index}"
+    """(key, what the transform makes of the image).
+
+    Whatever goes wrong with one image is a BadImage with its key, so that no image ends a run; a bug
+    of a source or a transform is one, too, and has its error's name as the cause to count by. The
+    machine's own errors are raised on, with the key.
+    """
+    key, where, sample = f"image {index}", "source", {}
     try:
         sample = source[index]
-        key = sample["key"]
+        key, where = sample["key"], "transform"
         return key, transform(sample | {"random": random})
     except BadImage as error:
         raise BadImage(error.cause, error.detail, error.key or key) from error
     except Exception as error:
-        raise RuntimeError(f"{key}: {type(error).__name__}: {error}") from error
+        if _is_of_the_machine(error):
+            raise RuntimeError(f"{key}: {type(error).__name__}: {error}") from error
+        lacking = error.args[0] if isinstance(error, KeyError) and error.args else None
+        if where == "transform" and lacking in FIELDS and lacking not in sample:
+            raise BadImage(f"no {lacking}", "the sample has none", key) from error
+        raise BadImage(f"{type(error).__name__} in the {where}", str(error), key) from error
+
+
+def _is_of_the_machine(error: Exception) -> bool:
+    """Whether an error says nothing of the image that was being read."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    if isinstance(error, RuntimeError) and "can't allocate memory" in str(
+        error
+    ):  # torch's, of a CPU
+        return True
+    # parsers raise OSError, too, without a number
+    return isinstance(error, OSError) and error.errno not in (None, *_OF_A_FILE)
 
 
 def _load(reader: Dataset, places, workers: int) -> Generator[dict, None, None]:
@@ -274,9 +310,13 @@ def _end_if_leaving(*_: Any) -> None:
         os._exit(0)
 
 
-def _check(length: int, batch_size: int, world: int, accumulate: int) -> None:
-    if length == 0:
-        raise ValueError("the source holds no image. Check the path in its card.")
+def _check(source: Source, batch_size: int, world: int, accumulate: int) -> None:
+    if len(source) == 0:
+        others = ", ".join(f"{count:,} {what}" for what, count in source.left_out.items())
+        raise ValueError(
+            "the source holds no image. "
+            + (f"It is read without {others}." if others else "Check the path in its card.")
+        )
     if batch_size < 1 or accumulate < 1:
         raise ValueError(f"batch_size {batch_size} and accumulate {accumulate} must be 1 or more.")
     parts = world * accumulate

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from prepretrain.data.sources.base import Source, fingerprint_of
+from prepretrain.data.transforms import BadImage
 from prepretrain.data.vocabulary import Vocabulary
 from prepretrain.distributed import group as distributed
 from prepretrain.distributed import heartbeat
@@ -31,13 +32,31 @@ def read(path: Path, vocabulary: Vocabulary, source: Source) -> np.ndarray:
     first = distributed.rank() * share
     mine = np.arange(first, min(first + share, len(source)))
     found = np.empty(len(mine), np.int32)
+    bad: list[BadImage] = []
     for row, index in enumerate(mine.tolist()):
         heartbeat.beat("the hashtags of an image")
-        found[row] = vocabulary.rarest(source.hashtags(index))
+        found[row] = vocabulary.rarest(tags_of(source, index, bad))
+    say_bad(bad)
     found = np.concatenate(distributed.all_gather_object(found))
     if distributed.is_main():
         write(path, vocabulary, found)
     return found
+
+
+def tags_of(source: Source, index: int, bad: list[BadImage]) -> list[str]:
+    """An image's hashtags; none, and a row more in `bad`, where they cannot be read."""
+    try:
+        return source.hashtags(index)
+    except BadImage as error:
+        bad.append(error)
+        return []
+
+
+def say_bad(bad: list[BadImage]) -> None:
+    """Logs how many images' hashtags could not be read, and some of them."""
+    if bad:
+        few = "; ".join(map(str, bad[:5])) + ("; …" if bad[5:] else "")
+        logger.warning("the hashtags of %d images cannot be read, and are none: %s", len(bad), few)
 
 
 def write(path: Path, vocabulary: Vocabulary, rarest: np.ndarray) -> None:

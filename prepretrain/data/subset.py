@@ -1,6 +1,6 @@
 """Some images of a source."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -22,6 +22,11 @@ class Subset(Source):
 
     def _index(self, index: int) -> int:
         return int(self.indexes[index])
+
+    def only(self, fields: Iterable[str]) -> "Subset":
+        narrowed = super().only(fields)
+        narrowed.source = self.source.only(fields)
+        return narrowed
 
     def key(self, index: int) -> str:
         return self.source.key(self._index(index))

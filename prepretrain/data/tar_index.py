@@ -7,24 +7,37 @@ import mmap
 import os
 import re
 import zlib
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from prepretrain.data.names import IMAGES, USUAL, extension, left_out
 from prepretrain.files import draft
 
-IMAGES = ("jpg", "jpeg", "png", "webp")
 MEMBERS = (*IMAGES, "txt", "json", "cls")
 
-_VERSION = 2  # 1 had no checksums
+_VERSION = 3  # 1 had no checksums, 2 no count of what is left out
 _BLOCK = 512
 _EXTENDED = 1 << 20  # not from the paper: bytes of an extended header or of a long name
 _OCTAL = re.compile(rb"[ \0]*([0-7]*)[ \0]*")
 _RECORD = re.compile(rb"([0-9]{1,10}) ")  # how a record of an extended header begins
-_HEAD = {"samples": int, "fields": list, "keys": int, "digest": str, "crc32": int}
-_SKIPPED = b"5gK"  # folders, global pax headers, long link names: nothing to read in them
+_HEAD = {"samples": int, "fields": list, "keys": int, "digest": str, "crc32": int, "left_out": dict}
+_SKIPPED = b"5gKV"  # folders, global pax headers, long link names, labels: nothing to read in them
+
+
+_OTHERS = {  # how files begin that are often found in a tar's place
+    b"\x1f\x8b": "it is compressed by gzip. Unpack it: gunzip",
+    b"BZh9": "it is compressed by bzip2. Unpack it: bunzip2",
+    b"\xfd7zXZ": "it is compressed by xz. Unpack it: unxz",
+    b"\x28\xb5\x2f\xfd": "it is compressed by zstd. Unpack it: unzstd",
+    b"PK\x03\x04": "it is a zip archive. Unpack it, and pack it with tar",
+    b"<!DOCTYPE": "it is a web page, perhaps a server's error. Fetch the shard again",
+    b"<HTML": "it is a web page, perhaps a server's error. Fetch the shard again",
+    b"version https://git-lfs": "it is a pointer of Git LFS. Fetch what it points to: git lfs pull",
+}
 
 
 class Index:
@@ -118,6 +131,7 @@ def _valid(file: Path, asked: dict) -> dict | None:
     if any(head.get(key) != value for key, value in asked.items()) or check != _check(head):
         return None
     odd = any(type(head.get(key)) is not kind for key, kind in _HEAD.items())
+    odd = odd or any(type(count) is not int for count in head["left_out"].values())
     if odd or not set(head["fields"]) <= set(MEMBERS) or stat.st_size != len(line) + body:
         return None
     return head | {"file": file, "start": len(line), "state": (stat.st_ino, stat.st_mtime_ns)}
@@ -160,7 +174,11 @@ def _parts(body: np.ndarray, n: int, fields: list[str]) -> tuple[np.ndarray, ...
 
 def _packed(shard: Path, asked: dict) -> bytes:
     """A line of JSON, then int64 (offset, size) [samples, fields, 2], ends of keys, the keys."""
-    keys, found = walk(shard)
+    try:
+        keys, found, others = walk(shard)
+    except ValueError as error:
+        _check_kind(shard, error)
+        raise
     fields = [field for field in MEMBERS if any(field in sample for sample in found)]
     spans = np.full((len(keys), len(fields), 2), -1, dtype="<i8")
     for row, sample in enumerate(found):
@@ -178,6 +196,7 @@ def _packed(shard: Path, asked: dict) -> bytes:
         "keys": len(blob),
         "digest": digest.hexdigest()[:32],
         "crc32": zlib.crc32(body),
+        "left_out": others,
     }
     line = json.dumps(head | {"check": _check(head)}).encode()
     line += b" " * (-(len(line) + 1) % 8) + b"\n"
@@ -188,17 +207,24 @@ def _decoded(name: bytes) -> str:
     return name.decode(errors="surrogateescape")
 
 
-def walk(path: Path) -> tuple[list[str], list[dict[str, tuple[int, int]]]]:
-    """The keys, and for each the (offset, size) of its fields, read from a shard's headers.
+Walked = tuple[list[str], list[dict[str, tuple[int, int]]], dict[str, int]]
+
+
+def walk(path: Path) -> Walked:
+    """The keys, for each the (offset, size) of its fields, and how many files of what kind are left
+    out though they may look like images; all read from a shard's headers.
 
     The key is everything up to the last dot. ValueError, with file and offset, for anything that
     is off in the archive, for a key that comes back after others, and for two images in one key.
     """
-    keys, spans, seen = [], [], set()
+    keys, spans, seen, others = [], [], set(), Counter()
     for name, offset, size in _members(path):
-        key, dot, extension = name.rpartition(".")
-        extension = extension.lower()
-        if not dot or "/" in extension or extension not in MEMBERS:
+        if reason := left_out(name):
+            others[reason] += 1
+            continue
+        key, dot, ending = name.rpartition(".")
+        ending = ending.lower()
+        if not dot or "/" in ending or ending not in MEMBERS:
             continue
         if not keys or keys[-1] != key:
             if key in seen:
@@ -212,10 +238,16 @@ def walk(path: Path) -> tuple[list[str], list[dict[str, tuple[int, int]]]]:
             keys.append(key)
             spans.append({})
         fields = spans[-1]
-        if extension in fields or extension in IMAGES and any(f in fields for f in IMAGES):
-            raise _broken(path, offset, f"a second {extension} for the key '{key}'")
-        fields[extension] = (offset, size)
-    return keys, spans
+        image = next((f for f in fields if f in IMAGES), None) if ending in IMAGES else None
+        if ending in fields or image and (image in USUAL) == (ending in USUAL):
+            raise _broken(path, offset, f"a second {ending} for the key '{key}'")
+        if image:
+            others["previews beside another image"] += 1
+            if image in USUAL:
+                continue
+            del fields[image]
+        fields[ending] = (offset, size)
+    return keys, spans, others
 
 
 def _members(path: Path) -> Iterator[tuple[str, int, int]]:
@@ -247,11 +279,13 @@ def _members(path: Path) -> Iterator[tuple[str, int, int]]:
                 extra["path"] = _decoded(data[start : start + size].rstrip(b"\0"))
             elif kind == b"x":
                 extra |= _pax(path, at, data[start : start + size])
-            elif kind in b"0\0":
+            elif kind in b"0\x007":
                 yield extra.get("path", name), start, size
                 extra = {}
             elif kind in _SKIPPED:
                 extra = {} if kind == b"5" else extra
+            elif extension(extra.get("path", name)) not in MEMBERS:  # nor would a file be read
+                extra = {}
             else:
                 raise _broken(path, at, f"member '{name}' of type {kind!r}: only files are read")
             at = start + -(-size // _BLOCK) * _BLOCK
@@ -298,8 +332,17 @@ def _pax(path: Path, at: int, data: bytes) -> dict[str, str]:
     return records
 
 
+def _check_kind(path: Path, error: ValueError) -> None:
+    """Raises ValueError for what is known not to be a plain tar, with the way to make one of it."""
+    with open(path, "rb") as file:
+        start = file.read(256).lstrip(b"\xef\xbb\xbf \r\n")
+    for magic, way_out in _OTHERS.items():
+        if start.startswith((magic, magic.lower())):
+            raise ValueError(f"{path}: is no plain tar: {way_out}.") from error
+
+
 def _check_end(path: Path, data: mmap.mmap, at: int) -> None:
-    if len(data) < at + 2 * _BLOCK:
+    if at == 0 and len(data) < 2 * _BLOCK:  # after whole members half of the marker will do
         raise _broken(path, at, "half of the end marker is missing: the file is truncated")
     for start in range(at, len(data), 1 << 20):
         rest = np.frombuffer(data[start : start + (1 << 20)], dtype=np.uint8)

@@ -10,7 +10,7 @@ from typing import IO
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, PngImagePlugin
 from torch import Tensor
 
 MAX_PIXELS = 64_000_000  # not from the paper: above the 50 million of many telephones
@@ -22,6 +22,9 @@ _STRIP = 1 << 22  # not from the paper: pixels that are converted at a time
 _LONGEST = 64  # not from the paper: how much longer than what is seen a picture is resized
 
 Size = int | tuple[int, int]  # pixels of a picture: of both sides, or (height, width)
+
+# A PNG's texts and profiles, which are not looked at, may be as large as Pillow lets all of them be.
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY
 
 _ORIENTATION = 0x0112
 _END = b"\xff\xd9"
@@ -109,10 +112,12 @@ def _is_plain_jpeg(header: Image.Image) -> bool:
     """Whether the fast decoders agree with PIL: torchcodec rotates by EXIF, CMYK differs."""
     if header.format != "JPEG" or header.mode not in ("RGB", "L"):
         return False
-    if "exif" not in header.info:
+    blocks = (body for name, body in header.applist if name == "APP1")
+    if not any(body[:4].lower() == b"exif" for body in blocks):
         return True
     try:
-        return header.getexif().get(_ORIENTATION, 1) == 1
+        # Only a block that says so: of a malformed one each decoder makes something else.
+        return header.getexif().get(_ORIENTATION) == 1
     except Exception:  # a broken EXIF block must not lose the image
         return False
 

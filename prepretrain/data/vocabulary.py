@@ -14,8 +14,11 @@ _FORMAT = "prepretrain vocabulary 1"
 def canonical(tag: str) -> str:
     """One spelling for #Red, RED and red: NFKC, casefold, no '#' or punctuation around it.
 
-    What is left may be empty, which is no tag.
+    What is left may be empty, which is no tag. Half of a surrogate pair, which JSON may hold and no
+    file can, is dropped.
     """
+    if not tag.isascii():
+        tag = tag.encode(errors="ignore").decode()
     # Casefolding can undo the normal form, and the other way round; a second pass settles both.
     for _ in range(2):
         tag = unicodedata.normalize("NFKC", tag).casefold()

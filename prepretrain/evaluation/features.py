@@ -73,6 +73,7 @@ def extract(
             f"{name}: all tokens of all images are kept on disk only. Give extract a cache; an "
             "evaluator has none within a run, so use --stage eval/… there."
         )
+    source = source.only(("image", "label") if labelled else ("image",))
     image_size = image_size or model.encoder.image_size
     centre = _Centre(image_size, share, resize, change, labelled and cache is None)
 

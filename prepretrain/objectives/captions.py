@@ -77,7 +77,7 @@ class Contrastive(Objective):
     """What training on captions has in common: a Model with a text tower, and a loss that compares
     every image with every caption of the whole batch, over all processes."""
 
-    fields = ("image", "text")
+    fields = ("image", "text", "captions", "hashtags")
     whole_batch = True
     needs = {"text": Tower}
     locked = False  # the image tower learns nothing
@@ -105,6 +105,8 @@ class Contrastive(Objective):
         if chunk is not None and chunk < 1:
             raise ValueError(f"objective.chunk: {chunk} must be at least 1, or null.")
         self.loss, self.chunk, self.hashtags = loss, chunk, hashtags
+        if not hashtags:
+            self.fields = ("image", "text", "captions")
         self.text_weights, self.crop_scale = text_weights, crop_scale
         if self.locked:
             model.encoder.requires_grad_(False)

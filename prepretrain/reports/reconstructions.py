@@ -33,7 +33,8 @@ def reconstruct(
     masked: Tensor | None = None
     for run, name in zip(runs, names or [Path(run).resolve().name for run in runs]):
         objective = load_objective(run)
-        batch = next(iter(evaluation_batches(some, objective.transform(False), batch_size=images)))
+        needed, centre = some.only(objective.fields), objective.transform(False)
+        batch = next(iter(evaluation_batches(needed, centre, batch_size=images)))
         versions = objective.reconstruct(batch)
         original = columns.setdefault("original", versions["original"])
         if original.shape != versions["original"].shape:

@@ -120,7 +120,7 @@ class Plan:
         repeats = self.objective.repeats(source)
         images = Order(source.groups, seed=self.config.seed, repeats=repeats).length
         plan = self if images == self.images else replace(self, counted=images)
-        return plan, source, repeats
+        return plan, source.only(self.objective.fields), repeats
 
     def schedule_of(self, length: str, where: str) -> Schedule:
         """The schedule that a run of this config has at some length."""
@@ -204,7 +204,7 @@ class Plan:
         split, found = _split(given.data)
         source = found.open(split)
         validation.check(self.objective, source, given.data)
-        return evenly_spaced(source, given.images)
+        return evenly_spaced(source.only(self.objective.fields), given.images)
 
     def steps_of(self, key: str) -> int:
         """The duration at `log_every`, `checkpoint.every`, … in steps, at least one."""

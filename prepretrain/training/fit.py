@@ -356,8 +356,8 @@ def _check_bad(bad: Counter, images: int, limit: float) -> None:
     if count > max(limit * images, 10):  # ten may happen in the first steps of any run
         causes = ", ".join(f"{n} {cause}" for cause, n in bad.most_common())
         raise ValueError(
-            f"data.max_bad: {count} of {images} images were replaced ({causes}), more than the share "
-            f"{limit}. Look at them in the log; clean the data, or raise data.max_bad."
+            f"data.max_bad: {count} bad images were replaced ({causes}) to fill {images} places, more than "
+            f"the share {limit}. Look at them in the log; clean the data, or raise data.max_bad."
         )
 
 

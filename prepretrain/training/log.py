@@ -117,8 +117,9 @@ class Metrics:
                 file.write(json.dumps({"step": step, **one}) + "\n")
                 if one["cause"] not in self.causes:
                     self.causes.add(one["cause"])
+                    why = ": ".join(one[name] for name in ("cause", "detail") if name in one)
                     said = "image %s was replaced: %s; more of these only in %s"
-                    logger.warning(said, one["key"], one["cause"], self.replaced)
+                    logger.warning(said, one["key"], why, self.replaced)
 
     def close(self) -> None:
         """Closes all of them."""

@@ -1,10 +1,12 @@
 """What every way of reading samples has in common."""
 
+import copy
 import hashlib
 import io
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -34,6 +36,7 @@ class Source:
     FIELDS = FIELDS  # what a sample may hold
     fields: tuple[str, ...] = ("image",)
     classes: list[str] | None = None
+    left_out: Mapping[str, int] = {}  # how many files of which kind are not read
     groups: list[int]
     fingerprint: str
     stamp: str = ""
@@ -43,6 +46,18 @@ class Source:
 
     def __getitem__(self, index: int) -> dict:
         raise NotImplementedError
+
+    @classmethod
+    def class_names(cls, **options: Any) -> list[str] | None:
+        """The `classes` of a source with these options, where it costs little to know them: the
+        images are not looked at. None where it does not."""
+        return None
+
+    def only(self, fields: Iterable[str]) -> "Source":
+        """The same samples, of which only these fields are read: a flaw in another loses no image."""
+        narrowed, wanted = copy.copy(self), set(fields)
+        narrowed.fields = tuple(name for name in self.fields if name in wanted)
+        return narrowed
 
     def key(self, index: int) -> str:
         """The key alone, without reading the image where the source can."""
@@ -91,7 +106,7 @@ class Files(Source):
         name = self.key(index)
         image = (self.path / name).read_bytes()
         sample = {"key": name, "image": _without_border(image, self.border, name)}
-        return sample if self._labels is None else sample | {"label": self.label(index)}
+        return sample | {"label": self.label(index)} if "label" in self.fields else sample
 
     def key(self, index: int) -> str:
         start = self._ends[index - 1] if index else 0
@@ -136,6 +151,6 @@ def fingerprint_of(parts: Iterable[object]) -> str:
     """A short hash over the text of the parts, in order."""
     digest = hashlib.sha256()
     for part in parts:
-        text = str(part).encode()
+        text = str(part).encode(errors="surrogatepass")  # names of files need not be UTF-8
         digest.update(len(text).to_bytes(8, "little") + text)
     return digest.hexdigest()[:16]

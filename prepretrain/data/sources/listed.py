@@ -33,19 +33,33 @@ class Listed(Files):
         super().__init__(path, names, labels)
         self.fingerprint = fingerprint_of([self.fingerprint, *labels])
 
+    @classmethod
+    def class_names(cls, *, path: str, listing: str, **_: object) -> list[str] | None:
+        """See Source.class_names; a .json file is not read for them."""
+        if listing.endswith(".json"):
+            return None
+        with open(listing, errors="surrogateescape") as file:
+            first = next((line.strip() for line in file if line.strip()), "")
+        return None if _LABELLED.fullmatch(first) else _folders(path)
+
+
+def _folders(path: str) -> list[str]:
+    return sorted(e.name for e in os.scandir(path) if e.is_dir() and e.name[0] != ".")
+
 
 def _read_text(listing: str, path: str) -> tuple[list[str], list[int], list[str] | None]:
-    lines = [line.strip() for line in Path(listing).read_text().splitlines()]
+    written = Path(listing).read_text(errors="surrogateescape")  # names need not be UTF-8
+    lines = [line.strip() for line in written.removeprefix("\ufeff").splitlines()]
     lines = [line for line in lines if line]
     matches = [_LABELLED.fullmatch(line) for line in lines]
     if lines and all(matches):
-        return [match[1] for match in matches], [int(match[2]) for match in matches], None
+        return [match[1] for match in matches], [_label(match, listing) for match in matches], None
     if any(matches):
         odd = lines[matches.index(None)]
         raise ValueError(
             f"{listing}: '{odd}' has no label, and other lines have one, as in 'cat/1.jpg 0'."
         )
-    classes = sorted(e.name for e in os.scandir(path) if e.is_dir() and e.name[0] != ".")
+    classes = _folders(path)
     places = {name: label for label, name in enumerate(classes)}
     labels = [places.get(line.lstrip("/").partition("/")[0]) for line in lines]
     if None in labels:
@@ -56,15 +70,30 @@ def _read_text(listing: str, path: str) -> tuple[list[str], list[int], list[str]
     return lines, labels, classes
 
 
+def _label(line: re.Match, listing: str) -> int:
+    if len(line[2]) > 9:
+        raise ValueError(f"{listing}: '{line[0][:200]}' has a label past 999,999,999.")
+    return int(line[2])
+
+
 def _read_json(listing: str, _: str) -> tuple[list[str], list[int], list[str] | None]:
     try:
         content = json.loads(Path(listing).read_text())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{listing}: not readable as JSON: {error}") from error
     if not isinstance(content, dict) or any(key not in content for key in _JSON):
         raise ValueError(
             f"{listing}: is no mapping with {', '.join(_JSON)}, as iNaturalist's files are."
         )
+    try:
+        return _labelled(content, listing)
+    except (KeyError, TypeError) as error:
+        raise ValueError(
+            f"{listing}: is not as iNaturalist's files are: {type(error).__name__}: {error}"
+        ) from error
+
+
+def _labelled(content: dict, listing: str) -> tuple[list[str], list[int], list[str]]:
     categories = sorted(content["categories"], key=lambda one: one["id"])
     places = {one["id"]: label for label, one in enumerate(categories)}
     labels: dict[int, int] = {}
@@ -84,7 +113,7 @@ def _read_json(listing: str, _: str) -> tuple[list[str], list[int], list[str] | 
         raise ValueError(f"{listing}: {len(bare)} images have no annotation: {bare[0]}, …")
     images = content["images"]
     names = [str(one.get("name", one["id"])) for one in categories]
-    return [one["file_name"] for one in images], [labels[one["id"]] for one in images], names
+    return [str(one["file_name"]) for one in images], [labels[one["id"]] for one in images], names
 
 
 def _check(names: list[str], path: str, listing: str) -> None:

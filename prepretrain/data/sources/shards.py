@@ -1,40 +1,44 @@
 """Tar shards in img2dataset's (webdataset's) layout, read at random through an index of our own."""
 
-import glob
-import json
+import errno
 import os
-import re
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 
+from prepretrain.data import names, values
+from prepretrain.data.paths import find_files
 from prepretrain.data.sources.base import Source, fingerprint_of, stamp_of
-from prepretrain.data.tar_index import IMAGES, MEMBERS, Index, read_head
+from prepretrain.data.subset import evenly
+from prepretrain.data.tar_index import MEMBERS, Index, read_head
 from prepretrain.data.transforms import BadImage
 
 MAX_MEMBER = 64_000_000  # not from the paper: bytes of one member, checked before it is read
 
 _OPEN = 256  # shards held open at once; more are closed and opened again
+_LOOK = (16, 400)  # shards, and samples in all, that are looked at for what json members hold
+_LOOK_FOR = (100, 10_000)  # and where the options name something that these have not
 
 
 class Shards(Source):
-    """Shards by folder, glob or brace pattern ({00000..00004}.tar), in the order of their names.
+    """Shards by folder, glob, brace pattern ({00000..00004}.tar) or a list, in the order of their names.
 
     A sample is a run of members with one key: the path up to the last dot, so that a.b.jpg and
-    a.c.jpg are two images (webdataset would merge them under a). Members of other types than jpg
-    jpeg png webp txt json cls are never read. `hashtags`, `text`, `captions` and `label` say where
-    those are: a member ("txt") or a value of the json member ("json.hashtags"; a list, or a string
-    separated by spaces or commas; "json.captions": a list, or a string that is one). Missing
-    hashtags and captions are [], a missing text is "", a missing label is absent.
+    a.c.jpg are two images (webdataset would merge them under a). Members of other types than images
+    (names.IMAGES), txt, json and cls are never read. `hashtags`, `text`, `captions` and `label` say
+    where those are: a member ("txt") or a value of the json member ("json.hashtags"; see
+    data/values.py for what it may be). Missing hashtags and captions are [], a missing text is "", a
+    missing label is absent. What is named here must be there; the defaults are fields where a look
+    at some samples, spread over all shards, finds them.
     """
 
     def __init__(
         self,
         *,
-        path: str,
+        path: str | list[str],
         hashtags: str = "json.hashtags",
         text: str = "txt",
         captions: str = "json.captions",
@@ -47,15 +51,17 @@ class Shards(Source):
                     f"source.{option}: {place!r} is no place in a sample. There are: "
                     "txt, cls, json.<name>."
                 )
-        self.paths = find_shards(path)
+        self.paths = find_files(path, ".tar", ".tar shard")
         heads = [read_head(shard) for shard in self.paths]
+        self.left_out = sum((Counter(head["left_out"]) for head in heads), Counter())
+        names.say_left_out(path, self.left_out)
         self.groups = [head["samples"] for head in heads]
         self.fingerprint = fingerprint_of(head["digest"] for head in heads)
         self.stamp = stamp_of(map(os.stat, self.paths))
         self._starts = np.cumsum(self.groups) - self.groups
         self._length = sum(self.groups)
         self._opened: OrderedDict[int, _Shard] = OrderedDict()
-        self.fields = ("image", *self._present({f for head in heads for f in head["fields"]}))
+        self.fields = ("image", *self._present({f for head in heads for f in head["fields"]}, path))
 
     def __len__(self) -> int:
         return self._length
@@ -90,10 +96,10 @@ class Shards(Source):
 
     def _value(self, index: int, field: str):
         shard, row = self._find(index)
-        values = self._some(index, (field,))
-        if field not in values:
+        found = self._some(index, (field,))
+        if field not in found:
             raise BadImage(f"no {field}", f"in {shard.path}", shard.index.key(row))
-        return values[field]
+        return found[field]
 
     def _find(self, index: int) -> tuple["_Shard", int]:
         if not 0 <= index < self._length:
@@ -102,9 +108,9 @@ class Shards(Source):
         return self._shard(number), int(index - self._starts[number])
 
     def _sample(self, key: str, shard: "_Shard", row: int) -> dict:
-        image = next((field for field in IMAGES if shard.index.has(row, field)), None)
+        image = next((field for field in names.IMAGES if shard.index.has(row, field)), None)
         if image is None:
-            raise BadImage("no image", f"{shard.path} has no jpg, png or webp under this key")
+            raise BadImage("no image", f"{shard.path} has no jpg, png, webp, … under this key")
         return {
             "key": key,
             "image": shard.read(row, image),
@@ -115,32 +121,50 @@ class Shards(Source):
         places = {field: self.places[field] for field in wanted}
         members = {place.partition(".")[0] for place in places.values()}
         read = {m: shard.read(row, m) for m in members if shard.index.has(row, m)}
-        details = _json(read.get("json"))
-        values = {}
+        details = values.mapping(read.get("json"))
+        found = {}
         for field, place in places.items():
             member, _, name = place.partition(".")
-            found = details.get(name) if name else read.get(member)
-            value = _CONVERT[field](found)
+            value = details.get(name) if name else read.get(member)
+            value = values.CONVERT[field](value)
             if value is not None:
-                values[field] = value
-        return values
+                found[field] = value
+        return found
 
-    def _present(self, members: set[str]) -> Iterator[str]:
-        """The fields that there are; of values in json, those among the first samples."""
-        for field, place in self.places.items():
-            member, _, name = place.partition(".")
-            if member in members and (not name or name in self._first_names()):
+    def _present(self, members: set[str], path: str | list[str]) -> Iterator[str]:
+        """The fields that there are; an error for one that is named in the options and is not."""
+        defaults = type(self).__init__.__kwdefaults__
+        places = {field: place.partition(".")[::2] for field, place in self.places.items()}
+        asked = {f for f, place in self.places.items() if place != defaults[f]}
+        wanted = {field: name for field, (_, name) in places.items() if name}
+        seen = self._names(set(wanted.values()), *_LOOK)
+        if missing := {name for f, name in wanted.items() if f in asked} - seen:
+            seen |= self._names(missing, *_LOOK_FOR)
+        for field, (member, name) in places.items():
+            if member in members and (not name or name in seen):
                 yield field
+            elif field in asked:
+                there = [f"json.{name}" for name in sorted(seen)] if name else sorted(members)
+                raise ValueError(
+                    f"{path}: there is no {self.places[field]} (source.{field}). There are: "
+                    f"{', '.join(there[:20]) or 'none'}."
+                )
 
-    def _first_names(self) -> set[str]:
-        names: set[str] = set()
-        for number in np.flatnonzero(self.groups)[:2]:
-            shard = self._shard(int(number))
-            for row in range(min(100, self.groups[number])):
+    def _names(self, wanted: set[str], shards: int, samples: int) -> set[str]:
+        """The names in json members, looked for in some samples of some shards, spread evenly, until
+        all that are wanted have been seen."""
+        seen: set[str] = set()
+        filled = np.flatnonzero(self.groups)
+        chosen = filled[evenly(len(filled), shards)].tolist()
+        for number in chosen:
+            for row in evenly(self.groups[number], -(-samples // len(chosen))):
+                if wanted <= seen:
+                    return seen
+                shard = self._shard(number)
                 if shard.index.has(row, "json"):
                     with suppress(BadImage):  # counted when the image itself is read
-                        names |= _json(shard.read(row, "json")).keys()
-        return names
+                        seen |= values.mapping(shard.read(row, "json")).keys()
+        return seen
 
     def _shard(self, number: int) -> "_Shard":
         if number in self._opened:
@@ -150,93 +174,6 @@ class Shards(Source):
             if len(self._opened) > _OPEN:
                 self._opened.popitem(last=False)[1].close()
         return self._opened[number]
-
-
-def _json(data: bytes | None) -> dict:
-    if data is None:
-        return {}
-    try:
-        value = json.loads(data)
-    except ValueError as error:
-        raise BadImage("bad metadata", f"json: {error}") from error
-    if not isinstance(value, dict):
-        raise BadImage("bad metadata", f"json: a {type(value).__name__}, not a mapping")
-    return value
-
-
-def _tags(found: object) -> list[str]:
-    if found is None:
-        return []
-    if isinstance(found, bytes):
-        found = _text(found)
-    if isinstance(found, str):
-        return found.replace(",", " ").split()
-    if not isinstance(found, list) or not all(isinstance(tag, str) for tag in found):
-        raise BadImage("bad metadata", f"hashtags: {str(found)[:80]!r} is no list of texts")
-    return found
-
-
-def _text(found: object) -> str:
-    if not isinstance(found, bytes):
-        if isinstance(found, (list, dict)):
-            raise BadImage("bad metadata", f"text: {str(found)[:80]!r} is no text")
-        return "" if found is None else str(found)
-    try:
-        return found.decode()
-    except UnicodeDecodeError as error:
-        raise BadImage("bad metadata", f"text: {error}") from error
-
-
-def _captions(found: object) -> list[str]:
-    if isinstance(found, list) and all(isinstance(caption, str) for caption in found):
-        return found
-    if isinstance(found, list):
-        raise BadImage("bad metadata", f"captions: {str(found)[:80]!r} is no list of texts")
-    return [_text(found)] if found else []
-
-
-def _label(found: object) -> int | None:
-    try:
-        return None if found is None else int(found)
-    except (ValueError, TypeError) as error:
-        raise BadImage("bad metadata", f"label: {str(found)[:80]!r} is no number") from error
-
-
-_CONVERT = {"hashtags": _tags, "text": _text, "captions": _captions, "label": _label}
-
-
-def find_shards(path: str) -> list[Path]:
-    """The shards of a folder, a glob or a brace pattern, sorted; all of a range must be there."""
-    if "://" in path:
-        raise ValueError(f"{path}: shards are read from local disks. Copy them here.")
-    if os.path.isdir(path):
-        found = sorted(Path(path).glob("*.tar"))
-    else:
-        found = [p for part in _ranges(path) for p in _matching(part)]
-    if not found:
-        raise ValueError(f"{path}: there is no .tar shard here.")
-    return found
-
-
-def _ranges(path: str) -> Iterator[str]:
-    pattern = re.search(r"\{(\d+)\.\.(\d+)\}", path)
-    if not pattern:
-        yield path
-        return
-    low, high = pattern.groups()
-    if int(low) > int(high):
-        raise ValueError(f"{path}: the range {pattern[0]} is empty.")
-    for number in range(int(low), int(high) + 1):
-        middle = str(number).zfill(len(low))
-        yield from _ranges(path[: pattern.start()] + middle + path[pattern.end() :])
-
-
-def _matching(path: str) -> list[Path]:
-    if glob.has_magic(path):
-        return sorted(map(Path, glob.glob(path)))
-    if not os.path.isfile(path):
-        raise ValueError(f"{path}: there is no such shard.")
-    return [Path(path)]
 
 
 class _Shard:
@@ -253,8 +190,9 @@ class _Shard:
         data = os.pread(self._file, size, offset)
         if len(data) != size:
             raise OSError(
+                errno.ESTALE,
                 f"{self.path}: {len(data)} of {size} bytes at offset {offset}: the file "
-                "was cut since it was opened."
+                "was cut since it was opened.",
             )
         return data
 

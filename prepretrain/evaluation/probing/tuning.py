@@ -79,7 +79,7 @@ class Tuning:
         peak = recipe.lr * recipe.batch_size / 256
         schedule = Schedule(peak, recipe.epochs * epoch, recipe.warmup * epoch)
         stream = Stream(
-            images,
+            images.only(self.objective.fields),
             self.objective.transform(train=True),
             batch_size=batch,
             seed=seed,

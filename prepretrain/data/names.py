@@ -1,0 +1,42 @@
+"""What the name of a file says: whether it is an image, and what other programs leave behind."""
+
+import logging
+from collections.abc import Mapping
+
+logger = logging.getLogger(__name__)
+
+# The first four are what shards are made of; where a sample has one of them, others are previews.
+USUAL = ("jpg", "jpeg", "png", "webp")
+IMAGES = (*USUAL, "jpe", "jfif", "gif", "bmp", "tif", "tiff", "avif", "ppm", "pgm")
+_UNREAD = ("heic", "heif", "jxl", "jp2", "svg", "psd", "ico", "tga", "dng", "cr2", "nef", "arw")
+_LITTER = {"__MACOSX", "@eaDir", "lost+found", "$RECYCLE.BIN", "System Volume Information"}
+
+
+def extension(name: str) -> str:
+    """What follows the last dot of a name, in small letters."""
+    return name.rpartition(".")[2].lower()
+
+
+def is_image(name: str) -> bool:
+    """Whether a file of this name is read as an image; a hidden one is not."""
+    return extension(name) in IMAGES and "." in name and not name.startswith(".")
+
+
+def is_litter(path: str) -> bool:
+    """Whether this is what macOS, a NAS or a file system leaves beside what people put there."""
+    *folders, name = path.split("/")
+    return name.startswith("._") or name in _LITTER or not _LITTER.isdisjoint(folders)
+
+
+def left_out(path: str) -> str | None:
+    """What a file that is not read is counted as, where somebody may take it for an image."""
+    if is_litter(path):
+        return "left by other programs (._*, __MACOSX, …)"
+    return f".{extension(path)}" if extension(path) in _UNREAD else None
+
+
+def say_left_out(where: object, counts: Mapping[str, int]) -> None:
+    """Logs how many files are not read, if any."""
+    if counts:
+        said = ", ".join(f"{count:,} {what}" for what, count in sorted(counts.items()))
+        logger.warning("%s: is read without these files: %s", where, said)
