@@ -9,6 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -116,9 +117,8 @@ def _fit(
     metrics.write_rollbacks(step, guard.rollbacks)
     stream = data.batches(guard.position(step, data.batch_size))
     meter, before = _Meter(data.batch_size), metrics.seconds if distributed.is_main() else 0.0
-    with optim.averaged(objective, optimizer):
-        skip = distributed.from_main(metrics.measured)
-        _evaluate(evals, step, schedule.steps, metrics, asked, skip)
+    measure = partial(_evaluate, evals, objective, optimizer, schedule.steps, metrics, asked)
+    measure(step, skip=distributed.from_main(metrics.measured))
     objective.train()
     collecting = gc.isenabled()  # not where an evaluation trains within a run
     if collecting:
@@ -201,9 +201,7 @@ def _fit(
                     f"{folder}: stopped by a signal after step {step}{saved_too}. "
                     f"The same command continues it."
                 )
-            with optim.averaged(objective, optimizer):
-                _evaluate(evals, step, schedule.steps, metrics, asked)
-            objective.train()
+            measure(step)
         if (said := distributed.from_main(metrics.unwritten())) is not None:
             raise OSError(said)
     except Exception as error:
@@ -224,19 +222,31 @@ def _fit(
 
 def _evaluate(
     evals: Sequence[Evaluation],
-    step: int,
+    objective: nn.Module,
+    optimizer: torch.optim.Optimizer,
     steps: int,
     metrics: Metrics,
     asked: Signals,
+    step: int,
     skip: Sequence[str] = (),
 ) -> None:
-    """Runs what is due after a step; `skip` names what a run that was cut off had measured by then."""
-    for one in evals:
-        known = any(name.startswith(one.prefix) for name in skip)
-        if step and durations.due(step, one.every, steps) and not known:
+    """Runs what is due after a step, on the averaged weights if there are; `skip` names what a run
+    that was cut off had measured by then."""
+    due = [
+        one
+        for one in evals
+        if step
+        and durations.due(step, one.every, steps)
+        and not any(name.startswith(one.prefix) for name in skip)
+    ]
+    if not due:  # to exchange the weights in each step would take as long as a small model's step
+        return
+    with optim.averaged(objective, optimizer):
+        for one in due:
             with asked.passed_on():
-                found = one.run()
-            metrics.write({"step": step, **{f"{one.prefix}{k}": v for k, v in found.items()}})
+                figures = one.run()
+            metrics.write({"step": step, **{f"{one.prefix}{k}": v for k, v in figures.items()}})
+    objective.train()
 
 
 def _resume(

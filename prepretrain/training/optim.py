@@ -100,7 +100,8 @@ def _average(optimizer: torch.optim.Optimizer, *_: Any, decay: float) -> None:
         state = optimizer.state[parameter]
         if "average" not in state:
             state["average"] = parameter.detach().clone()
-        state["average"].lerp_(parameter.detach(), weight)
+    averages = [optimizer.state[parameter]["average"] for parameter in parameters]
+    torch._foreach_lerp_(averages, [parameter.detach() for parameter in parameters], weight)
 
 
 def _step(state: dict[str, Tensor]) -> float:
