@@ -124,7 +124,7 @@ def test_what_an_adapter_cannot_do_is_an_error():
         ValueError, match="adapter.token: unknown option. Did you mean adapter.tokens"
     ):
         adapt(encoder, "vpt", {"token": 3})
-    with pytest.raises(ValueError, match="adapter.rank: 0 must be above 0"):
+    with pytest.raises(ValueError, match="adapter.rank: 0 must be at least 1"):
         adapt(encoder, "lora", {"rank": 0})
 
 

@@ -139,7 +139,8 @@ def test_a_spike_is_logged_and_left_out_if_asked(place, group):
 
 
 def launched(*arguments: str) -> subprocess.CompletedProcess:
-    return command("launch.py", *arguments, PYTHONPATH=ENV["PYTHONPATH"])
+    trusted = {"PYTHONPATH": ENV["PYTHONPATH"], "PREPRETRAIN_PLUGINS": "faulty"}
+    return command("launch.py", *arguments, **trusted)
 
 
 def test_a_replay_names_the_first_part_and_the_images_that_are_not_finite(place, group):

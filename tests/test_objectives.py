@@ -410,6 +410,7 @@ def test_an_objective_or_source_that_names_an_unknown_field_is_refused_with_the_
     )
     (tmp_path / "depths.yaml").write_text("train: {source: deep_lab.depths}\n")
     monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setenv(plugin.TRUSTED, "deep_lab")
     with pytest.raises(
         ValueError, match="source 'deep_lab.depths': fields: no field 'depth'.*Add one"
     ):

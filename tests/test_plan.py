@@ -41,7 +41,9 @@ def test_weights_gradients_and_moments_are_those_of_a_shard_to_the_byte(world, g
     trained = [p for p in objective.parameters() if p.requires_grad]
     found = memory.simulate(build, images=2, world=world, group=group).bytes
     state = sum(rows(p, inside) for p in trained) * 4
-    assert found["parameters"] == sum(rows(p, inside) for p in objective.parameters()) * 4
+    buffers = sum(b.numel() for b in objective.buffers())  # a process has them whole
+    weights = sum(rows(p, inside) for p in objective.parameters())
+    assert found["parameters"] == (weights + buffers) * 4
     assert found["gradients"] == state
     assert found["optimizer"] == 2 * state + 4 * len(trained)  # AdamW counts steps
 
@@ -112,7 +114,7 @@ def state_of(rank: int, expected: dict[str, int]) -> None:
     optimizer.step()
     moments = [v for state in optimizer.state.values() for v in state.values()]
     moments = [v.to_local() if hasattr(v, "to_local") else v for v in moments]
-    held = [p.to_local() for p in objective.parameters()]
+    held = [p.to_local() for p in objective.parameters()] + list(objective.buffers())
     if rank == 0:
         for kind, some in (("parameters", held), ("gradients", gradients), ("optimizer", moments)):
             assert sum(t.numel() * t.element_size() for t in some) == expected[kind], kind

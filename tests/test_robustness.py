@@ -230,7 +230,9 @@ def test_mce_is_reported_for_a_thousand_classes(place, tmp_path):
         )
     Path("datasets/big.yaml").write_text("val: {source: folder, path: big/val, classes: 1000}\n")
     Path("datasets/bad_c.yaml").write_text(
-        CARDS["bad_c"].replace("'c/{corruption}/{severity}'", "'big/{corruption}/{severity}'")
+        CARDS["bad_c"].replace(
+            "'c/{corruption}/{severity}'", "'big/{corruption}/{severity}', classes: 1000"
+        )
     )
     for kind in KINDS:  # every severity is the same folder
         Path(f"data/big/{kind}").mkdir()

@@ -217,7 +217,7 @@ def test_a_killed_process_brings_the_job_down_and_it_starts_again(box, whole):
         ),
         (["slurm.extra=[exclusive]"], {}, "slurm.extra: 'exclusive' is no option of sbatch"),
         (['slurm.extra=["--exclusive\\n#SBATCH -N9"]'], {}, "slurm.extra: .* on one line"),
-        (["slurm.requeues=-1"], {}, "slurm.requeues: -1 must not be negative"),
+        (["slurm.requeues=-1"], {}, "slurm.requeues: -1 must be at least 0"),
         ([], {"hours": 0.0}, "--hours 0.0: must be above 0"),
         (["slurm.memory=900GB"], {}, "sbatch refused"),
     ],

@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
@@ -251,7 +252,8 @@ def fill_buffers(module: nn.Module) -> None:
             one.init_non_persistent_buffers()
     for name, buffer in _unsaved_buffers(module):
         left = buffer.isnan() if buffer.is_floating_point() else buffer == _unset(buffer)
-        if buffer.numel() and left.all():
+        # a plan's tensors hold no numbers
+        if buffer.numel() and not isinstance(buffer, FakeTensor) and left.all():
             raise ValueError(
                 f"{name}: no checkpoint holds this buffer, and nothing computes it again. Give its module "
                 f"an init_non_persistent_buffers(); a module of timm's has one in newer versions."

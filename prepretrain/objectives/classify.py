@@ -98,6 +98,10 @@ class Classify(Objective):
             return {
                 "loss": F.cross_entropy(self.logits(image), label, label_smoothing=self.smoothing)
             }
+        if len(image) % self.multiple:
+            raise ValueError(
+                f"objective.mixup: mixes pairs, and a process has {len(image)} images at a time."
+            )
         image, target = self.mix(image, label)
         return {"loss": F.cross_entropy(self.logits(image), target)}
 

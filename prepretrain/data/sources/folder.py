@@ -42,7 +42,7 @@ class Folder(Files):
         if folders:
             found = [sorted(_images_below(path, folder, self.left_out)) for folder in folders]
             empty = [folder for folder, images in zip(folders, found) if not images]
-            if empty and labels == "name" and not isinstance(classes, list):
+            if empty and labels == "name" and classes is None:
                 raise ValueError(
                     f"{path}: no image is in {', '.join(empty[:5])}{', …' if empty[5:] else ''}, so it is "
                     f"unsure whether that is a class, and labels go by the sorted names. Remove it, or "
