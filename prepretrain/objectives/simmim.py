@@ -247,7 +247,14 @@ def window_statistics(image: Tensor, window: int) -> tuple[Tensor, Tensor]:
 
     The variance is unbiased, at least 0, and 1e-6 larger (arXiv 2206.04664's code).
     """
-    pool = partial(F.avg_pool2d, kernel_size=window, stride=1, padding=window // 2)
+
+    # rows, then columns: a mean over a rectangle, in 94 reads a pixel where a square takes 2,209
+    def pool(values: Tensor, **how: Any) -> Tensor:
+        for kernel in ((window, 1), (1, window)):
+            margin = (kernel[0] // 2, kernel[1] // 2)
+            values = F.avg_pool2d(values, kernel, stride=1, padding=margin, **how)
+        return values
+
     image = image.float()
     inside = partial(pool, count_include_pad=False)
     count = pool(torch.ones_like(image[:1, :1])) * window**2

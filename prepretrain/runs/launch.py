@@ -199,8 +199,21 @@ def _here(task: Task, folder: Path, procs: int) -> None:
 def _queue(config: Config, folder: Path, partition: str, **size: Any) -> None:
     tasks = [Task(one, folder) for one in _jobs(config)]
     options = {"partition": partition, **size, **asdict(config.slurm)}
+    options["cpus"] = config.slurm.cpus or cores(config)
     for job in clusters.submit(tasks, folder, **options):
         logger.info("%s: job %s; its output: %s", folder, job.job_id, job.paths.stderr)
+
+
+def cores(config: Config) -> int:
+    """What a process of a job is given where slurm.cpus does not say: a core for each of its loading
+    processes, one to compute, one to spare. SLURM itself gives one."""
+    if isinstance(config, Suite):
+        given = [entry.get("evaluator", {}).get("workers", 4) for entry in config.suite]
+    elif isinstance(config, Evaluating):
+        given = [config.evaluator.get("workers", 0)]
+    else:
+        given = [4 if config.data.workers is None else config.data.workers]
+    return max(given) + 2
 
 
 def status(run: str) -> str:

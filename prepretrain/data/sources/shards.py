@@ -15,6 +15,7 @@ from prepretrain.data.sources.base import Source, fingerprint_of, stamp_of
 from prepretrain.data.subset import evenly
 from prepretrain.data.tar_index import MEMBERS, Index, read_head
 from prepretrain.data.transforms import BadImage
+from prepretrain.distributed import heartbeat
 
 MAX_MEMBER = 64_000_000  # not from the paper: bytes of one member, checked before it is read
 
@@ -52,7 +53,12 @@ class Shards(Source):
                     "txt, cls, json.<name>."
                 )
         self.paths = find_files(path, ".tar", ".tar shard")
-        heads = [read_head(shard) for shard in self.paths]
+        heads = []
+        for (
+            shard
+        ) in self.paths:  # half a million take minutes, longer where indexes are to be built
+            heartbeat.beat(f"opening {shard}")
+            heads.append(read_head(shard))
         self.left_out = sum((Counter(head["left_out"]) for head in heads), Counter())
         names.say_left_out(path, self.left_out)
         self.groups = [head["samples"] for head in heads]
