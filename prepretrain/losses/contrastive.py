@@ -42,6 +42,7 @@ def sigmoid_loss(
 
 
 LOSSES = {"softmax": softmax_loss, "sigmoid": sigmoid_loss}
+BIASED = ("sigmoid",)  # those that use a learned bias
 
 
 def _all(image: Tensor, text: Tensor) -> tuple[Tensor, Tensor, int]:

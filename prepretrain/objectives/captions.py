@@ -2,11 +2,12 @@
 the loss over all pairs."""
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from prepretrain import plugin
 from prepretrain.data.transforms import (
     BadImage,
     Size,
@@ -15,7 +16,7 @@ from prepretrain.data.transforms import (
     resize_center_crop,
 )
 from prepretrain.data.vocabulary import canonical
-from prepretrain.losses.contrastive import LOSSES
+from prepretrain.losses.contrastive import BIASED, LOSSES
 from prepretrain.models.load import open_text
 from prepretrain.models.model import Model
 from prepretrain.models.text.base import Tokenizer, Tower
@@ -86,21 +87,24 @@ class Contrastive(Objective):
         self,
         model: Model,
         *,
-        loss: Literal["softmax", "sigmoid"] = "softmax",
+        loss: str = "softmax",
         chunk: int | None = 1024,
         hashtags: bool = False,
         text_weights: str | None = None,
         crop_scale: tuple[float, float] = (0.9, 1.0),
     ):
-        """loss: softmax (CLIP) or sigmoid (SigLIP; needs model.joint.bias). chunk: images whose
+        """loss: one of losses/contrastive.py: softmax (CLIP) or sigmoid (SigLIP; needs model.joint.bias). chunk: images whose
         products with all captions are held at once in a process; null holds all. hashtags: where a
         sample has no caption, its hashtags are one. text_weights: where the text tower starts from:
         a run, or a checkpoint of open_clip's or Hugging Face's; null starts it from scratch."""
         super().__init__(model)
-        if (loss == "sigmoid") != (model.joint.logit_bias is not None):
+        if loss not in LOSSES:
+            known = plugin.unknown("no loss", loss, list(LOSSES), quote=True)
+            raise ValueError(f"objective.loss: {known}")
+        if (loss in BIASED) != (model.joint.logit_bias is not None):
             raise ValueError(
                 f"objective.loss: {loss} and model.joint.bias={model.joint.logit_bias is not None} do "
-                f"not go together: sigmoid needs model.joint.bias=true, softmax has no use for one."
+                f"not go together: {', '.join(BIASED)} needs model.joint.bias=true, others have no use for one."
             )
         if chunk is not None and chunk < 1:
             raise ValueError(f"objective.chunk: {chunk} must be at least 1, or null.")
