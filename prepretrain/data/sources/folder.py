@@ -65,7 +65,7 @@ class Folder(Files):
 def _scan(path: str) -> tuple[list[str], list[str], Counter[str]]:
     """The folders and the images that lie directly in a folder, both sorted, and what is left out."""
     if not os.path.isdir(path):
-        raise ValueError(f"{path}: is no folder.")
+        raise ValueError(f"{path}: is no folder; looked at {os.path.abspath(path)}.")
     folders, loose, others = _listed(path)
     if loose and folders:
         raise ValueError(

@@ -23,7 +23,7 @@ class Listed(Files):
 
     def __init__(self, *, path: str, listing: str, suffix: str = ""):
         if not os.path.isdir(path):
-            raise ValueError(f"{path}: is no folder.")
+            raise ValueError(f"{path}: is no folder; looked at {os.path.abspath(path)}.")
         if not os.path.isfile(listing):
             raise ValueError(f"{listing}: is no file.")
         read = _read_json if listing.endswith(".json") else _read_text
