@@ -35,6 +35,12 @@ def sides(size: Size) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else (size[0], size[1])
 
 
+def plain_size(pair: tuple[int, int]) -> int | list[int]:
+    """(height, width) as a config, timm and open_clip write it: one number where both are alike."""
+    height, width = pair
+    return height if height == width else [height, width]
+
+
 class BadImage(ValueError):
     """A sample that cannot be used: `cause` is a word to count by, `detail` is for people."""
 

@@ -17,7 +17,15 @@ from torch import Tensor, nn
 from prepretrain.data.loader import evaluation_batches
 from prepretrain.data.sources.base import fingerprint_of
 from prepretrain.data.subset import Subset
-from prepretrain.data.transforms import BadImage, Size, decode, resize_center_crop, sides, squash
+from prepretrain.data.transforms import (
+    BadImage,
+    Size,
+    decode,
+    plain_size,
+    resize_center_crop,
+    sides,
+    squash,
+)
 from prepretrain.distributed import group as distributed
 from prepretrain.evaluation.feature_store import Store, file_name, size
 from prepretrain.training.log import logger
@@ -91,9 +99,8 @@ def extract(
         if cache is None:
             return compute(source)
         height, width = sides(image_size)
-        pixels = height if height == width else (height, width)
         data = [*state(source), len(source)]
-        reading = [_VERSION, pool, layer, pixels, share, resize]
+        reading = [_VERSION, pool, layer, plain_size((height, width)), share, resize]
         key = fingerprint_of([fingerprint(model), *data, *reading])
         example = torch.zeros(1, 3, height, width, dtype=torch.uint8)
         row = partial(_features, model, example, pool, layer)

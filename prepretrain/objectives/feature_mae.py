@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from prepretrain.data.transforms import plain_size
 from prepretrain.models import weights
 from prepretrain.models.decoder import Decoder
 from prepretrain.models.encoders import base as encoders
@@ -69,12 +70,12 @@ class FeatureMAE(MaskedObjective):
             )
         self.grid, self.teacher_grid = model.encoder.grid, encoder.grid
         if self.grid != self.teacher_grid and not resample:
-            rows, columns = (cells * encoder.stride for cells in self.grid)
+            rows, columns = self.grid
+            size = plain_size((rows * encoder.stride, columns * encoder.stride))
             raise ValueError(
                 f"objective.teacher: {teacher} sees {_by(encoder.grid)} patches of an image of "
                 f"{_by(encoder.image_size)} pixels, and the student {_by(self.grid)}. Set "
-                f"objective.teacher_options.image_size="
-                f"{rows if rows == columns else [rows, columns]}, which gives equal grids, or "
+                f"objective.teacher_options.image_size={size}, which gives equal grids, or "
                 f"objective.resample=true, which interpolates its features."
             )
         self.decoder = Decoder(

@@ -11,7 +11,7 @@ import torch
 from timm.models.swin_transformer_v2 import SwinTransformerV2
 from torch import Tensor, nn
 
-from prepretrain.data.transforms import Size, sides
+from prepretrain.data.transforms import Size, plain_size, sides
 from prepretrain.models.encoders.base import Encoder, whole_cells
 
 _DEPTHS = (2, 2, 18, 2)
@@ -145,10 +145,10 @@ class SwinV2(Encoder):
             return {}
         patch, window = before.get("patch_size", 4), before.get("window", 12)
         rows, columns = (side // patch for side in sides(before.get("image_size", 192)))
-        windows: list[Size] = []
+        windows: list[int | list[int]] = []
         for stage in range(len(before["depths"])):
             one = min(window, rows // 2**stage), min(window, columns // 2**stage)
-            windows.append(one[0] if one[0] == one[1] else one)
+            windows.append(plain_size(one))
         return {"pretrained_windows": windows}
 
     @staticmethod

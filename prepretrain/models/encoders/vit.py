@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from prepretrain.data.transforms import Size
+from prepretrain.data.transforms import Size, plain_size
 from prepretrain.models.encoders.base import Encoder, resample_positions, whole_cells
 
 SIZES = {
@@ -146,7 +146,7 @@ class ViT(Encoder):
         return {
             "architecture": "vit_base_patch16_224",
             "model_args": {
-                "img_size": _plain(self.image_size),
+                "img_size": plain_size(self.image_size),
                 "patch_size": self.stride,
                 "embed_dim": self.width,
                 "depth": self.depth,
@@ -163,7 +163,7 @@ class ViT(Encoder):
                 "open_clip's image towers end with a norm, and this one does not (model.final_norm=false)."
             )
         config = {
-            "image_size": _plain(self.image_size),
+            "image_size": plain_size(self.image_size),
             "patch_size": self.stride,
             "width": self.width,
             "layers": self.depth,
@@ -200,12 +200,6 @@ def _open_clips(name: str) -> str:
         if name.startswith(ours):
             return theirs + name.removeprefix(ours)
     raise ValueError(f"open_clip's blocks have nothing like {name}.")
-
-
-def _plain(image_size: tuple[int, int]) -> int | list[int]:
-    """As timm and open_clip write a size: one number where both sides are alike."""
-    height, width = image_size
-    return height if height == width else [height, width]
 
 
 def patchify(image: Tensor, size: int) -> Tensor:
