@@ -47,6 +47,11 @@ checkpoint: {every: 4it, keep: 9}
 """
 
 
+def pytest_make_parametrize_id(val, argname):
+    """Bytes do not name a test: some hold the time (gzip's), and workers must agree on names."""
+    return argname if isinstance(val, bytes) else None
+
+
 @pytest.fixture
 def place(tmp_path, monkeypatch) -> Path:
     """The current directory: a card `colours` of 60 photos, and a stage `small.yaml`."""
