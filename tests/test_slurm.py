@@ -220,6 +220,7 @@ def test_a_killed_process_brings_the_job_down_and_it_starts_again(box, whole):
         (["slurm.requeues=-1"], {}, "slurm.requeues: -1 must be at least 0"),
         ([], {"hours": 0.0}, "--hours 0.0: must be above 0"),
         (["slurm.memory=900GB"], {}, "sbatch refused"),
+        (["slurm.cpus=3"], {"procs": 2}, "slurm.cpus: 2 processes .* has more than 4. Ask for"),
     ],
 )
 def test_what_slurm_or_the_run_could_not_take_is_refused_before_it_is_queued(
@@ -238,6 +239,13 @@ def test_a_job_asks_for_what_the_config_says_and_for_a_gpu_for_each_process(box)
     asked = ["Partition=gpu", "NumNodes=2-2", "NumTasks=4", "CPUs/Task=2", "MinMemoryNode=1G"]
     asked += ["TresPerNode=gres:gpu:2", "TimeLimit=02:00:00", "Requeue=1", "Reason=JobHeldUser"]
     assert not [one for one in asked if one not in shown], shown
+
+
+def test_a_job_asks_for_no_more_cores_than_a_node_has(box):
+    _, job = submit("cores", "data.workers=9", "slurm.extra=[--hold]", procs=2)
+    shown = box.ask("scontrol", "show", "job", job)
+    box.ask("scancel", job)
+    assert "CPUs/Task=2" in shown
 
 
 def test_without_slurm_the_error_says_so(box, monkeypatch):

@@ -100,6 +100,12 @@ def _resources(partition: str) -> list[str]:
     return [resources for name, resources in rows if name == partition]
 
 
+def cores_of_node(partition: str) -> int | None:
+    """Cores of the partition's largest node; None where SLURM does not say."""
+    known = _ask("sinfo", "--noheader", "--Node", f"--partition={partition}", "--format=%c")
+    return max(map(int, known.split()), default=None) if known else None
+
+
 def submit(
     tasks: list[Any],
     folder: Path,

@@ -199,9 +199,27 @@ def _here(task: Task, folder: Path, procs: int) -> None:
 def _queue(config: Config, folder: Path, partition: str, **size: Any) -> None:
     tasks = [Task(one, folder) for one in _jobs(config)]
     options = {"partition": partition, **size, **asdict(config.slurm)}
-    options["cpus"] = config.slurm.cpus or cores(config)
+    options["cpus"] = _cores_asked(config, partition, size["procs"])
     for job in clusters.submit(tasks, folder, **options):
         logger.info("%s: job %s; its output: %s", folder, job.job_id, job.paths.stderr)
+
+
+def _cores_asked(config: Config, partition: str, procs: int) -> int:
+    """Cores of each process. What no node has is refused here, as SLURM may let such a job wait for
+    ever; where the config does not say how many, a node's are shared out."""
+    whole, wanted = clusters.cores_of_node(partition), config.slurm.cpus or cores(config)
+    if whole is None or wanted * procs <= whole:
+        return wanted
+    if config.slurm.cpus is not None or procs > whole:
+        raise ValueError(
+            f"slurm.cpus: {procs} processes on a node with {wanted} cores each, and no node of "
+            f"'{partition}' has more than {whole}. Ask for fewer: --procs, slurm.cpus."
+        )
+    logger.warning(
+        "%d cores a process, not the %d that its loading processes could use: a node of '%s' has %d",
+        *(whole // procs, wanted, partition, whole),
+    )
+    return whole // procs
 
 
 def cores(config: Config) -> int:
