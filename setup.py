@@ -44,6 +44,7 @@ setup(
             "prepretrain-plan = prepretrain.command:plan",
             "prepretrain-zoo = prepretrain.command:zoo",
             "prepretrain-report = prepretrain.command:report",
+            "prepretrain-scaling = prepretrain.command:scaling",
             "prepretrain-export = prepretrain.command:export",
         ]
     },

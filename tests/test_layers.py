@@ -24,6 +24,7 @@ ROWS = [
     {"objectives"},
     {"evaluation"},
     {"runs"},
+    {"scaling"},
     {"reports"},
 ]
 READERS_OF_CONFIG = {"runs"}

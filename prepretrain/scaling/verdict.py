@@ -1,0 +1,216 @@
+"""The answer of a study: all of its analysis in one object, and what follows, in words."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from prepretrain.scaling import analysis, forecast, laws
+from prepretrain.scaling.table import Table, number, read
+
+
+def analyse(
+    path: str | Path,
+    columns: Sequence[str] = (),
+    metric: str = "top1",
+    sizes: Sequence[str] = (),
+    *,
+    budget: float | None = None,
+    factor: float = forecast.FACTOR,
+    out: str | Path | None = None,
+) -> dict[str, Any]:
+    """The answer (see `answer`) of a CSV file; written to `out`, if it is given.
+
+    columns: "model=arch" where the file calls ours otherwise. sizes: "ImageNet-1K=1281167", images
+    by the name of the data. Raises ValueError naming the option, or the file, line and column.
+    """
+    named = dict(_pair(text, "--columns", "model=arch") for text in columns)
+    counted = {}
+    for text in sizes:
+        name, count = _pair(text, "--sizes", "ImageNet-1K=1281167")
+        try:
+            counted[name] = number(count)
+        except ValueError as error:
+            raise ValueError(f"--sizes {text}: {error}") from error
+    table, left_out = read(path, named, (metric,), counted)
+    found = answer(table, metric, left_out=left_out, budget=budget, factor=factor)
+    if out is not None:
+        Path(out).write_text(json.dumps(found, indent=1) + "\n")
+    return found
+
+
+def _pair(text: str, option: str, example: str) -> tuple[str, str]:
+    left, sign, right = text.partition("=")
+    if not (left and sign and right):
+        raise ValueError(f"{option}: '{text}' is not of the form {example}.")
+    return left, right
+
+
+def answer(
+    table: Table,
+    metric: str,
+    *,
+    left_out: list[str] | None = None,
+    budget: float | None = None,
+    factor: float = forecast.FACTOR,
+) -> dict[str, Any]:
+    """What a table's runs say of the validation loss and of a metric: overfitting, correlations, the
+    best runs, saturation with data, a graded forecast, and what the next run should be.
+
+    budget: see `forecast.moves`. A part that the runs are too few for is None, and "not_said" says
+    why. Everything can be written as JSON.
+    """
+    not_said: dict[str, str] = {}
+
+    def attempt(name: str, part: Any, *args: Any, **options: Any) -> Any:
+        try:
+            return part(*args, **options)
+        except laws.TooFew as error:
+            not_said[name] = str(error)
+            return None
+
+    targets = {} if table.loss is None else {"val_loss": (table.loss, True)}
+    targets |= {metric: (table.metrics[metric], False)}
+    groups = analysis.groups(table, metric)
+    found: dict[str, Any] = {
+        "runs": len(table),
+        "overfit_runs": int(analysis.overfit(table).sum()),
+        "left_out": list(left_out or []),
+        "metric": metric,
+        "pearson": {k: None if v is None else v["pearson"] for k, v in groups.items()},
+        "correlations": groups,
+        "best": analysis.best(table, metric),
+        "proxy": {"regret": analysis.regret(table, metric)},
+        "saturation": {},
+        "forecast": {},
+        "moves": {},
+    }
+    if table.loss is None:
+        not_said["overfitting"] = "the table has no validation loss."
+    for name, (values, falls) in targets.items():
+        found["saturation"][name] = attempt(
+            f"saturation of {name}", saturation, table, values, falls=falls
+        )
+        found["forecast"][name] = attempt(
+            f"forecast of {name}", forecast.grade, table, values, falls=falls
+        )
+        if budget is not None:
+            found["moves"][name] = attempt(
+                f"next run by {name}",
+                forecast.moves,
+                table,
+                values,
+                falls=falls,
+                budget=budget,
+                factor=factor,
+            )
+    return found | {"not_said": not_said, "verdicts": words(found, not_said)}
+
+
+def saturation(table: Table, values: np.ndarray, *, falls: bool) -> dict[str, Any]:
+    """Where growth with data ends, over the best length of each model and amount of data: the change
+    point of all models, and for each model what is left to gain from endless data, by its own law.
+
+    Raises laws.TooFew.
+    """
+    if table.images is None:
+        raise laws.TooFew(
+            "the images in the data are not known. Give a column `images`, or --sizes NAME=1.2M."
+        )
+    chosen = _best_lengths(table, values, falls)
+    kept, values = table.take(chosen), values[chosen]
+    change = laws.change_point(kept.images, values, kept.model)
+    models = {}
+    for name in dict.fromkeys(kept.model.tolist()):
+        own = kept.model == name
+        try:
+            law = laws.fit(kept.take(own), values[own], falls=falls, axes=("images",))
+        except laws.TooFew:
+            continue  # the change point of all models stands without it
+        last = int(kept.images[own].argmax())
+        gain = (values[own][last] - law.floor()) * (1 if falls else -1)
+        low, high = forecast.interval(gain[:, None])[:, 0]
+        models[name] = {"left": float(np.median(gain)), "low": float(low), "high": float(high)}
+    return {"change_point": change.__dict__, "left_at_most_data": models}
+
+
+def _best_lengths(table: Table, values: np.ndarray, falls: bool) -> np.ndarray:
+    """The numbers of the runs that are the best over the lengths of their model and data."""
+    best: dict[tuple[str, str], int] = {}
+    for i, key in enumerate(zip(table.model.tolist(), table.data.tolist())):
+        if key not in best or (values[i] < values[best[key]]) == falls:
+            best[key] = i
+    return np.array(sorted(best.values()))
+
+
+def words(found: dict[str, Any], not_said: dict[str, str]) -> list[str]:
+    """The verdicts, a sentence or two each, with how sure they are."""
+    metric, said = found["metric"], []
+    if found["overfit_runs"]:
+        said.append(
+            f"{found['overfit_runs']} of {found['runs']} runs overfit: a shorter run of the same "
+            "model and data has a lower validation loss. There, more data come before longer training."
+        )
+    other = found["correlations"]["other"]
+    if other is not None:
+        low, high = other["spearman_interval"]
+        trust = "can" if high < -0.8 else "cannot safely"
+        said.append(
+            f"Among the {other['runs']} runs that do not overfit, the validation loss ranks {metric} "
+            f"with Spearman {other['spearman']:.2f} ({low:.2f} to {high:.2f}): checkpoints {trust} be "
+            f"chosen by it. The run of the lowest loss is {found['proxy']['regret']:.2f} below the best."
+        )
+    for name, part in found["saturation"].items():
+        if part is not None:
+            said.append(_saturates(name, part))
+    for name, part in found["forecast"].items():
+        if part is not None:
+            said.append(_graded(name, part))
+    for name, moves in found["moves"].items():
+        if moves:
+            said.append(_next(name, moves))
+    return said + [f"No {name}: {why}" for name, why in not_said.items()]
+
+
+def _saturates(name: str, part: dict[str, Any]) -> str:
+    change = part["change_point"]
+    if change["p"] > 0.05:
+        return (
+            f"{name} grows with the logarithm of the data as far as they go; that it stops somewhere "
+            f"is not shown (p = {change['p']:.2f})."
+        )
+    left = ", ".join(
+        f"{model} {m['left']:.3g} ({m['low']:.3g} to {m['high']:.3g})"
+        for model, m in part["left_at_most_data"].items()
+    )
+    return (
+        f"{name} stops growing with data at {change['at']:.2g} images ({change['low']:.2g} to "
+        f"{change['high']:.2g}; p = {change['p']:.3f}). Left to gain from endless data: "
+        f"{left or 'not known, as no model has enough amounts'} (80 %)."
+    )
+
+
+def _graded(name: str, part: dict[str, Any]) -> str:
+    rules = {k: v for k, v in part.items() if isinstance(v, dict)}
+    best = min(rules, key=lambda rule: rules[rule]["crps"])
+    others = ", ".join(f"{k} {v['crps']:.3g}" for k, v in rules.items() if k != "law")
+    trust = "Forecasts by it can be used" if best == "law" else f"Do not use it: {best} does better"
+    return (
+        f"Forecast of {name} from {part['from_runs']} smaller runs, graded on the {part['runs']} "
+        f"largest: CRPS {rules['law']['crps']:.3g} (naive rules: {others}), "
+        f"{100 * rules['law']['coverage']:.0f} % inside the {100 * part['level']:.0f} % intervals. "
+        f"{trust}."
+    )
+
+
+def _next(name: str, moves: list[dict[str, Any]]) -> str:
+    labels = {"params": "a larger model", "images": "more data", "iterations": "longer training"}
+    told = "; ".join(
+        f"{labels[m['axis']]} ({m['times']:.2g}x): {m['gain']:.3g} ({m['low']:.3g} to {m['high']:.3g})"
+        for m in moves
+    )
+    if moves[0]["sure"] < 0.9:
+        return f"Next, by {name}: no gain is sure. {told}."
+    return f"Next, by {name}: {labels[moves[0]['axis']]}. Expected gains: {told}."
