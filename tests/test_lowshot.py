@@ -25,7 +25,14 @@ LISTS = Path(
     "imagenet_meta",
     "msn_lowshot",
 )
-QUICK = {"pool": "mean", "epochs": 3, "warmup": 0, "precision": "fp32", "seeds": 2}
+QUICK = {
+    "pool": "mean",
+    "epochs": 3,
+    "warmup": 0,
+    "precision": "fp32",
+    "seeds": 2,
+    "workers": 0,
+}
 
 
 @pytest.fixture
@@ -242,10 +249,13 @@ def test_training_leaves_a_log_and_a_result_but_no_checkpoint(place, group):
 def _run(rank: int, folder: str) -> None:
     os.chdir(folder)
     distributed.init()
+    read, labels = [], Source.labels
+    Source.labels = lambda source: read.append(source) or labels(source)
     for method in ("lora", "vpt"):
         evaluator = Lowshot(data="colours", method=method, shots=(2,), val_images=13, **QUICK)
         results = evaluator.run(tiny_model(), Path("two"))
         Path(f"{method}_{rank}.json").write_text(json.dumps(results))
+    assert bool(read) == (rank == 0), "labels are read once, and sent to the others"
     distributed.shutdown()
 
 

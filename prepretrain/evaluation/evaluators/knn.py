@@ -9,6 +9,7 @@ from torch.nn.functional import normalize
 
 from prepretrain.distributed import group as distributed
 from prepretrain.evaluation.evaluators.base import ProbeEvaluator, accuracy, class_count, require
+from prepretrain.evaluation.features import set_aside
 
 VALUES = 1 << 26  # similarities at once
 
@@ -25,7 +26,7 @@ class Knn(ProbeEvaluator):
     temperature    of the weights (0.07: eval_knn.py's)
     share          of the image's short side that the centre crop shows
     resize         "crop": that centre; "squash": all, without keeping the aspect
-    feature_batch  images at once a process, while features are computed;  workers: decoding processes
+    feature_batch  images at once a process, while features are computed;  workers: as data.workers
     """
 
     headline, splits = "top1", ("train", "val")
@@ -41,7 +42,7 @@ class Knn(ProbeEvaluator):
         share: float = 0.875,
         resize: Literal["crop", "squash"] = "crop",
         feature_batch: int = 256,
-        workers: int = 0,
+        workers: int | None = None,
     ):
         super().__init__(
             data=data,
@@ -57,19 +58,24 @@ class Knn(ProbeEvaluator):
         require(temperature > 0, "knn.temperature", temperature, "must be above 0")
         self.k, self.temperature = k, temperature
 
+    def open_data(self) -> None:
+        """See Evaluator.open_data: as many images as neighbours are asked for."""
+        counts = {split: len(self.card.open(split)) for split in self.splits}
+        if self.k > counts["train"]:
+            raise ValueError(
+                f"knn.k: {self.card.name}:train has {counts['train']} images, fewer than the {self.k} "
+                f"neighbours asked for. Ask for fewer."
+            )
+
     def run(self, model: nn.Module, folder: Path) -> dict[str, float]:
         """Top-1 (and top-5) on `val`, with the numbers of images that it was measured and trained
         on."""
         train, train_labels = self.features(model, "train", folder)
         val, val_labels = self.features(model, "val", folder)
         classes = class_count(self.card, train_labels, val_labels)
-        if self.k > len(train):
-            raise ValueError(
-                f"knn.k: {self.card.name}:train has {len(train)} images, fewer than the {self.k} "
-                f"neighbours asked for. Ask for fewer."
-            )
         mine = val.tensor_split(distributed.world())[distributed.rank()]
-        votes = self.votes(train, train_labels, mine, classes)
+        with set_aside(model):
+            votes = self.votes(train, train_labels, mine, classes)
         votes = torch.cat(distributed.all_gather_object(votes))
         votes[votes == 0] = -torch.inf  # no neighbour's class is no guess, whatever its number
         found = accuracy(votes, val_labels) | {"images": len(val), "train_images": len(train)}

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from prepretrain.distributed import group as distributed
 from prepretrain.evaluation.evaluators.base import ProbeEvaluator, accuracy, class_count, require
+from prepretrain.evaluation.features import set_aside
 from prepretrain.evaluation.probing import probes
 from prepretrain.evaluation.probing.probes import PROTOCOLS
 
@@ -39,7 +40,7 @@ class Linear(ProbeEvaluator):
     share          of the image's short side that the centre crop shows
     resize         "crop": that centre; "squash": all, without keeping the aspect (so do the released
                    scripts of fine-tuned models)
-    feature_batch  images at once a process, while features are computed;  workers: decoding processes
+    feature_batch  images at once a process, while features are computed;  workers: as data.workers
     seed           of the head's first weights, the order of images, and the held-out tenth
     """
 
@@ -60,7 +61,7 @@ class Linear(ProbeEvaluator):
         share: float = 0.875,
         resize: Literal["crop", "squash"] = "crop",
         feature_batch: int = 256,
-        workers: int = 0,
+        workers: int | None = None,
         seed: int = 0,
     ):
         super().__init__(
@@ -104,8 +105,9 @@ class Linear(ProbeEvaluator):
         train, train_labels = self.features(model, "train", folder)
         val, val_labels = self.features(model, "val", folder)
         classes = class_count(self.card, train_labels, val_labels)
-        head = self.fit(train, train_labels, classes)
-        found = accuracy(probes.scores(head, val), val_labels)
+        with set_aside(model):
+            head = self.fit(train, train_labels, classes)
+            found = accuracy(probes.scores(head, val), val_labels)
         return distributed.from_main(found | {"images": len(val), "train_images": len(train)})
 
     def fit(self, features: Tensor, labels: Tensor, classes: int) -> nn.Module:

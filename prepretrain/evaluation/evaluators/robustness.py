@@ -17,7 +17,7 @@ from prepretrain.data.subset import Subset, evenly
 from prepretrain.distributed import group as distributed
 from prepretrain.evaluation import corruptions as makers
 from prepretrain.evaluation.evaluators.base import ProbeEvaluator, accuracy, class_count, require
-from prepretrain.evaluation.features import extract
+from prepretrain.evaluation.features import extract, set_aside
 from prepretrain.evaluation.probing import probes
 
 # AlexNet's errors on ImageNet-C, each the mean over five severities: mCE is in units of them (arXiv
@@ -67,7 +67,7 @@ class Robustness(ProbeEvaluator):
     names, templates: of "zeroshot", as its options
     share          of the image's short side that the centre crop shows, but of `official`
     resize         "crop": that centre; "squash": all, without keeping the aspect
-    feature_batch  images or texts at once a process;  workers: decoding processes
+    feature_batch  images or texts at once a process;  workers: as data.workers
     seed           of the held-out tenth
 
     Results are `top1`, `top5` where there are more than five classes, and `images` of the clean
@@ -97,7 +97,7 @@ class Robustness(ProbeEvaluator):
         share: float = 0.875,
         resize: Literal["crop", "squash"] = "crop",
         feature_batch: int = 256,
-        workers: int = 0,
+        workers: int | None = None,
         seed: int = 0,
     ):
         super().__init__(
@@ -227,7 +227,8 @@ class Robustness(ProbeEvaluator):
             return lambda features: features @ weight.T
         train, labels = self.features(model, "train", folder)
         classes = max(class_count(self.card, labels), len(clean.classes or ()))
-        head = probes.fit("lbfgs", train, labels, classes, seed=self.seed)
+        with set_aside(model):
+            head = probes.fit("lbfgs", train, labels, classes, seed=self.seed)
         return lambda features: probes.scores(head, features)
 
     def _check_classes(self, count: int, clean: Source, labels: Tensor) -> None:
