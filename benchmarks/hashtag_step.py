@@ -34,24 +34,24 @@ class DenseHashtag(Hashtag):
 
 
 def training(
-    kind: type[Hashtag], tags: int, precision: str
+    kind: type[Hashtag], encoder: str, tags: int, precision: str
 ) -> tuple[Hashtag, torch.optim.Optimizer]:
     """An objective with its optimizer, as a run makes them."""
     with torch.device("meta"):
-        objective = kind(Model(encoder="vit_b16"), vocabulary="unread.json", tags=tags)
+        objective = kind(Model(encoder=encoder), vocabulary="unread.json", tags=tags)
     shard.shard(objective, precision=precision)
     shard.initialise(objective, 0)
     return objective.train(), optim.build(objective, lr=1e-5, weight_decay=0.1)
 
 
-def make_batch(images: int, tags: int) -> dict[str, Tensor]:
+def make_batch(images: int, size: tuple[int, int], tags: int) -> dict[str, Tensor]:
     """Random images, with 1 to 5 different tags each in both forms."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.rand(images, tags, generator=generator).argsort(1)[:, :5]
     count = torch.randint(1, 6, (images, 1), generator=generator)
     known = torch.arange(5) < count
     target = torch.zeros(images, tags).scatter_(1, ids, (known / count).float())
-    image = torch.randint(0, 256, (images, 3, 224, 224), dtype=torch.uint8, generator=generator)
+    image = torch.randint(0, 256, (images, 3, *size), dtype=torch.uint8, generator=generator)
     return {"image": image, "tags": ids.where(known, -1), "target": target}
 
 
@@ -60,6 +60,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--encoder", default="vit_b16")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--tags", type=int, default=28672)
     parser.add_argument("--steps", type=int, default=8)
@@ -67,10 +68,12 @@ def main() -> None:
     asked = parser.parse_args()
     torch.set_num_threads(1)
     distributed.init()
-    batch = make_batch(asked.batch, asked.tags)
     sparse, dense = (
-        training(kind, asked.tags, asked.precision) for kind in (Hashtag, DenseHashtag)
+        training(kind, asked.encoder, asked.tags, asked.precision)
+        for kind in (Hashtag, DenseHashtag)
     )
+    size = sparse[0].model.encoder.image_size
+    batch = make_batch(asked.batch, size, asked.tags)
     torch.testing.assert_close(sparse[0](batch)["loss"], dense[0](batch)["loss"])
     times = interleaved(
         {
@@ -85,8 +88,8 @@ def main() -> None:
         times["sparse"],
         batch=asked.batch,
         tags=asked.tags,
-        pixels=224,
-        encoder="vit_b16",
+        pixels=size[1],
+        encoder=asked.encoder,
         threads=1,
         clock="cpu",
     )

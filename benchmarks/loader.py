@@ -118,12 +118,13 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--images", type=Path, help="a folder of JPEGs to use instead")
+    parser.add_argument("--count", type=int, default=128, help="textures")
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--batches", type=int, default=2, help=f"of {BATCH} images, a round")
     args = parser.parse_args()
     torch.set_num_threads(1)
     files = sorted(args.images.rglob("*.jpg")) if args.images else []
-    images = [file.read_bytes() for file in files] if args.images else list(textures(128))
+    images = [file.read_bytes() for file in files] if args.images else list(textures(args.count))
     if not images:
         sys.exit(f"error: {args.images}: holds no .jpg file")
     with tempfile.TemporaryDirectory() as folder:

@@ -30,7 +30,6 @@ from prepretrain.distributed import group as distributed
 from prepretrain.distributed import shard
 from prepretrain.models.model import Model
 from prepretrain.objectives.mae import MAE
-from prepretrain.training import fit as train
 from prepretrain.training import optim
 
 RENAMED = {
@@ -61,10 +60,10 @@ def reference_model(folder: str, size: str = "base") -> nn.Module:
     return getattr(models_mae, f"mae_vit_{size}_patch16")(norm_pix_loss=True)
 
 
-def our_objective(state: dict[str, Tensor], precision: str) -> MAE:
+def our_objective(encoder: str, state: dict[str, Tensor], precision: str) -> MAE:
     """Our objective, sharded as a run shards it, with the reference's weights."""
     with torch.device("meta"):
-        objective = MAE(Model(encoder="vit_b16", positions="fixed"))
+        objective = MAE(Model(encoder=encoder, positions="fixed"))
     shard.shard(objective, precision=precision)
     full = {our_name(name): value for name, value in state.items()}
     with torch.no_grad():
@@ -81,9 +80,9 @@ def our_name(name: str) -> str:
     return f"decoder.{RENAMED[first]}{dot}{rest}" if first in RENAMED else f"model.encoder.{name}"
 
 
-def check_parity(reference: nn.Module, batch: dict[str, Tensor]) -> dict[str, float]:
+def check_parity(reference: nn.Module, encoder: str, batch: dict[str, Tensor]) -> dict[str, float]:
     """The largest relative differences of the loss and of a gradient, in fp32; raises past 1e-4."""
-    objective = our_objective(reference.state_dict(), "fp32")
+    objective = our_objective(encoder, reference.state_dict(), "fp32")
     images = objective.model.normalise(batch["image"])
     with mock.patch("torch.rand", lambda *shape, **options: batch["noise"]):
         expected = reference(images)[0]
@@ -139,10 +138,10 @@ def reference_step(
 
 
 def our_step(
-    state: dict[str, Tensor], batch: dict[str, Tensor], precision: str
+    encoder: str, state: dict[str, Tensor], batch: dict[str, Tensor], precision: str
 ) -> Callable[[], None]:
     """A step as `fit()` makes it."""
-    objective = our_objective(state, precision)
+    objective = our_objective(encoder, state, precision)
     optimizer = optim.build(objective, lr=1e-5, weight_decay=0.05)
     return partial(training_step, objective, optimizer, batch)
 
@@ -150,13 +149,12 @@ def our_step(
 def training_step(
     objective: nn.Module, optimizer: torch.optim.Optimizer, batch: dict[str, Tensor]
 ) -> None:
-    """The body of `fit()`'s loop, without data, log and files."""
-    figures = objective(batch)
-    figures["loss"].backward()
+    """What `fit()` computes in a step: it is applied if loss and gradients are finite."""
+    loss = objective(batch)["loss"]
+    loss.backward()
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    figures = {name: value.detach() for name, value in figures.items()}
-    vote = train._vote(figures, train._norm(parameters), [], False)
-    assert vote.finite
+    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    assert torch.stack([loss.detach(), norm]).isfinite().all()
     optimizer.step()
     optimizer.zero_grad()
 
@@ -169,6 +167,7 @@ def main() -> None:
     parser.add_argument(
         "--reference", required=True, metavar="DIR", help="a checkout of facebookresearch/mae"
     )
+    parser.add_argument("--encoder", default="vit_b16", help="the reference's, by our name")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument(
@@ -178,22 +177,24 @@ def main() -> None:
     torch.set_num_threads(1)
     distributed.init()
     torch.manual_seed(0)
+    model = Model(encoder=asked.encoder, positions="fixed")
+    height, width = model.encoder.image_size
     batch = {
-        "image": torch.randint(0, 256, (asked.batch, 3, 224, 224), dtype=torch.uint8),
-        "noise": torch.rand(asked.batch, 196),
+        "image": torch.randint(0, 256, (asked.batch, 3, height, width), dtype=torch.uint8),
+        "noise": torch.rand(asked.batch, model.encoder.cells),
     }
     reference = reference_model(asked.reference)
     state = {name: value.clone() for name, value in reference.state_dict().items()}
-    parity = check_parity(reference, batch)
-    images = Model(encoder="vit_test8").normalise(batch["image"])
-    del reference
+    parity = check_parity(reference, asked.encoder, batch)
+    images = model.normalise(batch["image"])
+    del reference, model
     makers = {"bf16": (True, "bf16"), "fp32": (False, "fp32"), "shipped": (False, "bf16")}
     for figure, (reference_bf16, precision) in makers.items():
         if asked.only in (None, figure):
             times = interleaved(
                 {
                     "reference": reference_step(state, asked.reference, images, reference_bf16),
-                    "ours": our_step(state, batch, precision),
+                    "ours": our_step(asked.encoder, state, batch, precision),
                 },
                 asked.steps,
             )
@@ -202,8 +203,8 @@ def main() -> None:
                 times["reference"],
                 times["ours"],
                 batch=asked.batch,
-                pixels=224,
-                encoder="vit_b16",
+                pixels=width,
+                encoder=asked.encoder,
                 reference="bf16" if reference_bf16 else "fp32",
                 precision=precision,
                 threads=1,

@@ -1,4 +1,4 @@
-"""The largest resident memory of MAE ViT-B/16 training steps on the CPU, 224 px; one JSON line.
+"""The largest resident memory of MAE training steps on the CPU, of a ViT-B/16 at 224 px; one JSON line.
 
 python benchmarks/memory.py
 """
@@ -22,18 +22,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--encoder", default="vit_b16")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--precision", choices=["bf16", "fp32"], default="fp32")
     asked = parser.parse_args()
     distributed.init()
     with torch.device("meta"):
-        objective = MAE(Model(encoder="vit_b16", positions="fixed"))
+        objective = MAE(Model(encoder=asked.encoder, positions="fixed"))
     shard.shard(objective, precision=asked.precision)
     shard.initialise(objective, 0)
     optimizer = optim.build(objective.train(), lr=1e-5, weight_decay=0.05)
+    size, cells = objective.model.encoder.image_size, objective.model.encoder.cells
     batch = {
-        "image": torch.randint(0, 256, (asked.batch, 3, 224, 224), dtype=torch.uint8),
-        "noise": torch.rand(asked.batch, 196),
+        "image": torch.randint(0, 256, (asked.batch, 3, *size), dtype=torch.uint8),
+        "noise": torch.rand(asked.batch, cells),
     }
     before = peak()
     for _ in range(2):
@@ -45,8 +47,8 @@ def main() -> None:
                 "peak_gib": round(peak(), 2),
                 "before_gib": round(before, 2),
                 "batch": asked.batch,
-                "encoder": "vit_b16",
-                "pixels": 224,
+                "encoder": asked.encoder,
+                "pixels": size[1],
                 "torch": torch.__version__,
             }
         )

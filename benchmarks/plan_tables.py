@@ -5,6 +5,7 @@
 Each row is one command of tools/plan.py, in a process of its own; all of it takes minutes.
 """
 
+import argparse
 import datetime
 import json
 import subprocess
@@ -75,6 +76,9 @@ def row(found: dict[str, Any]) -> str:
 
 def main() -> None:
     """Writes the file anew."""
+    argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    ).parse_args()
     git = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
     commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
     today = datetime.date.today().isoformat()

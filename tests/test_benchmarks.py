@@ -1,21 +1,87 @@
-"""The measurements run: what a GPU will be asked, at tiny sizes on the CPU."""
+"""The measurements run, at tiny sizes: their figures are not looked at."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
+
+import pytest
+from conftest import command
 
 ROOT = Path(__file__).parents[1]
 
+# facebookresearch/mae's model by its names, made of our parts
+REFERENCE = """
+import torch
+from mae_step import RENAMED
+from torch import nn
 
-def test_what_a_gpu_will_be_asked_runs_on_the_cpu(tmp_path):
-    script = [sys.executable, "benchmarks/gpu.py", "--smoke", "--out", tmp_path]
-    paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    done = subprocess.run(
-        script, cwd=ROOT, env={**os.environ, "PYTHONPATH": paths}, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
+from prepretrain.distributed import shard
+from prepretrain.models.model import Model
+from prepretrain.objectives.mae import MAE
+
+
+class Reference(nn.Module):
+    def __init__(self):
+        super().__init__()
+        with torch.device("meta"):
+            ours = MAE(Model(encoder="vit_test8", positions="fixed"))
+        shard.materialise(ours, "fp32")
+        shard.initialise(ours, 0)
+        self.ours, names = [ours], {name: theirs for theirs, name in RENAMED.items()}
+        for module, renamed in ((ours.model.encoder, {}), (ours.decoder, names)):
+            for name, child in [*module.named_children(), *module.named_parameters(recurse=False)]:
+                setattr(self, renamed.get(name, name), child)
+
+    def forward(self, images, mask_ratio=0.75):
+        noise = torch.rand(len(images), self.ours[0].model.encoder.cells, device=images.device)
+        self.ours[0].model.normalise = lambda image: image
+        return self.ours[0]({"image": images, "noise": noise})["loss"], None, None
+
+
+def mae_vit_base_patch16(norm_pix_loss):
+    return Reference()
+"""
+TINY = {  # each benchmark's arguments; where it takes hours, that it starts
+    "checkpoint_stress": "--kills 1 --steps 3 --flips 2",
+    "cifar10_evaluators": "--help",
+    "cifar10_masked": "--help",
+    "cifar10_two_stage": "--help",
+    "clip_step": "--batch 1 --steps 1",
+    "demo_seeds": "--show benchmarks/results/demo_seeds.json",
+    "features": "--images 2 --batch 1 --rows 100",
+    "flickr_clip": "--help",
+    "hashtag_step": "--encoder vit_test8 --batch 2 --tags 16 --steps 1",
+    "host_memory": "--images 100000 --batches 10 --workers 1",
+    "loader": "--count 2 --rounds 2 --batches 1",
+    "mae_step": "--encoder vit_test8 --batch 2 --steps 1 --reference REFERENCE",
+    "memory": "--encoder vit_test8 --batch 1",
+    "plan_memory": "--measure hashtag vit_test8 none 1",
+    "plan_tables": "--help",
+}
+
+
+def benchmark(name: str, *arguments: str) -> str:
+    """What a benchmark prints."""
+    script, paths = f"../benchmarks/{name}.py", f"{ROOT / 'benchmarks'}:{ROOT}"
+    done = command(script, *map(str, arguments), PYTHONPATH=paths)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_each_benchmark_runs(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    (tmp_path / "models_mae.py").write_text(REFERENCE)
+    assert benchmark(name, *TINY[name].replace("REFERENCE", str(tmp_path)).split())
+
+
+def test_no_benchmark_is_left_out():
+    scripts = {path.stem for path in (ROOT / "benchmarks").glob("*.py")}
+    assert scripts == {*TINY, "gpu", "timing"}
+
+
+def test_what_a_gpu_will_be_asked_runs_on_the_cpu(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    benchmark("gpu", "--smoke", "--out", tmp_path)
     figures = [json.loads(line) for line in (tmp_path / "gpu.jsonl").read_text().splitlines()]
     assert figures[0]["figure"] == "machine" and figures[-1]["figure"] == "end"
     assert not [figure for figure in figures if "failed" in figure]

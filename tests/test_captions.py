@@ -21,6 +21,7 @@ from test_train import rows, train
 from torch.testing import assert_close
 
 from prepretrain.config import load as load_config
+from prepretrain.data.batch import collate
 from prepretrain.data.loader import Stream
 from prepretrain.data.random import Random
 from prepretrain.data.sources.parquet import Parquet
@@ -335,8 +336,52 @@ def test_a_caption_that_is_too_long_is_cut_and_counted_and_an_empty_one_is_a_bad
             made(sample(text=nothing))
     objective = CLIP(small(BPE))
     long = objective.transform(train=True)(sample(text="dog " * 2500))
-    batch = {k: torch.stack([torch.as_tensor(v)] * 2) for k, v in long.items()}
-    assert objective(batch)["cut_captions"] == 1
+    assert objective(collate([long, long]))["cut_captions"] == 1
+
+
+TEXTS = ("a dog", "red cats and blue foxes " * 4, "the quick brown fox", "small houses " * 200)
+
+
+def texts_of(objective: CLIP, count: int) -> torch.Tensor:
+    """The tokens [B, L] of the first of TEXTS, as they reach an objective."""
+    made = objective.transform(train=True)
+    return collate([made(sample(text=text)) for text in TEXTS[:count]])["tokens"]
+
+
+@pytest.mark.parametrize("name", ["open_clip", "xlmr"])
+def test_texts_end_with_the_longest_of_a_batch_where_loss_and_gradients_stay_the_same(name, pieces):  # noqa: F811
+    xlmr = TINY_XLMR | {"dropout": 0.0, "tokenizer": pieces, "context": 77}
+    objective = CLIP(small(xlmr if name == "xlmr" else BPE)).train()
+    tokenizer = objective.model.text.tokenizer()
+    assert texts_of(objective, 1).shape == (1, 16)
+    assert texts_of(objective, 4).shape == (4, 77)
+    short, whole = texts_of(objective, 3), tokenizer(list(TEXTS[:3]))
+    assert 16 < short.shape[1] < 77 and short.shape[1] % 16 == 0
+    found = []
+    for tokens in (short, whole):
+        objective.zero_grad()
+        loss = objective({"image": images(3), "tokens": tokens, "cut": torch.zeros(3)})["loss"]
+        loss.backward()
+        gradients = {k: p.grad for k, p in objective.named_parameters() if p.grad is not None}
+        found.append({"loss": loss.detach(), **gradients})
+    assert_close(*found, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "architecture",
+    [
+        "coca_ViT-B-32",
+        "MobileCLIP-S1",
+        "ViT-B-16-SigLIP",
+    ],  # a class token, no causal mask, the last
+)
+def test_a_tower_whose_features_depend_on_the_padding_gets_all_of_it(architecture):
+    text = {"name": "open_clip", "architecture": architecture, "width": 32, "layers": 1, "heads": 2}
+    tower = small(text).text
+    assert tower.padding is None
+    tokens = torch.full((2, tower.context), 0)
+    tokens[:, :5] = torch.tensor([9, 5, 6, 7, 40])
+    assert tower(tokens).shape == (2, 32)
 
 
 def shard_of(path: Path, captions_: list[bytes | list]) -> Shards:
@@ -424,7 +469,7 @@ def test_captions_train_from_made_scenes_in_workers():
         workers=1,
     )
     batch = next(stream.batches())
-    assert batch["tokens"].shape == (4, 77) and batch["cut"].tolist() == [0] * 4
+    assert batch["tokens"].shape == (4, 16) and batch["cut"].tolist() == [0] * 4
 
 
 def test_a_config_with_text_survives_being_written_and_read(place):

@@ -311,13 +311,14 @@ def test_standardised_features_have_mean_0_and_variance_1_and_a_constant_one_is_
     assert_close(found.var(0, correction=0), torch.tensor([1.0] * 5 + [0.0]), rtol=1e-4, atol=0)
 
 
-def test_ridge_agrees_with_scikit_learn():
+def test_ridge_agrees_with_scikit_learn_at_every_strength():
     features, labels = clouds(300, 5, 0.7, 0)
-    weight = probes.ridge(features, labels, 5, l2=0.1)
-    other = Ridge(alpha=0.1 * 300, tol=1e-12)
-    other.fit(features.double().numpy(), torch.eye(5)[labels].double().numpy())
-    np.testing.assert_allclose(weight[:, :-1].numpy(), other.coef_, atol=1e-8)
-    np.testing.assert_allclose(weight[:, -1].numpy(), other.intercept_, atol=1e-8)
+    solve = probes.ridge(features, labels, 5)
+    for l2 in (1.0, 1e-4, 0.1):
+        other, weight = Ridge(alpha=l2 * 300, tol=1e-12), solve(l2)
+        other.fit(features.double().numpy(), torch.eye(5)[labels].double().numpy())
+        np.testing.assert_allclose(weight[:, :-1].numpy(), other.coef_, atol=1e-8)
+        np.testing.assert_allclose(weight[:, -1].numpy(), other.intercept_, atol=1e-8)
 
 
 def test_a_probe_that_diverges_and_features_that_are_not_finite_are_errors(card):

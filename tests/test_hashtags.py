@@ -1,10 +1,12 @@
 import json
+import random
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from prepretrain.data import rarest
+from prepretrain.data import vocabulary as vocabularies
 from prepretrain.data.sources.base import Source
 from prepretrain.data.transforms import BadImage
 from prepretrain.data.vocabulary import Vocabulary, canonical
@@ -37,6 +39,14 @@ from prepretrain.data.vocabulary import Vocabulary, canonical
 def test_spellings_of_one_tag_become_one(written, one):
     assert canonical(written) == one
     assert canonical(canonical(written)) == canonical(written)
+
+
+def test_ascii_tags_are_spelt_as_any_others_are():
+    signs = [chr(i) for i in range(128)]
+    tags = [a + b for a in signs for b in signs]
+    generator = random.Random(0)
+    tags += ["".join(generator.choices(signs, k=9)) for _ in range(5000)]
+    assert [canonical(tag) for tag in tags] == [vocabularies._canonical(tag) for tag in tags]
 
 
 def vocabulary(min_count=2):

@@ -1,12 +1,15 @@
 import io
 import json
 import os
+import resource
 import tarfile
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from conftest import processes
 from PIL import Image
 
 from prepretrain import plugin
@@ -485,14 +488,21 @@ def test_the_fingerprint_is_the_datas_not_the_paths(two_shards, tmp_path_factory
     assert open_shards(moved).fingerprint != first
 
 
-def test_more_shards_than_may_be_open_are_read_all_the_same(tmp_path, monkeypatch):
-    monkeypatch.setattr(shards_module, "_OPEN", 2)
-    for i in range(5):
-        write_tar(tmp_path / f"{i}.tar", [(f"{i}.jpg", jpeg(i))])
-    source = open_shards(tmp_path)
+def _read_within(_: int, files: tuple[int, int], folder: Path, still_open: int) -> None:
+    resource.setrlimit(resource.RLIMIT_NOFILE, files)
+    source = open_shards(folder)
     for _ in range(2):
-        assert [source[i]["key"] for i in range(5)] == list("01234")
-    assert len(source._opened) == 2
+        assert [source[i]["key"] for i in range(30)] == [f"{i:02d}" for i in range(30)]
+    assert len(source._opened) == still_open
+    for _ in range(resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2):
+        os.open(folder, os.O_RDONLY)  # half of them are left to others
+
+
+@pytest.mark.parametrize(("files", "still_open"), [((40, 400), 30), ((160, 160), 20)])
+def test_as_many_shards_stay_open_as_the_limit_of_files_bears(tmp_path, files, still_open):
+    for i in range(30):
+        write_tar(tmp_path / f"{i:02d}.tar", [(f"{i:02d}.jpg", jpeg(i))])
+    processes(1, _read_within, files, tmp_path, still_open)
 
 
 def test_forked_workers_read_the_same_bytes_through_the_same_files(two_shards):

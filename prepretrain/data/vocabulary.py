@@ -17,8 +17,14 @@ def canonical(tag: str) -> str:
     What is left may be empty, which is no tag. Half of a surrogate pair, which JSON may hold and no
     file can, is dropped.
     """
-    if not tag.isascii():
-        tag = tag.encode(errors="ignore").decode()
+    if tag.isascii():
+        return " ".join(tag.lower().split()).strip(_AROUND)
+    return _canonical(tag)
+
+
+def _canonical(tag: str) -> str:
+    """`canonical` for any Unicode; of ASCII, which it need not read so closely, the same."""
+    tag = tag.encode(errors="ignore").decode()
     # Casefolding can undo the normal form, and the other way round; a second pass settles both.
     for _ in range(2):
         tag = unicodedata.normalize("NFKC", tag).casefold()
@@ -34,6 +40,9 @@ def canonical(tag: str) -> str:
 def _is_around(sign: str) -> bool:
     """Punctuation, space or control; symbols stay, so that c++ and emoji are tags."""
     return unicodedata.category(sign)[0] in "PZC"
+
+
+_AROUND = "".join(filter(_is_around, map(chr, range(128))))
 
 
 class Vocabulary:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from prepretrain import plugin
+from prepretrain.data.batch import Ragged
 from prepretrain.data.transforms import (
     BadImage,
     Size,
@@ -23,10 +24,12 @@ from prepretrain.models.text.base import Tokenizer, Tower
 from prepretrain.models.weights import Weights
 from prepretrain.objectives.base import Objective, blank_images
 
+MULTIPLE = 16  # of texts' lengths in tokens: where blocks are compiled, each length is a graph
+
 
 class Captioned:
     """A sample to {"image": uint8 [3, H, W], "tokens": int64 [L], "cut": 1 if the caption was longer
-    than the tower reads, else 0}."""
+    than the tower reads, else 0}; with padding, the tokens are as many as the batch's longest needs."""
 
     def __init__(
         self,
@@ -34,11 +37,12 @@ class Captioned:
         tokenizer: Tokenizer,
         crop_scale: tuple[float, float] | None,
         hashtags: bool,
+        padding: int | None = None,
     ):
         """crop_scale None: validation's centre crop, and always the first caption. hashtags: they
-        are the caption of a sample that has none."""
+        are the caption of a sample that has none. padding: Tower.padding."""
         self.size, self.tokenizer = size, tokenizer
-        self.crop_scale, self.hashtags = crop_scale, hashtags
+        self.crop_scale, self.hashtags, self.padding = crop_scale, hashtags, padding
 
     def __call__(self, sample: dict[str, Any]) -> dict[str, Any]:
         """Raises BadImage("no caption"), or "bad metadata" for one that is no Unicode text, which the
@@ -61,7 +65,16 @@ class Captioned:
         else:
             image = resize_center_crop(image, self.size)
         cut = int(count > self.tokenizer.room)
-        return {"image": image, "tokens": self.tokenizer([caption])[0], "cut": cut}
+        tokens = self.tokenizer([caption])[0]
+        if self.padding is not None:
+            tokens = Ragged(_trimmed(tokens, self.padding), fill=self.padding)
+        return {"image": image, "tokens": tokens, "cut": cut}
+
+
+def _trimmed(tokens: Tensor, padding: int) -> Tensor:
+    """Tokens [L] without the padding at their end, but for what makes their number a MULTIPLE."""
+    length = int((tokens != padding).nonzero()[-1]) + 1
+    return tokens[: -(-length // MULTIPLE) * MULTIPLE]
 
 
 def captions(sample: dict[str, Any], hashtags: bool = False) -> list[str]:
@@ -76,7 +89,12 @@ def captions(sample: dict[str, Any], hashtags: bool = False) -> list[str]:
 
 class Contrastive(Objective):
     """What training on captions has in common: a Model with a text tower, and a loss that compares
-    every image with every caption of the whole batch, over all processes."""
+    every image with every caption of the whole batch, over all processes.
+
+    A process's texts end with the longest of its batch, up to a multiple of 16 tokens, where that
+    changes no feature: in open_clip's causal towers with its own BPE, and in XLM-R (whose dropout
+    draws other values, as for any other shape). Other towers always read model.text.context tokens.
+    """
 
     fields = ("image", "text", "captions", "hashtags")
     whole_batch = True
@@ -141,10 +159,11 @@ class Contrastive(Objective):
             self.model.text.tokenizer(),
             self.crop_scale if train else None,
             self.hashtags,
+            self.model.text.padding,
         )
 
     def example(self, images: int) -> dict[str, Tensor]:
-        """See Objective.example."""
+        """See Objective.example; texts of the full length, which no batch is longer than."""
         length = self.model.text.context
         return {
             "image": blank_images(images, self.model.encoder.image_size),

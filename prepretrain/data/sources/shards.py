@@ -2,6 +2,8 @@
 
 import errno
 import os
+import resource
+import sys
 from collections import Counter, OrderedDict
 from collections.abc import Iterator
 from contextlib import suppress
@@ -19,7 +21,7 @@ from prepretrain.distributed import heartbeat
 
 MAX_MEMBER = 64_000_000  # not from the paper: bytes of one member, checked before it is read
 
-_OPEN = 256  # shards held open at once; more are closed and opened again
+_MAPPINGS = Path("/proc/sys/vm/max_map_count")  # Linux's
 _LOOK = (16, 400)  # shards, and samples in all, that are looked at for what json members hold
 _LOOK_FOR = (100, 10_000)  # and where the options name something that these have not
 
@@ -67,6 +69,7 @@ class Shards(Source):
         self._starts = np.cumsum(self.groups) - self.groups
         self._length = sum(self.groups)
         self._opened: OrderedDict[int, _Shard] = OrderedDict()
+        self._most_open = _most_open(len(self.paths))
         self.fields = ("image", *self._present({f for head in heads for f in head["fields"]}, path))
 
     def __len__(self) -> int:
@@ -177,9 +180,25 @@ class Shards(Source):
             self._opened.move_to_end(number)
         else:
             self._opened[number] = _Shard(self.paths[number])
-            if len(self._opened) > _OPEN:
+            if len(self._opened) > self._most_open:
                 self._opened.popitem(last=False)[1].close()
         return self._opened[number]
+
+
+def _most_open(shards: int) -> int:
+    """How many of so many shards are held open at once; others are closed and opened again, which
+    takes ten times as long as reading an image.
+
+    An open shard takes two files and a mapping, and a source takes a quarter of what its process may
+    have. Where that is too few, the process's limit of files is raised as far as it may be.
+    """
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    files, highest = (sys.maxsize if n == resource.RLIM_INFINITY else n for n in limits)
+    if files < 8 * shards:
+        files = min(8 * shards, highest)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (files, limits[1]))
+    mappings = int(_MAPPINGS.read_text()) if _MAPPINGS.exists() else sys.maxsize
+    return max(1, min(shards, files // 8, mappings // 4))
 
 
 class _Shard:

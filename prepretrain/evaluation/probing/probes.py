@@ -34,6 +34,7 @@ ITERATIONS, TOLERANCE = 150, 1e-4  # of L-BFGS: scikit-learn's are 100 and 1e-4
 VALUES = 1 << 26  # of features that are scored at once
 
 Loss = Callable[[Tensor, Tensor], Tensor]
+Solve = Callable[[float, Tensor | None], Tensor]  # an L2, weights to start from: the weights
 
 
 def fit(
@@ -166,57 +167,66 @@ def _attentive(
 def _lbfgs(features: Tensor, labels: Tensor, classes: int, seed: int) -> nn.Sequential:
     """Logistic regression on standardised features."""
 
-    def solve(x: Tensor, y: Tensor, l2: float, start: Tensor | None) -> Tensor:
+    def prepare(x: Tensor, y: Tensor) -> Solve:
         limits = {"iterations": ITERATIONS, "tolerance": TOLERANCE}
-        return logistic.fit(x, y, classes, l2=l2, start=start, **limits)
+        return lambda l2, start: logistic.fit(x, y, classes, l2=l2, start=start, **limits)
 
-    return _regularised("lbfgs", solve, L2, features, labels, seed)
+    return _regularised("lbfgs", prepare, L2, features, labels, seed)
 
 
 def _ridge(features: Tensor, labels: Tensor, classes: int, seed: int) -> nn.Sequential:
     """Least squares to one-hot targets on standardised features."""
 
-    def solve(x: Tensor, y: Tensor, l2: float, start: Tensor | None) -> Tensor:
-        return ridge(x, y, classes, l2=l2)
+    def prepare(x: Tensor, y: Tensor) -> Solve:
+        solve = ridge(x, y, classes)
+        return lambda l2, start: solve(l2)
 
-    return _regularised("ridge", solve, RIDGE_L2, features, labels, seed)
+    return _regularised("ridge", prepare, RIDGE_L2, features, labels, seed)
 
 
-def ridge(features: Tensor, labels: Tensor, classes: int, *, l2: float) -> Tensor:
-    """The minimum of mean |score - one-hot|^2 + l2 |W|^2: [classes, D + 1], the last column the
-    bias, which is not regularised. scikit-learn's alpha is n l2."""
+def ridge(features: Tensor, labels: Tensor, classes: int) -> Callable[[float], Tensor]:
+    """Gives, for any l2, the minimum of mean |score - one-hot|^2 + l2 |W|^2: [classes, D + 1], the
+    last column the bias, which is not regularised. scikit-learn's alpha is n l2."""
     x, y = features.double(), one_hot(labels, classes).double()
     middle, share = x.mean(0), y.mean(0)
     x = x - middle
-    gram = x.T @ x / len(x) + l2 * torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
-    weight = torch.linalg.solve(gram, x.T @ (y - share) / len(x)).T
-    return torch.cat([weight, (share - weight @ middle)[:, None]], dim=1)
+    gram, both = x.T @ x / len(x), x.T @ (y - share) / len(x)  # the same for every l2
+    identity = torch.eye(len(gram), dtype=x.dtype, device=x.device)
+
+    def solve(l2: float) -> Tensor:
+        weight = torch.linalg.solve(gram + l2 * identity, both).T
+        return torch.cat([weight, (share - weight @ middle)[:, None]], dim=1)
+
+    return solve
 
 
 def _regularised(
     name: str,
-    solve: Callable[[Tensor, Tensor, float, Tensor | None], Tensor],
+    prepare: Callable[[Tensor, Tensor], Solve],
     strengths: tuple[float, ...],
     features: Tensor,
     labels: Tensor,
     seed: int,
 ) -> nn.Sequential:
-    """`solve` on standardised features, its L2 the one that is best on a held-out tenth of them."""
+    """A fit to standardised features, its L2 the one that is best on a held-out tenth of them.
+
+    prepare: features and labels to what solves for an L2, from the weights for the one before."""
     held, kept = _held_out(len(features), seed, features.device)
     inner = features[kept]  # beside the features themselves the only copy at a time
     norm = _standardise(inner)
     outer = norm(features[held])
+    solve = prepare(inner, labels[kept])
     best, chosen, weight = -1.0, strengths[0], None
     for l2 in strengths:
-        weight = solve(inner, labels[kept], l2, weight)
+        weight = solve(l2, weight)
         right = (logistic.scores(outer, weight).argmax(1) == labels[held]).float().mean().item()
         if right > best:  # on a tie the stronger one stays
             best, chosen = right, l2
     logger.info("%s: l2 %g, %.2f %% on a held-out tenth", name, chosen, 100 * best)
-    del inner
+    del inner, solve
     whole = features.clone()
     norm = _standardise(whole)
-    return nn.Sequential(norm, _linear_of(solve(whole, labels, chosen, weight)))
+    return nn.Sequential(norm, _linear_of(prepare(whole, labels)(chosen, weight)))
 
 
 def _train(

@@ -27,7 +27,10 @@ class Tower(nn.Module):
     """Encodes texts. A family is one file of this folder; its constructor's keywords are its options."""
 
     width: int  # W
-    context: int  # L, tokens that mark the start and the end included
+    context: int  # the longest L, tokens that mark the start and the end included
+    # What fills a text up to L where a feature is the same without it, so that a batch may end with
+    # its longest text; None where it is not.
+    padding: int | None = None
 
     def forward(self, tokens: Tensor) -> Tensor:
         """int64 [B, L] to one feature [B, W] a text, after the final norm and before any

@@ -76,6 +76,12 @@ class OpenClip(Tower):
             act_layer=lambda: act(**(made.act_kwargs or {})),
             norm_layer=lambda size: norm(size, **norm_options),
         )
+        # Each token sees those before it alone, and the feature is the last one's that is no padding.
+        last = made.pool_type == "argmax" and not made.embed_cls and not made.no_causal_mask
+        if last and "hf_tokenizer_name" not in self.given:
+            self.padding = 0
+        # open_clip gives its blocks the mask of the longest texts, whatever the length of these
+        self.tower.transformer.register_forward_pre_hook(_cut_mask, with_kwargs=True)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """See Tower.forward."""
@@ -160,6 +166,11 @@ class OpenClip(Tower):
                 f"for both towers at once, and the image tower has GELU."
             )
         return self.given | {"proj_type": "linear", "proj_bias": False, "output_tokens": False}
+
+
+def _cut_mask(_: nn.Module, given: tuple[Tensor], options: dict[str, Any]) -> tuple[tuple, dict]:
+    length, mask = given[0].shape[1], options["attn_mask"]
+    return given, {"attn_mask": mask if mask is None else mask[..., :length, :length]}
 
 
 class OpenClipTokenizer(Tokenizer):

@@ -20,6 +20,8 @@ SIZES = {
 class XLMR(Tower):
     """XLM-RoBERTa as MAWS uses it: no pooler, the feature of the first token, post-norm."""
 
+    padding = PAD
+
     def __init__(
         self,
         *,
