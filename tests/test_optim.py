@@ -14,7 +14,7 @@ from prepretrain.models.load import load
 from prepretrain.models.model import Model
 from prepretrain.objectives.classify import Classify
 from prepretrain.runs.plan import Plan, build_objective, build_optimizer
-from prepretrain.training import fit, optim
+from prepretrain.training import ledger, optim
 from prepretrain.training.schedule import Schedule
 
 PEAK, END, WARMUP, STEPS = 2.0, 0.5, 10, 30
@@ -154,8 +154,8 @@ def test_plain_numbers_that_an_optimizer_keeps_in_its_groups_are_restored_too(tm
 
 def test_bad_images_may_be_the_stated_share_and_not_one_more_but_ten_are_always_forgiven():
     for images, most in ((100, 10), (1000, 10), (1001, 10), (2000, 20)):
-        fit._check_bad(Counter(unreadable=most), images, 0.01)
+        ledger.check_bad(Counter(unreadable=most), images, 0.01)
         with pytest.raises(
             ValueError, match=f"data.max_bad: {most + 1} bad images .* to fill {images} places"
         ):
-            fit._check_bad(Counter(unreadable=most - 3, tiny=4), images, 0.01)
+            ledger.check_bad(Counter(unreadable=most - 3, tiny=4), images, 0.01)

@@ -2,6 +2,7 @@
 
 import datetime
 import logging
+import math
 import os
 import re
 import socket
@@ -251,6 +252,23 @@ def whole(tensor: Tensor) -> Tensor:
     """A tensor with all its shards, which the processes call for together; one that is not sharded
     as it is."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This process's part of a tensor; one that is not sharded as it is."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def copies(tensor: Tensor) -> int:
+    """How many processes hold the same part of a tensor as this one, itself among them."""
+    if not isinstance(tensor, DTensor):
+        return world()
+    parts = math.prod(
+        tensor.device_mesh.size(dimension)
+        for dimension, placement in enumerate(tensor.placements)
+        if placement.is_shard()
+    )
+    return world() // parts
 
 
 def put(target: Tensor, full: Tensor) -> None:

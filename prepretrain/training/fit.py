@@ -3,9 +3,7 @@ of any task."""
 
 import gc
 import logging
-import math
 import random
-import time
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
@@ -16,13 +14,15 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
-from prepretrain.data.loader import Stream, to_device
+from prepretrain.data.loader import Stream
 from prepretrain.distributed import checkpoint, heartbeat, shard
 from prepretrain.distributed import group as distributed
 from prepretrain.training import durations, numerics, optim
+from prepretrain.training.feed import Feed
+from prepretrain.training.ledger import Ledger
 from prepretrain.training.log import Metrics, Progress
+from prepretrain.training.outcome import Gradients, Outcome
 from prepretrain.training.schedule import Schedule
 from prepretrain.training.signals import Signals
 
@@ -110,13 +110,20 @@ def _fit(
     noted from here on. lost: see checkpoint.save. Raises numerics.GoBack to be started again from the
     newest checkpoint.
     """
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    gradients = Gradients([p for group in optimizer.param_groups for p in group["params"]])
     step, bad = _resume(saved, objective, optimizer, data)
     metrics, progress = Metrics(folder, step, wandb), Progress(schedule.steps, step)
+    ledger = Ledger(
+        *(metrics, progress, bad),
+        steps=schedule.steps,
+        log_every=log_every,
+        batch_size=data.batch_size,
+        max_bad=data.max_bad,
+    )
     asked = Signals() if signals is None else signals
     metrics.write_rollbacks(step, guard.rollbacks)
     stream = data.batches(guard.position(step, data.batch_size))
-    meter, before = _Meter(data.batch_size), metrics.seconds if distributed.is_main() else 0.0
+    feed = Feed(stream, ledger.meter.waiting)
     measure = partial(_evaluate, evals, objective, optimizer, schedule.steps, metrics, asked)
     measure(step, skip=distributed.from_main(metrics.measured))
     objective.train()
@@ -125,7 +132,8 @@ def _fit(
         gc.disable()  # a collection at a random time on one of many processes stops them all
         gc.freeze()  # what is there already is not searched at every checkpoint
 
-    def state() -> dict[str, Any]:
+    def state(step: int) -> dict[str, Any]:
+        ledger.share_bad(step)
         kept = {"step": step, "images": step * data.batch_size, "bad": dict(bad)}
         return kept | {
             "data": data.fingerprint,
@@ -144,68 +152,76 @@ def _fit(
         if async_save
         else None
     )
+
+    def settle(taken: _Taken) -> bool:
+        """Reads what a step came to, and notes it; whether to stop."""
+        found = taken.outcome.read()
+        if found.finite:
+            event = guard.spike(taken.step, found.norm)
+        else:
+            said = _not_finite(folder, taken)
+            if save_every is not None:
+                facts = {"seed": seed, "position": guard.position(taken.step, data.batch_size)}
+                parts = (objective, optimizer, state(taken.step))
+                place = numerics.dump(
+                    folder, taken.step, *parts, *taken.described(objective), facts
+                )
+                said += f" To look into it: tools/launch.py --replay {place}"
+            event = guard.not_finite(taken.step, said)
+        ledger.note(taken.step + 1, taken.rate, found, taken.replaced, event)
+        return found.stop
+
+    late, stop = _reads_late(), False
+    unread: _Taken | None = None
     try:
         while step < schedule.steps:
             heartbeat.beat(f"step {step + 1}")
             seed_all(seed, step)
             rate = schedule.apply(optimizer, step)
-            figures, replaced, seen = _gradients(objective, stream, data.accumulate, meter)
-            norm = _norm(parameters)
-            vote = _vote(figures, norm, replaced, asked.received is not None)
-            if vote.finite:
-                event = guard.spike(step, vote.norm)
-            else:
-                said = _not_finite(folder, step, figures, norm)
-                if save_every is not None:
-                    facts = {"seed": seed, "position": guard.position(step, data.batch_size)}
-                    parts = (objective, optimizer, state())
-                    place = numerics.dump(folder, step, *parts, figures, norm, seen, facts)
-                    said += f" To look into it: tools/launch.py --replay {place}"
-                event = guard.not_finite(step, said)
-            if event in (None, numerics.SPIKE):
-                _clip(parameters, norm, clip)
-                optimizer.step()
+            figures, replaced, seen = _gradients(objective, feed, data.accumulate)
+            own = {"stop": asked.received is not None, "bad": len(replaced)}
+            outcome = Outcome(figures, gradients.norms(), **own)
+            if unread is not None:
+                stop |= settle(unread)
+            left_out = outcome.left_out(guard.limit())
+            if clip is not None:
+                gradients.clip(outcome.norm, clip)
+            optim.step(optimizer, left_out)
             optimizer.zero_grad()
+            outcome.send()
+            unread = _Taken(step, rate, outcome, replaced, seen)
             step += 1
-            meter.step()
-            bad.update(one["cause"] for one in vote.bad)
-            metrics.quarantine(step, vote.bad)
-            _check_bad(bad, step * data.batch_size, data.max_bad)
-            progress.advance()
-            if event or durations.due(step, log_every, schedule.steps):
-                row = {"step": step, "images": step * data.batch_size}
-                row |= {"seconds": round(before + meter.total(), 3), **vote.figures, "lr": rate}
-                row |= {"grad_norm": vote.norm, **meter.rates()}
-                row |= {"bad_images": sum(bad.values())} if bad else {}
-                row |= {"event": event} if event else {}
-                metrics.write(
-                    {k: v for k, v in row.items() if not isinstance(v, float) or math.isfinite(v)}
-                )
-                progress.show(*_texts(row, schedule.steps))
-            if save_every is not None and (
-                vote.stop or step in always or durations.due(step, save_every, schedule.steps)
-            ):
+            saves = save_every is not None and (
+                step in always or durations.due(step, save_every, schedule.steps)
+            )
+            ends = step == schedule.steps
+            if not late or stop or saves or ends or _due(evals, step, schedule.steps):
+                stop |= settle(unread)
+                unread = None
+            if saves or (stop and save_every is not None):
                 gc.collect()
                 if not _finite(objective, optimizer):
                     guard.spoilt(step, _spoilt(folder, step))
-                parts = (step, objective, optimizer, state())
+                parts = (step, objective, optimizer, state(step))
                 if saver is not None:
                     saver.save(*parts)
                 else:
                     checkpoint.save(folder, *parts, keep=keep, always=always, lost=refused)
-            if saver is not None and (vote.stop or step == schedule.steps):
+            if saver is not None and (stop or ends):
                 saver.wait()
-            if vote.stop and step < schedule.steps:
+            if stop and not ends:
                 saved_too = "" if save_every is None else " and saved"
                 raise Stopped(
                     f"{folder}: stopped by a signal after step {step}{saved_too}. "
                     f"The same command continues it."
                 )
-            measure(step)
+            if unread is None:
+                measure(step)
         if (said := distributed.from_main(metrics.unwritten())) is not None:
             raise OSError(said)
     except Exception as error:
-        error.step = step  # for those who decide whether to start again
+        # for those who decide whether to start again
+        error.step = step if unread is None else unread.step
         raise
     finally:
         stream.close()
@@ -218,6 +234,41 @@ def _fit(
             asked.restore()
         metrics.close()
         progress.close()
+
+
+@dataclass(frozen=True)
+class _Taken:
+    """A step that the device was given. step: the number of those before it. replaced, seen: this
+    process's images, see `_gradients`."""
+
+    step: int
+    rate: float
+    outcome: Outcome
+    replaced: list[dict]
+    seen: list[dict]
+
+    def described(self, objective: nn.Module) -> tuple[dict[str, Any], dict[str, float]]:
+        """What a dump says of it: of this process, and the square of each gradient's norm over all of
+        them, which call for it together."""
+        figures = {k: numerics.as_json(v) for k, v in self.outcome.figures.items()}
+        norm = numerics.as_json(self.outcome.norm)
+        mine = {"figures": figures, "gradient_norm": norm, "batches": self.seen}
+        return mine, self.outcome.squares(dict(objective.named_parameters()))
+
+
+def _reads_late() -> bool:
+    """Whether the host reads a step's figures when the next one has been queued, as it must where it
+    would wait for a device. A step that is not finite is still never taken: that is decided on the
+    device. What follows from it (dump, rollback, error) comes before the next step changes the
+    weights; only rows of metrics come a step later, and so does a stop.
+
+    A CPU has computed them by then anyway, and a run that is killed there has the rows of all steps.
+    """
+    return distributed.device().type != "cpu"
+
+
+def _due(evals: Sequence[Evaluation], step: int, steps: int) -> list[Evaluation]:
+    return [one for one in evals if step and durations.due(step, one.every, steps)]
 
 
 def _evaluate(
@@ -234,10 +285,8 @@ def _evaluate(
     that was cut off had measured by then."""
     due = [
         one
-        for one in evals
-        if step
-        and durations.due(step, one.every, steps)
-        and not any(name.startswith(one.prefix) for name in skip)
+        for one in _due(evals, step, steps)
+        if not any(name.startswith(one.prefix) for name in skip)
     ]
     if not due:  # to exchange the weights in each step would take as long as a small model's step
         return
@@ -270,13 +319,16 @@ def seed_all(seed: int, step: int, rank: int | None = None) -> None:
     draws the same. rank: as if in this process of the run."""
     rank = distributed.rank() if rank is None else rank
     value = int(np.random.SeedSequence([seed, step, rank]).generate_state(1)[0])
-    torch.manual_seed(value)
+    # not torch.manual_seed, which looks for devices of every make: half of a millisecond in each step
+    torch.default_generator.manual_seed(value)
+    if distributed.on_gpu():
+        torch.cuda.manual_seed(value)
     np.random.seed(value)
     random.seed(value)
 
 
 def _gradients(
-    objective: nn.Module, stream: Any, accumulate: int, meter: "_Meter"
+    objective: nn.Module, feed: Feed, accumulate: int
 ) -> tuple[dict[str, Tensor], list, list]:
     """Adds up the gradients of one step's micro batches; their mean figures, the images replaced in
     them, and which images each was of."""
@@ -284,61 +336,25 @@ def _gradients(
     bad: list[dict] = []
     seen: list[dict] = []
     for part in range(accumulate):
-        with meter.waiting():
-            batch = next(stream)
+        batch = feed.take()
         bad += batch.pop("bad")
         seen.append({"position": batch["position"], "key": batch["key"]})
-        shard.send_gradients(objective, part == accumulate - 1)
-        figures = objective(to_device(batch))
+        if accumulate > 1:
+            shard.send_gradients(objective, part == accumulate - 1)
+        figures = objective(batch)
         (figures["loss"] / accumulate).backward()
         for name, value in figures.items():
             total[name] = total.get(name, 0) + value.detach().float() / accumulate
+        feed.prepare()
     return total, bad, seen
 
 
-def _norm(parameters: list[nn.Parameter]) -> Tensor:
-    """The gradients' norm over all processes."""
-    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-    return distributed.whole(norm)
-
-
-def _clip(parameters: list[nn.Parameter], norm: Tensor, limit: float | None) -> None:
-    """Clips gradients whose norm is known to be finite; those of a failed step stay as they are."""
-    if limit is not None:
-        torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm)
-
-
-@dataclass(frozen=True)
-class _Vote:
-    finite: bool
-    stop: bool
-    bad: list[dict]
-    figures: dict[str, float]
-    norm: float
-
-
-def _vote(figures: dict[str, Tensor], norm: Tensor, bad: list, stop: bool) -> _Vote:
-    """One small exchange a step, in which all processes agree to go on, and share their figures'
-    means."""
-    values = [float(v) for v in figures.values()] + [float(norm)]
-    finite = all(math.isfinite(v) for v in values)
-    sums = distributed.all_sum(
-        torch.tensor(
-            [0.0 if finite else 1.0, float(stop), float(bool(bad)), *values], dtype=torch.float64
-        )
-    ).tolist()
-    replaced = (
-        [one for part in distributed.all_gather_object(bad) for one in part] if sums[2] else []
-    )
-    means = [v / distributed.world() for v in sums[3:]]
-    return _Vote(sums[0] == 0, sums[1] > 0, replaced, dict(zip(figures, means)), means[-1])
-
-
-def _not_finite(folder: Path, step: int, figures: dict[str, Tensor], norm: Tensor) -> str:
+def _not_finite(folder: Path, taken: _Taken) -> str:
+    figures, norm = taken.outcome.figures, float(taken.outcome.norm)
     shown = ", ".join(f"{k} {float(v):g}" for k, v in figures.items())
     return (
-        f"{folder}: step {step + 1} is not finite ({shown}, gradient norm {float(norm):g} on process "
-        f"{distributed.rank()}). The weights are those of step {step}. Lower optim.lr, set optim.clip, or "
+        f"{folder}: step {taken.step + 1} is not finite ({shown}, gradient norm {norm:g} on process "
+        f"{distributed.rank()}). The weights are those of step {taken.step}. Lower optim.lr, set optim.clip, or "
         f"use shard.precision=fp32; the newest checkpoint is intact."
     )
 
@@ -348,8 +364,7 @@ def _finite(objective: nn.Module, optimizer: torch.optim.Optimizer) -> bool:
     gradient can still make weights that are not."""
     kept = [value for state in optimizer.state.values() for value in state.values()]
     tensors = [t for t in (*objective.parameters(), *kept) if isinstance(t, Tensor)]
-    local = [t.to_local() if isinstance(t, DTensor) else t for t in tensors]
-    wrong = sum(not bool(t.isfinite().all()) for t in local)
+    wrong = sum(not bool(distributed.local(t).isfinite().all()) for t in tensors)
     return float(distributed.all_sum(torch.tensor([float(wrong)]))) == 0
 
 
@@ -358,65 +373,4 @@ def _spoilt(folder: Path, step: int) -> str:
         f"{folder}: the weights after step {step} are not finite, or what the optimizer keeps is not, so "
         f"they are not saved, and the earlier checkpoints stay. Lower optim.lr or optim.weight_decay, or "
         f"set optim.clip."
-    )
-
-
-def _check_bad(bad: Counter, images: int, limit: float) -> None:
-    count = sum(bad.values())
-    if count > max(limit * images, 10):  # ten may happen in the first steps of any run
-        causes = ", ".join(f"{n} {cause}" for cause, n in bad.most_common())
-        raise ValueError(
-            f"data.max_bad: {count} bad images were replaced ({causes}) to fill {images} places, more than "
-            f"the share {limit}. Look at them in the log; clean the data, or raise data.max_bad."
-        )
-
-
-class _Meter:
-    """Images a second, and the share of time spent waiting for data, since they were last read."""
-
-    def __init__(self, batch_size: int):
-        self.batch_size = batch_size
-        self.begin = self.since = time.perf_counter()
-        self.waited, self.steps = 0.0, 0
-
-    def waiting(self) -> "_Waiting":
-        return _Waiting(self)
-
-    def step(self) -> None:
-        self.steps += 1
-
-    def total(self) -> float:
-        return time.perf_counter() - self.begin
-
-    def rates(self) -> dict[str, float]:
-        now = time.perf_counter()
-        spent = max(now - self.since, 1e-9)
-        rates = {
-            "images_per_second": round(self.steps * self.batch_size / spent, 2),
-            "data_wait": round(self.waited / spent, 4),
-        }
-        self.since, self.waited, self.steps = now, 0.0, 0
-        return rates
-
-
-class _Waiting:
-    def __init__(self, meter: _Meter):
-        self.meter = meter
-
-    def __enter__(self) -> None:
-        self.start = time.perf_counter()
-
-    def __exit__(self, *error: Any) -> None:
-        self.meter.waited += time.perf_counter() - self.start
-
-
-def _texts(row: dict[str, Any], steps: int) -> tuple[str, str]:
-    """The figures behind a bar, and as a plain line with the time left."""
-    speed = row["images_per_second"]
-    left = (steps / row["step"] - 1) * row["images"] / speed if speed else math.inf
-    bar = f"{speed:.0f} images/s, loss {row['loss']:.4f}, waits for data {row['data_wait']:.0%}"
-    bar += f", {row['event']}" if "event" in row else ""
-    return (
-        bar,
-        f"step {row['step']}/{steps}  {bar}  lr {row['lr']:.2e}  left {time.strftime('%H:%M:%S', time.gmtime(left))}",
     )

@@ -107,14 +107,14 @@ class Metrics:
         if rollbacks and rollbacks[-1]["to"] == step:
             self.write({"step": step, ROLLBACKS: rollbacks})
 
-    def quarantine(self, step: int, replaced: list[dict]) -> None:
-        """Appends the images that were replaced in a step to quarantine.jsonl, with cause and key;
-        warns of the first of each cause, since without a known tag many are no news."""
+    def quarantine(self, replaced: list[dict]) -> None:
+        """Appends images that were replaced to quarantine.jsonl, with step, cause and key; warns of
+        the first of each cause, since without a known tag many are no news."""
         if self.file is None or not replaced:
             return
         with self.replaced.open("a") as file:
             for one in replaced:
-                file.write(json.dumps({"step": step, **one}) + "\n")
+                file.write(json.dumps(one) + "\n")
                 if one["cause"] not in self.causes:
                     self.causes.add(one["cause"])
                     why = ": ".join(one[name] for name in ("cause", "detail") if name in one)

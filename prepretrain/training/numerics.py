@@ -3,15 +3,13 @@ checkpoint, or stop. Dumps the failing step for `--replay`."""
 
 import logging
 import math
-import statistics
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
+import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from prepretrain.distributed import checkpoint
 from prepretrain.distributed import group as distributed
@@ -76,14 +74,26 @@ class Guard:
         """The position in the data of the first image of the batch after `step` steps."""
         return step * batch_size + self.shift
 
+    def limit(self) -> float:
+        """The norm above which the next step must not be taken."""
+        if not self.policy.skip_spikes or len(self.norms) < self.policy.window:
+            return math.inf
+        mean, deviation = self._usual()
+        return mean + self.policy.sigma * deviation
+
+    def _usual(self) -> tuple[float, float]:
+        """The last norms' mean and standard deviation."""
+        return float(np.mean(self.norms)), float(np.std(self.norms))
+
     def spike(self, step: int, norm: float) -> str | None:
         """None; or SPIKE or SPIKE_LEFT_OUT for a finite norm that is far above the last ones. It joins
         them: where all become larger, they soon are no spikes (the rule of OLMo-core's SkipStep)."""
         last, policy = self.norms, self.policy
-        self.norms = [*last, norm][-policy.window :]
         if len(last) < policy.window:
+            self.norms = [*last, norm]
             return None
-        mean, deviation = statistics.fmean(last), statistics.pstdev(last)
+        mean, deviation = self._usual()
+        self.norms = [*last, norm][-policy.window :]
         if norm <= mean + policy.sigma * deviation:
             return None
         event = SPIKE_LEFT_OUT if policy.skip_spikes else SPIKE
@@ -126,15 +136,13 @@ class Guard:
         self.shift, self.rollbacks = behind - kept["step"] * batch_size, rollbacks
 
 
-def group_norms(named: Iterable[tuple[str, nn.Parameter]]) -> dict[str, float]:
-    """{block: its gradient's norm} over all processes, which call for it together; a block is the
-    parameters up to the first number in their names, as model.encoder.blocks.3."""
-    parts: dict[str, list[Tensor]] = {}
-    for name, parameter in named:
-        if parameter.grad is not None:
-            parts.setdefault(_block(name), []).append(parameter.grad)
-    norms = {block: torch.nn.utils.get_total_norm(grads) for block, grads in parts.items()}
-    return {block: float(distributed.whole(norm)) for block, norm in norms.items()}
+def _block_norms(squares: dict[str, float]) -> dict[str, float | str]:
+    """{block: its gradient's norm}, of the square of each parameter's; a block is the parameters up to
+    the first number in their names, as model.encoder.blocks.3."""
+    blocks: dict[str, float] = {}
+    for name, square in squares.items():
+        blocks[_block(name)] = blocks.get(_block(name), 0.0) + square
+    return {block: as_json(math.sqrt(square)) for block, square in blocks.items()}
 
 
 def _block(name: str) -> str:
@@ -149,26 +157,19 @@ def dump(
     objective: nn.Module,
     optimizer: torch.optim.Optimizer,
     state: dict[str, Any],
-    figures: dict[str, Tensor],
-    norm: Tensor,
-    batches: list[dict[str, Any]],
+    mine: dict[str, Any],
+    squares: dict[str, float],
     facts: dict[str, int],
 ) -> Path:
     """Writes `<folder>/dumps/<step>`: what a step was made of, on every process, and for a run's first
-    dumps the state that it started from, so that it can be replayed. Gradients must be those of the
-    step, not yet clipped.
+    dumps the state that it started from, so that it can be replayed.
 
-    step: the number of steps before it. batches: this process's [{"key", "position"}]. facts: "seed",
+    step: the number of steps before it. mine: this process's {"figures", "gradient_norm", "batches":
+    [{"key", "position"}]}. squares: of each gradient's norm over all processes. facts: "seed",
     "position". A disk that cannot take it is logged, and no error: the step's fate is decided.
     """
     place = folder / "dumps" / f"{step + 1:09d}"
-    mine = {
-        "figures": {k: as_json(v) for k, v in figures.items()},
-        "gradient_norm": as_json(norm),
-        "batches": batches,
-    }
     processes = distributed.all_gather_object(mine)
-    blocks = {k: as_json(v) for k, v in group_norms(objective.named_parameters()).items()}
     others = [p for p in folder.glob("dumps/*/checkpoints") if p.parent != place]
     try:
         if distributed.from_main(len(others)) < _DUMPS:
@@ -176,7 +177,7 @@ def dump(
         if distributed.is_main():
             place.mkdir(parents=True, exist_ok=True)
             row = {"step": step + 1, **facts, "world": len(processes)}
-            row |= {"gradient_norms": blocks, "processes": processes}
+            row |= {"gradient_norms": _block_norms(squares), "processes": processes}
             write_json(place / DUMP, row)
     except OSError as error:
         logger.warning("%s: could not be written, so it cannot be replayed: %s", place, error)
@@ -201,8 +202,7 @@ class FirstNotFinite:
         self.found: dict[str, str] | None = None
         self.hooks = []
         for name, parameter in module.named_parameters():
-            local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
-            if not bool(torch.isfinite(local).all()):
+            if not bool(torch.isfinite(distributed.local(parameter)).all()):
                 self._note("weights", name)
         for name, part in module.named_modules():
             self.hooks.append(part.register_forward_hook(self._forward(name or "objective")))

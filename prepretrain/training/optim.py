@@ -12,7 +12,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from prepretrain import contracts, plugin
 from prepretrain.distributed.shard import find_roots
-from prepretrain.training.optimizers.base import Groups, Optimizer
+from prepretrain.training.optimizers.base import Groups, Optimizer, here
 
 
 def build(
@@ -89,27 +89,47 @@ class _UnderHead:
         yield "head", nn.Parameter(torch.empty(0), requires_grad=False)  # in no group itself
 
 
+def step(optimizer: torch.optim.Optimizer, left_out: Tensor) -> None:
+    """Takes an optimizer's step, unless `left_out`, a 1.0 or 0.0 on the device, says not to: then
+    neither weights nor what the optimizer keeps change.
+
+    Optimizers that torch calls fused (AdamW) look at it on the device, as with a GradScaler. Gradients
+    of 0 would not do: momentum and weight decay move the weights all the same. So any other makes the
+    host wait for the answer.
+    """
+    if getattr(optimizer, "_step_supports_amp_scaling", False):
+        optimizer.found_inf = left_out
+        optimizer.step()
+        del optimizer.found_inf
+    elif not left_out.item():
+        optimizer.step()
+
+
 @torch.no_grad()
 def _average(optimizer: torch.optim.Optimizer, *_: Any, decay: float) -> None:
     """Moves each parameter's average towards it. Kept as the optimizer's state, so that it is
     sharded, saved and resumed with it."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    step = _step(optimizer.state[parameters[0]])
-    weight = 1 - min(decay, (1 + step) / (10 + step))  # faster at first # not from the paper
+    left_out = getattr(optimizer, "found_inf", None)  # see `step`
+    step = _step(optimizer.state[parameters[0]], parameters[0].device, left_out)
+    weight = 1 - ((1 + step) / (10 + step)).clamp(max=decay)  # faster at first # not from the paper
+    weight = (weight if left_out is None else weight * (1 - left_out)).float()
     for parameter in parameters:
         state = optimizer.state[parameter]
         if "average" not in state:
             state["average"] = parameter.detach().clone()
-    averages = [optimizer.state[parameter]["average"] for parameter in parameters]
-    torch._foreach_lerp_(averages, [parameter.detach() for parameter in parameters], weight)
+    averages = here([optimizer.state[parameter]["average"] for parameter in parameters])
+    torch._foreach_lerp_(averages, here(parameters), [weight] * len(averages))
 
 
-def _step(state: dict[str, Tensor]) -> float:
-    """The number of steps taken, by the optimizer's own count or, where it keeps none, by ours."""
+def _step(state: dict[str, Tensor], device: torch.device, left_out: Tensor | None) -> Tensor:
+    """The number of steps taken, by the optimizer's own count or, where it keeps none, by ours; on
+    the device."""
     if "step" in state:  # AdamW
-        return float(state["step"])
-    state["averaged"] = state.get("averaged", torch.tensor(0.0)) + 1
-    return float(state["averaged"])
+        return torch.as_tensor(state["step"], dtype=torch.float64, device=device)
+    taken = torch.ones((), device=device) if left_out is None else 1 - left_out
+    state["averaged"] = state.get("averaged", torch.zeros((), device=device)) + taken
+    return state["averaged"].double()
 
 
 @contextlib.contextmanager

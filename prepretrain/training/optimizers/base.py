@@ -4,6 +4,8 @@ from typing import Any
 
 import torch
 
+from prepretrain.distributed import group as distributed
+
 Groups = list[dict[str, Any]]  # parameter groups, each with "params", "lr" and "weight_decay"
 
 
@@ -15,3 +17,8 @@ class Optimizer(torch.optim.Optimizer):
     """
 
     state_tensors: int  # float32 tensors of a parameter's shape that it keeps for each parameter
+
+
+def here(values: list[torch.Tensor]) -> list[torch.Tensor]:
+    """This process's parts of tensors."""
+    return [distributed.local(value) for value in values]
