@@ -82,6 +82,25 @@ def test_a_training_step_takes_three_forward_passes():
     assert found.flops / images / Plan(given, 1).flops() == pytest.approx(3, rel=0.02)
 
 
+@pytest.mark.parametrize("how", ["none", "block", "offload"])
+@pytest.mark.parametrize(
+    "stage, overrides, world, parts",
+    [
+        ("wsp", ["model.encoder=vit_test8", "model.depth=12"], 4, 2),
+        ("finetune", ["model.encoder=vit_test8", "model.depth=12", "data.train=cifar10"], 1, 1),
+        ("mae", ["base=[]", "model.encoder=vit_test8", "model.depth=24"], 4, 1),
+    ],
+)
+def test_a_deep_model_is_known_to_the_byte_from_shallow_ones(stage, overrides, world, parts, how):
+    given = capacity.load(stage, [*overrides, "model.image_size=32"])
+    small = {"images": 2, "accumulate": parts, "world": world, "group": min(2, world)}
+    every, few = (
+        memory.simulate(partial(build_objective, given), recompute=how, shorten=short, **small)
+        for short in (False, True)
+    )
+    assert few == every
+
+
 def test_accumulated_gradients_are_whole_until_they_are_sent():
     once = memory.simulate(build, images=2, world=8).bytes
     twice = memory.simulate(build, images=1, accumulate=2, world=8).bytes
