@@ -32,6 +32,7 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sd
 from prepretrain.distributed import shard
 from prepretrain.objectives.base import Objective
 from prepretrain.training import optim
+from prepretrain.training.fit import seed_all
 from prepretrain.training.optimizers.base import Optimizer
 
 # A CPU's fused attention, which torch counts from 2.15 on only: q, k, v come first, and the gradient
@@ -52,21 +53,43 @@ KINDS = ("parameters", "gradients", "optimizer", "activations", "in_flight")
 
 
 @dataclass(frozen=True)
+class Collective:
+    """Exchanges of one kind that a process has in a step with the same others.
+
+    ranks: all who take part. bytes: what the process sends, as a ring does.
+    """
+
+    kind: str
+    ranks: tuple[int, ...]
+    number: int
+    bytes: int
+
+
+@dataclass(frozen=True)
 class Step:
     """What one process needs for an optimizer step.
 
     bytes: the largest of each of KINDS, which need not be at the same time. in_flight is what FSDP
     holds for a moment: gathered parameters, and gradients on their way to the processes that keep
     them. peak: bytes of all kinds together where they are most; at_peak: what those are made of.
-    sent: bytes that the process sends in each collective, as a ring does. flops: forward, what is
-    recomputed, and backward.
+    flops: forward, what is recomputed, and backward. traffic: bytes that operations, each by itself,
+    read from memory and write to it.
     """
 
     bytes: dict[str, int]
     peak: int
     at_peak: dict[str, int]
-    sent: dict[str, int]
+    collectives: tuple[Collective, ...]
     flops: int
+    traffic: int
+
+    @property
+    def sent(self) -> dict[str, int]:
+        """The bytes that the process sends in collectives of each kind."""
+        sent: Counter[str] = Counter()
+        for one in self.collectives:
+            sent[one.kind] += one.bytes
+        return sent
 
 
 def simulate(
@@ -158,6 +181,7 @@ def _measure(
 
     def update() -> None:
         ledger.begin()
+        seed_all(0, 0)  # mixup and erasing draw what they do: the same at every depth
         for part in range(accumulate):
             ledger.enter("part")
             batch = {k: torch.empty(v.shape, dtype=v.dtype) for k, v in example}
@@ -187,7 +211,8 @@ class _Profile:
     phases: dict[
         tuple, Counter
     ]  # bytes: ("peak", kind) where all together are most, ("largest", kind)
-    totals: Counter  # over the step: ("sent", collective), ("flops",)
+    # over the step: ("flops",), ("traffic",), ("number", collective, ranks), ("sent", collective, ranks)
+    totals: Counter
 
     def less(self, other: "_Profile") -> "_Profile":
         """What this one has more, of phases that both have."""
@@ -207,8 +232,13 @@ class _Profile:
         largest = {kind: max(one["largest", kind] for one in phases) for kind in KINDS}
         peaks = [{kind: one["peak", kind] for kind in KINDS} for one in phases]
         peak = max(peaks, key=lambda one: sum(one.values()))
-        sent = {name[1]: size for name, size in self.totals.items() if name[0] == "sent"}
-        return Step(largest, sum(peak.values()), peak, sent, self.totals[("flops",)])
+        collectives = tuple(
+            Collective(*name[1:], number, self.totals[("sent", *name[1:])])
+            for name, number in self.totals.items()
+            if name[0] == "number"
+        )
+        flops, traffic = self.totals[("flops",)], self.totals[("traffic",)]
+        return Step(largest, sum(peak.values()), peak, collectives, flops, traffic)
 
 
 def _sum(one: Counter, other: Counter, times: int) -> Counter:
@@ -274,15 +304,20 @@ class _Ledger(TorchDispatchMode):
         if self.trying:
             return result
         moving = func.namespace in ("fsdp", "c10d", "_c10d_functional")
-        for tensor in _tensors((args, kwargs, result) if moving else result):
+        given, made = _tensors((args, kwargs)), _tensors(result)
+        for tensor in (*given, *made) if moving else made:
             storage = self._of(tensor)
             if moving and storage.kind == "activations":
                 storage.kind = "in_flight"
         if func.namespace == "c10d":
             self._count(func, args)
-        elif func._overloadpacket in _FLOPS:
+            return result
+        if func._overloadpacket in _FLOPS:
             counted = _FLOPS[func._overloadpacket](*args, **(kwargs or {}), out_val=result)
             self.totals[("flops",)] += counted
+        asks = func.is_view or func.namespace == "prim" or "empty" in func._overloadpacket.__name__
+        if not asks:  # it touches what is in memory
+            self.totals[("traffic",)] += sum(map(_bytes, (*given, *made)))
         return result
 
     def _of(self, tensor: Tensor) -> _Storage:
@@ -366,8 +401,11 @@ class _Ledger(TorchDispatchMode):
 
     def _count(self, func: Any, args: Any) -> None:
         name = func._overloadpacket.__name__
-        size = next(dist.ProcessGroup.unbox(a) for a in args if isinstance(a, torch.ScriptObject))
-        share = (size.size() - 1) / size.size()
+        group = next(dist.ProcessGroup.unbox(a) for a in args if isinstance(a, torch.ScriptObject))
+        if group.size() == 1:
+            return
+        ranks = tuple(dist.get_process_group_ranks(group))
+        share = (len(ranks) - 1) / len(ranks)
         whole, times = {
             "_allgather_base_": (args[0], 1),
             "allgather_": (args[0], 1),
@@ -375,7 +413,9 @@ class _Ledger(TorchDispatchMode):
             "allreduce_": (args[0], 2),  # a reduce-scatter and an all-gather
         }[name]
         bytes_ = sum(t.numel() * t.element_size() for t in _tensors(whole))
-        self.totals["sent", name.strip("_").removesuffix("_base")] += round(times * share * bytes_)
+        kind = name.strip("_").removesuffix("_base")
+        self.totals["number", kind, ranks] += 1
+        self.totals["sent", kind, ranks] += round(times * share * bytes_)
 
     def summary(self) -> _Profile:
         """Goes through the step again, now that every storage's kind is known."""
@@ -398,6 +438,11 @@ class _Ledger(TorchDispatchMode):
                 }
             )
         return _Profile(phases, self.totals)
+
+
+def _bytes(tensor: Tensor) -> int:
+    """What reading a tensor reads: of an expanded one, what there is."""
+    return min(tensor.numel() * tensor.element_size(), tensor.untyped_storage().nbytes())
 
 
 def _tensors(values: Any) -> list[Tensor]:
