@@ -83,6 +83,25 @@ def test_a_training_step_takes_three_forward_passes():
     assert found.flops / images / Plan(given, 1).flops() == pytest.approx(3, rel=0.02)
 
 
+@pytest.mark.parametrize("how", ["none", "block", "offload"])
+@pytest.mark.parametrize(
+    "stage, overrides, world, parts",
+    [
+        ("wsp", ["model.encoder=vit_test8", "model.depth=12"], 4, 2),
+        ("finetune", ["model.encoder=vit_test8", "model.depth=12", "data.train=cifar10"], 1, 1),
+        ("mae", ["base=[]", "model.encoder=vit_test8", "model.depth=24"], 4, 1),
+    ],
+)
+def test_a_deep_model_is_known_to_the_byte_from_shallow_ones(stage, overrides, world, parts, how):
+    given = capacity.load(stage, [*overrides, "model.image_size=32"])
+    small = {"images": 2, "accumulate": parts, "world": world, "group": min(2, world)}
+    every, few = (
+        memory.simulate(partial(build_objective, given), recompute=how, shorten=short, **small)
+        for short in (False, True)
+    )
+    assert few == every
+
+
 def test_accumulated_gradients_are_whole_until_they_are_sent():
     once = memory.simulate(build, images=2, world=8).bytes
     twice = memory.simulate(build, images=1, accumulate=2, world=8).bytes
@@ -132,8 +151,13 @@ SMALL = ["model.encoder=vit_mini8", "batch_size=64", "shard.precision=bf16"]
 def estimate(bytes_: float, *overrides: str, gpus: int = 2) -> dict:
     """Of the small stage, on GPUs with so much memory left after the reserve."""
     given = capacity.load("small.yaml", [*SMALL, *overrides])
+    return capacity.estimate(given, machine(bytes_), gpus=gpus, images=1e6)
+
+
+def machine(bytes_: float, **rates: float) -> capacity.Machine:
+    """With so much memory left after the reserve, and slow."""
     gigabytes = bytes_ / 1e9 / (1 - capacity.RESERVE)
-    return capacity.estimate(given, gpus=gpus, gigabytes=gigabytes, mfu=0.5, tflops=1.0, images=1e6)
+    return capacity.Machine(gigabytes, **{"tflops": 1.0, "mfu": 0.5, **rates})
 
 
 def test_the_first_settings_that_fit_are_named_and_fit_as_they_are(place):
@@ -148,10 +172,38 @@ def test_the_first_settings_that_fit_are_named_and_fit_as_they_are(place):
     assert less["images_per_second"] == pytest.approx(2 * 0.5e12 / cost, rel=1e-3)
 
 
+def test_a_step_takes_as_long_as_the_slowest_of_what_it_does(place):
+    given = capacity.load("small.yaml", [*SMALL, "shard.group=2"])
+    quick = {"tflops": 1e6, "bandwidth": 1e6, "inside": 1e6, "between": 1e6}
+    found = capacity.estimate(given, machine(1e9, **quick, per_node=2), gpus=4, images=1e6)
+    inside = sum(one["bytes"] for one in found["collectives"] if one["kind"] != "allreduce")
+    between = sum(one["bytes"] for one in found["collectives"] if one["kind"] == "allreduce")
+    assert found["communicated_bytes_inside"] == inside > 0  # a group is a node
+    assert found["communicated_bytes_between"] == between > 0
+    for slow, name, amount in (
+        ("tflops", "compute", found["training_flops_per_image"] * 16 / 1e12 / 0.5),
+        ("bandwidth", "memory", found["traffic_bytes"] / 1e9 / capacity.REACHED),
+        ("inside", "network", inside / 1e9 / capacity.REACHED),
+        ("between", "network", between / 1e9 / capacity.REACHED),
+    ):
+        rates = machine(1e9, **{**quick, slow: 1e-3}, per_node=2)
+        slowed = capacity.estimate(given, rates, gpus=4, images=1e6)
+        assert slowed["limited_by"] == name
+        assert slowed["seconds_per_step"] == pytest.approx(amount / 1e-3, rel=1e-3)
+        assert slowed["images_per_second"] == pytest.approx(64 / slowed["seconds_per_step"])
+
+
+def test_a_ring_over_nodes_leaves_each_once_for_each_of_its_gpus():
+    eight = capacity.Machine(per_node=4)
+    split = eight.split(memory.Collective("allgather", tuple(range(8)), 1, 800))
+    assert split == (800, 200)
+    assert eight.split(memory.Collective("allreduce", (0, 4), 1, 800)) == (0, 800)
+    assert eight.split(memory.Collective("allreduce", (0, 1, 2), 1, 800)) == (800, 0)
+
+
 def test_smaller_parts_and_larger_groups_come_last(place):
     given = capacity.load("small.yaml", ["shard.group=1", "batch_size=8", "shard.recompute=block"])
-    room = Plan(given, 2).state_bytes() / 1e9 / (1 - capacity.RESERVE)
-    found = capacity.estimate(given, gpus=2, gigabytes=room, mfu=0.5, tflops=1.0)
+    found = capacity.estimate(given, machine(Plan(given, 2).state_bytes()), gpus=2)
     tried = [(one["group"], one["recompute"], one["accumulate"]) for one in found["tried"]]
     assert tried[:3] == [(1, "block", 1), (1, "offload", 1), (1, "offload", 2)]
     assert found["fits"] and tried[-1][0] == 2 and "shard.group=2" in found["overrides"]
@@ -160,14 +212,10 @@ def test_smaller_parts_and_larger_groups_come_last(place):
 def test_a_fine_tuning_that_mixes_pairs_is_planned_in_parts_of_two_images_or_more(place):
     given = ["objective={name: classify, mixup: 0.8}", "batch_size=8"]
     given += ["model={encoder: vit_test8, head: {classes: 3}}"]
-    found = capacity.estimate(
-        capacity.load("small.yaml", given), gpus=1, gigabytes=1e-5, mfu=0.5, tflops=1.0
-    )
+    mixing = capacity.load("small.yaml", given)
+    found = capacity.estimate(mixing, machine(1e4), gpus=1)
     assert not found["fits"] and found["gpus_needed"] is None
-    room = Plan(capacity.load("small.yaml", given), 1).state_bytes() / 1e9 / (1 - capacity.RESERVE)
-    found = capacity.estimate(
-        capacity.load("small.yaml", given), gpus=1, gigabytes=room, mfu=0.5, tflops=1.0
-    )
+    found = capacity.estimate(mixing, machine(Plan(mixing, 1).state_bytes()), gpus=1)
     assert {one["batch_per_process"] for one in found["tried"]} >= {8, 2}
     assert min(one["batch_per_process"] for one in found["tried"]) == 2
 

@@ -15,6 +15,19 @@ import sys
 
 from prepretrain.runs.completion import complete, stages
 
+MACHINE = {  # a flag's option of capacity.Machine, which has the defaults: an H100 SXM's
+    "--memory": ("gigabytes", "of each GPU, in 10^9 bytes (default: 80)"),
+    "--tflops": ("tflops", "a GPU's peak, dense bf16 (default: 989)"),
+    "--mfu": (
+        "mfu",
+        "share of the peak that the step's FLOPs run at (default: 0.4, an assumption)",
+    ),
+    "--bandwidth": ("bandwidth", "of a GPU's memory, in GB/s (default: 3350)"),
+    "--per-node": ("per_node", "GPUs in a node (default: 8)"),
+    "--inside": ("inside", "GB/s that a GPU sends inside its node (default: 450, NVLink)"),
+    "--between": ("between", "GB/s that it sends to others (default: 50, one 400 Gbit/s adapter)"),
+}
+
 
 def main() -> None:
     """Parses the flags; everything else is a key of the config."""
@@ -27,21 +40,8 @@ def main() -> None:
     stage.completer = stages
     parser.add_argument("--init", help="weights that the run starts from, as of tools/launch.py")
     parser.add_argument("--gpus", type=int, required=True, help="GPUs, one process on each")
-    parser.add_argument(
-        "--memory", type=float, required=True, metavar="GB", help="of each GPU, in 10^9 bytes"
-    )
-    parser.add_argument(
-        "--mfu",
-        type=float,
-        default=0.4,  # not from the paper
-        help="share of the peak that the step's FLOPs, recomputed ones too, run at (default: 0.4)",
-    )
-    parser.add_argument(
-        "--tflops",
-        type=float,
-        default=989.0,
-        help="a GPU's peak (default: 989, H100 SXM, dense bf16, NVIDIA's data sheet)",
-    )
+    for flag, (name, text) in MACHINE.items():
+        parser.add_argument(flag, type=int if name == "per_node" else float, dest=name, help=text)
     parser.add_argument(
         "--images", type=float, help="seen in the whole run (default: the config's length)"
     )
@@ -52,13 +52,14 @@ def main() -> None:
     from prepretrain.runs import capacity
 
     logging.basicConfig(format="%(message)s", level=logging.INFO, stream=sys.stderr)
+    machine = {name: getattr(asked, name) for name, _ in MACHINE.values()}
     try:
         found = capacity.estimate(
             capacity.load(asked.stage, asked.overrides, asked.init),
+            capacity.Machine(
+                **{name: value for name, value in machine.items() if value is not None}
+            ),
             gpus=asked.gpus,
-            gigabytes=asked.memory,
-            mfu=asked.mfu,
-            tflops=asked.tflops,
             images=asked.images,
         )
     except (ValueError, OSError) as error:

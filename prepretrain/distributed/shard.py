@@ -327,7 +327,12 @@ def find_roots(module: nn.Module) -> list[nn.Module]:
 
 def blocks(module: nn.Module) -> list[nn.Module]:
     """Every block that `shard` treats as one, recomputed and gathered by itself."""
-    return [block for root in find_roots(module) for some in _block_lists(root) for block in some]
+    return [block for some in block_lists(module) for block in some]
+
+
+def block_lists(module: nn.Module) -> list[nn.ModuleList]:
+    """The lists that hold the `blocks` of a module."""
+    return [some for root in find_roots(module) for some in _block_lists(root)]
 
 
 def send_gradients(module: nn.Module, now: bool) -> None:

@@ -18,6 +18,56 @@ logger = logging.getLogger(__name__)
 # NCCL and cuBLAS, and fragmentation, none of which is simulated
 RESERVE = 0.1
 RECOMPUTE = ("none", "block", "offload")  # each holds less memory than the one before
+# not from the paper: the share of a data sheet's bytes a second that copies reach
+REACHED = 0.8
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What GPUs can do, and how they are connected; by default an H100 SXM in a DGX H100, by NVIDIA's
+    data sheets of both. Rates are in 10⁹ bytes a second, one way.
+
+    gigabytes: a GPU's memory, in 10⁹ bytes. tflops: its peak, dense bf16. mfu: the share of it at
+    which the step's FLOPs run, recomputed ones included. bandwidth: of its memory. per_node: GPUs in
+    a node. inside: from a GPU to others in its node (NVLink). between: to other nodes, for each GPU
+    (one adapter of 400 Gbit/s).
+    """
+
+    gigabytes: float = 80.0
+    tflops: float = 989.0
+    mfu: float = 0.4  # not from the paper
+    bandwidth: float = 3350.0
+    per_node: int = 8
+    inside: float = 450.0
+    between: float = 50.0
+
+    def __post_init__(self) -> None:
+        if min(vars(self).values()) <= 0 or self.mfu > 1:
+            values = " ".join(f"{name}={value:g}" for name, value in vars(self).items())
+            raise ValueError(f"{values}: all must be more than 0, and mfu at most 1.")
+
+    @property
+    def room(self) -> float:
+        """The bytes of a GPU that a step may take."""
+        return self.gigabytes * 1e9 * (1 - RESERVE)
+
+    def split(self, one: memory.Collective) -> tuple[float, float]:
+        """The bytes that a GPU sends inside its node and to others. A ring leaves a node once for each
+        of its GPUs that takes part, which share what is sent."""
+        near = sum(rank // self.per_node == 0 for rank in one.ranks)
+        return one.bytes * (near > 1), one.bytes / near * (near < len(one.ranks))
+
+    def seconds(self, step: memory.Step) -> dict[str, float]:
+        """The time that a step needs for each of what it does at the same time."""
+        network = 0.0
+        for one in step.collectives:
+            inside, between = self.split(one)
+            network += max(inside / self.inside, between / self.between)
+        return {
+            "compute": step.flops / (self.tflops * 1e12 * self.mfu),
+            "memory": step.traffic / (self.bandwidth * 1e9 * REACHED),
+            "network": network / (1e9 * REACHED),
+        }
 
 
 @dataclass(frozen=True)
@@ -49,27 +99,18 @@ def load(stage: str, overrides: list[str], init: str | None = None) -> Training:
 
 
 def estimate(
-    config: Training,
-    *,
-    gpus: int,
-    gigabytes: float,
-    mfu: float,
-    tflops: float,
-    images: float | None = None,
+    config: Training, machine: Machine, *, gpus: int, images: float | None = None
 ) -> dict[str, Any]:
-    """The facts of a run on `gpus` of `gigabytes` (10⁹ bytes) each, as JSON can hold them: as it is
-    configured if that fits, else with the first settings that do.
+    """The facts of a run on `gpus`, as JSON can hold them: as it is configured if that fits, else with
+    the first settings that do.
 
     Tried in order: recomputing more; then smaller parts, accumulated; then the same with larger
-    groups. mfu: the share of `tflops`, a GPU's peak, at which the step's FLOPs run, recomputed ones
-    included. images: seen in the whole run; None takes the config's length. Raises ValueError for a
-    config that cannot work on so many.
+    groups. images: seen in the whole run; None takes the config's length. A step takes as long as the
+    slowest of computing, of its memory and of the network, which a GPU has at the same time. Raises
+    ValueError for a config that cannot work on so many.
     """
-    if gpus < 1 or gigabytes <= 0 or not 0 < mfu <= 1 or tflops <= 0:
-        raise ValueError(
-            f"--gpus {gpus} --memory {gigabytes} --mfu {mfu} --tflops {tflops}: all must be more than "
-            f"0, and --mfu at most 1."
-        )
+    if gpus < 1:
+        raise ValueError(f"--gpus {gpus}: must be more than 0.")
     plan = Plan(config, gpus)
     if images is None and plan.schedule is None:
         raise ValueError(
@@ -77,7 +118,7 @@ def estimate(
             f"whole run, as in --images 5e9."
         )
     images = plan.schedule.steps * config.batch_size if images is None else images
-    room = gigabytes * 1e9 * (1 - RESERVE)
+    room = machine.room
     tried: list[Attempt] = []
     for attempt in _attempts(config, gpus, room):
         tried.append(attempt)
@@ -86,8 +127,9 @@ def estimate(
     fits = bool(tried) and tried[-1].step.peak <= room
     best = min(tried, key=lambda one: one.step.peak) if tried else _attempt(config, gpus)
     step, settings = best.step, best.settings
-    cost = step.flops / (settings.batch_per_process * settings.accumulate)
-    speed = gpus * tflops * 1e12 * mfu / cost
+    seconds = machine.seconds(step)
+    speed = config.batch_size / max(seconds.values())
+    splits = [machine.split(one) for one in step.collectives]
     return {
         "fits": fits,
         "gpus": gpus,
@@ -97,18 +139,24 @@ def estimate(
         "bytes": step.bytes,
         "peak_bytes": step.peak,
         "bytes_at_peak": step.at_peak,
-        "memory_bytes": round(gigabytes * 1e9),
         "usable_bytes": round(room),
         "communicated_bytes": sum(step.sent.values()),
-        "communicated_bytes_by_collective": step.sent,
+        "communicated_bytes_inside": sum(inside for inside, _ in splits),
+        "communicated_bytes_between": round(sum(between for _, between in splits)),
+        "collectives": [
+            {"kind": one.kind, "gpus": len(one.ranks), "number": one.number, "bytes": one.bytes}
+            for one in step.collectives
+        ],
+        "traffic_bytes": step.traffic,
         **plan.size(),
-        "training_flops_per_image": round(cost),
+        "training_flops_per_image": round(step.flops * gpus / config.batch_size),
+        "seconds": seconds,
+        "seconds_per_step": max(seconds.values()),
+        "limited_by": max(seconds, key=lambda name: seconds[name]),
         "images_per_second": speed,
-        "seconds_per_step": config.batch_size / speed,
         "images": round(images),
         "days": images / speed / 86400,
-        "mfu": mfu,
-        "tflops": tflops,
+        "machine": asdict(machine),
         "tried": [{**asdict(one.settings), "peak_bytes": one.step.peak} for one in tried],
     }
 
@@ -196,6 +244,26 @@ def _enough(config: Training, gpus: int, room: float) -> int | None:
     return None
 
 
+def _times(found: dict[str, Any]) -> list[str]:
+    """What a step and GPU does, and how long each takes alone."""
+    gb, seconds, machine = 1e9, found["seconds"], Machine(**found["machine"])
+    sends = [
+        f"{one['number']} {one['kind']} of {one['gpus']} GPUs ({one['bytes'] / gb:.2f} GB)"
+        for one in found["collectives"]
+    ]
+    return [
+        f"compute {seconds['compute']:.3g} s a step: {found['training_flops_per_image'] / 1e9:,.0f} "
+        f"GFLOPs an image in training ({found['flops_per_image'] / 1e9:,.0f} forward), at "
+        f"{machine.mfu:.0%} of {machine.tflops:g} TFLOP/s",
+        f"memory  {seconds['memory']:.3g} s: {found['traffic_bytes'] / gb:,.0f} GB, at {REACHED:.0%} of "
+        f"{machine.bandwidth:g} GB/s",
+        f"network {seconds['network']:.3g} s: {found['communicated_bytes_inside'] / gb:.2f} GB in the "
+        f"node, at {REACHED:.0%} of {machine.inside:g} GB/s; "
+        f"{found['communicated_bytes_between'] / gb:.2f} GB to others, at {REACHED:.0%} of "
+        f"{machine.between:g} GB/s" + (f": {', '.join(sends)}" if sends else ""),
+    ]
+
+
 def table(found: dict[str, Any]) -> str:
     """An estimate, to read."""
     gb, used = 1e9, found["settings"]
@@ -213,12 +281,9 @@ def table(found: dict[str, Any]) -> str:
         f"{'together':<16}{'':>10}{found['peak_bytes'] / gb:>10.2f}"
         f"   of {found['usable_bytes'] / gb:g}, which is {1 - RESERVE:.0%} of the GPU's",
         "",
-        f"sends {found['communicated_bytes'] / gb:.2f} GB a step and GPU, at "
-        f"{found['communicated_bytes'] / gb / found['seconds_per_step']:.1f} GB/s",
-        f"{found['training_flops_per_image'] / 1e9:,.0f} GFLOPs an image in training "
-        f"({found['flops_per_image'] / 1e9:,.0f} forward)",
-        f"{found['images_per_second']:,.0f} images/s at {found['mfu']:.0%} of {found['tflops']:g} "
-        f"TFLOP/s: {found['days']:,.1f} days for {found['images']:,} images",
+        *_times(found),
+        f"{found['images_per_second']:,.0f} images/s, limited by {found['limited_by']}: "
+        f"{found['days']:,.1f} days for {found['images']:,} images",
         "",
     ]
     if not found["fits"]:

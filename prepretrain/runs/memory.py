@@ -4,9 +4,12 @@ processes that do not exist, on tensors without storage.
 The step is the real one, in torch's eager mode: an objective's, sharded by `shard` and updated by
 `optim`. Only this file uses torch's fake tensors and fake process group. torch's own FSDPMemTracker
 is not used: it follows one FSDP root, and an objective has several (`shard.find_roots`).
+
+Of a list of equal blocks only a few are run. Whatever a step holds at some block, counted from the
+first or from the last, grows by the same bytes with each block that the list is longer, so two short
+lists tell what a long one takes, to the byte.
 """
 
-import gc
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -24,27 +27,42 @@ from torch.distributed.tensor._sharding_prop import ShardingPropagator
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 from prepretrain.distributed import shard
 from prepretrain.objectives.base import Objective
 from prepretrain.training import optim
+from prepretrain.training.fit import seed_all
 from prepretrain.training.optimizers.base import Optimizer
 
-# A CPU's fused attention, which torch counts from 2.15 on only: shapes of q, k, v come first, and
-# that of the gradient before them.
-_ATTENTION = {
+# A CPU's fused attention, which torch counts from 2.15 on only: q, k, v come first, and the gradient
+# before them.
+_FLOPS = flop_registry | {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: (
-        lambda *shapes, **_: sdpa_flop_count(*shapes[:3])
+        lambda *args, **_: sdpa_flop_count(*(t.shape for t in args[:3]))
     ),
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: (
-        lambda *shapes, **_: sdpa_backward_flop_count(*shapes[:4])
+        lambda *args, **_: sdpa_backward_flop_count(*(t.shape for t in args[:4]))
     ),
 }
+_FEW = 4  # blocks of a list that is shortened: two at each end, as FSDP gathers one ahead
 
 ADAMW = partial(optim.build, lr=0.0, weight_decay=0.0)
 
 KINDS = ("parameters", "gradients", "optimizer", "activations", "in_flight")
+
+
+@dataclass(frozen=True)
+class Collective:
+    """Exchanges of one kind that a process has in a step with the same others.
+
+    ranks: all who take part. bytes: what the process sends, as a ring does.
+    """
+
+    kind: str
+    ranks: tuple[int, ...]
+    number: int
+    bytes: int
 
 
 @dataclass(frozen=True)
@@ -54,15 +72,24 @@ class Step:
     bytes: the largest of each of KINDS, which need not be at the same time. in_flight is what FSDP
     holds for a moment: gathered parameters, and gradients on their way to the processes that keep
     them. peak: bytes of all kinds together where they are most; at_peak: what those are made of.
-    sent: bytes that the process sends in each collective, as a ring does. flops: forward, what is
-    recomputed, and backward.
+    flops: forward, what is recomputed, and backward. traffic: bytes that operations, each by itself,
+    read from memory and write to it.
     """
 
     bytes: dict[str, int]
     peak: int
     at_peak: dict[str, int]
-    sent: dict[str, int]
+    collectives: tuple[Collective, ...]
     flops: int
+    traffic: int
+
+    @property
+    def sent(self) -> dict[str, int]:
+        """The bytes that the process sends in collectives of each kind."""
+        sent: Counter[str] = Counter()
+        for one in self.collectives:
+            sent[one.kind] += one.bytes
+        return sent
 
 
 def simulate(
@@ -76,46 +103,87 @@ def simulate(
     recompute: Literal["none", "block", "offload"] = "none",
     fused_attention: bool = True,
     optimizer: Callable[[Objective], Optimizer] = ADAMW,
+    shorten: bool = True,
 ) -> Step:
     """One step of process 0 of `world`, each taking `accumulate` parts of `images` images.
 
     build: makes the objective on the meta device. fused_attention: a GPU's, else plain matrix
-    products. optimizer: makes that of an objective, by default AdamW. The second step is measured,
+    products. optimizer: makes that of an objective, by default AdamW. shorten: runs a few of equal
+    blocks in place of all, which gives the same numbers sooner. The second step is measured,
     when the optimizer has its state. Not simulated: torch.compile, the allocator's rounding and
     fragmentation, workspaces of cuBLAS and NCCL, the norms that LARS and LAMB add up over processes.
     Raises ValueError as `shard.shard` does, RuntimeError if there is a process group.
     """
     if dist.is_initialized():
         raise RuntimeError("a step can only be simulated by a process without a process group.")
-    dist.init_process_group("fake", rank=0, world_size=world, store=FakeStore())
-    try:
-        objective = build()
-        shard.wrap(objective, group=group, precision=precision, recompute=recompute)
-        for module in objective.frozen():
-            shard.wrap(module, group=group, precision=precision)
-        fake = FakeTensorMode(allow_non_fake_inputs=True)
-        with fake, _Ledger() as ledger, ledger.resizes(), ledger.trials():
-            for module in (objective, *objective.frozen()):
-                shard.materialise(module, precision)
-                shard.fuse_attention(module, fused_attention)
-            if recompute == "offload":
-                ledger.offload(shard.blocks(objective))
-            objective.train()
-            return _measure(objective, optimizer(objective), ledger, images, accumulate)
-    finally:
-        dist.destroy_process_group()
+
+    def run(depths: list[int] | None = None) -> _Profile:
+        dist.init_process_group("fake", rank=0, world_size=world, store=FakeStore())
+        try:
+            objective = build()
+            if depths is not None:
+                _shorten(objective, depths)
+            shard.wrap(objective, group=group, precision=precision, recompute=recompute)
+            for module in objective.frozen():
+                shard.wrap(module, group=group, precision=precision)
+            fake = FakeTensorMode(allow_non_fake_inputs=True)
+            with fake, _Ledger() as ledger, ledger.resizes(), ledger.trials():
+                for module in (objective, *objective.frozen()):
+                    shard.materialise(module, precision)
+                    shard.fuse_attention(module, fused_attention)
+                if recompute == "offload":
+                    ledger.offload(shard.blocks(objective))
+                ledger.watch(_block_lists(objective))
+                objective.train()
+                return _measure(objective, optimizer(objective), ledger, images, accumulate)
+        finally:
+            dist.destroy_process_group()
+
+    lists = _block_lists(build())
+    few = [_few(blocks) for blocks in lists]
+    longer = [i for i, blocks in enumerate(lists) if len(blocks) > few[i]]
+    if not shorten or sum(few) * (1 + len(longer)) >= sum(map(len, lists)):
+        return run().step()
+    short = result = run(few)
+    for i in longer:
+        one_more = run([depth + (i == j) for j, depth in enumerate(few)])
+        result = result.plus(one_more.less(short), len(lists[i]) - few[i])
+    return result.step()
+
+
+def _block_lists(objective: Objective) -> list[nn.ModuleList]:
+    parts = (objective, *objective.frozen())
+    return [blocks for part in parts for blocks in shard.block_lists(part)]
+
+
+def _few(blocks: nn.ModuleList) -> int:
+    """How many of a list's blocks tell of all: few if all have the same parameters and buffers."""
+    kinds = {
+        tuple((n, t.shape, t.requires_grad) for n, t in (*b.named_parameters(), *b.named_buffers()))
+        for b in blocks
+    }
+    short = len(kinds) == 1 and len(blocks) > _FEW + 1  # that many run as well
+    return _FEW if short else len(blocks)
+
+
+def _shorten(objective: Objective, depths: list[int]) -> None:
+    """Takes blocks out of the middle of each list."""
+    for blocks, depth in zip(_block_lists(objective), depths):
+        del blocks[depth // 2 : depth // 2 + len(blocks) - depth]
 
 
 def _measure(
     objective: Objective, optimizer: Optimizer, ledger: "_Ledger", images: int, accumulate: int
-) -> Step:
+) -> "_Profile":
     frozen = [p for module in objective.frozen() for p in module.parameters()]
     held = [*objective.parameters(), *frozen, *objective.buffers()]
     example = objective.example(images).items()
 
     def update() -> None:
         ledger.begin()
+        seed_all(0, 0)  # mixup and erasing draw what they do: the same at every depth
         for part in range(accumulate):
+            ledger.enter("part")
             batch = {k: torch.empty(v.shape, dtype=v.dtype) for k, v in example}
             shard.send_gradients(objective, part == accumulate - 1)
             objective(batch)["loss"].backward()
@@ -124,15 +192,61 @@ def _measure(
                 ledger.label_rest("gradients")
         ledger.label("parameters", held)
         ledger.label("gradients", [p.grad for p in objective.parameters()])
+        ledger.enter("optimizer")
         optimizer.step()
         ledger.label("optimizer", list(optimizer.state.values()))
+        ledger.enter("end")
         optimizer.zero_grad()
 
-    with FlopCounterMode(display=False, custom_mapping=_ATTENTION) as counter:
-        update()
-    gc.collect()  # the counter keeps what a block recomputed in cycles, so it stays out of the second
     update()
-    return ledger.summary(counter.get_total_flops())
+    update()
+    return ledger.summary()
+
+
+@dataclass(frozen=True)
+class _Profile:
+    """Numbers of a step, by names under which a deeper model has them, too. Each grows evenly with
+    depth; what is largest is only found when all have grown."""
+
+    phases: dict[
+        tuple, Counter
+    ]  # bytes: ("peak", kind) where all together are most, ("largest", kind)
+    # over the step: ("flops",), ("traffic",), ("number", collective, ranks), ("sent", collective, ranks)
+    totals: Counter
+
+    def less(self, other: "_Profile") -> "_Profile":
+        """What this one has more, of phases that both have."""
+        both = [where for where in self.phases if where in other.phases]
+        phases = {where: _minus(self.phases[where], other.phases[where]) for where in both}
+        return _Profile(phases, _minus(self.totals, other.totals))
+
+    def plus(self, change: "_Profile", times: int) -> "_Profile":
+        """This one, with a change so many times, of phases that both have."""
+        both = [where for where in self.phases if where in change.phases]
+        phases = {where: _sum(self.phases[where], change.phases[where], times) for where in both}
+        return _Profile(phases, _sum(self.totals, change.totals, times))
+
+    def step(self) -> Step:
+        """What is largest over all phases, and the totals."""
+        phases = self.phases.values()
+        largest = {kind: max(one["largest", kind] for one in phases) for kind in KINDS}
+        peaks = [{kind: one["peak", kind] for kind in KINDS} for one in phases]
+        peak = max(peaks, key=lambda one: sum(one.values()))
+        collectives = tuple(
+            Collective(*name[1:], number, self.totals[("sent", *name[1:])])
+            for name, number in self.totals.items()
+            if name[0] == "number"
+        )
+        flops, traffic = self.totals[("flops",)], self.totals[("traffic",)]
+        return Step(largest, sum(peak.values()), peak, collectives, flops, traffic)
+
+
+def _sum(one: Counter, other: Counter, times: int) -> Counter:
+    return Counter({key: one[key] + times * other[key] for key in {**one, **other}})
+
+
+def _minus(one: Counter, other: Counter) -> Counter:
+    return _sum(one, other, -1)
 
 
 class _Storage:
@@ -150,13 +264,37 @@ class _Ledger(TorchDispatchMode):
         self.known: dict[int, _Storage] = {}  # by address of torch's storage, while that lives
         self.events: list[tuple[_Storage, int]] = []  # changes of size, in order
         self.before: list[tuple[_Storage, int]] = []  # as they were when the step began
-        self.sent: Counter[str] = Counter()
+        self.marks: list[tuple[int, tuple]] = []  # where in `events` a phase begins, and its name
+        self.totals: Counter[tuple] = Counter()
         self.trying = False
 
     def begin(self) -> None:
         """Starts a step: forgets what has happened, not what is there."""
         self.before = [(one, one.size) for one in self.known.values()]
-        self.events, self.sent = [], Counter()
+        self.events, self.marks, self.totals = [], [], Counter()
+
+    def enter(self, *phase: Any) -> None:
+        """Begins a phase; a second one of the same name is another."""
+        times = sum(name[: len(phase)] == phase for _, name in self.marks)
+        self.marks.append((len(self.events), (*phase, times)))
+
+    def watch(self, lists: list[nn.ModuleList]) -> None:
+        """Begins a phase with each forward and backward pass of a block, by the block's number from
+        the nearer end of its list."""
+
+        def forward(number: tuple, block: nn.Module, given: tuple) -> None:
+            self.enter("forward", *number)
+
+        def backward(number: tuple, block: nn.Module, given: tuple, output: Any) -> None:
+            for tensor in _tensors(output):
+                if tensor.requires_grad:
+                    tensor.register_hook(lambda gradient: self.enter("backward", *number))
+
+        for i, blocks in enumerate(lists):
+            for j, block in enumerate(blocks):
+                number = (i, j if j < len(blocks) / 2 else j - len(blocks))
+                block.register_forward_pre_hook(partial(forward, number))
+                block.register_forward_hook(partial(backward, number))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Runs an operation and enters what it made."""
@@ -166,12 +304,20 @@ class _Ledger(TorchDispatchMode):
         if self.trying:
             return result
         moving = func.namespace in ("fsdp", "c10d", "_c10d_functional")
-        for tensor in _tensors((args, kwargs, result) if moving else result):
+        given, made = _tensors((args, kwargs)), _tensors(result)
+        for tensor in (*given, *made) if moving else made:
             storage = self._of(tensor)
             if moving and storage.kind == "activations":
                 storage.kind = "in_flight"
         if func.namespace == "c10d":
             self._count(func, args)
+            return result
+        if func._overloadpacket in _FLOPS:
+            counted = _FLOPS[func._overloadpacket](*args, **(kwargs or {}), out_val=result)
+            self.totals[("flops",)] += counted
+        asks = func.is_view or func.namespace == "prim" or "empty" in func._overloadpacket.__name__
+        if not asks:  # it touches what is in memory
+            self.totals[("traffic",)] += sum(map(_bytes, (*given, *made)))
         return result
 
     def _of(self, tensor: Tensor) -> _Storage:
@@ -255,8 +401,11 @@ class _Ledger(TorchDispatchMode):
 
     def _count(self, func: Any, args: Any) -> None:
         name = func._overloadpacket.__name__
-        size = next(dist.ProcessGroup.unbox(a) for a in args if isinstance(a, torch.ScriptObject))
-        share = (size.size() - 1) / size.size()
+        group = next(dist.ProcessGroup.unbox(a) for a in args if isinstance(a, torch.ScriptObject))
+        if group.size() == 1:
+            return
+        ranks = tuple(dist.get_process_group_ranks(group))
+        share = (len(ranks) - 1) / len(ranks)
         whole, times = {
             "_allgather_base_": (args[0], 1),
             "allgather_": (args[0], 1),
@@ -264,20 +413,36 @@ class _Ledger(TorchDispatchMode):
             "allreduce_": (args[0], 2),  # a reduce-scatter and an all-gather
         }[name]
         bytes_ = sum(t.numel() * t.element_size() for t in _tensors(whole))
-        self.sent[name.strip("_").removesuffix("_base")] += round(times * share * bytes_)
+        kind = name.strip("_").removesuffix("_base")
+        self.totals["number", kind, ranks] += 1
+        self.totals["sent", kind, ranks] += round(times * share * bytes_)
 
-    def summary(self, flops: int) -> Step:
+    def summary(self) -> _Profile:
         """Goes through the step again, now that every storage's kind is known."""
         now = Counter(dict.fromkeys(KINDS, 0))
         for storage, size in self.before:
             now[storage.kind] += size
-        largest, peak = Counter(now), Counter(now)
-        for storage, change in self.events:
-            now[storage.kind] += change
-            largest[storage.kind] = max(largest[storage.kind], now[storage.kind])
-            if now.total() > peak.total():
-                peak = Counter(now)
-        return Step(dict(largest), peak.total(), dict(peak), dict(self.sent), flops)
+        phases: dict[tuple, Counter] = {}
+        ends = [*(at for at, _ in self.marks[1:]), len(self.events)]
+        for (begin, phase), end in zip(self.marks, ends):
+            largest, peak = Counter(now), Counter(now)
+            for storage, change in self.events[begin:end]:
+                now[storage.kind] += change
+                largest[storage.kind] = max(largest[storage.kind], now[storage.kind])
+                if now.total() > peak.total():
+                    peak = Counter(now)
+            phases[phase] = Counter(
+                {
+                    **{("largest", kind): size for kind, size in largest.items()},
+                    **{("peak", kind): size for kind, size in peak.items()},
+                }
+            )
+        return _Profile(phases, self.totals)
+
+
+def _bytes(tensor: Tensor) -> int:
+    """What reading a tensor reads: of an expanded one, what there is."""
+    return min(tensor.numel() * tensor.element_size(), tensor.untyped_storage().nbytes())
 
 
 def _tensors(values: Any) -> list[Tensor]:
