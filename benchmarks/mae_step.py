@@ -30,8 +30,8 @@ from prepretrain.distributed import group as distributed
 from prepretrain.distributed import shard
 from prepretrain.models.model import Model
 from prepretrain.objectives.mae import MAE
-from prepretrain.training import fit as train
 from prepretrain.training import optim
+from prepretrain.training.outcome import Gradients, Outcome
 
 RENAMED = {
     "decoder_embed": "embed",
@@ -153,11 +153,12 @@ def training_step(
     """The body of `fit()`'s loop, without data, log and files."""
     figures = objective(batch)
     figures["loss"].backward()
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    gradients = Gradients([p for group in optimizer.param_groups for p in group["params"]])
     figures = {name: value.detach() for name, value in figures.items()}
-    vote = train._vote(figures, train._norm(parameters), [], False)
-    assert vote.finite
-    optimizer.step()
+    outcome = Outcome(figures, gradients.norms(), stop=False, bad=0)
+    optim.step(optimizer, outcome.left_out())
+    outcome.send()
+    assert outcome.read().finite
     optimizer.zero_grad()
 
 

@@ -22,4 +22,4 @@ def test_what_a_gpu_will_be_asked_runs_on_the_cpu(tmp_path):
     skipped = {figure["figure"]: figure["skipped"] for figure in figures if "skipped" in figure}
     assert skipped == {"reference_mae": "no --reference", "profile": "no GPU"}
     checks = [figure["ok"] for figure in figures if "ok" in figure]
-    assert len(checks) == 6 and all(checks)
+    assert len(checks) == 9 and all(checks)
