@@ -31,6 +31,7 @@ from prepretrain.distributed import shard
 from prepretrain.models.model import Model
 from prepretrain.objectives.mae import MAE
 from prepretrain.training import optim
+from prepretrain.training.outcome import Gradients, Outcome
 
 RENAMED = {
     "decoder_embed": "embed",
@@ -149,13 +150,15 @@ def our_step(
 def training_step(
     objective: nn.Module, optimizer: torch.optim.Optimizer, batch: dict[str, Tensor]
 ) -> None:
-    """What `fit()` computes in a step: it is applied if loss and gradients are finite."""
-    loss = objective(batch)["loss"]
-    loss.backward()
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-    assert torch.stack([loss.detach(), norm]).isfinite().all()
-    optimizer.step()
+    """The body of `fit()`'s loop, without data, log and files."""
+    figures = objective(batch)
+    figures["loss"].backward()
+    gradients = Gradients([p for group in optimizer.param_groups for p in group["params"]])
+    figures = {name: value.detach() for name, value in figures.items()}
+    outcome = Outcome(figures, gradients.norms(), stop=False, bad=0)
+    optim.step(optimizer, outcome.left_out())
+    outcome.send()
+    assert outcome.read().finite
     optimizer.zero_grad()
 
 

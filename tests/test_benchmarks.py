@@ -56,6 +56,7 @@ TINY = {  # each benchmark's arguments; where it takes hours, that it starts
     "memory": "--encoder vit_test8 --batch 1",
     "plan_memory": "--measure hashtag vit_test8 none 1",
     "plan_tables": "--help",
+    "scaling_fits": "--draws 1",
 }
 
 
@@ -88,4 +89,4 @@ def test_what_a_gpu_will_be_asked_runs_on_the_cpu(tmp_path, monkeypatch):
     skipped = {figure["figure"]: figure["skipped"] for figure in figures if "skipped" in figure}
     assert skipped == {"reference_mae": "no --reference", "profile": "no GPU"}
     checks = [figure["ok"] for figure in figures if "ok" in figure]
-    assert len(checks) == 6 and all(checks)
+    assert len(checks) == 9 and all(checks)

@@ -187,7 +187,6 @@ def _fit(
             if clip is not None:
                 gradients.clip(outcome.norm, clip)
             optim.step(optimizer, left_out)
-            optimizer.zero_grad()
             outcome.send()
             unread = _Taken(step, rate, outcome, replaced, seen)
             step += 1
@@ -198,6 +197,8 @@ def _fit(
             if not late or stop or saves or ends or _due(evals, step, schedule.steps):
                 stop |= settle(unread)
                 unread = None
+            # not before a dump, which would make an optimizer that kept nothing yet take a step of 0
+            optimizer.zero_grad()
             if saves or (stop and save_every is not None):
                 gc.collect()
                 if not _finite(objective, optimizer):
