@@ -1,6 +1,7 @@
 """Features of a split: each image once, in order, whatever the number of ranks."""
 
 import io
+import itertools
 import json
 import multiprocessing
 import os
@@ -24,8 +25,8 @@ from prepretrain.data.sources.listed import Listed
 from prepretrain.data.sources.parquet import Parquet
 from prepretrain.data.sources.shards import Shards
 from prepretrain.distributed import group as distributed
-from prepretrain.distributed import shard
-from prepretrain.evaluation import feature_store
+from prepretrain.distributed import shard, shared
+from prepretrain.evaluation import feature_store, features
 from prepretrain.evaluation.evaluators.linear import Linear
 from prepretrain.evaluation.features import extract, fingerprint, frozen
 from prepretrain.models.model import Model
@@ -65,12 +66,26 @@ def tiny_model(**options: object) -> Model:
 
 def _save(rank: int, folder: str) -> None:
     distributed.init()
-    torch.save(extract(tiny_model(), Pictures(13), batch_size=4), f"{folder}/{rank}.pt")
+    found = extract(tiny_model(), Pictures(13), batch_size=4)
+    torch.save((*found, file_of(found[0])), f"{folder}/{rank}.pt")
+    shared._made = lambda size: None  # no room for a file that all processes share
+    own = extract(tiny_model(), Pictures(13), batch_size=4)
+    assert torch.equal(own[0], found[0]) and file_of(own[0]) is None
     feature_store.ROWS = 5
     source = Pictures(13)
     found = extract(tiny_model(), source, batch_size=2, cache=Path(folder) / "cache")
     torch.save((*found, source.read, fingerprints()), f"{folder}/cached{rank}.pt")
     distributed.shutdown()
+
+
+def file_of(tensor: torch.Tensor) -> str | None:
+    """The device and inode of the file that a tensor's memory is of."""
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        low, high = (int(end, 16) for end in line.split()[0].split("-"))
+        if low <= tensor.data_ptr() < high:
+            device, inode = line.split()[3:5]
+            return None if inode == "0" else f"{device} {inode}"
+    raise AssertionError("the tensor lies nowhere")
 
 
 def test_features_come_in_the_sources_order_with_their_labels():
@@ -89,14 +104,17 @@ def test_more_ranks_give_the_same_features_and_hash_as_one_where_nothing_divides
     hashes, read = fingerprints(), []
     distributed.shutdown()
     assert len(set(hashes)) == 1 and hashes[0] != fingerprint(tiny_model())
+    files = set()
     for rank in range(world):
-        features, found = torch.load(tmp_path / f"{rank}.pt")
+        features, found, file = torch.load(tmp_path / f"{rank}.pt")
+        files.add(file)
         assert found.tolist() == labels.tolist()
         torch.testing.assert_close(features, alone)
         features, found, mine, others = torch.load(tmp_path / f"cached{rank}.pt")
         assert others == hashes and found.tolist() == labels.tolist()
         torch.testing.assert_close(features, alone)
         read += mine
+    assert len(files) == 1 and None not in files  # all processes have the same memory
     # a rank without an image of its own takes a chunk's first to fill its batch
     assert sorted(set(read)) == list(range(13)) and len(read) <= 13 + world
     source = Pictures(13)
@@ -132,8 +150,6 @@ def test_an_unreadable_image_stops_the_evaluation():
 
 
 def test_an_image_that_is_evaluated_twice_is_an_error(monkeypatch):
-    from prepretrain.evaluation import features
-
     whole = features.evaluation_batches
     monkeypatch.setattr(
         features, "evaluation_batches", lambda *a, **k: [*whole(*a, **k), *whole(*a, **k)]
@@ -206,6 +222,47 @@ def test_features_are_computed_once_for_each_model_and_way_of_reading(tmp_path):
         assert source.read == list(range(13))
     shutil.rmtree(tmp_path)
     assert kept(tmp_path) == list(range(13))
+
+
+def test_what_is_missing_is_computed_in_one_pass_and_kept_as_it_comes(tmp_path, monkeypatch):
+    monkeypatch.setattr(feature_store, "ROWS", 4)
+    events = []
+    whole, write = features.evaluation_batches, feature_store.Store.write
+
+    def passes(*given: object, **options: object):
+        events.append("pass")
+        for batch in whole(*given, **options):
+            events.append("batch")
+            yield batch
+
+    def writes(store: feature_store.Store, first: int, rows: torch.Tensor) -> None:
+        events.append(first)
+        write(store, first, rows)
+
+    monkeypatch.setattr(features, "evaluation_batches", passes)
+    monkeypatch.setattr(feature_store.Store, "write", writes)
+    extract(tiny_model(), Pictures(13), batch_size=4, cache=tmp_path)
+    assert events == ["pass", "batch", 0, "batch", 4, "batch", 8, "batch", 12]
+    (file,) = tmp_path.glob("*.bin")
+    torn = file.read_bytes()
+    file.write_bytes(b"\xff" * 64 + torn[64:-64] + b"\xff" * 64)  # the first chunk and the last
+    events.clear()
+    extract(tiny_model(), Pictures(13), batch_size=2, cache=tmp_path)
+    assert events.count("pass") == 1 and [e for e in events if type(e) is int] == [0, 12]
+    assert file.read_bytes() == torn
+
+
+@pytest.mark.parametrize("world, size", [(1, 4), (2, 4), (3, 4), (3, 256), (7, 2), (64, 1)])
+def test_whatever_the_processes_read_at_a_time_lies_together(monkeypatch, world, size):
+    monkeypatch.setattr(distributed, "world", lambda: world)
+    rows = torch.cat([torch.arange(5, 29), torch.arange(40, 67)])
+    order = features._in_turn(rows, size)
+    share = -(-len(rows) // world)
+    batches = [part.split(min(size, share)) for part in order.split(share)]
+    together = [
+        part for parts in itertools.zip_longest(*batches) for part in parts if part is not None
+    ]
+    assert torch.cat(together).tolist() == rows.tolist()
 
 
 class Killing(Pictures):

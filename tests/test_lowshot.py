@@ -242,10 +242,13 @@ def test_training_leaves_a_log_and_a_result_but_no_checkpoint(place, group):
 def _run(rank: int, folder: str) -> None:
     os.chdir(folder)
     distributed.init()
+    read, labels = [], Source.labels
+    Source.labels = lambda source: read.append(source) or labels(source)
     for method in ("lora", "vpt"):
         evaluator = Lowshot(data="colours", method=method, shots=(2,), val_images=13, **QUICK)
         results = evaluator.run(tiny_model(), Path("two"))
         Path(f"{method}_{rank}.json").write_text(json.dumps(results))
+    assert bool(read) == (rank == 0), "labels are read once, and sent to the others"
     distributed.shutdown()
 
 

@@ -27,11 +27,16 @@ from prepretrain.data.transforms import (
     squash,
 )
 from prepretrain.distributed import group as distributed
+from prepretrain.distributed.shared import SharedRows
 from prepretrain.evaluation.feature_store import Store, file_name, size
 from prepretrain.training.log import logger
 
 # An image uint8 [3, S, S] as the encoder sees it, and its generators by purpose, to another like it.
 Change = Callable[[Tensor, Callable], Tensor]
+
+# Positions [m], features [m, …] and labels [m] of some images.
+_Part = tuple[Tensor, Tensor, Tensor]
+_GATHERED = 1 << 28  # bytes of features that a process receives at once
 
 _VERSION = 2  # of how an image becomes a feature, weights and options apart: raise it with a change
 
@@ -85,28 +90,22 @@ def extract(
     image_size = image_size or model.encoder.image_size
     centre = _Centre(image_size, share, resize, change, labelled and cache is None)
 
-    def compute(some: Any) -> tuple[Tensor, Tensor]:
-        rows = _Rows(len(some), name)
-        for batch in evaluation_batches(some, centre, batch_size=batch_size, workers=workers):
-            features = _features(model, batch["image"], pool, layer).cpu()
-            real = batch["mask"]
-            mine = torch.tensor(batch["position"])[real], features[real], batch["label"][real]
-            for part in distributed.all_gather_object(mine):
-                rows.put(*part)
-        return rows.finish()
+    def passed(some: Any) -> Iterator[_Part]:
+        batches = evaluation_batches(some, centre, batch_size=batch_size, workers=workers)
+        return _parts(batches, partial(_features, model, pool=pool, layer=layer), len(some), name)
 
     with frozen(model):
         if cache is None:
-            return compute(source)
+            return _held(len(source), passed(source))
         height, width = sides(image_size)
         data = [*state(source), len(source)]
         reading = [_VERSION, pool, layer, plain_size((height, width)), share, resize]
         key = fingerprint_of([fingerprint(model), *data, *reading])
         example = torch.zeros(1, 3, height, width, dtype=torch.uint8)
         row = partial(_features, model, example, pool, layer)
-        labels = _labels(source) if labelled else torch.zeros(len(source), dtype=torch.int64)
+        labels = labels_of(source) if labelled else torch.zeros(len(source), dtype=torch.int64)
         path = cache / f"{file_name(name)}-{key}"
-        return _cached(path, source, row, lambda some: compute(some)[0], name), labels
+        return _cached(path, source, row, passed, batch_size, name), labels
 
 
 def state(source: Any) -> list[str]:
@@ -115,20 +114,22 @@ def state(source: Any) -> list[str]:
     return distributed.from_main([source.fingerprint, source.stamp])
 
 
-def _labels(source: Any) -> Tensor:
-    """int64 [n], read by process 0. Raises BadImage, on every process, for an image without one."""
-    found: list[int | None] | BadImage = []
+def labels_of(source: Any) -> Tensor:
+    """int64 [n], read by process 0 alone. Raises BadImage, on every process, for an image without
+    one."""
+    found: Tensor | BadImage | None = None
     if distributed.is_main():
         try:
-            found = source.labels()
-            if None in found:
-                found = BadImage("no label", "", source.key(found.index(None)))
+            labels = source.labels()
+            if None in labels:
+                raise BadImage("no label", "", source.key(labels.index(None)))
+            found = torch.tensor(labels, dtype=torch.int64)
         except BadImage as error:
             found = error
     found = distributed.from_main(found)
     if isinstance(found, BadImage):
         raise found
-    return torch.tensor(found, dtype=torch.int64)
+    return found
 
 
 def _features(model: nn.Module, image: Tensor, pool: str, layer: int | None) -> Tensor:
@@ -138,15 +139,61 @@ def _features(model: nn.Module, image: Tensor, pool: str, layer: int | None) -> 
     return model.features(image, pool, layer).float()
 
 
+def _parts(
+    batches: Iterator[dict], compute: Callable[[Tensor], Tensor], count: int, name: str
+) -> Iterator[_Part]:
+    """What all processes have computed of their batches, the same on each of them.
+
+    Raises RuntimeError unless each of `count` images comes once, with features that are finite.
+    """
+    seen = torch.zeros(count, dtype=torch.int64)
+    for batch in batches:
+        features = compute(batch["image"])
+        # a row that only fills the batch has the position -1
+        about = torch.stack([torch.tensor(batch["position"]), batch["label"]], dim=1)
+        row = features[0].numel() * features.element_size() * distributed.world()
+        size = max(1, _GATHERED // row)
+        for some, described in zip(features.split(size), about.split(size), strict=True):
+            some, (position, label) = distributed.all_rows(some), distributed.all_rows(described).T
+            real = position >= 0
+            position, label, some = position[real], label[real], some[real.to(some.device)]
+            if not some.isfinite().all():
+                bad = position[~some.flatten(1).isfinite().all(dim=1).cpu()].tolist()
+                raise RuntimeError(
+                    f"{name}: the features of {len(bad)} of {len(position)} images, of number "
+                    f"{bad[0]} first, are not finite. Were the model's weights loaded, and did its "
+                    "training stay finite?"
+                )
+            seen.index_add_(0, position, torch.ones_like(position))
+            yield position, some, label
+    if wrong := (seen != 1).sum().item():
+        raise RuntimeError(
+            f"{name}: of {count} images {wrong} were not evaluated exactly once; a result would be "
+            "wrong."
+        )
+
+
+def _held(count: int, parts: Iterator[_Part]) -> tuple[Tensor, Tensor]:
+    """All features and labels, in memory: once on each machine."""
+    labels, rows = torch.zeros(count, dtype=torch.int64), None
+    for position, features, label in parts:
+        if rows is None:
+            rows = SharedRows((count, *features.shape[1:]), features.dtype)
+        rows.put(position, features)
+        labels[position] = label
+    return rows.finish(), labels
+
+
 def _cached(
     path: Path,
     source: Any,
     row: Callable[[], Tensor],
-    compute: Callable[[Any], Tensor],
+    passed: Callable[[Any], Iterator[_Part]],
+    batch_size: int,
     name: str,
 ) -> Tensor:
-    """What `compute` gives of a source, read from the store at `path`, with what it lacks added;
-    `row()` is an image's features, as an example."""
+    """The features of a source, read from the store at `path` after what it lacks was computed in one
+    pass; `row()` is an image's, as an example."""
     store, missing = _find(path, len(source))
     if store is not None and not missing:
         return store.read()
@@ -155,10 +202,9 @@ def _cached(
             if row().ndim > 2:
                 raise ValueError(f"{path}: another process is writing it. Wait for its end.")
             logger.info("%s: another process is writing it; computed here without", path)
-            return compute(source)
-        store, missing = _find(
-            path, len(source)
-        )  # as the process that held the lock before has left it
+            return _held(len(source), passed(source))[0]
+        # once more, as the process that held the lock before has left it
+        store, missing = _find(path, len(source))
         if store is None:
             example = row()[0]
             shape, dtype = tuple(example.shape), str(example.dtype).removeprefix("torch.")
@@ -166,12 +212,45 @@ def _cached(
             made = Store.create(path, len(source), shape, dtype) if distributed.is_main() else None
             store = distributed.from_main(made)
             missing = store.spans
-        for first, end in missing:
-            features = compute(Subset(source, range(first, end)))
-            if distributed.is_main():
-                store.write(first, features)
+        if missing:
+            rows = _in_turn(torch.cat([torch.arange(*span) for span in missing]), batch_size)
+            chunks = _Chunks(store)
+            for position, features, _ in passed(Subset(source, rows.numpy())):
+                if distributed.is_main():
+                    chunks.put(rows[position], features.cpu())
         distributed.barrier()  # the others read what rank 0 has written
     return store.read()
+
+
+def _in_turn(rows: Tensor, batch_size: int) -> Tensor:
+    """The rows in the order in which the processes' batches, each of an adjoining share of it, hold at
+    any time what lies together in `rows`: so chunks are whole one after another."""
+    share = -(-len(rows) // distributed.world())
+    batch = torch.arange(len(rows)) % share // min(batch_size, share)
+    ordered = torch.empty_like(rows)
+    ordered[batch.argsort(stable=True)] = rows
+    return ordered
+
+
+class _Chunks:
+    """Rows on their way into a store, each chunk of which is written as soon as it is whole."""
+
+    def __init__(self, store: Store):
+        self.store, self.ends = store, dict(store.spans)
+        self.begun: dict[int, Tensor] = {}
+        self.lacking: dict[int, int] = {}
+
+    def put(self, rows: Tensor, features: Tensor) -> None:
+        """Takes some rows, of which each comes once."""
+        chunk = rows // self.store.chunk
+        for number in chunk.unique().tolist():
+            first, mine = number * self.store.chunk, chunk == number
+            count = self.ends[first] - first
+            begun = self.begun.setdefault(first, features.new_empty(count, *features.shape[1:]))
+            begun[rows[mine] - first] = features[mine]
+            self.lacking[first] = self.lacking.get(first, count) - int(mine.sum())
+            if not self.lacking[first]:
+                self.store.write(first, self.begun.pop(first))
 
 
 def _find(path: Path, rows: int) -> tuple[Store | None, list[tuple[int, int]]]:
@@ -280,37 +359,3 @@ class _Centre:
         if self.change is not None:
             image = self.change(image, sample["random"])
         return {"image": image, "label": int(sample["label"]) if self.labelled else 0}
-
-
-class _Rows:
-    """Features put at their images' positions, with a count of how often each came."""
-
-    def __init__(self, count: int, name: str):
-        self.name, self.seen = name, torch.zeros(count, dtype=torch.int64)
-        self.features: Tensor | None = None
-        self.labels = torch.zeros(count, dtype=torch.int64)
-
-    def put(self, position: Tensor, features: Tensor, labels: Tensor) -> None:
-        """Stores the rows of one rank's batch."""
-        if self.features is None:
-            self.features = features.new_zeros(len(self.seen), *features.shape[1:])
-        self.features[position] = features
-        self.labels[position] = labels
-        self.seen.index_add_(0, position, torch.ones_like(position))
-
-    def finish(self) -> tuple[Tensor, Tensor]:
-        """All rows, after checking that each image was seen once and that every feature is
-        finite."""
-        wrong = (self.seen != 1).sum().item()
-        if wrong or self.features is None:
-            raise RuntimeError(
-                f"{self.name}: of {len(self.seen)} images {wrong} were not evaluated "
-                "exactly once; a result would be wrong."
-            )
-        bad = (~self.features.flatten(1).isfinite().all(dim=1)).sum().item()
-        if bad:
-            raise RuntimeError(
-                f"{self.name}: the features of {bad} of {len(self.seen)} images are not "
-                "finite. Were the model's weights loaded, and did its training stay finite?"
-            )
-        return self.features, self.labels

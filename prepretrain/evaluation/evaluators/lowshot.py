@@ -13,7 +13,7 @@ from prepretrain.data.sources.base import Source, fingerprint_of
 from prepretrain.data.subset import Subset, evenly_spaced
 from prepretrain.distributed import group as distributed
 from prepretrain.evaluation.evaluators.base import Evaluator, accuracy, class_count, require
-from prepretrain.evaluation.features import extract, state
+from prepretrain.evaluation.features import extract, labels_of, state
 from prepretrain.evaluation.probing import logistic, subsets, tuning
 from prepretrain.evaluation.probing.adapters import ADAPTERS
 from prepretrain.evaluation.probing.tuning import Recipe, Tuning
@@ -294,7 +294,7 @@ class Lowshot(Evaluator):
 def _labels(source: Source, name: str) -> Tensor:
     if "label" not in source.fields:
         raise ValueError(f"{name}: has no labels, by which images are chosen and counted.")
-    return torch.tensor([source.label(i) for i in range(len(source))])
+    return labels_of(source)
 
 
 def _scaled(features: Tensor) -> Tensor:
