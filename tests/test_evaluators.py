@@ -70,10 +70,11 @@ def test_every_evaluator_documents_its_options_and_quotes_a_metric_that_it_retur
 
 
 def measured(card: str) -> list[dict[str, float]]:
+    small = {"feature_batch": 8, "workers": 0}
     parts = (
-        ("linear", {"feature_batch": 8, "epochs": 12}),
-        ("linear", {"feature_batch": 8, "protocol": "ridge", "pool": "mean"}),
-        ("knn", {"feature_batch": 8, "k": 5}),
+        ("linear", {**small, "epochs": 12}),
+        ("linear", {**small, "protocol": "ridge", "pool": "mean"}),
+        ("knn", {**small, "k": 5}),
         ("lowshot", {"shots": [1, 2]}),
     )
     return [

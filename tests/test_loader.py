@@ -426,6 +426,15 @@ def test_an_evaluation_counts_each_image_once_with_as_many_batches_on_each_rank(
     assert seen == list(range(n))
 
 
+@pytest.mark.parametrize("size, started", [(8, 0), (4, 2), (2, 3)])
+def test_an_evaluation_starts_no_more_workers_than_it_has_batches_and_none_for_one(size, started):
+    before = len(multiprocessing.active_children())
+    batches = evaluation_batches(Numbers(8), transform, batch_size=size, workers=3)
+    next(batches)
+    assert len(multiprocessing.active_children()) - before == started
+    batches.close()
+
+
 @pytest.mark.parametrize("workers", [0, 1])
 def test_an_evaluation_never_replaces_a_bad_image(workers):
     with pytest.raises(ValueError, match="k3: unreadable.* counts every image"):

@@ -25,7 +25,14 @@ LISTS = Path(
     "imagenet_meta",
     "msn_lowshot",
 )
-QUICK = {"pool": "mean", "epochs": 3, "warmup": 0, "precision": "fp32", "seeds": 2}
+QUICK = {
+    "pool": "mean",
+    "epochs": 3,
+    "warmup": 0,
+    "precision": "fp32",
+    "seeds": 2,
+    "workers": 0,
+}
 
 
 @pytest.fixture

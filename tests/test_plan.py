@@ -10,12 +10,13 @@ import torch
 from conftest import command, processes
 
 from prepretrain import config, plugin
+from prepretrain.data.loader import loading
 from prepretrain.distributed import group as distributed
 from prepretrain.distributed import shard
 from prepretrain.models.model import Model
 from prepretrain.objectives.mae import MAE
 from prepretrain.runs import capacity, memory
-from prepretrain.runs.plan import Plan, build_objective
+from prepretrain.runs.plan import Plan, build_evaluator, build_objective
 from prepretrain.training import optim
 
 
@@ -227,3 +228,12 @@ def test_a_plan_cannot_be_changed_and_opening_the_data_gives_another(place):
     assert plan.images is None and plan.schedule is None
     with pytest.raises(FrozenInstanceError):
         plan.counted = 60
+
+
+def test_what_measures_within_a_training_decodes_in_as_many_processes_as_it_loads(place):
+    knn = "{name: knn, pool: mean, every: 100%}"
+    overrides = ["data.workers=3", f"evaluators=[{knn}, {knn[:-1]}, workers: 1}}]"]
+    plan, *_ = Plan(config.load("small.yaml", overrides), 1).open_data()
+    assert [evaluator.workers for *_, evaluator in plan.evaluators()] == [3, 1]
+    for name in plugin.names("evaluators"):  # alone: as many as a training by default
+        assert build_evaluator({"name": name}, "colours")[1].workers == loading(None)

@@ -161,6 +161,9 @@ def evaluation_batches(
     for first in range(rank * share, (rank + 1) * share, size):
         shares.append(np.arange(first, min(first + size, end)))
     reader = _Evaluation(source, transform, size, seed, leave_out)
+    if len(shares) == 1:  # there is nothing to do while it is read
+        workers = min(workers, 0)
+    workers = min(workers, len(shares))
     return _beating(_load(reader, shares, workers))
 
 

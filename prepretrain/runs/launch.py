@@ -226,12 +226,12 @@ def cores(config: Config) -> int:
     """What a process of a job is given where slurm.cpus does not say: a core for each of its loading
     processes, one to compute, one to spare. SLURM itself gives one."""
     if isinstance(config, Suite):
-        given = [entry.get("evaluator", {}).get("workers", 4) for entry in config.suite]
+        given = [entry.get("evaluator", {}).get("workers") for entry in config.suite]
     elif isinstance(config, Evaluating):
-        given = [config.evaluator.get("workers", 0)]
+        given = [config.evaluator.get("workers")]
     else:
-        given = [4 if config.data.workers is None else config.data.workers]
-    return max(given) + 2
+        given = [config.data.workers]
+    return max(4 if workers is None else workers for workers in given) + 2
 
 
 def status(run: str) -> str:

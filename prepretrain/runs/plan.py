@@ -233,6 +233,8 @@ class Plan:
                     raise ValueError(f"evaluators[{i}].{key}: is missing.")
             every = options.pop("every")
             data = options.pop("data", self.config.data.train.partition(":")[0])
+            if "workers" in plugin.options(plugin.find("evaluators", options["name"])):
+                options.setdefault("workers", self.config.data.workers)
             name, evaluator = build_evaluator(options, data, training=True)
             evaluator.check(self.objective.model)
             built.append((name, self._steps(every, f"evaluators[{i}].every"), evaluator))

@@ -5,7 +5,13 @@ from typing import Literal
 
 from torch import nn
 
-from prepretrain.evaluation.evaluators.base import Evaluator, accuracy, labelled_features, require
+from prepretrain.evaluation.evaluators.base import (
+    Evaluator,
+    accuracy,
+    decoding,
+    labelled_features,
+    require,
+)
 
 
 class Accuracy(Evaluator):
@@ -16,7 +22,7 @@ class Accuracy(Evaluator):
     resize         "crop": the short side to image size / share, then the centre (MAE, SimMIM);
                    "squash": the whole image, its aspect not kept (MAWS's released script)
     share          of the short side that the centre crop shows
-    feature_batch  images at once a process;  workers: decoding processes
+    feature_batch  images at once a process;  workers: as data.workers
     """
 
     headline = "top1"
@@ -29,15 +35,14 @@ class Accuracy(Evaluator):
         resize: Literal["crop", "squash"] = "crop",
         share: float = 0.875,
         feature_batch: int = 256,
-        workers: int = 0,
+        workers: int | None = None,
     ):
         super().__init__(data=data)
         require(0 < share <= 1, "accuracy.share", share, "must lie above 0 and up to 1")
         require(feature_batch >= 1, "accuracy.feature_batch", feature_batch, "must be at least 1")
-        require(workers >= 0, "accuracy.workers", workers, "must not be negative")
         self.splits = (split,)
         self.split, self.resize, self.share = split, resize, share
-        self.feature_batch, self.workers = feature_batch, workers
+        self.feature_batch, self.workers = feature_batch, decoding(workers)
 
     def check(self, model: nn.Module) -> None:
         """See Evaluator.check: a classifier of the card's classes is needed."""

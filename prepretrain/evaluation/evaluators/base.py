@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from prepretrain import plugin
 from prepretrain.data.card import Card, load_card
+from prepretrain.data.loader import loading
 from prepretrain.data.sources.base import fingerprint_of
 from prepretrain.evaluation.features import extract, state
 
@@ -78,7 +79,7 @@ class ProbeEvaluator(Evaluator):
 
     data           the card
     pool, layer, share, resize: as features.extract's
-    feature_batch  images at once a process, while features are computed;  workers: decoding processes
+    feature_batch  images at once a process, while features are computed;  workers: as data.workers
     """
 
     def __init__(
@@ -90,17 +91,16 @@ class ProbeEvaluator(Evaluator):
         share: float = 0.875,
         resize: Literal["crop", "squash"] = "crop",
         feature_batch: int = 256,
-        workers: int = 0,
+        workers: int | None = None,
     ):
         super().__init__(data=data)
         kind = type(self).__module__.rpartition(".")[2]
         require(resize in ("crop", "squash"), f"{kind}.resize", resize, "is 'crop' or 'squash'")
         require(0 < share <= 1, f"{kind}.share", share, "must lie above 0 and up to 1")
         require(feature_batch >= 1, f"{kind}.feature_batch", feature_batch, "must be at least 1")
-        require(workers >= 0, f"{kind}.workers", workers, "must not be negative")
         self.kind, self.pool, self.layer = kind, pool, layer
         self.share, self.resize = share, resize
-        self.feature_batch, self.workers = feature_batch, workers
+        self.feature_batch, self.workers = feature_batch, decoding(workers)
 
     def check(self, model: nn.Module) -> None:
         """See Evaluator.check: a class token, where it is asked for."""
@@ -131,7 +131,7 @@ class ContrastiveEvaluator(Evaluator):
     data           the card
     split          its split, of which each image is counted once
     share          of the image's short side that the centre crop shows
-    feature_batch  images or texts at once a process;  workers: decoding processes
+    feature_batch  images or texts at once a process;  workers: as data.workers
     """
 
     def __init__(
@@ -141,16 +141,15 @@ class ContrastiveEvaluator(Evaluator):
         split: str = "val",
         share: float = 1.0,
         feature_batch: int = 256,
-        workers: int = 0,
+        workers: int | None = None,
     ):
         super().__init__(data=data)
         kind = type(self).__module__.rpartition(".")[2]
         require(0 < share <= 1, f"{kind}.share", share, "must lie above 0 and up to 1")
         require(feature_batch >= 1, f"{kind}.feature_batch", feature_batch, "must be at least 1")
-        require(workers >= 0, f"{kind}.workers", workers, "must not be negative")
         self.kind, self.split, self.share = kind, split, share
         self.splits = (split,)
-        self.feature_batch, self.workers = feature_batch, workers
+        self.feature_batch, self.workers = feature_batch, decoding(workers)
 
     def check(self, model: nn.Module) -> None:
         """See Evaluator.check: a text tower is needed, and its tokenizer."""
@@ -180,6 +179,12 @@ def build(name: str, *, cache: bool, **given: Any) -> Evaluator:
     built.options = {"name": name} | {k: v for k, v in options.items() if k not in SPEED}
     built.cache = cache
     return built
+
+
+def decoding(workers: int | None) -> int:
+    """How many processes decode images for each process: by default as many as load for a training."""
+    require(workers is None or workers >= 0, "workers", workers, "must not be negative")
+    return loading(workers)
 
 
 def require(fits: bool, option: str, value: Any, rule: str) -> None:

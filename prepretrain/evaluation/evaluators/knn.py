@@ -25,7 +25,7 @@ class Knn(ProbeEvaluator):
     temperature    of the weights (0.07: eval_knn.py's)
     share          of the image's short side that the centre crop shows
     resize         "crop": that centre; "squash": all, without keeping the aspect
-    feature_batch  images at once a process, while features are computed;  workers: decoding processes
+    feature_batch  images at once a process, while features are computed;  workers: as data.workers
     """
 
     headline, splits = "top1", ("train", "val")
@@ -41,7 +41,7 @@ class Knn(ProbeEvaluator):
         share: float = 0.875,
         resize: Literal["crop", "squash"] = "crop",
         feature_batch: int = 256,
-        workers: int = 0,
+        workers: int | None = None,
     ):
         super().__init__(
             data=data,

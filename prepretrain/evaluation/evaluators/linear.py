@@ -39,7 +39,7 @@ class Linear(ProbeEvaluator):
     share          of the image's short side that the centre crop shows
     resize         "crop": that centre; "squash": all, without keeping the aspect (so do the released
                    scripts of fine-tuned models)
-    feature_batch  images at once a process, while features are computed;  workers: decoding processes
+    feature_batch  images at once a process, while features are computed;  workers: as data.workers
     seed           of the head's first weights, the order of images, and the held-out tenth
     """
 
@@ -60,7 +60,7 @@ class Linear(ProbeEvaluator):
         share: float = 0.875,
         resize: Literal["crop", "squash"] = "crop",
         feature_batch: int = 256,
-        workers: int = 0,
+        workers: int | None = None,
         seed: int = 0,
     ):
         super().__init__(

@@ -12,7 +12,13 @@ from torch import Tensor, nn
 from prepretrain.data.sources.base import Source, fingerprint_of
 from prepretrain.data.subset import Subset, evenly_spaced
 from prepretrain.distributed import group as distributed
-from prepretrain.evaluation.evaluators.base import Evaluator, accuracy, class_count, require
+from prepretrain.evaluation.evaluators.base import (
+    Evaluator,
+    accuracy,
+    class_count,
+    decoding,
+    require,
+)
 from prepretrain.evaluation.features import extract, labels_of, state
 from prepretrain.evaluation.probing import logistic, subsets, tuning
 from prepretrain.evaluation.probing.adapters import ADAPTERS
@@ -54,7 +60,7 @@ class Lowshot(Evaluator):
     crop_scale     share of an image's area that a training crop shows
     precision      of training: "bf16", or "fp32", which CPUs want
     feature_batch  images at once a process, while features or scores are computed
-    workers        decoding processes
+    workers        as data.workers
 
     Results are `top1_{K}shot` and `top1_{K}shot_std` (from two seeds on; over n - 1), `top5_…`
     where there are more than five classes, and `…_{P}percent`; the headline is top-1 of the largest
@@ -90,7 +96,7 @@ class Lowshot(Evaluator):
         crop_scale: tuple[float, float] = (0.08, 1.0),  # not from the paper
         precision: Literal["bf16", "fp32"] = "bf16",
         feature_batch: int = 256,
-        workers: int = 0,
+        workers: int | None = None,
     ):
         super().__init__(data=data)
         methods = ("logistic", "linear", *ADAPTERS)
@@ -128,11 +134,10 @@ class Lowshot(Evaluator):
         fits = 0 < crop_scale[0] <= crop_scale[1] <= 1
         require(fits, "lowshot.crop_scale", crop_scale, "rises, above 0 and up to 1")
         require(feature_batch >= 1, "lowshot.feature_batch", feature_batch, "must be at least 1")
-        require(workers >= 0, "lowshot.workers", workers, "must not be negative")
         self.method, self.pool, self.layer, self.l2 = method, pool, layer, l2
         self.shots, self.percent, self.seeds, self.lists = sorted(shots), percent, seeds, lists
         self.at_most, self.val_images = at_most, val_images
-        self.feature_batch, self.workers = feature_batch, workers
+        self.feature_batch, self.workers = feature_batch, decoding(workers)
         self.recipe = Recipe(
             method=method,
             pool=pool,

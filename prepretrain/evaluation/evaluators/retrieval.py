@@ -20,7 +20,7 @@ class Retrieval(ContrastiveEvaluator):
     data           the card; a sample's `captions` are used, or its `text`
     split          its split
     share          of the image's short side that the centre crop shows
-    feature_batch  images or texts at once a process;  workers: decoding processes
+    feature_batch  images or texts at once a process;  workers: as data.workers
 
     An image is right at K if one of its captions is among its K nearest, a caption if its image is.
     What is as near as the right one counts as nearer. Results are `image_to_text_r1` … `_r10`,
@@ -37,7 +37,7 @@ class Retrieval(ContrastiveEvaluator):
         split: str = "val",
         share: float = 1.0,
         feature_batch: int = 256,
-        workers: int = 0,
+        workers: int | None = None,
     ):
         super().__init__(
             data=data, split=split, share=share, feature_batch=feature_batch, workers=workers

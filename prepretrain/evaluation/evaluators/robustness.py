@@ -67,7 +67,7 @@ class Robustness(ProbeEvaluator):
     names, templates: of "zeroshot", as its options
     share          of the image's short side that the centre crop shows, but of `official`
     resize         "crop": that centre; "squash": all, without keeping the aspect
-    feature_batch  images or texts at once a process;  workers: decoding processes
+    feature_batch  images or texts at once a process;  workers: as data.workers
     seed           of the held-out tenth
 
     Results are `top1`, `top5` where there are more than five classes, and `images` of the clean
@@ -97,7 +97,7 @@ class Robustness(ProbeEvaluator):
         share: float = 0.875,
         resize: Literal["crop", "squash"] = "crop",
         feature_batch: int = 256,
-        workers: int = 0,
+        workers: int | None = None,
         seed: int = 0,
     ):
         super().__init__(

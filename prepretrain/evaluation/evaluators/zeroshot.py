@@ -31,7 +31,7 @@ class Zeroshot(ContrastiveEvaluator):
                    80; "simple": open_clip's seven; "none": the name alone
     language       which of the card's names and templates, where it has several
     share          of the image's short side that the centre crop shows; MAWS resizes to the crop
-    feature_batch  images or texts at once a process;  workers: decoding processes
+    feature_batch  images or texts at once a process;  workers: as data.workers
 
     Results are `top1`, `top5` where there are more than five classes, `mean_per_class` over the
     classes that there are images of, `images`, and `cut_prompts`, those longer than the tower reads.
@@ -49,7 +49,7 @@ class Zeroshot(ContrastiveEvaluator):
         language: str = "en",
         share: float = 1.0,
         feature_batch: int = 256,
-        workers: int = 0,
+        workers: int | None = None,
     ):
         super().__init__(
             data=data, split=split, share=share, feature_batch=feature_batch, workers=workers
