@@ -173,6 +173,32 @@ def test_the_model_trains_again_after_an_evaluation_where_it_trained_before():
     assert model.training and not model.encoder.norm.training and torch.is_grad_enabled()
 
 
+@pytest.mark.parametrize("on_gpu, within", [(True, "high"), (False, "highest")])
+def test_a_gpu_multiplies_in_tf32_while_features_are_computed_and_no_longer(
+    monkeypatch, on_gpu, within
+):
+    monkeypatch.setattr(distributed, "on_gpu", lambda: on_gpu)
+    model, seen = tiny_model(), []
+    model.encoder.register_forward_hook(
+        lambda *_: seen.append(torch.get_float32_matmul_precision())
+    )
+    monkeypatch.setattr(features, "evaluation_batches", one_batch)
+    extract(model, Pictures(3))
+    assert seen == [within] and torch.get_float32_matmul_precision() == "highest"
+    model.encoder.register_forward_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        extract(model, Pictures(3))
+    assert torch.get_float32_matmul_precision() == "highest"
+
+
+def one_batch(source: Source, transform: Callable, **_: object) -> list[dict]:
+    """A source as one batch, without the loader, which would pin it in memory for a GPU."""
+    rows = [transform(source[i]) for i in range(len(source))]
+    batch = {name: [row[name] for row in rows] for name in ("image", "label")}
+    image, label = torch.stack(batch["image"]), torch.tensor(batch["label"])
+    return [{"image": image, "label": label, "position": list(range(len(rows)))}]
+
+
 def _evaluate_then_train(rank: int) -> None:
     distributed.init()
     with torch.device("meta"):

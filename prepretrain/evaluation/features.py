@@ -325,15 +325,24 @@ def extract_texts(
 
 @contextlib.contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; afterwards each module trains again that did before."""
+    """Evaluation mode without gradients, and on a GPU float32 products by its matrix units, of 10
+    bits (TF32); afterwards each module trains again that did before.
+
+    What is fitted or compared outside of this, probes and neighbours, has products in all of
+    float32.
+    """
     training = [module for module in model.modules() if module.training]
+    products = torch.get_float32_matmul_precision()
     model.eval()
+    if distributed.on_gpu():
+        torch.set_float32_matmul_precision("high")
     try:
         # Not inference_mode: what FSDP gathers in it are inference tensors, and the training step
         # after an evaluation then fails with "Inplace update to inference tensor".
         with torch.no_grad():
             yield
     finally:
+        torch.set_float32_matmul_precision(products)
         for module in training:
             module.training = True
 
