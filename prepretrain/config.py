@@ -67,6 +67,15 @@ class Shard:
 
 
 @dataclass
+class Copies:
+    """How a model that is evaluated lies on the processes; changes results by rounding only."""
+
+    # processes that share a copy of the weights: 1 gives each its own, null does, too, where that
+    # takes no more than a quarter of a GPU, and shards over all processes where it takes more
+    group: int | None = None
+
+
+@dataclass
 class Checkpoint:
     """When a run saves itself."""
 
@@ -158,6 +167,7 @@ class Evaluating:
     seed: int = 0
     device: Literal["auto", "cpu"] = "auto"  # auto: a GPU for each process, where there are GPUs
     label: str | None = None  # results are under <evaluator>/<card>/<label>
+    shard: Copies = field(default_factory=Copies)
     slurm: Slurm = field(default_factory=Slurm)
     init: str | None = None  # set by --init: the model to evaluate
 

@@ -1,8 +1,11 @@
 """Every evaluator keeps the contract; the probes give the numbers they should."""
 
 import dataclasses
+import gc
 import inspect
 import math
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,6 +14,8 @@ from conftest import processes
 from sklearn.linear_model import LogisticRegression, Ridge
 from test_features import tiny_model
 from test_text import BPE
+from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.testing import assert_close
 
 from prepretrain import plugin
@@ -18,8 +23,12 @@ from prepretrain.data.card import load_card
 from prepretrain.distributed import group as distributed
 from prepretrain.evaluation.evaluators.base import accuracy, class_count
 from prepretrain.evaluation.evaluators.linear import Linear
+from prepretrain.evaluation.features import set_aside
 from prepretrain.evaluation.probing import logistic, probes
 from prepretrain.evaluation.probing.probes import PROTOCOLS
+from prepretrain.models.export import save
+from prepretrain.models.load import described
+from prepretrain.runs import run
 
 CARD = """
 description: procedural scenes
@@ -98,6 +107,109 @@ def test_more_ranks_give_the_numbers_of_one(card, tmp_path):
                 assert found == pytest.approx(want, abs=1e-9)
 
 
+def _sharded(rank: int, card: str, folder: str) -> None:
+    distributed.init()
+    numbers, parts = [], []
+    knn, linear = (
+        plugin.build("evaluators", name, data=card, **options)
+        for name, options in (("knn", {"k": 5}), ("linear", {"protocol": "ridge"}))
+    )
+    for group, memory in ((1, None), (2, None), (None, 100), (None, 1 << 40)):
+        distributed.memory = lambda memory=memory: memory  # of a GPU
+        model = run._on_devices(*described(f"{folder}/model"), group)
+        parts.append(sum(whole(p).numel() for p in model.parameters()))
+        if group is not None:
+            numbers.append((knn.run(model, None), linear.run(model, Path(folder, str(group)))))
+    torch.save((numbers, parts), f"{folder}/{rank}.pt")
+    distributed.shutdown()
+
+
+def whole(parameter: torch.Tensor) -> torch.Tensor:
+    """What of a parameter lies on this process."""
+    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
+
+
+def test_a_model_that_is_sharded_measures_the_same_and_is_where_a_gpu_has_no_room(card, tmp_path):
+    model = tiny_model()
+    save(model, tmp_path / "model", "a test")
+    processes(2, _sharded, card, str(tmp_path))
+    count = sum(p.numel() for p in model.parameters())
+    for rank in range(2):
+        numbers, parts = torch.load(tmp_path / f"{rank}.pt")
+        assert parts == [count, pytest.approx(count / 2, rel=0.01)] + parts[1::-1]
+        for now, alone in zip(numbers[1], numbers[0], strict=True):
+            assert now == pytest.approx(alone, abs=1e-9)
+
+
+class OnGpu(nn.Module):
+    """A model that says it is on a GPU, and notes where it is moved."""
+
+    def __init__(self):
+        super().__init__()
+        self.moves: list[str] = []
+
+    def parameters(self, recurse: bool = True):
+        yield SimpleNamespace(device=torch.device("cuda", 0))
+
+    def cpu(self):
+        self.moves.append("cpu")
+
+    def to(self, device: torch.device):
+        self.moves.append(str(device))
+
+
+@pytest.mark.parametrize(
+    "name, options, method", [("linear", {"protocol": "ridge"}, "fit"), ("knn", {"k": 3}, "votes")]
+)
+def test_the_model_waits_in_the_hosts_memory_while_its_features_are_probed(
+    name, options, method, card, monkeypatch
+):
+    evaluator = plugin.build("evaluators", name, data=card, **options)
+    monkeypatch.setattr(evaluator, "features", lambda *_: clouds(60, 3, 1.0, 0))
+    compute, model = getattr(evaluator, method), OnGpu().eval()
+    monkeypatch.setattr(
+        evaluator, method, lambda *given: model.moves.append("probe") or compute(*given)
+    )
+    evaluator.run(model, None)
+    assert model.moves == ["cpu", "probe", "cuda:0"]
+    training = OnGpu().train()
+    with set_aside(training):
+        assert not training.moves
+
+
+@pytest.mark.parametrize("protocol", ["lbfgs", "ridge", "sweep"])
+def test_a_probe_holds_one_copy_of_its_features_at_a_time(protocol, monkeypatch):
+    features, labels = clouds(300, 3, 1.0, 0)
+    held = []
+
+    def noted(compute):
+        def noting(*given: object, **options: object) -> object:
+            large = {
+                t.untyped_storage().data_ptr()
+                for t in gc.get_objects()
+                if isinstance(t, torch.Tensor) and t.dtype == torch.float32 and t.numel() > 3000
+            }
+            held.append(len(large - before))
+            return compute(*given, **options)
+
+        return noting
+
+    for module, name in ((logistic, "fit"), (probes, "ridge"), (probes, "_stacked")):
+        monkeypatch.setattr(module, name, noted(getattr(module, name)))
+    before = {
+        t.untyped_storage().data_ptr() for t in gc.get_objects() if isinstance(t, torch.Tensor)
+    }
+    probes.fit(
+        protocol,
+        features,
+        labels,
+        3,
+        seed=0,
+        **({"epochs": 2, "batch_size": 64} if protocol == "sweep" else {}),
+    )
+    assert len(held) > 1 and set(held) == {1}
+
+
 FLAT = [name for name in PROTOCOLS if name != "attentive"]
 
 
@@ -172,7 +284,7 @@ def test_the_labels_of_val_do_not_influence_the_probe(protocol, card, tmp_path, 
         splits = {"train": (features, labels), "val": (features, val_labels)}
         evaluator = Linear(data=card, protocol=protocol)
         evaluator.features = lambda model, split, folder, splits=splits: splits[split]
-        evaluator.run(None, tmp_path)
+        evaluator.run(tiny_model(), tmp_path)
     for one, other in zip(*(head.state_dict().values() for head in fitted)):
         assert torch.equal(one, other)
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from sklearn.neighbors import KNeighborsClassifier
 from test_evaluators import CARD, clouds
+from test_features import tiny_model
 from test_train import rows, train
 
 from prepretrain.evaluation.evaluators import knn
@@ -60,7 +61,7 @@ def test_a_class_without_a_vote_is_not_among_the_first_five_whatever_its_number(
     for k in (1, 2, 3, 20):
         evaluator = Knn(data=card, k=k)
         evaluator.features = lambda model, split, folder: splits[split]
-        found = evaluator.run(None, tmp_path)
+        found = evaluator.run(tiny_model(), tmp_path)
         votes = evaluator.votes(train, labels, val, 10)
         order = votes.argsort(dim=1, descending=True, stable=True)[:, :5]
         guessed = (order == truth[:, None]) & (votes.gather(1, order) > 0)
@@ -73,7 +74,7 @@ def test_more_neighbours_than_images_is_an_error(card, tmp_path):
     evaluator = Knn(data=card, k=300)
     evaluator.features = lambda *_: clouds(240, 3, 1.0, 0)
     with pytest.raises(ValueError, match="knn.k: scenes:train has 240 images, fewer than the 300"):
-        evaluator.run(None, tmp_path)
+        evaluator.run(tiny_model(), tmp_path)
 
 
 def test_evaluators_that_are_due_every_few_steps_leave_the_run_as_it_was(place, group):

@@ -123,6 +123,11 @@ def device() -> torch.device:
     return torch.device("cuda", local_rank()) if on_gpu() else torch.device("cpu")
 
 
+def memory() -> int | None:
+    """Bytes that this process's GPU has; None on the CPU."""
+    return torch.cuda.get_device_properties(device()).total_memory if on_gpu() else None
+
+
 _device = device  # `init` has an option of this name
 
 

@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 from filelock import FileLock, Timeout
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from prepretrain.data.loader import evaluation_batches
 from prepretrain.data.sources.base import fingerprint_of
@@ -345,6 +346,27 @@ def frozen(model: nn.Module) -> Iterator[None]:
         torch.set_float32_matmul_precision(products)
         for module in training:
             module.training = True
+
+
+@contextlib.contextmanager
+def set_aside(model: nn.Module) -> Iterator[None]:
+    """Leaves the device's memory to what is fitted on a model's features: one that each process has
+    whole waits in the host's, one that is sharded gives up what it has gathered of the others.
+
+    One that is training stays as it is, with its optimizer.
+    """
+    device = next(model.parameters()).device
+    units = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    for unit in units:
+        unit.reshard()
+    moves = not (units or model.training or device.type == "cpu")
+    if moves:
+        model.cpu()
+    try:
+        yield
+    finally:
+        if moves:
+            model.to(device)
 
 
 class _Centre:

@@ -191,6 +191,20 @@ def load(source: str, **changes: Any) -> Model:
     `text` and `joint` one by one, as in `load("runs/clip", text={"tokenizer": "there.model"})`. A
     file that does not say what it is needs `encoder=`, and for its text tower `text=` and `joint=`.
     """
+    return filled(*described(source, **changes))
+
+
+def filled(model: Model, found: Weights) -> Model:
+    """What `described` returned as a model with its weights, on the CPU."""
+    model.to_empty(device="cpu")
+    shard.fill_buffers(model)
+    weights.fill(model, found)
+    return model.eval()
+
+
+def described(source: str, **changes: Any) -> tuple[Model, Weights]:
+    """The model of `load` on the meta device, and its weights, of which nothing is read yet. Raises
+    ValueError where they do not fit each other."""
     found = open_weights(source)
     changes = dict(changes)
     for key in ("text", "joint"):
@@ -206,8 +220,6 @@ def load(source: str, **changes: Any) -> Model:
         )
     with torch.device("meta"):
         model = Model(**encoders.follow(found.options or {}, changes))
-    model.to_empty(device="cpu")
-    shard.fill_buffers(model)
     _check_head(model, found)
-    weights.fill(model, found)
-    return model.eval()
+    weights.check(model, found)
+    return model.eval(), found

@@ -29,7 +29,7 @@ from prepretrain.evaluation import validation
 from prepretrain.evaluation.evaluators.base import Evaluator
 from prepretrain.models import weights
 from prepretrain.models.export import save
-from prepretrain.models.load import fitting, load, open_weights
+from prepretrain.models.load import described, filled, fitting, open_weights
 from prepretrain.models.model import Model
 from prepretrain.objectives.base import Objective
 from prepretrain.runs import results
@@ -247,11 +247,26 @@ def evaluate(config: Evaluating, folder: Path, sha256: str | None = None) -> dic
     sha256: of the model's weights, where it is known.
     """
     name, evaluator = evaluator_of(config)
-    model = load(config.init, **config.model).to(distributed.device())
+    model, found = described(config.init, **config.model)
     evaluator.check(model)
     evaluator.open_data()
+    model = _on_devices(model, found, config.shard.group)
     asked = request(evaluator, config.model, sha256 or fingerprint(config.init))
     return _measure(name, evaluator, model, folder, asked)
+
+
+def _on_devices(model: Model, found: weights.Weights, group: int | None) -> Model:
+    """A model that is described, with its weights: each process's own on its device, or sharded, as
+    `config.Copies` says; one that is sharded is whole on no device and in no memory."""
+    if group is None:
+        room, needed = distributed.memory(), 4 * sum(p.numel() for p in model.parameters())
+        group = distributed.world() if room is not None and needed > room / 4 else 1
+    if shard.size(group, distributed.world()) == 1:
+        return filled(model, found).to(distributed.device())
+    shard.shard(model, group=group, precision="fp32")
+    weights.fill(model, found)
+    logger.info("the model is sharded over %d processes", group)
+    return model.eval()
 
 
 def evaluator_of(config: Evaluating) -> tuple[str, Evaluator]:
@@ -345,7 +360,7 @@ def dry_run(config: Training | Evaluating, folder: Path, stage: str, world: int)
     """
     if isinstance(config, Evaluating):
         evaluator, data = evaluator_of(config)[1], "checked"
-        model = load(config.init, **config.model)
+        model, _ = described(config.init, **config.model)
         evaluator.check(model)
         try:
             evaluator.open_data()

@@ -19,7 +19,7 @@ from prepretrain import config as configs
 from prepretrain.config import Evaluating, Suite, Training
 from prepretrain.data import card
 from prepretrain.distributed import group as distributed
-from prepretrain.models.load import load, open_weights
+from prepretrain.models.load import described, open_weights
 from prepretrain.models.model import Model
 from prepretrain.runs import results, run
 from prepretrain.training.fit import Stopped
@@ -94,7 +94,7 @@ def _each(
     if not config.suite:
         raise ValueError("suite: is empty. Name one stage or more, as in [{stage: eval/linear}].")
     open_weights(config.init)  # what is wrong with it is wrong once, not in every entry
-    found, problems, loaded = [], [], _Loaded(config.init)
+    found, problems, loaded = [], [], _Described(config.init)
     for i, given in enumerate(config.suite):
         name = f"suite[{i}] ({given['stage']})" if "stage" in given else f"suite[{i}]"
         try:
@@ -110,8 +110,9 @@ def _each(
     return found
 
 
-class _Loaded:
-    """The model that evaluations measure, kept as long as they ask for it with the same options."""
+class _Described:
+    """The model that evaluations measure, without weights, kept as long as they ask for it with the
+    same options."""
 
     def __init__(self, source: str):
         self.source, self.held = source, None
@@ -120,8 +121,7 @@ class _Loaded:
         if isinstance(config, Training):
             return None
         if self.held is None or self.held[0] != config.model:
-            self.held = None  # before the next one needs the memory
-            self.held = config.model, load(self.source, **config.model)
+            self.held = config.model, described(self.source, **config.model)[0]
         return self.held[1]
 
 

@@ -9,6 +9,7 @@ from torch.nn.functional import normalize
 
 from prepretrain.distributed import group as distributed
 from prepretrain.evaluation.evaluators.base import ProbeEvaluator, accuracy, class_count, require
+from prepretrain.evaluation.features import set_aside
 
 VALUES = 1 << 26  # similarities at once
 
@@ -69,7 +70,8 @@ class Knn(ProbeEvaluator):
                 f"neighbours asked for. Ask for fewer."
             )
         mine = val.tensor_split(distributed.world())[distributed.rank()]
-        votes = self.votes(train, train_labels, mine, classes)
+        with set_aside(model):
+            votes = self.votes(train, train_labels, mine, classes)
         votes = torch.cat(distributed.all_gather_object(votes))
         votes[votes == 0] = -torch.inf  # no neighbour's class is no guess, whatever its number
         found = accuracy(votes, val_labels) | {"images": len(val), "train_images": len(train)}

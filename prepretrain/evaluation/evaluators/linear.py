@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from prepretrain.distributed import group as distributed
 from prepretrain.evaluation.evaluators.base import ProbeEvaluator, accuracy, class_count, require
+from prepretrain.evaluation.features import set_aside
 from prepretrain.evaluation.probing import probes
 from prepretrain.evaluation.probing.probes import PROTOCOLS
 
@@ -104,8 +105,9 @@ class Linear(ProbeEvaluator):
         train, train_labels = self.features(model, "train", folder)
         val, val_labels = self.features(model, "val", folder)
         classes = class_count(self.card, train_labels, val_labels)
-        head = self.fit(train, train_labels, classes)
-        found = accuracy(probes.scores(head, val), val_labels)
+        with set_aside(model):
+            head = self.fit(train, train_labels, classes)
+            found = accuracy(probes.scores(head, val), val_labels)
         return distributed.from_main(found | {"images": len(val), "train_images": len(train)})
 
     def fit(self, features: Tensor, labels: Tensor, classes: int) -> nn.Module:

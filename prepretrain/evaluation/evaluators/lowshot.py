@@ -19,7 +19,7 @@ from prepretrain.evaluation.evaluators.base import (
     decoding,
     require,
 )
-from prepretrain.evaluation.features import extract, labels_of, state
+from prepretrain.evaluation.features import extract, labels_of, set_aside, state
 from prepretrain.evaluation.probing import logistic, subsets, tuning
 from prepretrain.evaluation.probing.adapters import ADAPTERS
 from prepretrain.evaluation.probing.tuning import Recipe, Tuning
@@ -238,7 +238,8 @@ class Lowshot(Evaluator):
         few = Subset(source, needed.tolist())
         features, _ = extract(model, few, name=f"{self.card.name}:train", **reading)
         places = {job: torch.searchsorted(needed, rows) for job, rows in chosen.items()}
-        return self.measure(features, labels[needed], places, there, answers, classes)
+        with set_aside(model):
+            return self.measure(features, labels[needed], places, there, answers, classes)
 
     def measure(
         self,

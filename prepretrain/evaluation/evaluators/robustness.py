@@ -17,7 +17,7 @@ from prepretrain.data.subset import Subset, evenly
 from prepretrain.distributed import group as distributed
 from prepretrain.evaluation import corruptions as makers
 from prepretrain.evaluation.evaluators.base import ProbeEvaluator, accuracy, class_count, require
-from prepretrain.evaluation.features import extract
+from prepretrain.evaluation.features import extract, set_aside
 from prepretrain.evaluation.probing import probes
 
 # AlexNet's errors on ImageNet-C, each the mean over five severities: mCE is in units of them (arXiv
@@ -227,7 +227,8 @@ class Robustness(ProbeEvaluator):
             return lambda features: features @ weight.T
         train, labels = self.features(model, "train", folder)
         classes = max(class_count(self.card, labels), len(clean.classes or ()))
-        head = probes.fit("lbfgs", train, labels, classes, seed=self.seed)
+        with set_aside(model):
+            head = probes.fit("lbfgs", train, labels, classes, seed=self.seed)
         return lambda features: probes.scores(head, features)
 
     def _check_classes(self, count: int, clean: Source, labels: Tensor) -> None:

@@ -106,16 +106,19 @@ def _sweep(
     features: Tensor, labels: Tensor, classes: int, seed: int, **settings: float
 ) -> nn.Sequential:
     held, kept = _held_out(len(features), seed, features.device)
-    norm = _standardiser(features[kept])
-    stack = _stacked(norm(features[kept]), labels[kept], classes, RATES, seed, **settings)
+    inner = features[kept]
+    norm = _standardise(inner)
+    stack = _stacked(inner, labels[kept], classes, RATES, seed, **settings)
     with torch.no_grad():
         best = stack(norm(features[held])).argmax(2) == labels[held]
     chosen = RATES[int(best.sum(1).argmax())]  # of equals the lowest rate
     logger.info(
         "sweep: lr %g, %.2f %% on a held-out tenth", chosen, 100 * best.float().mean(1).max()
     )
-    norm = _standardiser(features)
-    stack = _stacked(norm(features), labels, classes, (chosen,), seed, **settings)
+    del inner
+    whole = features.clone()
+    norm = _standardise(whole)
+    stack = _stacked(whole, labels, classes, (chosen,), seed, **settings)
     return nn.Sequential(norm, _linear_of(torch.cat([stack.weight[0].T, stack.bias[0].T], 1)))
 
 
@@ -200,8 +203,9 @@ def _regularised(
 ) -> nn.Sequential:
     """`solve` on standardised features, its L2 the one that is best on a held-out tenth of them."""
     held, kept = _held_out(len(features), seed, features.device)
-    norm = _standardiser(features[kept])
-    inner, outer = norm(features[kept]), norm(features[held])
+    inner = features[kept]  # beside the features themselves the only copy at a time
+    norm = _standardise(inner)
+    outer = norm(features[held])
     best, chosen, weight = -1.0, strengths[0], None
     for l2 in strengths:
         weight = solve(inner, labels[kept], l2, weight)
@@ -209,8 +213,10 @@ def _regularised(
         if right > best:  # on a tie the stronger one stays
             best, chosen = right, l2
     logger.info("%s: l2 %g, %.2f %% on a held-out tenth", name, chosen, 100 * best)
-    norm = _standardiser(features)
-    return nn.Sequential(norm, _linear_of(solve(norm(features), labels, chosen, weight)))
+    del inner
+    whole = features.clone()
+    norm = _standardise(whole)
+    return nn.Sequential(norm, _linear_of(solve(whole, labels, chosen, weight)))
 
 
 def _train(
@@ -277,6 +283,14 @@ def _held_out(count: int, seed: int, device: torch.device) -> tuple[Tensor, Tens
     order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
     held, kept = order.to(device).tensor_split([math.ceil(count / 10)])
     return held, kept
+
+
+def _standardise(features: Tensor) -> nn.BatchNorm1d:
+    """Standardises features in place; what it returns does the same to others."""
+    norm = _standardiser(features)
+    for part in features.split(logistic.ROWS):
+        part.copy_(norm(part))
+    return norm
 
 
 def _standardiser(features: Tensor) -> nn.BatchNorm1d:
