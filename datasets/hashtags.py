@@ -31,7 +31,8 @@ def main() -> None:
     if "hashtags" not in source.fields:
         raise ValueError(
             f"{args.card}: has no hashtags. It has: {', '.join(source.fields)}. Tar shards have them in "
-            f"json members, Parquet files in a column: see the options of both in datasets/README.md."
+            f"json members, Parquet files in a column: see the options of both in datasets/README.md. Of "
+            f"a folder a class, make_shards.py folder path=… --class-tags packs the names as hashtags."
         )
     bad: list[BadImage] = []
     tags = [rarest.tags_of(source, index, bad) for index in range(len(source))]

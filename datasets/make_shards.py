@@ -2,6 +2,7 @@
 
 python datasets/make_shards.py synthetic images=20000 seed=0 --out data/demo/train
 python datasets/make_shards.py folder path=photos/train --out data/photos/train
+python datasets/make_shards.py folder path=photos/train --class-tags --out data/photos/train
 python datasets/make_shards.py parquet path=cifar10/train.parquet --out data/cifar10/train
 """
 
@@ -17,6 +18,7 @@ import webdataset
 import yaml
 
 from prepretrain import plugin
+from prepretrain.data.card import data_folder
 from prepretrain.data.sources.base import Source
 from prepretrain.data.transforms import BadImage
 
@@ -31,6 +33,26 @@ def extension(image: bytes) -> str | None:
     if image[4:12] in (b"ftypavif", b"ftypavis"):
         return "avif"
     return next((name for start, name in STARTS.items() if image.startswith(start)), None)
+
+
+class ClassTags(Source):
+    """A source whose images have the names of their classes as hashtags."""
+
+    def __init__(self, source: Source):
+        if "label" not in source.fields or source.classes is None:
+            raise ValueError("--class-tags: the source has no classes with names, as folders have.")
+        self.source, self.classes, self.groups = source, source.classes, source.groups
+        self.fields = (*source.fields, "hashtags")
+
+    def __getitem__(self, index: int) -> dict:
+        sample = self.source[index]
+        return sample | {"hashtags": [self.classes[sample["label"]]]}
+
+
+def located(path: str) -> str:
+    """A source's path: from here or, as in a card, from the folder of data."""
+    there = data_folder() / path
+    return path if os.path.lexists(path) or not there.exists() else str(there)
 
 
 def members(number: int, sample: dict) -> dict:
@@ -97,6 +119,9 @@ def main() -> None:
     parser.add_argument("options", nargs="*", help="its options, as key=value")
     parser.add_argument("--out", type=Path, required=True, help="the folder to make")
     parser.add_argument("--per-shard", type=int, default=1000, help="images in a shard")
+    parser.add_argument(
+        "--class-tags", action="store_true", help="give each image its folder's name as a hashtag"
+    )
     args = parser.parse_args()
     options = {}
     for option in args.options:
@@ -104,7 +129,10 @@ def main() -> None:
         if not equals:
             raise ValueError(f"{option}: is not key=value.")
         options[key] = yaml.safe_load(value)
-    pack(plugin.build("sources", args.source, **options), args.out, args.per_shard)
+    if isinstance(options.get("path"), str):
+        options["path"] = located(options["path"])
+    source = plugin.build("sources", args.source, **options)
+    pack(ClassTags(source) if args.class_tags else source, args.out, args.per_shard)
     made = plugin.build("sources", "shards", path=str(args.out))
     print(
         f"{args.out}: {len(made)} images in {len(made.groups)} shards, with "

@@ -555,6 +555,31 @@ def test_packing_keeps_the_bytes_labels_and_dotted_keys_of_a_folder(tmp_path, sc
     assert kinds == ["JPEG", "PNG", "JPEG", "GIF", "TIFF", "BMP"]
 
 
+def test_a_folder_of_photos_gets_its_hashtags_from_its_classes(tmp_path, script, monkeypatch):
+    monkeypatch.setenv("PREPRETRAIN_DATA", str(tmp_path / "data"))
+    for name in ("red fox/a.jpg", "red fox/b.jpg", "owl/c.jpg"):
+        file = tmp_path / "data/photos" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8)).save(file)
+    mine = card(tmp_path, "train: {source: folder, path: photos}")
+    counting = ("datasets/hashtags.py", str(mine), "--min-count", "1", "--out", str(tmp_path / "v"))
+    assert "make_shards.py folder path=… --class-tags" in script(*counting)
+    packing = ["datasets/make_shards.py", "folder", "path=photos", "--class-tags"]
+    made = script(*packing, "--out", str(tmp_path / "data/packed"))  # a path as in a card
+    assert "3 images in 1 shards, with image, label, hashtags" in made
+    card(tmp_path, "train: {source: shards, path: packed}")
+    assert "2  red fox" in script(*counting)
+    flat = script(
+        "datasets/make_shards.py",
+        "folder",
+        f"path={tmp_path}/data/photos/owl",
+        "--class-tags",
+        "--out",
+        "x",
+    )
+    assert "--class-tags: the source has no classes" in flat
+
+
 def test_what_cannot_be_packed_leaves_nothing_behind(tmp_path, script):
     (tmp_path / "in").mkdir()
     for name in ("a.jpg", "b.png", "c.tif"):
