@@ -24,16 +24,19 @@ def rows(
 ) -> list[dict[str, str | int]]:
     """One row a run: the headline metric of each evaluation (± its deviation, where it is a mean),
     images seen, parameters and FLOPs, and what was asked of the evaluations ("protocol"); then the
-    published rows of groups.
+    published rows of groups, one a number.
 
-    A published metric has a column of its own, under the name that it was published by. names: of
-    the runs, by default their folders'.
+    Published numbers have a column of their own, beside the name of what was measured, which says
+    data and protocol; so none stands under one of ours. names: of the runs, by default their
+    folders'.
     """
     if names and len(names) != len(runs):
         raise ValueError(f"--names: {len(names)} names for {len(runs)} runs.")
     called = names or [Path(run).resolve().name for run in runs]
     ours = [{"run": name, **_measured(run)} for run, name in zip(runs, called)]
-    return ours + [_published(row) for group in groups for row in published.find(group)]
+    return ours + [
+        line for group in groups for row in published.find(group) for line in _lines(row)
+    ]
 
 
 def _measured(run: str | Path) -> dict[str, str | int]:
@@ -96,11 +99,12 @@ def _asked(record: dict[str, Any]) -> str:
     return ", ".join(f"{key}={value}" for key, value in other.items()) or "defaults"
 
 
-def _published(row: published.Row) -> dict[str, str | int]:
-    said = "; ".join([*row.metrics, row.source])
-    doubt = "" if row.checked else " (its columns re-aligned by hand)"
-    numbers = {name: str(value) for name, value in row.metrics.items()}
-    return {"run": f"{row.name} (published)", **numbers, "protocol": said + doubt}
+def _lines(row: published.Row) -> list[dict[str, str | int]]:
+    said = row.source + ("" if row.checked else " (its columns re-aligned by hand)")
+    return [
+        {"run": row.name, "published": str(value), "metric": name, "protocol": said}
+        for name, value in row.metrics.items()
+    ]
 
 
 def columns(rows: Sequence[dict[str, str | int]]) -> list[str]:
@@ -116,7 +120,9 @@ def table(rows: Sequence[dict[str, str | int]]) -> str:
     names = columns(rows)
     cells = [names] + [[_cell(row.get(key, "–")) for key in names] for row in rows]
     width = [max(len(line[i]) for line in cells) for i in range(len(names))]
-    text = [key in ("run", "protocol") for key in names]  # to the left, numbers to the right
+    text = [
+        key in ("run", "metric", "protocol") for key in names
+    ]  # to the left, numbers to the right
     lines = [
         "| "
         + " | ".join(c.ljust(w) if t else c.rjust(w) for c, w, t in zip(line, width, text))
