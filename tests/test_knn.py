@@ -70,11 +70,9 @@ def test_a_class_without_a_vote_is_not_among_the_first_five_whatever_its_number(
             assert found["top5"] == found["top1"]
 
 
-def test_more_neighbours_than_images_is_an_error(card, tmp_path):
-    evaluator = Knn(data=card, k=300)
-    evaluator.features = lambda *_: clouds(240, 3, 1.0, 0)
+def test_more_neighbours_than_images_is_an_error_before_anything_is_computed(card):
     with pytest.raises(ValueError, match="knn.k: scenes:train has 240 images, fewer than the 300"):
-        evaluator.run(tiny_model(), tmp_path)
+        Knn(data=card, k=300).open_data()
 
 
 def test_evaluators_that_are_due_every_few_steps_leave_the_run_as_it_was(place, group):

@@ -167,6 +167,13 @@ def test_every_format_of_the_list_is_read(kind):
     assert decode(encoded(photo(), kind)).shape == (3, 48, 64)
 
 
+@pytest.mark.parametrize("highest", [1023, 4095, 65535])
+def test_a_pgm_of_more_than_8_bits_says_its_range(highest):
+    values = np.array([0, highest // 2 + 1, highest], ">u2")
+    pixels = decode(f"P5 3 1 {highest}\n".encode() + values.tobytes())
+    assert pixels[:, 0].tolist() == [[0, 128, 255]] * 3
+
+
 @pytest.mark.parametrize("mode", ["RGB", "P", "I;16", "LA"])
 def test_a_large_image_has_the_same_pixels_though_it_is_read_in_strips(mode, monkeypatch):
     image = Image.fromarray(np.arange(48 * 64, dtype=np.uint16).reshape(48, 64) * 21)

@@ -190,6 +190,8 @@ def _decode_unterminated(data: bytes) -> Tensor:
 def _array(image: Image.Image) -> np.ndarray:
     """The pixels, uint8 [H, W, 3]; a large image in strips, so that it is not held four times."""
     width, height = image.size
+    if image.mode == "I" and image.format == "PPM":  # whose range Pillow maps to 16 bits
+        image = Image.fromarray(np.asarray(image).astype(np.uint16))
     if width * height <= _STRIP:
         return np.array(_rgb(image))
     pixels, rows = np.empty((height, width, 3), dtype=np.uint8), max(1, _STRIP // width)

@@ -58,17 +58,21 @@ class Knn(ProbeEvaluator):
         require(temperature > 0, "knn.temperature", temperature, "must be above 0")
         self.k, self.temperature = k, temperature
 
+    def open_data(self) -> None:
+        """See Evaluator.open_data: as many images as neighbours are asked for."""
+        counts = {split: len(self.card.open(split)) for split in self.splits}
+        if self.k > counts["train"]:
+            raise ValueError(
+                f"knn.k: {self.card.name}:train has {counts['train']} images, fewer than the {self.k} "
+                f"neighbours asked for. Ask for fewer."
+            )
+
     def run(self, model: nn.Module, folder: Path) -> dict[str, float]:
         """Top-1 (and top-5) on `val`, with the numbers of images that it was measured and trained
         on."""
         train, train_labels = self.features(model, "train", folder)
         val, val_labels = self.features(model, "val", folder)
         classes = class_count(self.card, train_labels, val_labels)
-        if self.k > len(train):
-            raise ValueError(
-                f"knn.k: {self.card.name}:train has {len(train)} images, fewer than the {self.k} "
-                f"neighbours asked for. Ask for fewer."
-            )
         mine = val.tensor_split(distributed.world())[distributed.rank()]
         with set_aside(model):
             votes = self.votes(train, train_labels, mine, classes)
