@@ -142,6 +142,15 @@ def test_a_training_that_was_cut_off_is_not_taken_for_done(trained):
     assert list(start(TUNE)["finetune/colours"]) == ["lowshot/colours"]
 
 
+def test_a_training_that_failed_has_no_result(trained):
+    broken = {**TUNE, "data": {"train": "colours", "max_bad": 0.0}}
+    next(Path("data/photos").rglob("*.png")).write_bytes(b"no image")
+    with pytest.raises(RuntimeError, match="1 of 1 entries of the suite failed"):
+        start(broken)
+    assert "finetune/colours" not in read(trained / "results.json")
+    assert read(trained / "evaluations.json")["finetune/colours"]["unfinished"]
+
+
 def test_other_options_are_measured_anew(trained):
     start(witness("a"))
     start({**witness("a"), "evaluator": {"name": "lab.witness", "note": "a", "kill": False}})

@@ -1,6 +1,7 @@
 """One process group, always: the same code for one process, for eight and for a cluster."""
 
 import datetime
+import json
 import logging
 import math
 import os
@@ -40,19 +41,35 @@ def init(device: Literal["auto", "cpu"] = "auto") -> torch.device:
         _cpu_asked = device == "cpu"
         if not _cpu_asked and not torch.cuda.is_available() and _has_gpus():
             raise ValueError(_unusable())
-        alone = (
-            {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-        )
+        store, number, count = _met()
+        joining = {"store": store, "rank": number, "world_size": count, "timeout": TIMEOUT}
         if not on_gpu():
-            dist.init_process_group("gloo", timeout=TIMEOUT, **alone)
+            dist.init_process_group("gloo", **joining)
         else:
             gpu = torch.device("cuda", local_rank())
             torch.cuda.set_device(gpu)
+            # before NCCL is asked, which has other words for two processes on one
+            gpus = _of_each(_gpu(gpu), store, number, count)
+            check_gpus(gpus)
             # named, so that NCCL connects now, and not within the first step
-            backend = "cuda:nccl,cpu:gloo"
-            dist.init_process_group(backend, timeout=TIMEOUT, device_id=gpu, **alone)
-            check_gpus(all_gather_object(_gpu(gpu)))
+            dist.init_process_group("cuda:nccl,cpu:gloo", device_id=gpu, **joining)
+            if is_main():
+                say_kinds(gpus)
     return _device()
+
+
+def _met() -> tuple[dist.Store, int, int]:
+    """The store in which the processes of the environment find each other, this one's number, and
+    how many they are; without such an environment those of a process alone."""
+    if "RANK" not in os.environ:
+        return dist.HashStore(), 0, 1
+    return next(dist.rendezvous("env://", timeout=TIMEOUT))
+
+
+def _of_each(text: list[str], store: dist.Store, number: int, count: int) -> list[list[str]]:
+    """What each process says, by a store, in order of rank."""
+    store.set(f"said by {number}", json.dumps(text))
+    return [json.loads(store.get(f"said by {other}")) for other in range(count)]
 
 
 def on_gpu() -> bool:
@@ -76,23 +93,24 @@ def _unusable() -> str:
             torch.cuda.init()
             reason = "torch.cuda.is_available() is False"
         except (RuntimeError, AssertionError) as error:
-            reason = str(error).strip().splitlines()[0]
+            reason = str(error).strip().splitlines()[0].rstrip(".")
+        if visible is not None:  # which may name none that is there
+            reason += f"; CUDA_VISIBLE_DEVICES={visible!r}"
     return (
         f"device: this machine has GPUs, and torch cannot use them ({reason}). Mend that, or compute "
         f"on the CPU with device=cpu."
     )
 
 
-def _gpu(device: torch.device) -> tuple[str, str, str]:
-    """(machine, GPU, its kind)."""
+def _gpu(device: torch.device) -> list[str]:
+    """[machine, GPU, its kind]."""
     found = torch.cuda.get_device_properties(device)
-    return socket.gethostname(), str(found.uuid), found.name
+    return [socket.gethostname(), str(found.uuid), found.name]
 
 
-def check_gpus(gpus: list[tuple[str, str, str]]) -> None:
-    """Raises ValueError if two processes have one (machine, GPU, kind); warns of different kinds,
-    the slowest of which all others wait for."""
-    if shared := [one for one, count in Counter(gpus).items() if count > 1]:
+def check_gpus(gpus: list[list[str]]) -> None:
+    """Raises ValueError if two processes have one [machine, GPU, kind]."""
+    if shared := [one for one, count in Counter(map(tuple, gpus)).items() if count > 1]:
         machine, _, kind = shared[0]
         here = sum(one[0] == machine for one in gpus)
         there = len({one[1] for one in gpus if one[0] == machine})
@@ -100,8 +118,12 @@ def check_gpus(gpus: list[tuple[str, str, str]]) -> None:
             f"--procs: {here} processes on {machine} see {there} GPUs ({kind}). Start as many as there "
             f"are GPUs, or look at CUDA_VISIBLE_DEVICES."
         )
+
+
+def say_kinds(gpus: list[list[str]]) -> None:
+    """Warns of GPUs of different kinds, the slowest of which all others wait for."""
     kinds = Counter(kind for *_, kind in gpus)
-    if len(kinds) > 1 and is_main():
+    if len(kinds) > 1:
         logger.warning("GPUs differ, and all wait for the slowest: %s", dict(kinds))
 
 

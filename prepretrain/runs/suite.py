@@ -242,8 +242,10 @@ def _asked(entry: Entry, sha256: str) -> dict[str, Any]:
 
 def _train(entry: Entry, folder: Path, asked: dict[str, Any]) -> None:
     """Trains in a folder of its own, or continues to; its evaluations' results become the suite's."""
-    # what it starts from is known from now on; it is done when the mark is gone
-    results.add(folder, {entry.key: {}}, {entry.key: {**asked, "unfinished": True}})
+    # what it starts from is known from now on; it is done when the mark is gone. Results that were
+    # asked for otherwise are no longer its own
+    stale = {entry.key: {}} if entry.key in results.read(folder)[0] else {}
+    results.add(folder, stale, {entry.key: {**asked, "unfinished": True}})
     entry.folder.mkdir(parents=True, exist_ok=True)
     run.train(entry.config, entry.folder)
     there, _ = results.read(entry.folder)
