@@ -56,9 +56,12 @@ class Shard:
     """How a model is sharded over processes, and its precision and memory; changes results by
     rounding only."""
 
-    group: int | None = (
-        None  # most processes that share a copy of the weights; 1 replicates, null shards over all
-    )
+    # most processes that share a copy of the weights; 1 replicates; null: on GPUs the fewest that hold
+    # it well (Plan.sharding), on a CPU all
+    group: int | None = None
+    # gather a unit's weights again for the backward pass; null: only where keeping them takes memory
+    # that is needed
+    reshard: bool | None = None
     # auto: bf16, but fp32 on a CPU that has no instructions for it
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     recompute: Literal["none", "block", "offload"] = "none"  # activation checkpointing

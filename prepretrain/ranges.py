@@ -120,7 +120,7 @@ _WAYS = {  # out of a value that others mean something by
     "hang": "null never ends a run",
     "data.max_bad": "it is a share of the images; 1 never stops",
     "batch_per_process": "null takes a process's share at once",
-    "shard.group": "null shards over all processes",
+    "shard.group": "null chooses by memory",
     "validation.images": "null takes all",
     "data.workers": "0 loads in the process itself",
 }

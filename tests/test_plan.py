@@ -83,6 +83,49 @@ def test_a_training_step_takes_three_forward_passes():
     assert found.flops / images / Plan(given, 1).flops() == pytest.approx(3, rel=0.02)
 
 
+def test_weights_that_are_kept_are_gathered_once_and_several_blocks_together():
+    objective, world = build("vit_mini8"), 4
+    resharded, kept = (
+        memory.simulate(lambda: build("vit_mini8"), images=2, world=world, reshard=reshard)
+        for reshard in (True, False)
+    )
+    whole = sum(rows(p, world) * 2 * (world - 1) for p in objective.parameters())
+    assert kept.sent["allgather"] == whole < resharded.sent["allgather"]
+    numbers = {one.kind: one.number for one in resharded.collectives}
+    units = 2 if shard.together(objective.model.encoder.blocks) == 4 else 4 + 1
+    assert numbers == {"allgather": 2 * units + 2, "reduce_scatter": units + 2}  # two roots
+
+
+@pytest.mark.parametrize(
+    "size, gigabytes, expected",
+    [
+        ("vit_b16", 80, (1, False)),
+        ("vit_2b14", 80, (2, False)),  # 31 GB, and 4 GB gathered beside half of it
+        ("vit_2b14", 50, (2, True)),
+        ("vit_2b14", 140, (1, False)),
+        ("vit_6.5b14", 80, (4, True)),
+        ("vit_6.5b14", 8, (64, True)),
+    ],
+)
+def test_by_default_the_fewest_gpus_that_hold_a_model_well_share_it(size, gigabytes, expected):
+    given = config.load("wsp", [f"base=size/{size}.yaml", "shard.group=null"])
+    how = Plan(given, 64).sharding(gigabytes * 1e9, 8)
+    assert (how.group, how.reshard) == expected
+    assert f"shard.group {how.group} of 64" in how.reasons[0] and "33%" in how.reasons[0]
+    asked = config.load("wsp", [f"base=size/{size}.yaml", "shard={group: 16, reshard: true}"])
+    how = Plan(asked, 64).sharding(gigabytes * 1e9, 8)
+    assert (how.group, how.reshard) == (16, True) and "as configured" in how.reasons[0]
+    assert Plan(given, 64).sharding(None, 8).group is None  # a CPU's processes share its memory
+
+
+def test_a_group_stays_in_a_node_or_takes_whole_ones(place):
+    given = config.load("wsp", ["model.encoder=vit_6.5b14"])
+    plan = Plan(given, 32)
+    state = plan.state_bytes(1)
+    chosen = [plan.sharding(3 * state / g, 4).group for g in (1, 2, 3, 4, 5, 9, 33)]
+    assert chosen == [1, 2, 4, 4, 8, 16, 32]
+
+
 @pytest.mark.parametrize("how", ["none", "block", "offload"])
 @pytest.mark.parametrize(
     "stage, overrides, world, parts",

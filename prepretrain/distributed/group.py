@@ -127,6 +127,15 @@ def say_kinds(gpus: list[list[str]]) -> None:
         logger.warning("GPUs differ, and all wait for the slowest: %s", dict(kinds))
 
 
+def machine() -> tuple[int | None, int]:
+    """The bytes of memory of the smallest GPU, None on the CPU; and how many processes share a machine.
+    All call it together."""
+    own = torch.cuda.get_device_properties(device()).total_memory if on_gpu() else None
+    seen = all_gather_object((socket.gethostname(), own))
+    here = min(Counter(name for name, _ in seen).values())
+    return None if own is None else min(size for _, size in seen), here
+
+
 def shutdown() -> None:
     """Leaves the process group, if there is one."""
     if dist.is_initialized():

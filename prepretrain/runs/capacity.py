@@ -118,6 +118,8 @@ def estimate(
             f"whole run, as in --images 5e9."
         )
     images = plan.schedule.steps * config.batch_size if images is None else images
+    how = plan.sharding(machine.gigabytes * 1e9, machine.per_node)
+    config = _changed(config, group=how.group, reshard=how.reshard)
     room = machine.room
     tried: list[Attempt] = []
     for attempt in _attempts(config, gpus, room):
@@ -157,6 +159,7 @@ def estimate(
         "images": round(images),
         "days": images / speed / 86400,
         "machine": asdict(machine),
+        "reasons": how.reasons if gpus > 1 else (),
         "tried": [{**asdict(one.settings), "peak_bytes": one.step.peak} for one in tried],
     }
 
@@ -212,6 +215,7 @@ def _attempt(config: Training, gpus: int) -> Attempt:
         accumulate=plan.accumulate,
         world=gpus,
         group=given.group,
+        reshard=given.reshard is not False,
         precision=_precision(config),
         recompute=given.recompute,
         optimizer=partial(build_optimizer, config),
@@ -284,6 +288,8 @@ def table(found: dict[str, Any]) -> str:
         *_times(found),
         f"{found['images_per_second']:,.0f} images/s, limited by {found['limited_by']}: "
         f"{found['days']:,.1f} days for {found['images']:,} images",
+        "",
+        *found["reasons"],
         "",
     ]
     if not found["fits"]:

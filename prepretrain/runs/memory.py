@@ -45,7 +45,7 @@ _FLOPS = flop_registry | {
         lambda *args, **_: sdpa_backward_flop_count(*(t.shape for t in args[:4]))
     ),
 }
-_FEW = 4  # blocks of a list that is shortened: two at each end, as FSDP gathers one ahead
+_FEW = 4  # units of a list that is shortened: two at each end, as FSDP gathers one ahead
 
 ADAMW = partial(optim.build, lr=0.0, weight_decay=0.0)
 
@@ -99,6 +99,7 @@ def simulate(
     accumulate: int = 1,
     world: int,
     group: int | None = None,
+    reshard: bool = True,
     precision: Literal["bf16", "fp32"] = "bf16",
     recompute: Literal["none", "block", "offload"] = "none",
     fused_attention: bool = True,
@@ -123,9 +124,10 @@ def simulate(
             objective = build()
             if depths is not None:
                 _shorten(objective, depths)
-            shard.wrap(objective, group=group, precision=precision, recompute=recompute)
+            how = {"group": group, "reshard": reshard, "precision": precision}
+            shard.wrap(objective, recompute=recompute, **how)
             for module in objective.frozen():
-                shard.wrap(module, group=group, precision=precision)
+                shard.wrap(module, **how)
             fake = FakeTensorMode(allow_non_fake_inputs=True)
             with fake, _Ledger() as ledger, ledger.resizes(), ledger.trials():
                 for module in (objective, *objective.frozen()):
@@ -140,14 +142,15 @@ def simulate(
             dist.destroy_process_group()
 
     lists = _block_lists(build())
-    few = [_few(blocks) for blocks in lists]
+    units = [shard.together(blocks) if world > 1 else 1 for blocks in lists]
+    few = [_few(blocks, unit) for blocks, unit in zip(lists, units)]
     longer = [i for i, blocks in enumerate(lists) if len(blocks) > few[i]]
     if not shorten or sum(few) * (1 + len(longer)) >= sum(map(len, lists)):
         return run().step()
     short = result = run(few)
     for i in longer:
-        one_more = run([depth + (i == j) for j, depth in enumerate(few)])
-        result = result.plus(one_more.less(short), len(lists[i]) - few[i])
+        more = run([depth + units[i] * (i == j) for j, depth in enumerate(few)])
+        result = result.plus(more.less(short), (len(lists[i]) - few[i]) // units[i])
     return result.step()
 
 
@@ -156,14 +159,16 @@ def _block_lists(objective: Objective) -> list[nn.ModuleList]:
     return [blocks for part in parts for blocks in shard.block_lists(part)]
 
 
-def _few(blocks: nn.ModuleList) -> int:
-    """How many of a list's blocks tell of all: few if all have the same parameters and buffers."""
+def _few(blocks: nn.ModuleList, unit: int) -> int:
+    """How many of a list's blocks tell of all: few units if all blocks have the same parameters and
+    buffers, of which the last is as full as the list's."""
     kinds = {
         tuple((n, t.shape, t.requires_grad) for n, t in (*b.named_parameters(), *b.named_buffers()))
         for b in blocks
     }
-    short = len(kinds) == 1 and len(blocks) > _FEW + 1  # that many run as well
-    return _FEW if short else len(blocks)
+    few = _FEW * unit + len(blocks) % unit
+    short = len(kinds) == 1 and len(blocks) > few + unit  # that many run as well
+    return few if short else len(blocks)
 
 
 def _shorten(objective: Objective, depths: list[int]) -> None:

@@ -32,8 +32,21 @@ from prepretrain.training.schedule import Schedule, check_shape
 _STEPS = 10**9  # of a run, at most
 _KEPT = 10_000  # checkpoints that are never removed, at most
 _FEW = 100  # steps
+_GPU, _NODE = 80e9, 8  # a GPU's bytes and a node's GPUs, where a dry run has neither
 _SPEEDS = (0.1, 100)  # TFLOP/s that training may reach, for a person to think of a machine
+# not from the paper: the share of a GPU's memory that weights, gradients and optimizer may take by
+# default, so that most is left for activations
+STATE = 1 / 3
 _DURATIONS = ("log_every", "checkpoint.every", "validation.every")
+
+
+@dataclass(frozen=True)
+class Sharding:
+    """How a model is shared by processes, as `shard.shard` takes it, and why so, a line each."""
+
+    group: int | None
+    reshard: bool
+    reasons: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -265,14 +278,52 @@ class Plan:
         optimizer = build_optimizer(self.config, self.objective)
         return optimizer.state_tensors + (self.config.optim.ema is not None)
 
-    def state_bytes(self) -> int:
+    def state_bytes(self, group: int | None = None) -> int:
         """Bytes of a process's share of the state, all float32: weights, and of those that are
-        trained also gradients and what the optimizer keeps."""
-        group = min(self.config.shard.group or self.world, self.world)
-        frozen = [p for module in self.objective.frozen() for p in module.parameters()]
-        held = [*self.objective.parameters(), *frozen]
+        trained also gradients and what the optimizer keeps. group: by default the config's."""
+        group = min(group or self.config.shard.group or self.world, self.world)
         trained = 2 + self.state_tensors
-        return sum(p.numel() * 4 * (trained if p.requires_grad else 1) for p in held) // group
+        return sum(p.numel() * 4 * (trained if p.requires_grad else 1) for p in self._held) // group
+
+    @cached_property
+    def _held(self) -> list[torch.nn.Parameter]:
+        frozen = [p for module in self.objective.frozen() for p in module.parameters()]
+        return [*self.objective.parameters(), *frozen]
+
+    def sharding(self, memory: float | None, per_node: int) -> Sharding:
+        """How the processes share the model, with what the config leaves open chosen: the smallest
+        group, within a node if one will do, whose state takes at most STATE of a GPU's memory; and
+        gathered weights are kept where they fit in beside it.
+
+        memory: bytes of a GPU's memory; None on a CPU, whose processes have one memory together.
+        """
+        given, world = self.config.shard, self.world
+        if memory is None:
+            return Sharding(given.group, given.reshard in (None, True), ())
+        most = memory * STATE
+        fits = [g for g in _groups(world, per_node) if self.state_bytes(g) <= most]
+        group = shard.size(given.group, world) if given.group else (fits or [world])[0]
+        state = self.state_bytes(group)
+        width = 4 if given.precision == "fp32" else 2
+        gathered = sum(p.numel() for p in self._held) * width
+        kept = state + gathered <= most
+        reshard = not kept if given.reshard is None else given.reshard
+        limit = f"{STATE:.0%} of a GPU's {memory / 1e9:.0f} GB"
+        why = [
+            f"shard.group {group} of {world}: "
+            + ("as configured" if given.group else "the fewest" if fits else "all, and still")
+            + f"; weights, gradients and optimizer take {state / 1e9:.1f} GB ({limit}: {most / 1e9:.1f})",
+            f"shard.reshard {str(reshard).lower()}: "
+            + ("as configured; " if given.reshard is not None else "")
+            + f"gathered weights take {gathered / 1e9:.1f} GB, which {'fit' if kept else 'do not fit'} "
+            f"beside them",
+        ]
+        lists = shard.block_lists(self.objective)
+        units = "; ".join(f"{shard.together(some)} of {len(some)}" for some in lists)
+        why.append(
+            f"blocks in a unit: {units}: at most {shard.BLOCKS}, and {shard.UNIT / 1e6:.0f} M parameters"
+        )
+        return Sharding(group, reshard, tuple(why))
 
     def warnings(self) -> list[str]:
         """What a run does as asked, and hardly anybody means."""
@@ -312,6 +363,7 @@ class Plan:
                 f"{schedule.steps:,} steps of {config.batch_size:,} images{epochs}, {seen:,} images in "
                 f"all; highest learning rate {schedule.peak:.3g} after {schedule.warmup:,} steps",
                 f"about {' or '.join(times)} (a laptop's CPU, a GPU), without loading and evaluations",
+                *(self.sharding(_GPU, _NODE).reasons if self.world > 1 else ()),
                 *(f"warning: {one}" for one in self.warnings()),
             ]
         )
@@ -324,6 +376,13 @@ class Plan:
             f"{self.accumulate} at a time each step), peak lr {s.peak:.3g} = {optim_.lr:g} x batch / 256, "
             f"warm-up {s.warmup} steps, {self.images} images an epoch"
         )
+
+
+def _groups(world: int, per_node: int) -> list[int]:
+    """The sizes of groups that divide the processes, and stay in a node or take whole ones."""
+    near = min(per_node, world)
+    sizes = [g for g in range(1, world + 1) if world % g == 0]
+    return [g for g in sizes if near % g == 0 or g % near == 0]
 
 
 def _time(seconds: float) -> str:

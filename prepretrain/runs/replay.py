@@ -32,7 +32,9 @@ def replay(dump: Path) -> list[dict[str, Any]]:
             f"--procs {distributed.world()}: objective '{config.objective['name']}' compares all images "
             f"of a batch, so all {given['world']} processes are needed: --procs {given['world']}."
         )
-    mesh_options = {"group": config.shard.group, "precision": shard.chosen(config.shard.precision)}
+    how = plan.sharding(*distributed.machine())
+    mesh_options = {"group": how.group, "reshard": how.reshard}
+    mesh_options["precision"] = shard.chosen(config.shard.precision)
     shard.shard(objective, **mesh_options)
     objective.prepare(partial(shard.shard, **mesh_options))
     saved = checkpoint.newest(dump)

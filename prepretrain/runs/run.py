@@ -103,7 +103,10 @@ def _train(config: Training, folder: Path, asked: Signals, own: lease.Lease) -> 
     _record(config, folder)
     objective = plan.objective
     precision = shard.chosen(config.shard.precision)
-    sharding = {"group": config.shard.group, "precision": precision}
+    how = plan.sharding(*distributed.machine())
+    for reason in how.reasons if plan.world > 1 else ():
+        logger.info("%s", reason)
+    sharding = {"group": how.group, "reshard": how.reshard, "precision": precision}
     shard.shard(
         objective, **sharding, recompute=config.shard.recompute, compile=config.shard.compile
     )
