@@ -162,7 +162,7 @@ def test_the_doctor_checks_machine_and_data_and_says_what_is_wrong(place):
     done = launched("--doctor", "--stage", "small.yaml", "--procs", "2", "data.workers=1")
     found = json.loads(done.stdout.splitlines()[-1])
     names = ["shared memory", "open files", "disk", "clocks", "collectives", "decoding"]
-    assert [c["name"] for c in found["checks"]] == [*names, "first batch"] * 2, done.stderr
+    assert [c["name"] for c in found["checks"]] == [*names, "first batches"] * 2, done.stderr
     wrong = [c for c in found["checks"] if not c["ok"]]
     assert done.returncode == bool(wrong) and found["ok"] == (not wrong)
     few = subprocess.run(

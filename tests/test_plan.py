@@ -15,7 +15,7 @@ from prepretrain.distributed import group as distributed
 from prepretrain.distributed import shard
 from prepretrain.models.model import Model
 from prepretrain.objectives.mae import MAE
-from prepretrain.runs import capacity, memory
+from prepretrain.runs import capacity, doctor, memory
 from prepretrain.runs.plan import Plan, build_evaluator, build_objective
 from prepretrain.training import optim
 
@@ -309,6 +309,22 @@ def test_what_an_optimizer_keeps_is_in_the_simulated_step(name):
     trained = sum(rows(p, 2) for p in build().parameters() if p.requires_grad)
     tensors = 1 if name in ("sgd", "lars") else 2
     assert found.bytes["optimizer"] // (4 * trained) == tensors
+
+
+def test_the_doctor_asks_for_the_shared_memory_that_all_batches_ahead_take(place):
+    given = config.load("small.yaml", ["batch_size=64", "data.workers=4", "batch_per_process=16"])
+    plan = Plan(given, 2)
+    batch = sum(v.numel() * v.element_size() for v in plan.objective.example(16).values())
+    assert doctor.batches_gib(plan) == batch * 4 * 3 / 2**30
+
+
+def test_more_shards_than_stay_open_without_a_window_are_a_warning(place):
+    plan, source, _ = Plan(config.load("small.yaml", []), 1).open_data()
+    assert not any("data.window" in warning for warning in plan.warnings())
+    for window, warns in ((0, True), (64, False)):
+        given = config.load("small.yaml", [f"data.window={window}"])
+        said = Plan(given, 1, len(source), shards=(2000, 256)).warnings()
+        assert any("all 2,000 shards" in one and "window=64" in one for one in said) == warns
 
 
 def test_a_plan_cannot_be_changed_and_opening_the_data_gives_another(place):

@@ -3,12 +3,14 @@ to find out."""
 
 import io
 import json
+import math
 import os
 import resource
 import shutil
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +26,8 @@ from prepretrain.runs.plan import Plan
 # From which on a check fails; not from the paper, each is what is known to break runs.
 _SHARED_GIB, _FILES, _FREE_GIB = 1.0, 1024, 10.0
 _SECONDS_APART, _IMAGES_A_SECOND, _FIRST_BATCH = 2.0, 20, 120.0
+_IMAGES = 200  # to read of the data, at least: the first ones may all lie in shards that are open
+_AHEAD = 2 + 1  # batches of a loading process: torch has two made ahead, and one is in use
 
 
 @dataclass
@@ -45,7 +49,7 @@ def examine(folder: Path, config: Training | None) -> list[Check]:
         plan, source, repeats = Plan(config, distributed.world()).open_data()
     place = next(p for p in (folder, *folder.absolute().parents) if p.is_dir())
     checks: list[Callable[[], Check]] = [
-        _shared_memory,
+        lambda: _shared_memory(plan),
         _files,
         lambda: _space(place, plan),
         lambda: _clock(place),
@@ -53,7 +57,7 @@ def examine(folder: Path, config: Training | None) -> list[Check]:
         _decoding,
     ]
     if plan is not None:
-        checks.append(lambda: _first_batch(plan, source, repeats))
+        checks.append(lambda: _first_batches(plan, source, repeats))
     found = []
     for check in checks:
         one = check()
@@ -74,11 +78,23 @@ def told(found: list[Check]) -> str:
     return "\n".join([*lines, json.dumps(whole)])
 
 
-def _shared_memory() -> Check:
+def _shared_memory(plan: Plan | None) -> Check:
+    need = _SHARED_GIB if plan is None else batches_gib(plan) * distributed.machine()[1]
     place = Path("/dev/shm")
     free = shutil.disk_usage(place).free / 2**30 if place.exists() else 0.0
-    hint = "Loading workers hand over batches there. In a container: --shm-size=8g or --ipc=host."
-    return Check("shared memory", f"{free:.1f} GiB free", free >= _SHARED_GIB, hint)
+    hint = (
+        f"Loading processes hand over batches there, {need:.1f} GiB of this machine's at once. In a "
+        f"container: --shm-size={math.ceil(need)}g or --ipc=host; or take fewer data.workers."
+    )
+    return Check("shared memory", f"{free:.1f} GiB free", free >= need, hint)
+
+
+def batches_gib(plan: Plan) -> float:
+    """What a process's loading processes have in shared memory at once."""
+    images = plan.config.batch_size // plan.world // plan.accumulate
+    batch = plan.objective.example(images).values()
+    size = sum(tensor.numel() * tensor.element_size() for tensor in batch)
+    return size * _AHEAD * loading(plan.config.data.workers) / 2**30
 
 
 def _files() -> Check:
@@ -145,7 +161,7 @@ def _decoding() -> Check:
     return Check("decoding", value, speed >= _IMAGES_A_SECOND, hint)
 
 
-def _first_batch(plan: Plan, source: object, repeats: np.ndarray | None) -> Check:
+def _first_batches(plan: Plan, source: object, repeats: np.ndarray | None) -> Check:
     config = plan.config
     begin = time.perf_counter()
     stream = Stream(
@@ -158,8 +174,10 @@ def _first_batch(plan: Plan, source: object, repeats: np.ndarray | None) -> Chec
         window=config.data.window,
         repeats=repeats,
     )
-    bad = len(next(stream.batches())["bad"])
+    share = config.batch_size // plan.world // plan.accumulate
+    read = list(islice(stream.batches(), math.ceil(_IMAGES / share)))
+    bad = sum(len(batch["bad"]) for batch in read)
     took = time.perf_counter() - begin
-    value = f"{took:.1f} s, {bad} bad images in it"
+    value = f"{took:.1f} s for {share * len(read)} images, {bad} of them bad"
     hint = "Copy the shards nearer, set data.window so that few are open at once, or take more data.workers."
-    return Check("first batch", value, took <= _FIRST_BATCH, hint)
+    return Check("first batches", value, took <= _FIRST_BATCH, hint)

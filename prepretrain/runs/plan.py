@@ -55,12 +55,13 @@ class Plan:
     built on meta.
 
     counted: the images of an epoch, once the data are open; before, those that the card declares
-    are taken. Raises ValueError for whatever in the config cannot work.
+    are taken. shards: how many the open data lie in, and how many of them stay open. Raises ValueError for whatever in the config cannot work.
     """
 
     config: Training
     world: int
     counted: int | None = None
+    shards: tuple[int, int] = (0, 0)
 
     def __post_init__(self) -> None:
         config = self.config
@@ -132,7 +133,8 @@ class Plan:
         self.objective.check(described, source)
         repeats = self.objective.repeats(source)
         images = Order(source.groups, seed=self.config.seed, repeats=repeats).length
-        plan = self if images == self.images else replace(self, counted=images)
+        shards = len(source.groups), source.open_at_once or len(source.groups)
+        plan = replace(self, counted=images, shards=shards)
         return plan, source.only(self.objective.fields), repeats
 
     def schedule_of(self, length: str, where: str) -> Schedule:
@@ -337,6 +339,12 @@ class Plan:
             found.append(
                 f"length: {self.config.length} is {steps} steps, which teach a model little. Take a "
                 f"smaller batch_size (now {batch}) or a longer length."
+            )
+        shards, stay_open = self.shards
+        if self.config.data.window == 0 and shards > stay_open:
+            found.append(
+                f"data.window: 0 shuffles over all {shards:,} shards of data.train, of which {stay_open:,} "
+                f"stay open, so most images open a shard anew. Take data.window=64."
             )
         return found
 

@@ -38,6 +38,7 @@ class Source:
     classes: list[str] | None = None
     left_out: Mapping[str, int] = {}  # how many files of which kind are not read
     groups: list[int]
+    open_at_once: int | None = None  # of the groups, where reading another means opening it anew
     fingerprint: str
     stamp: str = ""
 

@@ -69,7 +69,7 @@ class Shards(Source):
         self._starts = np.cumsum(self.groups) - self.groups
         self._length = sum(self.groups)
         self._opened: OrderedDict[int, _Shard] = OrderedDict()
-        self._most_open = _most_open(len(self.paths))
+        self.open_at_once = _most_open(len(self.paths))
         self.fields = ("image", *self._present({f for head in heads for f in head["fields"]}, path))
 
     def __len__(self) -> int:
@@ -180,7 +180,7 @@ class Shards(Source):
             self._opened.move_to_end(number)
         else:
             self._opened[number] = _Shard(self.paths[number])
-            if len(self._opened) > self._most_open:
+            if len(self._opened) > self.open_at_once:
                 self._opened.popitem(last=False)[1].close()
         return self._opened[number]
 
