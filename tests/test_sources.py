@@ -488,6 +488,18 @@ def test_the_fingerprint_is_the_datas_not_the_paths(two_shards, tmp_path_factory
     assert open_shards(moved).fingerprint != first
 
 
+def test_a_damaged_header_is_what_is_named_whatever_its_values_lead_to(tmp_path):
+    path = tmp_path / "a.tar"
+    write_tar(path, [("a.jpg", jpeg(1)), ("b.jpg", jpeg(2))])
+    whole, second = path.read_bytes(), 512 + -(-len(jpeg(1)) // 512) * 512
+    for place in range(124, 157):  # size, time of change, checksum and type
+        data = bytearray(whole)
+        data[second + place] ^= 4
+        path.write_bytes(data)
+        with pytest.raises(ValueError, match=f"at offset {second}: a bad header"):
+            tar_index.walk(path)
+
+
 def _read_within(_: int, files: tuple[int, int], folder: Path, still_open: int) -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, files)
     source = open_shards(folder)

@@ -8,7 +8,7 @@ logger = logging.getLogger(__name__)
 # The first four are what shards are made of; where a sample has one of them, others are previews.
 USUAL = ("jpg", "jpeg", "png", "webp")
 IMAGES = (*USUAL, "jpe", "jfif", "gif", "bmp", "tif", "tiff", "avif", "ppm", "pgm")
-_UNREAD = ("heic", "heif", "jxl", "jp2", "svg", "psd", "ico", "tga", "dng", "cr2", "nef", "arw")
+_UNREAD = {"heic", "heif", "jxl", "jp2", "svg", "psd", "ico", "tga", "dng", "cr2", "nef", "arw"}
 _LITTER = {"__MACOSX", "@eaDir", "lost+found", "$RECYCLE.BIN", "System Volume Information"}
 
 
@@ -24,6 +24,8 @@ def is_image(name: str) -> bool:
 
 def is_litter(path: str) -> bool:
     """Whether this is what macOS, a NAS or a file system leaves beside what people put there."""
+    if "/" not in path:  # as in most archives, of which each member's name is asked about
+        return path.startswith("._") or path in _LITTER
     *folders, name = path.split("/")
     return name.startswith("._") or name in _LITTER or not _LITTER.isdisjoint(folders)
 
@@ -32,7 +34,8 @@ def left_out(path: str) -> str | None:
     """What a file that is not read is counted as, where somebody may take it for an image."""
     if is_litter(path):
         return "left by other programs (._*, __MACOSX, …)"
-    return f".{extension(path)}" if extension(path) in _UNREAD else None
+    ending = extension(path)
+    return f".{ending}" if ending in _UNREAD else None
 
 
 def say_left_out(where: object, counts: Mapping[str, int]) -> None:

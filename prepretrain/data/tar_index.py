@@ -6,6 +6,7 @@ import json
 import mmap
 import os
 import re
+import struct
 import zlib
 from collections import Counter
 from collections.abc import Iterator
@@ -18,12 +19,15 @@ from prepretrain.data.names import IMAGES, USUAL, extension, left_out
 from prepretrain.files import draft
 
 MEMBERS = (*IMAGES, "txt", "json", "cls")
+_MEMBERS = frozenset(MEMBERS)
 
 _VERSION = 3  # 1 had no checksums, 2 no count of what is left out
 _BLOCK = 512
 _EXTENDED = 1 << 20  # not from the paper: bytes of an extended header or of a long name
-_OCTAL = re.compile(rb"[ \0]*([0-7]*)[ \0]*")
+_unpack = struct.Struct("100s24x12s20xc").unpack_from  # of a header: name, size, kind
+_CHECKED = 8192  # headers whose checksums are verified at once
 _RECORD = re.compile(rb"([0-9]{1,10}) ")  # how a record of an extended header begins
+_TIME = re.compile(rb"([0-9]{1,10}) mtime=[0-9.]+\n")  # a record by itself
 _HEAD = {"samples": int, "fields": list, "keys": int, "digest": str, "crc32": int, "left_out": dict}
 _SKIPPED = b"5gKV"  # folders, global pax headers, long link names, labels: nothing to read in them
 
@@ -179,11 +183,10 @@ def _packed(shard: Path, asked: dict) -> bytes:
     except ValueError as error:
         _check_kind(shard, error)
         raise
-    fields = [field for field in MEMBERS if any(field in sample for sample in found)]
-    spans = np.full((len(keys), len(fields), 2), -1, dtype="<i8")
-    for row, sample in enumerate(found):
-        for column, field in enumerate(fields):
-            spans[row, column] = sample.get(field, (-1, -1))
+    there = set().union(*found)
+    fields, absent = [field for field in MEMBERS if field in there], (-1, -1)
+    each = (value for sample in found for f in fields for value in sample.get(f, absent))
+    spans = np.fromiter(each, dtype="<i8").reshape(len(keys), len(fields), 2)
     encoded = [key.encode(errors="surrogateescape") for key in keys]
     ends = np.cumsum([len(key) for key in encoded], dtype="<i8")
     blob = b"".join(encoded)
@@ -219,12 +222,14 @@ def walk(path: Path) -> Walked:
     """
     keys, spans, seen, others = [], [], set(), Counter()
     for name, offset, size in _members(path):
-        if reason := left_out(name):
-            others[reason] += 1
-            continue
         key, dot, ending = name.rpartition(".")
         ending = ending.lower()
-        if not dot or "/" in ending or ending not in MEMBERS:
+        known = dot and ending in _MEMBERS
+        # all others are, or lie in, something that programs may have left behind
+        if (not known or "/" in name or name[0] == ".") and (reason := left_out(name)):
+            others[reason] += 1
+            continue
+        if not known:
             continue
         if not keys or keys[-1] != key:
             if key in seen:
@@ -238,7 +243,9 @@ def walk(path: Path) -> Walked:
             keys.append(key)
             spans.append({})
         fields = spans[-1]
-        image = next((f for f in fields if f in IMAGES), None) if ending in IMAGES else None
+        image = None
+        if fields and ending in IMAGES:
+            image = next((f for f in fields if f in IMAGES), None)
         if ending in fields or image and (image in USUAL) == (ending in USUAL):
             raise _broken(path, offset, f"a second {ending} for the key '{key}'")
         if image:
@@ -250,70 +257,105 @@ def walk(path: Path) -> Walked:
     return keys, spans, others
 
 
-def _members(path: Path) -> Iterator[tuple[str, int, int]]:
+def _members(path: Path) -> list[tuple[str, int, int]]:
     """(name, offset of the data, size) of each file in the archive."""
-    total = os.path.getsize(path)
-    if not total:
+    if not os.path.getsize(path):
         raise _broken(path, 0, "the file is empty")
+    headers: list[int] = []
     with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        at, extra = 0, {}
-        while True:
-            block = data[at : at + _BLOCK]
-            if len(block) < _BLOCK:
-                raise _broken(path, at, "the end marker is missing: the file is truncated")
-            if block.count(0) == _BLOCK:
-                return _check_end(path, data, at)
-            kind, name, size = _parse(path, at, block)
-            size, start = int(extra.get("size", size)), at + _BLOCK
-            if kind in b"xL" and size > _EXTENDED:
-                what = f"an extended header of {size} bytes; the limit is {_EXTENDED}"
-                raise _broken(path, at, what)
-            if start + size > total:
-                raise _broken(
-                    path,
-                    at,
-                    f"member '{name}' of {size} bytes goes past the end of the "
-                    f"file ({total} bytes): it is truncated",
-                )
-            if kind == b"L":
-                extra["path"] = _decoded(data[start : start + size].rstrip(b"\0"))
-            elif kind == b"x":
-                extra |= _pax(path, at, data[start : start + size])
-            elif kind in b"0\x007":
-                yield extra.get("path", name), start, size
-                extra = {}
-            elif kind in _SKIPPED:
-                extra = {} if kind == b"5" else extra
-            elif extension(extra.get("path", name)) not in MEMBERS:  # nor would a file be read
-                extra = {}
-            else:
-                raise _broken(path, at, f"member '{name}' of type {kind!r}: only files are read")
-            at = start + -(-size // _BLOCK) * _BLOCK
+        try:
+            return list(_walked(path, data, headers))
+        finally:  # a damaged header is the cause of whatever else its values lead to
+            if (at := _damaged(data, headers)) is not None:
+                raise _broken(path, at, "a bad header (its checksum is wrong)") from None
 
 
-def _parse(path: Path, at: int, block: bytes) -> tuple[bytes, str, int]:
-    """(type, name, size) of a header whose checksum is right."""
-    # 256 is the checksum field read as eight spaces.
-    if _octal(block[148:156]) != sum(block) - sum(block[148:156]) + 256:
-        raise _broken(path, at, "a bad header (its checksum is wrong)")
-    if block[124] == 0x80:  # a size past 8 GiB is written in binary
-        size = int.from_bytes(block[125:136], "big")
-    elif (size := _octal(block[124:136])) is None:
-        raise _broken(path, at, f"a member with the size {block[124:136]!r}, which is no number")
-    name = block[:100].split(b"\0", 1)[0]
-    if block[257:263] == b"ustar\0" and block[345]:
-        name = block[345:500].split(b"\0", 1)[0] + b"/" + name
-    return block[156:157], _decoded(name), size
+def _walked(path: Path, data: mmap.mmap, headers: list[int]) -> Iterator[tuple[str, int, int]]:
+    """Each file of `_members`, by headers whose checksums are not yet verified; `headers` gets the
+    offsets of all of them."""
+    at, extra, total = 0, {}, len(data)
+    while True:
+        if at + _BLOCK > total:
+            raise _broken(path, at, "the end marker is missing: the file is truncated")
+        if not data[at] and data[at : at + _BLOCK].count(0) == _BLOCK:
+            return _check_end(path, data, at)
+        headers.append(at)
+        kind, name, size = _parse(path, at, data)
+        start = at + _BLOCK
+        if extra:
+            size, name = int(extra.get("size", size)), extra.get("path", name)
+        if kind in b"xL" and size > _EXTENDED:
+            what = f"an extended header of {size} bytes; the limit is {_EXTENDED}"
+            raise _broken(path, at, what)
+        if start + size > total:
+            raise _broken(
+                path,
+                at,
+                f"member '{name}' of {size} bytes goes past the end of the "
+                f"file ({total} bytes): it is truncated",
+            )
+        if kind in b"0\x007":
+            yield name, start, size
+            extra = {}
+        elif kind in b"xL":
+            value = data[start : start + size]
+            extra |= (
+                _pax(path, at, value) if kind == b"x" else {"path": _decoded(value.rstrip(b"\0"))}
+            )
+        elif kind in _SKIPPED:
+            extra = {} if kind == b"5" else extra
+        elif extension(name) not in MEMBERS:  # nor would a file be read
+            extra = {}
+        else:
+            raise _broken(path, at, f"member '{name}' of type {kind!r}: only files are read")
+        at = start + -(-size // _BLOCK) * _BLOCK
+
+
+def _parse(path: Path, at: int, data: mmap.mmap) -> tuple[bytes, str, int]:
+    """(type, name, size) of a header."""
+    name, digits, kind = _unpack(data, at)
+    if digits[0] == 0x80:  # a size past 8 GiB is written in binary
+        size = int.from_bytes(digits[1:], "big")
+    elif (size := _octal(digits)) is None:
+        raise _broken(path, at, f"a member with the size {digits!r}, which is no number")
+    name = name.split(b"\0", 1)[0]
+    if data[at + 345] and data[at + 257 : at + 263] == b"ustar\0":
+        name = data[at + 345 : at + 500].split(b"\0", 1)[0] + b"/" + name
+    return kind, _decoded(name), size
 
 
 def _octal(field: bytes) -> int | None:
     """The number that a header's field holds; None for anything else, such as one with a sign."""
-    found = _OCTAL.fullmatch(field)
-    return None if found is None else int(found[1] or b"0", 8)
+    digits = field.strip(b" \0")
+    if not digits:
+        return 0
+    try:
+        return int(digits, 8) if digits.isdigit() else None
+    except ValueError:
+        return None
+
+
+def _damaged(data: mmap.mmap, headers: list[int]) -> int | None:
+    """The offset of the first header whose checksum is wrong."""
+    blocks = np.frombuffer(data, np.uint8, len(data) // _BLOCK * _BLOCK).reshape(-1, _BLOCK)
+    for first in range(0, len(headers), _CHECKED):
+        some = np.array(headers[first : first + _CHECKED])
+        rows = np.take(blocks, some // _BLOCK, axis=0)
+        fields = rows[:, 148:156].copy()
+        stated = (fields[:, :6] - 48.0) @ 8 ** np.arange(5, -1, -1.0)
+        for row in np.flatnonzero((fields[:, :6] // 8 != 6).any(1) | (fields[:, 6:] & 0xDF).any(1)):
+            stated[row] = _octal(fields[row].tobytes())  # one that is not six digits
+        rows[:, 148:156] = ord(" ")  # as which the checksum itself counts
+        right = rows.sum(1, dtype=np.uint32) == stated
+        if not right.all():
+            return int(some[right.argmin()])
+    return None
 
 
 def _pax(path: Path, at: int, data: bytes) -> dict[str, str]:
     """The records "length key=value" of an extended header."""
+    if (time := _TIME.fullmatch(data)) and int(time[1]) == len(data):
+        return {}  # webdataset's writer states it of every member
     records, begin, data = {}, 0, data.rstrip(b"\0")
     while begin < len(data):
         found = _RECORD.match(data, begin)
