@@ -20,7 +20,8 @@ FEATURES = {
     "completion": ["argcomplete>=3,<4"],  # of the commands, by the shell
     "text": ["transformers>=5,<6", "sentencepiece<1"],  # XLM-R, tokenizers of Hugging Face
     "tensorboard": ["tensorboard>=2.14,<3"],  # curves beside metrics.jsonl
-    "torchcodec": ["torchcodec"],  # the fastest JPEG decoder; each release fits one of torch
+    "simplejpeg": ["simplejpeg>=1.7,<2"],  # the fastest JPEG decoder
+    "torchcodec": ["torchcodec"],  # the next; each release fits one of torch
     "wandb": ["wandb<1"],  # the config's `wandb:`
 }
 ALL = [requirement for requirements in FEATURES.values() for requirement in requirements]

@@ -1,4 +1,5 @@
 import errno
+import hashlib
 import itertools
 import multiprocessing
 import subprocess
@@ -573,3 +574,13 @@ def test_a_signal_to_the_group_asks_the_main_process_and_leaves_the_workers_aliv
         [sys.executable, "-c", script], capture_output=True, text=True, timeout=60
     )
     assert done.returncode == 0 and done.stdout.strip() == "served", done.stderr
+
+
+def test_randomness_is_philox_keyed_by_seed_and_purpose_and_counted_by_epoch_image_and_copy():
+    for seed, epoch, index, copy in ((0, 0, 0, 0), (7, 3, 1 << 40, 2), (-1, 1, 5, 0)):
+        purpose = int.from_bytes(hashlib.blake2b(b"crop", digest_size=8).digest(), "little")
+        key = purpose << 64 | seed & (1 << 64) - 1
+        counter = epoch << 192 | index << 128 | copy << 64
+        other = np.random.Generator(np.random.Philox(key=key, counter=counter))
+        drawn = Random(seed, epoch, index, copy)("crop")
+        assert drawn.random(9).tolist() == other.random(9).tolist()

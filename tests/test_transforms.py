@@ -36,14 +36,17 @@ def huge_jpeg(height=10_000, width=20_000):
     return data[:at] + height.to_bytes(2, "big") + width.to_bytes(2, "big") + data[at + 4 :]
 
 
-@pytest.mark.parametrize("make", [transforms._torchcodec, transforms._torchvision])
+@pytest.mark.parametrize(
+    "make", [transforms._simplejpeg, transforms._torchcodec, transforms._torchvision]
+)
 def test_every_fast_decoder_gives_the_pixels_that_pil_gives(make):
     try:
         fast = make()
     except (ImportError, OSError, RuntimeError):
         pytest.skip("this decoder is not installed here")
     for image in (photo(), photo(mode="L"), photo(57, 91)):
-        for options in ({"quality": 90}, {"quality": 75, "progressive": True}):
+        forms = [{"quality": 90, "subsampling": number} for number in range(3)]
+        for options in (*forms, {"quality": 75, "progressive": True}):
             data = encoded(image, **options)
             with warnings.catch_warnings():
                 warnings.simplefilter("error")

@@ -133,7 +133,7 @@ def _fast_decoder():
     """The first decoder that is installed and works; None leaves PIL."""
     probe = io.BytesIO()
     Image.new("RGB", (8, 8)).save(probe, "JPEG")
-    for make in (_torchcodec, _torchvision):
+    for make in (_simplejpeg, _torchcodec, _torchvision):
         try:
             fast = make()
             fast(probe.getvalue())
@@ -141,6 +141,12 @@ def _fast_decoder():
         except (ImportError, OSError, RuntimeError, AttributeError):
             continue
     return None
+
+
+def _simplejpeg():
+    from simplejpeg import decode_jpeg
+
+    return lambda data: torch.from_numpy(decode_jpeg(data)).permute(2, 0, 1)
 
 
 def _torchcodec():
