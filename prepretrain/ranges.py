@@ -114,6 +114,8 @@ RANGES = {
     "evaluator.threshold": "[0, 1]",
     "evaluator.overlap": "(0, 1]",
     "evaluator.most": _COUNT,
+    "evaluator.pictures": "[0, 1000]",
+    "evaluator.soft": "(0, inf)",
     "adapter.tokens": "[1, 1e6]",
     "adapter.rank": "[1, 1e6]",
     "adapter.alpha": "(0, inf)",
@@ -143,7 +145,10 @@ _WAYS = {  # out of a value that others mean something by
 
 def check(section: str, name: str, value: Any, where: str) -> None:
     """Raises ValueError, naming key, value and the way out, for a number outside of its range, alone
-    or within a list. where: the key as the user wrote it."""
+    or within a list or a mapping. where: the key as the user wrote it."""
+    if isinstance(value, dict) and known(section, name):
+        for inner, one in value.items():
+            check(section, name, one, f"{where}.{inner}")
     if isinstance(value, (list, tuple)):
         for i, one in enumerate(value):
             check(section, name, one, f"{where}[{i}]")
