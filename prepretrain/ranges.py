@@ -54,7 +54,16 @@ RANGES = {
     "model.window": "[1, 16384]",
     "model.pretrained_windows": "[0, 16384]",
     "model.drop_path": "[0, 1)",
-    "model.head.classes": "[2, 1e9]",
+    "model.global_blocks": "[0, 1000]",
+    "model.position_size": "[1, 16384]",
+    "model.head.classes": "[1, 1e9]",
+    "model.head.channels": "[1, 1e6]",
+    "model.head.hidden": "[1, 1e6]",
+    "model.head.anchors": "[1, 1e6]",
+    "model.head.candidates": _COUNT,
+    "model.head.proposals": _COUNT,
+    "model.head.sampled_anchors": "[2, 1e9]",
+    "model.head.sampled_regions": "[4, 1e9]",  # of which a quarter at most show objects
     "model.joint.width": "[1, 1e6]",
     "model.text.width": "[1, 1e6]",
     "model.text.layers": "[1, 1000]",
@@ -80,6 +89,9 @@ RANGES = {
     "objective.cutmix": "[0, inf)",
     "objective.smoothing": "[0, 1)",
     "objective.erasing": "[0, 1)",
+    "objective.scale": "(0, 100]",
+    "objective.federated": _COUNT,
+    "objective.repeat": "(0, 1]",
     # how it is measured
     "evaluator.share": "(0, 1]",
     "evaluator.feature_batch": _COUNT,
@@ -99,6 +111,11 @@ RANGES = {
     "evaluator.val_images": _COUNT,
     "evaluator.images": _COUNT,
     "evaluator.severities": "[1, 5]",
+    "evaluator.threshold": "[0, 1]",
+    "evaluator.overlap": "(0, 1]",
+    "evaluator.most": _COUNT,
+    "evaluator.pictures": "[0, 1000]",
+    "evaluator.soft": "(0, inf)",
     "adapter.tokens": "[1, 1e6]",
     "adapter.rank": "[1, 1e6]",
     "adapter.alpha": "(0, inf)",
@@ -112,7 +129,7 @@ RANGES = {
     "source.noise": "[0, 0.5]",
     "source.aside": "[0, 1]",
 }
-_RISING = ("crop_scale",)  # a least and a largest
+_RISING = ("crop_scale", "scale")  # a least and a largest
 _WAYS = {  # out of a value that others mean something by
     "optim.clip": "null does not clip",
     "optim.ema": "null keeps no average",
@@ -128,7 +145,10 @@ _WAYS = {  # out of a value that others mean something by
 
 def check(section: str, name: str, value: Any, where: str) -> None:
     """Raises ValueError, naming key, value and the way out, for a number outside of its range, alone
-    or within a list. where: the key as the user wrote it."""
+    or within a list or a mapping. where: the key as the user wrote it."""
+    if isinstance(value, dict) and known(section, name):
+        for inner, one in value.items():
+            check(section, name, one, f"{where}.{inner}")
     if isinstance(value, (list, tuple)):
         for i, one in enumerate(value):
             check(section, name, one, f"{where}[{i}]")

@@ -1,0 +1,221 @@
+"""Average precision of a detector, on the images of a card with objects."""
+
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from prepretrain.data import masks
+from prepretrain.data.boxes import upright
+from prepretrain.data.census import draw_truth, require_objects
+from prepretrain.data.drawing import draw_objects, sheet
+from prepretrain.data.sources.base import Source, fingerprint_of
+from prepretrain.data.subset import evenly, evenly_spaced
+from prepretrain.distributed import group as distributed
+from prepretrain.evaluation import corruptions as makers
+from prepretrain.evaluation.detection_metrics import average_precision, ground_truth
+from prepretrain.evaluation.evaluators.base import Evaluator, require
+from prepretrain.evaluation.feature_store import file_name
+from prepretrain.evaluation.features import fingerprint, state
+from prepretrain.evaluation.predictions import forget, predict
+from prepretrain.files import write_json
+
+_VERSION = (
+    1  # of how an image becomes detections, weights and options apart: raise it with a change
+)
+_SURE = 0.5  # not from the paper: the least score of what is drawn
+_COCO = {"threshold": 0.05, "most": 100}  # ViTDet's, by detectron2's configs of COCO and LVIS
+_LVIS = {"threshold": 0.02, "most": 300}
+
+
+class Detection(Evaluator):
+    """Boxes, and masks where the head draws them, against those of a card's split: COCO's average
+    precision, or LVIS's where its files say which classes are not in an image.
+
+    data           the card
+    split          its split, of which each image is counted once, resized to fit in the model's image
+                   size and padded
+    threshold      the least score; null is 0.05, or 0.02 by LVIS's rules
+    overlap        from which overlap the less sure of two boxes of a class is suppressed
+    most           detections of an image; null is 100, or 300 by LVIS's rules
+    soft           {linear: …} or {gaussian: …}: Soft-NMS instead of suppression
+    images         so many, spread evenly over the split; null takes all
+    pictures       of so many of them a sheet is drawn: what is found, beside what is annotated
+    corruptions    of evaluation/corruptions.py, done to the images as they are; [all] takes all 19
+    severities     theirs
+    frost          the folder of the published textures, which corruption frost needs
+    feature_batch  images at once a process;  workers: decoding processes
+
+    Results are `box_AP`, `box_AP50`, `box_AP75`, `box_APs`, … and the same of `mask`, in percent;
+    `fps`, images a second of one process, but not within a training; of corruptions `corruption/fog/3/box_AP`, the mean over the
+    severities `corruption/fog/box_AP`, that over all `box_mPC`, and `box_rPC`, its share of the clean
+    `box_AP` in percent. The folder `predictions/` of the run gets detections.json, in COCO's form of
+    results, classes.json, with the AP of each class, and the sheet.
+    """
+
+    headline = "box_AP"
+
+    def __init__(
+        self,
+        *,
+        data: str,
+        split: str = "val",
+        threshold: float | None = None,
+        overlap: float = 0.5,
+        most: int | None = None,
+        soft: dict[str, float] | None = None,
+        images: int | None = None,
+        pictures: int = 8,
+        corruptions: tuple[str, ...] = (),
+        severities: tuple[int, ...] = makers.SEVERITIES,
+        frost: str | None = None,
+        feature_batch: int = 1,
+        workers: int = 0,
+    ):
+        super().__init__(data=data)
+        if soft is not None and (len(soft) != 1 or not soft.keys() <= {"linear", "gaussian"}):
+            require(False, "detection.soft", soft, "is {linear: …} or {gaussian: …}")
+        self.split, self.splits = split, (split,)
+        self.how = {"threshold": threshold, "overlap": overlap, "most": most, "soft": soft}
+        self.images, self.pictures = images, pictures
+        self.feature_batch, self.workers = feature_batch, workers
+        self.corruptions = makers.chosen("detection", corruptions, severities, "imagenet")
+        self.severities = tuple(severities)
+        self.textures = makers.textures_of(self.corruptions, frost, "detection")
+
+    def check(self, model: nn.Module) -> None:
+        """See Evaluator.check: a head that finds objects of the card's classes is needed."""
+        model.require_detector(f"detection/{self.data}")
+        masks.require_coder(f"detection/{self.data}")
+        if self.card.classes and len(self.card.classes) != model.head.classes:
+            self._refuse(len(self.card.classes), model.head.classes)
+
+    def open_data(self) -> None:
+        """See Evaluator.open_data: the split must have objects."""
+        require_objects(self.card.open(self.split), f"{self.card.name}:{self.split}")
+
+    def run(self, model: nn.Module, folder: Path) -> dict[str, float]:
+        """See the class; ground truth and detections are compared on process 0."""
+        whole = self.card.open(self.split)
+        require_objects(whole, f"{self.card.name}:{self.split}")
+        if len(whole.classes) != model.head.classes:
+            self._refuse(len(whole.classes), model.head.classes)
+        source = evenly_spaced(whole, self.images)
+        place = folder / "predictions" / self._name(model, source)
+        truth = ground_truth(source) if distributed.is_main() else {}
+        found, speed = self._measured(model, source, truth, place, None)
+        found |= speed
+        if self.corruptions:
+            found |= self._corrupted(model, source, truth, place, found)
+        return found
+
+    def _refuse(self, classes: int, known: int) -> None:
+        raise ValueError(
+            f"detection/{self.data}: the data has {classes} classes, and the model's head {known}."
+        )
+
+    def _name(self, model: nn.Module, source: Source) -> str:
+        """Of a folder for what is found: another for other weights, data or options. Not while the
+        model is training, where nothing is kept but the last."""
+        name = file_name(f"{self.card.name}-{self.split}")
+        if not self.cache:
+            return name
+        asked = [_VERSION, list(self.how.items()), *state(source), len(source)]
+        return f"{name}-{fingerprint_of([fingerprint(model), *asked])}"
+
+    def _measured(
+        self, model: nn.Module, source: Source, truth: dict, place: Path, change: Any
+    ) -> tuple[dict[str, float], dict[str, float]]:
+        """(metrics, {"images", "fps"}) of the images as they are, or changed; written to the folder."""
+        lvis = "negative" in source.fields
+        how = {
+            k: v if v is not None else (_LVIS if lvis else _COCO).get(k)
+            for k, v in self.how.items()
+        }
+        parts = place / "parts" if self.cache else None
+        found, rate = predict(
+            model,
+            source,
+            batch_size=self.feature_batch,
+            workers=self.workers,
+            parts=parts,
+            change=change,
+            **how,
+        )
+        metrics: dict[str, float] = {}
+        if distributed.is_main():
+            place.mkdir(parents=True, exist_ok=True)
+            metrics, classes = _compared(model, truth, found, "masks" in source.fields)
+            write_json(place / "detections.json", found, indent=None)
+            write_json(place / "classes.json", classes)
+            if self.pictures:
+                draw(source, found, self.pictures, change).save(place / "sheet.png")
+        metrics = distributed.from_main(metrics)
+        if parts is not None:
+            forget(parts)
+        # not of a model that is training: a resumed run has the same log
+        speed = {"fps": rate} if rate and self.cache else {}
+        return metrics, {"images": len(source)} | speed
+
+    def _corrupted(
+        self, model: nn.Module, source: Source, truth: dict, place: Path, clean: dict[str, float]
+    ) -> dict[str, float]:
+        """The average precision under each corruption, their mean, and that relative to the clean one
+        (arXiv 1907.07484)."""
+        found: dict[str, float] = {}
+        kinds = [kind for kind in ("box", "mask") if f"{kind}_AP" in clean]
+        for name in self.corruptions:
+            for severity in self.severities:
+                change = makers.Corrupt(name, severity, "imagenet", self.textures)
+                where = f"corruption/{name}/{severity}"
+                metrics, _ = self._measured(model, source, truth, place / where, change)
+                found |= {f"{where}/{kind}_AP": metrics[f"{kind}_AP"] for kind in kinds}
+            for kind in kinds:
+                each = [found[f"corruption/{name}/{n}/{kind}_AP"] for n in self.severities]
+                found[f"corruption/{name}/{kind}_AP"] = fmean(each)
+        for kind in kinds:
+            mean = fmean(found[f"corruption/{name}/{kind}_AP"] for name in self.corruptions)
+            found[f"{kind}_mPC"] = mean
+            if clean[f"{kind}_AP"] > 0:
+                found[f"{kind}_rPC"] = 100 * mean / clean[f"{kind}_AP"]
+        return found
+
+
+def _compared(
+    model: nn.Module, truth: dict, found: list[dict], annotated: bool
+) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
+    """(metrics, {"box": {class: AP}, …}); of masks where the head draws them and the data has some."""
+    metrics, classes = {}, {}
+    for kind in ("box", "mask") if model.head.draws and annotated else ("box",):
+        scored, classes[kind] = average_precision(truth, found, kind)
+        metrics |= scored
+    return metrics, classes
+
+
+def draw(source: Source, found: list[dict], count: int, change: Any = None):
+    """A sheet of some images, the same each time: what is found, beside what is annotated."""
+    numbers = {one["id"]: label for label, one in enumerate(source.categories)}
+    rows = []
+    for index in evenly(len(source), count):
+        sample = source[index]
+        picture = upright(sample["image"], sample["size"])
+        mine = [one for one in found if one["image_id"] == sample["image_id"]]
+        sure = [one for one in mine if one["score"] >= _SURE]
+        labels = torch.tensor([numbers[one["category_id"]] for one in sure], dtype=torch.int64)
+        texts = [f"{source.classes[label]} {one['score']:.2f}" for label, one in zip(labels, sure)]
+        boxes = torch.tensor([one["bbox"] for one in sure]).reshape(-1, 4)
+        boxes[:, 2:] += boxes[:, :2]
+        shapes = None
+        if sure and "segmentation" in sure[0]:
+            drawn = [masks.bitmap(one["segmentation"], *sample["size"]) for one in sure]
+            shapes = torch.from_numpy(np.array(drawn))
+        rows.append(
+            [
+                draw_objects(picture, boxes, labels, texts, shapes),
+                draw_truth(sample, source.classes),
+            ]
+        )
+    return sheet(rows, [f"found, score {_SURE} and above", "annotated"])
