@@ -106,7 +106,7 @@ def test_gpus_of_different_kinds_are_used_and_said_once(tmp_path):
 
 
 def _waits(rank: int, folder: str) -> None:
-    heartbeat._PERIOD = heartbeat._GRACE = 0.1
+    heartbeat._PERIOD = 0.2
     distributed.init()
     lost = pytest.raises(RuntimeError, match="process 1 has ended or stands still; see its output")
     with lost, heartbeat.watching(Path(folder), None):
