@@ -223,7 +223,7 @@ def _regularised(
         if right > best:  # on a tie the stronger one stays
             best, chosen = right, l2
     logger.info("%s: l2 %g, %.2f %% on a held-out tenth", name, chosen, 100 * best)
-    del inner, solve
+    del inner, outer, solve
     whole = features.clone()
     norm = _standardise(whole)
     return nn.Sequential(norm, _linear_of(prepare(whole, labels)(chosen, weight)))
