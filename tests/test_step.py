@@ -192,7 +192,7 @@ def test_the_two_tests_above_would_see_a_wait():
         assert not waits.seen
         torch.tensor([1.0, 0.0], device="lazy")
         there.copy_(torch.zeros(2))
-        with pytest.raises(RuntimeError, match="on the same device"):
+        with pytest.raises(RuntimeError, match="device"):
             there + torch.zeros(2)
     assert sum(waits.seen.values()) == 2
 
