@@ -143,6 +143,7 @@ class Training:
     )
     seed: int = 0
     device: Literal["auto", "cpu"] = "auto"  # auto: a GPU for each process, where there are GPUs
+    deterministic: bool = False  # on a GPU take kernels that give the same bits each time, or none
     log_every: str = "10it"
     shard: Shard = field(default_factory=Shard)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
@@ -195,6 +196,7 @@ CHANGEABLE = (
     "data.max_bad",
     "batch_per_process",
     "device",
+    "deterministic",
     "shard",
     "log_every",
     "checkpoint",

@@ -1,9 +1,11 @@
 """Whether a run fits: simulated steps against closed forms, real processes, and each other."""
 
 import json
+import os
 from dataclasses import FrozenInstanceError
 from functools import partial
 from math import ceil
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,7 +17,7 @@ from prepretrain.distributed import group as distributed
 from prepretrain.distributed import shard
 from prepretrain.models.model import Model
 from prepretrain.objectives.mae import MAE
-from prepretrain.runs import capacity, doctor, memory
+from prepretrain.runs import capacity, doctor, memory, run
 from prepretrain.runs.plan import Plan, build_evaluator, build_objective
 from prepretrain.training import optim
 
@@ -316,6 +318,44 @@ def test_the_doctor_asks_for_the_shared_memory_that_all_batches_ahead_take(place
     plan = Plan(given, 2)
     batch = sum(v.numel() * v.element_size() for v in plan.objective.example(16).values())
     assert doctor.batches_gib(plan) == batch * 4 * 3 / 2**30
+
+
+def test_a_run_out_of_memory_ends_with_what_would_fit(place, monkeypatch):
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    needed = estimate(1e9, gpus=1)["peak_bytes"]
+    monkeypatch.setattr(run, "fit", full)
+    monkeypatch.setattr(run, "_gpu_memory", lambda: (needed, 0.6 * needed))
+    with pytest.raises(ValueError, match="Tried to allocate 2.00 GiB") as raised:
+        run.start(capacity.load("small.yaml", SMALL), Path("runs/full"))
+    assert "Other programs hold 0.0 GB" in str(raised.value)
+    way = str(raised.value).partition("it fits with ")[2].rstrip(".").split()
+    assert way and all(
+        key in ("shard.recompute", "batch_per_process") for key, _ in map(pairs, way)
+    )
+    assert estimate(0.4 * 0.9 * needed, *way, gpus=1)["overrides"] == []
+
+
+def pairs(override: str) -> list[str]:
+    """A key and its value."""
+    return override.split("=")
+
+
+def test_a_deterministic_run_asks_for_such_kernels_and_gives_them_back(place, monkeypatch):
+    seen = []
+
+    def look(*_, **__):
+        flags = torch.are_deterministic_algorithms_enabled(), os.environ["CUBLAS_WORKSPACE_CONFIG"]
+        seen.append((*flags, torch.backends.cuda.mem_efficient_sdp_enabled()))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run, "fit", look)
+    with pytest.raises(KeyboardInterrupt):
+        run.start(capacity.load("small.yaml", ["deterministic=true"]), Path("runs/same"))
+    assert seen == [(True, ":4096:8", False)]
+    assert not torch.are_deterministic_algorithms_enabled()
+    assert torch.backends.cuda.mem_efficient_sdp_enabled()
 
 
 def test_more_shards_than_stay_open_without_a_window_are_a_warning(place):

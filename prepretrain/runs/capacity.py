@@ -3,8 +3,10 @@ steps, without a GPU."""
 
 import logging
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from multiprocessing import get_context
 from typing import Any
 
 from prepretrain import config as configs
@@ -162,6 +164,37 @@ def estimate(
         "reasons": how.reasons if gpus > 1 else (),
         "tried": [{**asdict(one.settings), "peak_bytes": one.step.peak} for one in tried],
     }
+
+
+def after_out_of_memory(
+    config: Training, gpus: int, per_node: int, memory: float, others: float
+) -> str:
+    """What to change, in a sentence, so that a run which ran out of memory fits.
+
+    memory: bytes of its GPU. others: what other programs hold of it. Computed in a process of its own,
+    since a step cannot be simulated in one that has a process group.
+    """
+    machine = Machine(gigabytes=(memory - others) / 1e9, per_node=per_node)
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        found = pool.submit(_less, config, machine, gpus).result()
+    said = (
+        f"Other programs hold {others / 1e9:.1f} GB of this GPU. " if others > memory / 20 else ""
+    )
+    if not found["fits"]:
+        more = found["gpus_needed"]
+        return f"{said}By the planner none of the settings that save memory fits" + (
+            f"; {more} GPUs would do." if more else "; take a smaller model or batch_size."
+        )
+    return f"{said}By the planner it fits with {' '.join(found['overrides'])}."
+
+
+def _less(config: Training, machine: Machine, gpus: int) -> dict[str, Any]:
+    """The estimate of a run that did not fit: where that says it does, of one that takes less."""
+    found = estimate(config, machine, gpus=gpus, images=1)
+    if found["fits"] and not found["overrides"]:
+        less = found["peak_bytes"] / 1e9  # less RESERVE, as of any GPU
+        found = estimate(config, replace(machine, gigabytes=less), gpus=gpus, images=1)
+    return found
 
 
 def _attempts(config: Training, gpus: int, room: float) -> Iterator[Attempt]:

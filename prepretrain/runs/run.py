@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 from prepretrain import config as configs
@@ -23,7 +24,7 @@ from prepretrain.config import Evaluating, Training
 from prepretrain.data import card
 from prepretrain.data.loader import Stream, loading
 from prepretrain.data.subset import evenly_spaced
-from prepretrain.distributed import checkpoint, heartbeat, shard
+from prepretrain.distributed import checkpoint, deterministic, heartbeat, shard
 from prepretrain.distributed import group as distributed
 from prepretrain.evaluation import validation
 from prepretrain.evaluation.evaluators.base import Evaluator
@@ -32,7 +33,7 @@ from prepretrain.models.export import save
 from prepretrain.models.load import described, filled, fitting, open_weights
 from prepretrain.models.model import Model
 from prepretrain.objectives.base import Objective
-from prepretrain.runs import results
+from prepretrain.runs import capacity, results
 from prepretrain.runs.plan import Plan, build_evaluator, build_optimizer, with_model_options
 from prepretrain.training import log, optim
 from prepretrain.training.fit import Evaluation, Stopped, fit
@@ -91,7 +92,11 @@ def train(config: Training, folder: Path) -> None:
     """Stage one, stage two or fine-tuning: whatever the objective says."""
     asked = Signals()  # from here on, so that whatever is started gets at least a step further
     try:
-        with lease.held(folder, asked.stop) as own, heartbeat.watching(folder, config.hang):
+        with (
+            lease.held(folder, asked.stop) as own,
+            heartbeat.watching(folder, config.hang),
+            deterministic.kernels(config.deterministic),
+        ):
             _train(config, folder, asked, own)
     finally:
         asked.restore()
@@ -103,7 +108,8 @@ def _train(config: Training, folder: Path, asked: Signals, own: lease.Lease) -> 
     _record(config, folder)
     objective = plan.objective
     precision = shard.chosen(config.shard.precision)
-    how = plan.sharding(*distributed.machine())
+    memory, per_node = distributed.machine()
+    how = plan.sharding(memory, per_node)
     for reason in how.reasons if plan.world > 1 else ():
         logger.info("%s", reason)
     sharding = {"group": how.group, "reshard": how.reshard, "precision": precision}
@@ -146,31 +152,44 @@ def _train(config: Training, folder: Path, asked: Signals, own: lease.Lease) -> 
         batch = config.batch_size // plan.world // plan.accumulate
         run = partial(_validate, objective, *sets, batch, data.workers, folder)
         evals.append(Evaluation("val_", plan.steps_of("validation.every"), run))
-    fit(
-        objective,
-        data,
-        optimizer,
-        plan.schedule,
-        folder=folder,
-        seed=config.seed,
-        options=objective.model.options,
-        saved=saved,
-        clip=config.optim.clip,
-        log_every=plan.steps_of("log_every"),
-        save_every=plan.steps_of("checkpoint.every"),
-        keep=config.checkpoint.keep,
-        always=plan.always(),
-        async_save=config.checkpoint.async_save,
-        policy=plan.policy,
-        evals=evals,
-        wandb=config.wandb,
-        signals=asked,
-        lost=own.lost,
-    )
+    try:
+        fit(
+            objective,
+            data,
+            optimizer,
+            plan.schedule,
+            folder=folder,
+            seed=config.seed,
+            options=objective.model.options,
+            saved=saved,
+            clip=config.optim.clip,
+            log_every=plan.steps_of("log_every"),
+            save_every=plan.steps_of("checkpoint.every"),
+            keep=config.checkpoint.keep,
+            always=plan.always(),
+            async_save=config.checkpoint.async_save,
+            policy=plan.policy,
+            evals=evals,
+            wandb=config.wandb,
+            signals=asked,
+            lost=own.lost,
+        )
+    except torch.OutOfMemoryError as error:
+        asked_for = replace(
+            config, shard=replace(config.shard, group=how.group, reshard=how.reshard)
+        )
+        advice = capacity.after_out_of_memory(asked_for, plan.world, per_node, *_gpu_memory())
+        raise ValueError(f"{error}\n{advice}") from error
     if said := distributed.from_main(own.lost()):  # a folder that was removed is not made again
         raise ValueError(said)
     with optim.averaged(objective, optimizer):
         _finish(plan, folder)
+
+
+def _gpu_memory() -> tuple[float, float]:
+    """Bytes of this process's GPU, and of those what other programs hold."""
+    free, whole = torch.cuda.mem_get_info(distributed.device())
+    return whole, whole - free - torch.cuda.memory_reserved(distributed.device())
 
 
 def starting(config: Training, objective: Objective) -> list[tuple[Any, weights.Weights]]:
