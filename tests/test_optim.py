@@ -159,3 +159,27 @@ def test_bad_images_may_be_the_stated_share_and_not_one_more_but_ten_are_always_
             ValueError, match=f"data.max_bad: {most + 1} bad images .* to fill {images} places"
         ):
             ledger.check_bad(Counter(unreadable=most - 3, tiny=4), images, 0.01)
+
+
+@pytest.mark.parametrize("shape", [(24, 8), (8, 24), (16, 16)])
+def test_muon_makes_steps_of_matrices_orthogonal_and_adamw_takes_the_others(shape):
+    torch.manual_seed(0)
+    matrix, bias = torch.nn.Parameter(torch.zeros(shape)), torch.nn.Parameter(torch.zeros(5))
+    table = torch.nn.Parameter(torch.zeros(1, 3, 4))
+    alone = [torch.nn.Parameter(torch.zeros_like(p)) for p in (bias, table)]
+    group = {"lr": 0.1, "weight_decay": 0.0}
+    muon = plugin.build("optimizers", "muon", [{"params": [matrix, bias, table], **group}])
+    adamw = plugin.build("optimizers", "adamw", [{"params": alone, **group}])
+    for one in (matrix, bias, table):
+        one.grad = torch.randn_like(one)
+    for one, other in zip(alone, (bias, table)):
+        one.grad = other.grad
+    muon.step()
+    adamw.step()
+    assert torch.equal(bias, alone[0]) and torch.equal(table, alone[1])
+    size = torch.linalg.svdvals(matrix.detach() / (0.1 * 0.2 * max(shape) ** 0.5))
+    assert 0.6 < size.min() and size.max() < 1.3
+    left, _, right = torch.linalg.svd(-matrix.grad, full_matrices=False)
+    turned = left.T @ matrix.detach() @ right.T  # diagonal in the gradient's singular vectors
+    assert (turned - turned.diag().diag()).norm() < 0.05 * turned.norm()
+    assert set(muon.state[matrix]) == {"momentum"}

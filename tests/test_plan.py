@@ -309,7 +309,7 @@ def test_what_an_optimizer_keeps_is_in_the_simulated_step(name):
     optimizer = partial(optim.build, name=name, lr=0.1, weight_decay=0.1)
     found = memory.simulate(build, images=2, world=2, optimizer=optimizer)
     trained = sum(rows(p, 2) for p in build().parameters() if p.requires_grad)
-    tensors = 1 if name in ("sgd", "lars") else 2
+    tensors = 1 if name in ("sgd", "lars", "muon") else 2
     assert found.bytes["optimizer"] // (4 * trained) == tensors
 
 

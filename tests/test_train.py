@@ -403,6 +403,7 @@ OPTIMIZERS = {  # with rates at which the small stage's loss falls
     "sgd": ["optim.name=sgd", "optim.lr=0.5"],
     "lars": ["optim.name=lars", "optim.lr=20"],
     "lamb": ["optim.name=lamb", "optim.lr=0.1"],
+    "muon": ["optim.name=muon", "optim.lr=0.02"],
 }
 BRIEF = ["length=6it", "checkpoint.every=3it", "optim.ema=0.9"]
 

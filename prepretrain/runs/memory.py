@@ -112,7 +112,8 @@ def simulate(
     products. optimizer: makes that of an objective, by default AdamW. shorten: runs a few of equal
     blocks in place of all, which gives the same numbers sooner. The second step is measured,
     when the optimizer has its state. Not simulated: torch.compile, the allocator's rounding and
-    fragmentation, workspaces of cuBLAS and NCCL, the norms that LARS and LAMB add up over processes.
+    fragmentation, workspaces of cuBLAS and NCCL, what LARS, LAMB and Muon exchange in
+    their own steps.
     Raises ValueError as `shard.shard` does, RuntimeError if there is a process group.
     """
     if dist.is_initialized():
