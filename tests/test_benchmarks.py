@@ -48,6 +48,7 @@ TINY = {  # each benchmark's arguments; where it takes hours, that it starts
     "clip_step": "--batch 1 --steps 1",
     "demo_seeds": "--show benchmarks/results/demo_seeds.json",
     "features": "--images 2 --batch 1 --rows 100",
+    "finetune_step": "--batch 1 --steps 1",
     "flickr_clip": "--help",
     "hashtag_step": "--encoder vit_test8 --batch 2 --tags 16 --steps 1",
     "host_memory": "--images 100000 --batches 10 --workers 1",
