@@ -53,6 +53,7 @@ TINY = {  # each benchmark's arguments; where it takes hours, that it starts
     "hashtag_step": "--encoder vit_test8 --batch 2 --tags 16 --steps 1",
     "host_memory": "--images 100000 --batches 10 --workers 1",
     "loader": "--count 2 --rounds 2 --batches 1",
+    "loop": "--steps 3 --rounds 1",
     "mae_step": "--encoder vit_test8 --batch 2 --steps 1 --reference REFERENCE",
     "memory": "--encoder vit_test8 --batch 1",
     "plan_memory": "--measure hashtag vit_test8 none 1",
