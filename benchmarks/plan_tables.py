@@ -29,18 +29,23 @@ run on tensors without storage over a process group that does not exist: the sam
 optimizer as a run's, each tensor's life followed. Of a ViT-B on the CPU, in float32 on one and two processes,
 the same simulation is within 1 % of measured resident memory (`benchmarks/plan_memory.py`, whose GPU cases
 have not been run). Not simulated: torch.compile, the allocator's rounding and
-fragmentation, the memory of CUDA, NCCL and cuBLAS; for those a tenth of a GPU is left free. Images a second
-and days assume 40 % of 989 TFLOP/s (H100 SXM, dense bf16, NVIDIA's data sheet), recomputed FLOPs included;
-40 % is an assumption, not from the paper, and takes no account of the network. It needs the rate of the
-column "GB/s" at that speed, of each GPU.
+fragmentation, the memory of CUDA, NCCL and cuBLAS; for those a tenth of a GPU is left free.
+
+A step takes as long as the slowest of computing, of its memory and of the network, as if a GPU did all three at
+the same time: "limited by" says which. The rates are a DGX H100's, by NVIDIA's data sheets: 989 TFLOP/s (dense
+bf16), 3,350 GB/s of memory, 450 GB/s to the other GPUs of a node of eight, 50 GB/s of each GPU to other nodes. Of the
+first 40 % are taken to be reached, recomputed FLOPs included, of the others 80 %: both are assumptions, not from
+the paper. Memory is that of operations each by itself, as without torch.compile. What a step does after
+another, as the last exchanges before the optimizer, and what the host takes, make a run slower than this.
 
 A row shows the config as it is if that fits, else with the first settings that make it fit, or the smallest
 that was tried. "GB" are 10⁹ bytes a GPU: the largest of each kind, which are not all at the same time, and
 the peak of all together. In flight: gathered parameters, and gradients being reduced.
 """
 COLUMNS = (
-    "GPUs | fits | to be added | images x parts | parameters | gradients | optimizer | activations "
-    "| in flight | peak | sent GB/step | GB/s | images/s | days"
+    "GPUs | fits | to be added | group | images x parts | parameters | gradients | optimizer "
+    "| activations | in flight | peak | GB/step in a node | to others | compute s | memory s "
+    "| network s | images/s | days | limited by"
 )
 STAGES, SIZES, GPUS = ("wsp", "mae"), ("vit_2b14", "vit_6.5b14"), (8, 64, 512)
 
@@ -59,17 +64,19 @@ def row(found: dict[str, Any]) -> str:
     """A line of the table."""
     used, sizes = found["settings"], found["bytes"]
     held = [sizes[k] for k in ("parameters", "gradients", "optimizer", "activations", "in_flight")]
-    sent = found["communicated_bytes"] / 1e9
+    sent = found["communicated_bytes_inside"], found["communicated_bytes_between"]
     cells = [
         found["gpus"],
         "yes" if found["fits"] else "no",
         f"`{' '.join(found['overrides'])}`" if found["overrides"] else "",
+        used["group"],
         f"{used['batch_per_process']} x {used['accumulate']}",
         *(f"{value / 1e9:.1f}" for value in [*held, found["peak_bytes"]]),
-        f"{sent:.1f}",
-        f"{sent / found['seconds_per_step']:.1f}",
+        *(f"{value / 1e9:.1f}" for value in sent),
+        *(f"{value:.3g}" for value in found["seconds"].values()),
         f"{found['images_per_second']:,.0f}",
         f"{found['days']:,.1f}",
+        found["limited_by"],
     ]
     return f"| {' | '.join(str(cell) for cell in cells)} |"
 
