@@ -77,6 +77,7 @@ class Settings:
     """What may be changed to make a run fit: none of it changes the result but for rounding."""
 
     group: int
+    reshard: bool
     recompute: str
     batch_per_process: int
     accumulate: int
@@ -106,7 +107,7 @@ def estimate(
     """The facts of a run on `gpus`, as JSON can hold them: as it is configured if that fits, else with
     the first settings that do.
 
-    Tried in order: recomputing more; then smaller parts, accumulated; then the same with larger
+    Tried in order: gathering weights again in the backward pass; recomputing more; then smaller parts, accumulated; then the same with larger
     groups. images: seen in the whole run; None takes the config's length. A step takes as long as the
     slowest of computing, of its memory and of the network, which a GPU has at the same time. Raises
     ValueError for a config that cannot work on so many.
@@ -206,8 +207,12 @@ def _attempts(config: Training, gpus: int, room: float) -> Iterator[Attempt]:
         if Plan(wider, gpus).state_bytes() > room:
             logger.info("groups of %d: weights, gradients and optimizer alone do not fit", group)
             continue
+        kept = gpus > 1 and not config.shard.reshard
+        if kept:
+            yield _attempt(wider, gpus)
         for how in RECOMPUTE[RECOMPUTE.index(config.shard.recompute) :]:
-            last = _attempt(_changed(wider, recompute=how), gpus)
+            saving = {"recompute": how, **({"reshard": True} if kept else {})}
+            last = _attempt(_changed(wider, **saving), gpus)
             yield last
         objective = Plan(config, gpus).objective
         least = last.settings.batch_per_process if objective.whole_batch else objective.multiple
@@ -241,14 +246,15 @@ def _attempt(config: Training, gpus: int) -> Attempt:
     plan, given = Plan(config, gpus), config.shard
     images = config.batch_size // gpus // plan.accumulate
     group = min(given.group or gpus, gpus)
-    settings = Settings(group, given.recompute, images, plan.accumulate)
+    reshard = given.reshard is not False
+    settings = Settings(group, reshard, given.recompute, images, plan.accumulate)
     step = memory.simulate(
         partial(build_objective, config),
         images=images,
         accumulate=plan.accumulate,
         world=gpus,
         group=given.group,
-        reshard=given.reshard is not False,
+        reshard=reshard,
         precision=_precision(config),
         recompute=given.recompute,
         optimizer=partial(build_optimizer, config),
@@ -261,16 +267,17 @@ def _overrides(old: Training, new: Training) -> list[str]:
     """What to add to the command line for another way to run."""
     pairs = [
         ("shard.group", old.shard.group, new.shard.group),
+        ("shard.reshard", old.shard.reshard, new.shard.reshard),
         ("shard.recompute", old.shard.recompute, new.shard.recompute),
         ("batch_per_process", old.batch_per_process, new.batch_per_process),
     ]
-    return [f"{key}={after}" for key, before, after in pairs if before != after]
+    return [f"{key}={str(after).lower()}" for key, before, after in pairs if before != after]
 
 
 def _enough(config: Training, gpus: int, room: float) -> int | None:
     """The first doubling of GPUs on which the run fits with all that saves memory; None if there is
     none that the batch divides among."""
-    saving = _changed(config, group=None, recompute="offload")
+    saving = _changed(config, group=None, reshard=True, recompute="offload")
     multiple = Plan(config, gpus).objective.multiple
     while config.batch_size % ((gpus := gpus * 2) * multiple) == 0:
         plan = Plan(replace(saving, batch_per_process=None), gpus)
