@@ -176,8 +176,11 @@ def after_out_of_memory(
     since a step cannot be simulated in one that has a process group.
     """
     machine = Machine(gigabytes=(memory - others) / 1e9, per_node=per_node)
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        found = pool.submit(_less, config, machine, gpus).result()
+    try:
+        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+            found = pool.submit(_less, config, machine, gpus).result()
+    except Exception as error:  # which must not hide the one that this is about
+        return f"What would fit could not be planned ({error}): prepretrain-plan says it."
     said = (
         f"Other programs hold {others / 1e9:.1f} GB of this GPU. " if others > memory / 20 else ""
     )
