@@ -72,6 +72,14 @@ class Adapts(Protocol):
 
 
 @runtime_checkable
+class ZeroIfMissing(Protocol):
+    """Names parameters that compute nothing at zero, and start so from weights that hold none of
+    them."""
+
+    def zero_if_missing(self) -> set[str]: ...
+
+
+@runtime_checkable
 class ReadsReleased(Protocol):
     """Knows the names in the files that others released: theirs to ours, None for no use."""
 
@@ -101,7 +109,7 @@ class DropsPaths(Protocol):
 
 
 _ALL = (Container, Precise, Initialises, FillsBuffers, NoWeightDecay, Layered)
-_ALL += (Adapts, ReadsReleased, WritesReleased, FusedAttention, DropsPaths)
+_ALL += (Adapts, ZeroIfMissing, ReadsReleased, WritesReleased, FusedAttention, DropsPaths)
 NAMES = {name for contract in _ALL for name in _declared(contract)}
 
 

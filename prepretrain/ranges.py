@@ -54,6 +54,8 @@ RANGES = {
     "model.window": "[1, 16384]",
     "model.pretrained_windows": "[0, 16384]",
     "model.drop_path": "[0, 1)",
+    "model.global_blocks": "[0, 1000]",
+    "model.position_size": "[1, 16384]",
     "model.head.classes": "[2, 1e9]",
     "model.joint.width": "[1, 1e6]",
     "model.text.width": "[1, 1e6]",

@@ -184,7 +184,11 @@ def fill(module: nn.Module, weights: Weights) -> None:
     weights = _renamed(module, weights)
     _check(module, weights)
     targets = module.state_dict(keep_vars=True)
+    zero = _zero_if_missing(module, weights)
     for name, target in targets.items():
+        if name in zero:
+            put(target, torch.zeros(target.shape))
+            continue
         put(target, _adapted(module, name, weights.read(name), weights.options or {}))
     left = [k for k in weights.shapes if k not in targets]
     if left:
@@ -226,7 +230,8 @@ def _check(module: nn.Module, weights: Weights) -> None:
         shape = tuple(_adapted(module, name, given, weights.options or {}).shape)
         if shape != tuple(targets[name].shape):
             problems.append(f"{name} is {shape} and must be {tuple(targets[name].shape)}")
-    problems += [f"missing {k}" for k in targets if k not in weights.shapes]
+    known = weights.shapes.keys() | _zero_if_missing(module, weights)
+    problems += [f"missing {k}" for k in targets if k not in known]
     if problems:
         more = f"\n  … and {len(problems) - 20} more" if len(problems) > 20 else ""
         raise ValueError(
@@ -235,6 +240,17 @@ def _check(module: nn.Module, weights: Weights) -> None:
             + more
             + f"\nIs it the right model.encoder? {_way_out(weights, list(targets))}".rstrip()
         )
+
+
+def _zero_if_missing(module: nn.Module, weights: Weights) -> set[str]:
+    """The parameters that are zero, since the weights hold none of their kind: see
+    contracts.ZeroIfMissing."""
+    found = set()
+    for place, owner in module.named_modules():
+        if isinstance(owner, contracts.ZeroIfMissing):
+            names = {f"{place}.{name}".lstrip(".") for name in owner.zero_if_missing()}
+            found |= set() if names & weights.shapes.keys() else names
+    return found
 
 
 def _owner(name: str) -> str:

@@ -15,6 +15,7 @@ _WAYS = {  # of encoding, beside a whole image's
     "keep": "leave patches out (objective mae)",
     "hide": "hide patches (objective simmim)",
     "layer": "stop at a layer",
+    "maps": "give maps (heads of dense tasks)",
 }
 
 
@@ -31,7 +32,7 @@ class Encoder(nn.Module):
     patch_width: int  # channels of an embedded patch
     prefix: int  # tokens before the grid (a ViT's class token: 1)
     image_size: tuple[int, int]  # pixels: height, width
-    takes: tuple[str, ...] = ()  # what of keep, hide and layer `forward` offers
+    takes: tuple[str, ...] = ()  # what of keep, hide, layer and maps `forward` offers
     blocks: nn.ModuleList  # what is recomputed, compiled and sharded as a unit
     trains: bool = (
         True  # an objective can train it; else it is a teacher or is measured beside ours
@@ -58,13 +59,16 @@ class Encoder(nn.Module):
         keep: Tensor | None = None,
         hide: tuple[Tensor, Tensor] | None = None,
         layer: int | None = None,
-    ) -> Tensor:
+        maps: Sequence[int] = (),
+    ) -> Any:
         """[B, 3, H, W] normalised images to [B, prefix + N, D] tokens after the final norm.
 
         keep: int64 [B, K], encode those patches only (MAE); the result is [B, prefix + K, D] in
         that order. hide: (bool mask [B, P], token [patch_width]), put the token in the place of the
         masked ones of the P embedded patches (SimMIM). layer: the tokens after that many blocks,
-        without the final norm.
+        without the final norm. maps: numbers of blocks, from 1, in rising order; the result is a list
+        of what comes after each, [B, D, rows, columns] without the prefix, and after the final norm
+        for the last block alone.
         """
         raise NotImplementedError
 
@@ -104,8 +108,7 @@ class Encoder(nn.Module):
         (`before`), both complete."""
         return {}
 
-    @staticmethod
-    def released(names: list[str]) -> dict[str, str | None]:
+    def released(self, names: list[str]) -> dict[str, str | None]:
         """Our name of each tensor of a file, which others may have released under their own; None
         for one that this encoder has no use for (tables derived from its options, a text tower)."""
         return {n: n for n in names}

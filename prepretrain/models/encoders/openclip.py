@@ -104,8 +104,7 @@ class OpenClip(Encoder):
             return resample_positions(tensor, self.grid, prefix, self.stride, before)
         return tensor
 
-    @staticmethod
-    def released(names: list[str]) -> dict[str, str | None]:
+    def released(self, names: list[str]) -> dict[str, str | None]:
         """See Encoder.released: open_clip's files hold the text tower and projections too."""
         if any(n.startswith("net.") for n in names):
             return {n: n for n in names}

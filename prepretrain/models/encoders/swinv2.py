@@ -151,8 +151,7 @@ class SwinV2(Encoder):
             windows.append(plain_size(one))
         return {"pretrained_windows": windows}
 
-    @staticmethod
-    def released(names: list[str]) -> dict[str, str | None]:
+    def released(self, names: list[str]) -> dict[str, str | None]:
         """See Encoder.released: the files of SimMIM and SwinV2 name a stage's merging of patches with
         the stage before it, and hold tables that follow from the options."""
         theirs = any(n.startswith("layers.0.downsample.") for n in names)

@@ -61,8 +61,7 @@ class TimmViT(Encoder):
         prefix = 0 if bare else self.prefix
         return resample_positions(tensor, self.grid, prefix, self.stride, before)
 
-    @staticmethod
-    def released(names: list[str]) -> dict[str, str | None]:
+    def released(self, names: list[str]) -> dict[str, str | None]:
         """See Encoder.released: timm's files name its modules, and a classifier with its norm."""
         if any(n.startswith("net.") for n in names):
             return {n: n for n in names}

@@ -3,15 +3,20 @@
 B images, N patches, K kept patches, D channels, P pixels along a patch.
 """
 
+import itertools
+import re
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
+from timm.layers import resample_patch_embed
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from prepretrain.data.transforms import Size, plain_size
+from prepretrain.data.transforms import Size, plain_size, sides
+from prepretrain.models.dense.windows import WindowBlock, resize_distances, resize_positions
 from prepretrain.models.encoders.base import Encoder, resample_positions, whole_cells
 
 SIZES = {
@@ -31,13 +36,26 @@ SIZES = {
     "vit_test8": dict(patch_size=8, width=32, depth=2, heads=2, image_size=32),
 }
 
+_DISTANCES = ("rel_pos_h", "rel_pos_w")  # tables of relative positions, ViTDet's names
+_LACKING = {  # parts of others' ViTs without which the same weights compute something else
+    r"blocks\.\d+\.(ls[12]\.|gamma_[12])": "LayerScale",
+    r"reg(ister)?_tokens?$": "register tokens",
+    r"(norm_pre|ln_pre)\.": "a norm before the blocks",
+    r"blocks\.\d+\.attn\.[qk]_norm\.": "norms of queries and keys",
+    r"blocks\.\d+\.(attn\.norm|mlp\.norm)\.": "norms within a block",
+}
+
 
 class ViT(Encoder):
     """A pre-norm ViT with a class token and one position table; the constructor's defaults are
-    MAWS's."""
+    MAWS's.
+
+    With `window` it is the backbone of ViTDet (arXiv 2203.16527) of the same weights: it takes images
+    of any whole number of patches, and has no class token, which would be in no window.
+    """
 
     prefix = 1
-    takes = ("keep", "hide", "layer")
+    takes = ("keep", "hide", "layer", "maps")
 
     def __init__(
         self,
@@ -50,11 +68,21 @@ class ViT(Encoder):
         drop_path: float = 0.0,
         positions: Literal["fixed", "learned"] = "learned",
         final_norm: bool = True,
+        window: int | None = None,
+        global_blocks: int | tuple[int, ...] = 4,
+        relative_positions: bool = False,
+        position_size: Size | None = None,
     ):
         """positions: the table starts as 2-d sines and cosines; "fixed" (MAE) keeps it so.
 
         final_norm: SimMIM leaves out a ViT's last norm; with it, the features that it learns cannot
         be read by a linear probe (microsoft/SimMIM, issue 14).
+
+        window: patches along a side of the windows within which blocks attend. Only with it:
+        global_blocks, which attend to the whole image: how many, at equal distances, the last block
+        among them, or their numbers from 1; relative_positions: added to the logits, zero at first;
+        position_size: the image size of the position table, which is resampled for each image's;
+        None: that of the weights that the model starts from (`follow`), or 224.
         """
         super().__init__()
         if width % heads or width % 4:
@@ -67,18 +95,37 @@ class ViT(Encoder):
         self.width, self.stride = width, patch_size
         self.patch, self.patch_width = patch_size, width
         self.depth, self.heads, self.final_norm = depth, heads, final_norm
-        self.cls_token = nn.Parameter(torch.empty(1, 1, width))
+        self.window, self.table_grid = window, self.grid
+        if window is None:
+            self.cls_token = nn.Parameter(torch.empty(1, 1, width))
+        else:
+            self.prefix, self.takes = 0, ("layer", "maps")
+            rows, columns = sides(position_size or 224)
+            self.table_grid = rows // patch_size, columns // patch_size
+        places = self.prefix + self.table_grid[0] * self.table_grid[1]
         self.pos_embed = nn.Parameter(
-            torch.empty(1, 1 + self.cells, width), requires_grad=positions == "learned"
+            torch.empty(1, places, width), requires_grad=positions == "learned"
         )
         self.patch_embed = nn.Module()
         self.patch_embed.proj = nn.Conv2d(3, width, patch_size, patch_size)
         rates = [drop_path * i / max(depth - 1, 1) for i in range(depth)]
         norm = partial(nn.LayerNorm, eps=1e-6)
-        self.blocks = nn.ModuleList(
-            Block(width, heads, mlp_ratio=4, qkv_bias=True, drop_path=rate, norm_layer=norm)
-            for rate in rates
-        )
+        if window is None:
+            if relative_positions:
+                raise ValueError(
+                    "model.relative_positions: only with model.window, as in window=14."
+                )
+            block = partial(Block, width, heads, mlp_ratio=4, qkv_bias=True, norm_layer=norm)
+            blocks = [block(drop_path=rate) for rate in rates]
+        else:
+            everywhere = _global(global_blocks, depth)
+            blocks = []
+            for number, rate in enumerate(rates, 1):
+                within = None if number in everywhere else window
+                reach = self.grid if within is None else (window, window)
+                table = reach if relative_positions else None
+                blocks.append(WindowBlock(width, heads, window=within, reach=table, drop_path=rate))
+        self.blocks = nn.ModuleList(blocks)
         self.norm = norm(width) if final_norm else nn.Identity()
 
     def forward(
@@ -88,12 +135,34 @@ class ViT(Encoder):
         keep: Tensor | None = None,
         hide: tuple[Tensor, Tensor] | None = None,
         layer: int | None = None,
-    ) -> Tensor:
+        maps: Sequence[int] = (),
+    ) -> Any:
         """See Encoder.forward. Raises ValueError for an image of another size, or a layer that
         there is not."""
+        for number in [*maps, *([] if layer is None else [layer])]:
+            if not 1 <= number <= self.depth:
+                raise ValueError(f"layer: {number} is none of this encoder's {self.depth} blocks.")
+        if self.window is None:
+            tokens = self._tokens(image, keep, hide)
+        else:
+            tokens = self._cells(image, keep, hide)
+        seen = []
+        for number, block in enumerate(self.blocks[: max(maps, default=layer)], 1):
+            tokens = block(tokens)
+            if number in maps:
+                seen.append(self.norm(tokens) if number == self.depth else tokens)
+        if maps:
+            rows, columns = (side // self.stride for side in image.shape[-2:])
+            flat = [t if self.window else t[:, 1:].unflatten(1, (rows, columns)) for t in seen]
+            return [cells.permute(0, 3, 1, 2) for cells in flat]
+        tokens = self.norm(tokens) if layer is None else tokens
+        return tokens if self.window is None else tokens.flatten(1, 2)
+
+    def _tokens(
+        self, image: Tensor, keep: Tensor | None, hide: tuple[Tensor, Tensor] | None
+    ) -> Tensor:
+        """The class token and the embedded patches with their positions, [B, 1 + N, D]."""
         self.check(image)
-        if layer is not None and not 1 <= layer <= self.depth:
-            raise ValueError(f"layer: {layer} is none of this encoder's {self.depth} blocks.")
         patches, positions = patchify(image, self.stride), self.pos_embed[:, 1:]
         if keep is not None:  # gather before embedding: the hidden patches cost nothing
             patches = take(patches, keep)
@@ -104,10 +173,17 @@ class ViT(Encoder):
             mask, token = hide
             tokens = torch.where(mask[..., None], token.to(tokens.dtype), tokens)
         first = (self.cls_token + self.pos_embed[:, :1]).expand(len(image), -1, -1)
-        tokens = torch.cat([first, tokens + positions], 1)
-        for block in self.blocks[:layer]:
-            tokens = block(tokens)
-        return self.norm(tokens) if layer is None else tokens
+        return torch.cat([first, tokens + positions], 1)
+
+    def _cells(
+        self, image: Tensor, keep: Tensor | None, hide: tuple[Tensor, Tensor] | None
+    ) -> Tensor:
+        """The embedded patches with their positions, [B, rows, columns, D], of an image of any size."""
+        ways = {"keep": keep, "hide": hide}
+        self.require([name for name, value in ways.items() if value is not None], "model.window")
+        whole_cells(image.shape[-2:], self.stride, f"model.patch_size {self.stride}")
+        cells = self.patch_embed.proj(image).permute(0, 2, 3, 1)
+        return cells + resize_positions(self.pos_embed, self.table_grid, cells.shape[1:3])
 
     def initialise(self, name: str, tensor: Tensor, generator: torch.Generator) -> bool:
         """MAE's initialisation (its section 4 and code): the projection as a linear layer, sin-cos
@@ -115,7 +191,9 @@ class ViT(Encoder):
         if name == "cls_token":
             tensor.normal_(std=0.02, generator=generator)
         elif name == "pos_embed":
-            tensor.copy_(sincos(self.width, self.grid)[None])
+            tensor.copy_(sincos(self.width, self.table_grid)[None, 1 - self.prefix :])
+        elif name.rpartition(".")[2] in _DISTANCES:
+            tensor.zero_()
         elif name == "patch_embed.proj.weight":
             nn.init.xavier_uniform_(tensor.view(len(tensor), -1), generator=generator)
         elif name == "patch_embed.proj.bias":
@@ -125,12 +203,53 @@ class ViT(Encoder):
         return True
 
     def adapt(self, name: str, tensor: Tensor, before: dict[str, Any]) -> Tensor:
-        """Resamples the position table for another image size; SWAG's lies as [1 + N, 1, D]."""
-        if name != "pos_embed":
-            return tensor
-        if tensor.ndim == 3 and tensor.shape[1] == 1 < tensor.shape[0]:
-            tensor = tensor.transpose(0, 1)
-        return resample_positions(tensor, self.grid, 1, self.stride, before)
+        """Resamples the position table for another image size; SWAG's lies as [1 + N, 1, D]. With
+        windows also its patches for another patch size, and the tables of relative positions."""
+        if name == "pos_embed":
+            if tensor.ndim == 3 and tensor.shape[1] == 1 < tensor.shape[0]:
+                tensor = tensor.transpose(0, 1)
+            if self.window is None:
+                return resample_positions(tensor, self.grid, 1, self.stride, before)
+            return self._adapted_table(tensor, before)
+        if self.window is not None and name == "patch_embed.proj.weight" and tensor.ndim == 4:
+            return _resized_patch(tensor, self.stride)
+        if name.rpartition(".")[2] in _DISTANCES and tensor.ndim == 2:
+            return resize_distances(tensor, len(self.get_parameter(name)))
+        return tensor
+
+    def _adapted_table(self, table: Tensor, before: dict[str, Any]) -> Tensor:
+        """The positions of another ViT's patches, on the grid of this one's table."""
+        if before.get("window") is None:
+            table = table[:, 1:]  # a class token's
+        elif "position_size" in before:
+            before = {"image_size": before["position_size"]}
+        if table.shape[1] == self.pos_embed.shape[1]:
+            return table
+        return resample_positions(table, self.table_grid, 0, self.stride, before)
+
+    @staticmethod
+    def follow(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
+        """See Encoder.follow: with windows the position table stays that of the images before."""
+        if after["window"] is None or before["window"] or after["position_size"]:
+            return {}
+        cells = (side // before["patch_size"] for side in sides(before["image_size"]))
+        rows, columns = (count * after["patch_size"] for count in cells)
+        return {"position_size": plain_size((rows, columns))}
+
+    def released(self, names: list[str]) -> dict[str, str | None]:
+        """See Encoder.released. Raises ValueError for weights of a ViT that computes something else."""
+        for name, (pattern, called) in itertools.product(names, _LACKING.items()):
+            if re.match(pattern, name):
+                raise ValueError(
+                    f"{name}: these weights are of a ViT with {called}, and this one has none; without, "
+                    f"they compute something else. timm's ViTs are measured as timm/NAME."
+                )
+        lost = {"cls_token"} if self.window is not None else set()
+        return {name: None if name in lost else name for name in names}
+
+    def zero_if_missing(self) -> set[str]:
+        """See contracts.ZeroIfMissing."""
+        return {name for name in self.state_dict() if name.rpartition(".")[2] in _DISTANCES}
 
     def no_weight_decay(self) -> set[str]:
         """timm's name for the parameters without weight decay, beside all 1-d ones."""
@@ -143,6 +262,8 @@ class ViT(Encoder):
 
     def timm(self) -> dict[str, Any]:
         """See Encoder.timm."""
+        if self.window is not None:
+            raise ValueError("timm has no ViT with ViTDet's windows (model.window).")
         return {
             "architecture": "vit_base_patch16_224",
             "model_args": {
@@ -162,6 +283,8 @@ class ViT(Encoder):
             raise ValueError(
                 "open_clip's image towers end with a norm, and this one does not (model.final_norm=false)."
             )
+        if self.window is not None:
+            raise ValueError("open_clip has no ViT with ViTDet's windows (model.window).")
         config = {
             "image_size": plain_size(self.image_size),
             "patch_size": self.stride,
@@ -186,6 +309,32 @@ class ViT(Encoder):
                 _, number, rest = key.split(".", 2)
                 renamed[f"transformer.resblocks.{number}.{_open_clips(rest)}"] = value
         return config, renamed
+
+
+def _global(blocks: int | tuple[int, ...], depth: int) -> set[int]:
+    """The numbers, from 1, of the blocks that attend to the whole image."""
+    if isinstance(blocks, int):
+        if not blocks:
+            return set()
+        if depth % blocks:
+            raise ValueError(
+                f"model.global_blocks: {blocks} does not divide the {depth} blocks. Name them, as in "
+                f"[{depth // 2}, {depth}]."
+            )
+        return {(i + 1) * (depth // blocks) for i in range(blocks)}
+    if not all(1 <= number <= depth for number in blocks):
+        raise ValueError(f"model.global_blocks: {list(blocks)} are not all within 1 to {depth}.")
+    return set(blocks)
+
+
+def _resized_patch(kernel: Tensor, side: int) -> Tensor:
+    """The kernel [D, 3, P, P] of another patch size, by timm's pseudo-inverse of resizing (how the
+    papers convert 14 to 16 is not known)."""
+    if kernel.shape[-2:] == (side, side):
+        return kernel
+    if kernel.is_meta:
+        return kernel.new_empty(*kernel.shape[:2], side, side)
+    return resample_patch_embed(kernel, [side, side])
 
 
 def _open_clips(name: str) -> str:

@@ -1,0 +1,133 @@
+"""Transformer blocks on a grid of cells that attend within windows, with relative positions: the
+backbone of ViTDet (arXiv 2203.16527).
+
+B images, H heads, D channels; a grid has rows and columns of cells.
+"""
+
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from timm.layers import DropPath, Mlp
+from torch import Tensor, nn
+
+
+class WindowBlock(nn.Module):
+    """A pre-norm block on [B, rows, columns, D], with the parameter names of timm's Block."""
+
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        *,
+        window: int | None,
+        reach: tuple[int, int] | None,
+        drop_path: float,
+    ):
+        """window: cells along a window's side; None attends to the whole grid. reach: the rows and
+        columns whose relative positions the tables hold; None has no such tables."""
+        super().__init__()
+        norm = partial(nn.LayerNorm, eps=1e-6)
+        self.window = window
+        self.norm1 = norm(width)
+        self.attn = GridAttention(width, heads, reach)
+        self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
+        self.norm2 = norm(width)
+        self.mlp = Mlp(width, 4 * width)
+
+    def forward(self, cells: Tensor) -> Tensor:
+        """[B, rows, columns, D] to the same shape."""
+        # Zeros are added after the norm and attended to without a mask, as in ViTDet's code: their
+        # keys and values are the biases.
+        normed, grid = self.norm1(cells), cells.shape[1:3]
+        if self.window is None:
+            attended = self.attn(normed)
+        else:
+            attended = join_windows(self.attn(split_windows(normed, self.window)), grid)
+        cells = cells + self.drop_path(attended)
+        return cells + self.drop_path(self.mlp(self.norm2(cells)))
+
+
+class GridAttention(nn.Module):
+    """Self-attention over all cells of a grid, to whose logits the products of each query with a
+    vector for the distance in rows, and one for that in columns, are added."""
+
+    fused_attn = True  # timm's name: see contracts.FusedAttention
+
+    def __init__(self, width: int, heads: int, reach: tuple[int, int] | None):
+        super().__init__()
+        self.heads, self.reach = heads, reach
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+        if reach is not None:
+            self.rel_pos_h, self.rel_pos_w = (
+                nn.Parameter(torch.empty(2 * cells - 1, width // heads)) for cells in reach
+            )
+
+    def forward(self, cells: Tensor) -> Tensor:
+        """[B, rows, columns, D] to the same shape."""
+        B, rows, columns, _ = cells.shape
+        q, k, v = self.qkv(cells).view(B, rows * columns, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        bias = None if self.reach is None else self._bias(q, (rows, columns))
+        if self.fused_attn:
+            mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+        else:
+            logits = q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)
+            mixed = (logits if bias is None else logits + bias).softmax(-1) @ v
+        return self.proj(mixed.transpose(1, 2).reshape(cells.shape))
+
+    def _bias(self, q: Tensor, grid: tuple[int, int]) -> Tensor:
+        """[B, H, N, N] of the queries [B, H, N, D / H], which are not scaled (ViTDet's code)."""
+        tables = relative(self.rel_pos_h, grid[0]), relative(self.rel_pos_w, grid[1])
+        return decomposed_bias(q, *tables)
+
+
+def decomposed_bias(q: Tensor, by_row: Tensor, by_column: Tensor) -> Tensor:
+    """[B, H, N, C] queries, and [rows, rows, C] and [columns, columns, C] vectors of each distance, to
+    what is added to the logits, [B, H, N, N]."""
+    placed = q.unflatten(2, (len(by_row), len(by_column)))
+    rows = torch.einsum("bhrcd,rkd->bhrck", placed, by_row)
+    columns = torch.einsum("bhrcd,ckd->bhrck", placed, by_column)
+    return (rows[..., :, None] + columns[..., None, :]).flatten(4, 5).flatten(2, 3)
+
+
+def relative(table: Tensor, cells: int) -> Tensor:
+    """[2 cells' - 1, C], the vectors of every distance, to [cells, cells, C], that from each query to
+    each key; resized if it is of another number of cells."""
+    place = torch.arange(cells, device=table.device)
+    return resize_distances(table, 2 * cells - 1)[place[:, None] - place + cells - 1]
+
+
+def resize_distances(table: Tensor, length: int) -> Tensor:
+    """A table of vectors by distance [L, C] as one of another length, linearly."""
+    if len(table) == length:
+        return table
+    resized = F.interpolate(table.float().T[None], length, mode="linear")
+    return resized[0].T.to(table.dtype)
+
+
+def resize_positions(table: Tensor, old: tuple[int, int], grid: tuple[int, int]) -> Tensor:
+    """A table of positions [1, N, D] on the grid `old` to [1, rows, columns, D] on another, bicubic
+    without antialiasing, as in ViTDet's code."""
+    placed = table.unflatten(1, old)
+    if old == grid:
+        return placed
+    maps = placed.float().permute(0, 3, 1, 2)
+    resized = F.interpolate(maps, grid, mode="bicubic", align_corners=False)
+    return resized.permute(0, 2, 3, 1).to(table.dtype)
+
+
+def split_windows(cells: Tensor, window: int) -> Tensor:
+    """[B, rows, columns, D] to [B windows, window, window, D], zeros added below and to the right."""
+    rows, columns = cells.shape[1:3]
+    padded = F.pad(cells, (0, 0, 0, -columns % window, 0, -rows % window))
+    tiled = padded.unflatten(2, (-1, window)).unflatten(1, (-1, window))
+    return tiled.transpose(2, 3).flatten(0, 2)
+
+
+def join_windows(windows: Tensor, grid: tuple[int, int]) -> Tensor:
+    """What `split_windows` made of a grid, back to [B, rows, columns, D]."""
+    (rows, columns), window = grid, windows.shape[1]
+    tiles = -(-rows // window), -(-columns // window)
+    tiled = windows.unflatten(0, (-1, *tiles)).transpose(2, 3)
+    return tiled.flatten(3, 4).flatten(1, 2)[:, :rows, :columns]
