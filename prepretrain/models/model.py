@@ -13,7 +13,7 @@ from prepretrain import plugin, ranges
 from prepretrain.data import transforms
 from prepretrain.models.encoders import base as encoders
 from prepretrain.models.heads import base as heads
-from prepretrain.models.heads.base import Scores
+from prepretrain.models.heads.base import Detections, Detector, Scores
 from prepretrain.models.joint import Joint
 from prepretrain.models.text.base import Tower
 
@@ -96,6 +96,17 @@ class Model(nn.Module):
         """Normalised float [B, 3, H, W] to tokens [B, prefix + N, D]; how: as `forward`'s."""
         return self.encoder(image, **how)
 
+    def normalise_padded(self, image: Tensor, sizes: Tensor) -> Tensor:
+        """As `normalise`, of images padded at the right and below; int64 [B, 2]: the height and width
+        of each within. What is padded is 0 afterwards, as if by the mean colour."""
+        rows, columns = (torch.arange(side, device=image.device) for side in image.shape[-2:])
+        inside = (rows < sizes[:, :1])[:, :, None] & (columns < sizes[:, 1:])[:, None]
+        return self.normalise(image) * inside[:, None]
+
+    def read(self, image: Tensor) -> Any:
+        """Normalised float [B, 3, H, W] to what the head reads: see heads/base.py."""
+        return self.encode(image, maps=self.head.layers) if self.head.layers else self.encode(image)
+
     def preprocess(self, image: Image.Image | str | Path, share: float = 0.875) -> Tensor:
         """A PIL image, or the path of an image file, to uint8 [3, H, W] for `features`, cropped as the
         evaluators do; share: of the image's short side that the centre crop shows."""
@@ -124,6 +135,13 @@ class Model(nn.Module):
         self.require_scores("scores")
         return self.head(self(image)).float()
 
+    def detect(self, image: Tensor, sizes: Tensor, **how: Any) -> list[Detections]:
+        """uint8 [B, 3, H, W], padded as for `normalise_padded`, and int64 [B, 2] to what is found in
+        each; how: as Detector.detect's."""
+        self.require_detector("detect")
+        maps = self.read(self.normalise_padded(image, sizes))
+        return self.head.detect(maps, [tuple(size) for size in sizes.tolist()], **how)
+
     def text_features(self, tokens: Tensor) -> Tensor:
         """int64 [B, L] to float32 [B, J] of length 1, in the space of the images."""
         self.require_text("text_features")
@@ -143,6 +161,14 @@ class Model(nn.Module):
             raise ValueError(
                 f"{who}: this model has no classifier. Fine-tuning makes one: --stage finetune, from "
                 f"this model with --init."
+            )
+
+    def require_detector(self, who: str) -> None:
+        """Raises ValueError, saying which stage makes one, if the head finds no objects."""
+        if not isinstance(self.head, Detector):
+            raise ValueError(
+                f"{who}: this model finds no objects. Fine-tuning on boxes makes one that does: --stage "
+                f"finetune/coco_vitdet_b, from this model with --init."
             )
 
     def require_text(self, who: str) -> None:

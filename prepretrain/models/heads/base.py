@@ -1,6 +1,21 @@
-"""What a Model may end with: from its encoder's tokens to what is asked of an image. B images, N
-patches, D channels, C classes."""
+"""What a Model may end with: from what its encoder gives to what is asked of an image.
 
+A head reads its encoder in one of two ways, which `Head.layers` states, and an objective or evaluator
+asks for a kind of head by its class:
+
+| kind | reads | gives |
+|---|---|---|
+| `Scores` | tokens [B, prefix + N, D] of the last layer: of an image, or of a clip, of which N only is larger | `scores(feature)` [B, C] |
+| `Dense` | maps, a list of [B, D, rows, columns], one for each block (stage) in `layers` | `forward(maps)`: a value for each place, as [B, C, rows', columns'] of classes (segmentation) or depths |
+| `Detector`, a `Dense` | the same, and the sizes of images within a padded batch | in training what losses are made of, else `Detections` |
+
+So a head never asks which encoder it is on: it is built on `encoder.width` and `encoder.stride`, and
+what it needs of it is `maps` among `encoder.takes`. `Model.read` gives a head what it reads.
+
+B images, N patches, D channels, C classes.
+"""
+
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from torch import Tensor, nn
@@ -18,9 +33,10 @@ class Head(nn.Module):
     """
 
     normed = False  # begins with a norm, which takes the place of the encoder's last
+    layers: tuple[int, ...] = ()  # of the encoder, whose maps it reads; none: the last one's tokens
 
-    def forward(self, tokens: Tensor) -> Any:
-        """[B, prefix + N, D] tokens of the encoder's last layer to what this head gives."""
+    def forward(self, features: Any) -> Any:
+        """What `layers` says of the encoder to what this head gives."""
         raise NotImplementedError
 
 
@@ -38,6 +54,49 @@ class Scores(Head):
 
     def scores(self, feature: Tensor) -> Tensor:
         """[B, D] to [B, C]."""
+        raise NotImplementedError
+
+
+class Dense(Head):
+    """A head that reads maps. Where the encoder has no last norm, it needs none: a norm of weights
+    that the model starts from is left out."""
+
+    def __init__(self, encoder: Encoder, layers: tuple[int, ...]):
+        """layers: the numbers of the encoder's blocks, from 1, whose maps it reads."""
+        super().__init__()
+        encoder.require(("maps",), "model.head")
+        self.layers, self.normed = layers, not encoder.final_norm
+
+
+@dataclass(frozen=True)
+class Detections:
+    """What a detector finds in one image, the surest first: boxes float [n, 4] in pixels (left, top,
+    right, bottom), scores [n], classes int64 [n], masks float [n, S, S] of 0 to 1 within each box."""
+
+    boxes: Tensor
+    scores: Tensor
+    classes: Tensor
+    masks: Tensor | None
+
+
+class Detector(Dense):
+    """A head that finds objects. Images of a batch are padded to one size at the right and below."""
+
+    def __init__(self, encoder: Encoder, classes: int):
+        super().__init__(encoder, (len(encoder.blocks),))
+        self.classes = classes
+
+    def forward(self, maps: list[Tensor], sizes: Any, objects: Any, seeds: Tensor) -> Any:
+        """In training: maps, each image's own (height, width), its objects (models/dense/boxes.py),
+        and a number int64 [B] that what is drawn for it depends on, to what losses are made of."""
+        raise NotImplementedError
+
+    def detect(self, maps: list[Tensor], sizes: Any, **how: Any) -> list[Detections]:
+        """What is found in each image.
+
+        how: threshold, the least score; overlap, from which of two boxes of a class the less sure one
+        is suppressed; most, of an image; soft, {"linear": …} or {"gaussian": …}: Soft-NMS instead.
+        """
         raise NotImplementedError
 
 

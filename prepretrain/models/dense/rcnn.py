@@ -1,0 +1,283 @@
+"""Mask R-CNN and Cascade Mask R-CNN as ViTDet trains them (arXiv 2203.16527; detectron2's code), on a
+pyramid of maps.
+
+B images, N regions of an image, R of a batch, K classes, G objects of an image.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torchvision.models.detection._utils import BoxCoder, Matcher
+from torchvision.ops import clip_boxes_to_image
+
+from prepretrain.models.dense import boxes, masks, regions
+from prepretrain.models.dense.boxes import Objects
+from prepretrain.models.dense.proposals import Anchors, ProposalHead, Proposer
+from prepretrain.models.dense.pyramid import SimplePyramid
+from prepretrain.models.encoders.base import Encoder
+from prepretrain.models.heads.base import Detections, Detector
+
+_SHARE = 0.25  # of the sampled regions that show objects, at most
+
+
+@dataclass(frozen=True)
+class Stage:
+    """How a stage of boxes is trained: the overlap from which a region shows an object, and what its
+    deltas are multiplied with."""
+
+    overlap: float
+    weights: tuple[float, float, float, float]
+
+
+@dataclass(frozen=True)
+class Regions:
+    """Regions of one image that are trained: boxes [N, 4], the classes [N] that they show (K: none),
+    and the object [N] that each was matched with."""
+
+    boxes: Tensor
+    classes: Tensor
+    place: Tensor
+
+
+@dataclass(frozen=True)
+class BoxOutputs:
+    """What a stage says of R regions and should say: logits [R, K + 1], deltas [R, 4] or [R, 4 K],
+    classes [R], targets [R, 4] (of those that show an object)."""
+
+    logits: Tensor
+    deltas: Tensor
+    classes: Tensor
+    targets: Tensor
+
+
+@dataclass(frozen=True)
+class MaskOutputs:
+    """What is said of the regions that show an object, for the class of that, and should be: logits
+    [R, 28, 28], targets bool [R, 28, 28]."""
+
+    logits: Tensor
+    targets: Tensor
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """What a detector says in training: for losses/detection.py."""
+
+    anchors: Anchors
+    stages: list[BoxOutputs]
+    masks: MaskOutputs
+
+
+class RCNN(Detector):
+    """A pyramid, a proposal network, one or several stages of boxes, and masks.
+
+    Coordinates are float32 whatever the precision of its parts, which are sharded one by one.
+    """
+
+    container = True
+    precision = "fp32"
+    stages: tuple[Stage, ...]
+    shared_boxes: bool  # a region has one box, not one for each class
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        *,
+        classes: int,
+        channels: int = 256,
+        hidden: int = 1024,
+        anchors: tuple[int, ...] = (32, 64, 128, 256, 512),
+        candidates: tuple[int, int] = (2000, 1000),
+        proposals: tuple[int, int] = (1000, 1000),
+        sampled_anchors: int = 256,
+        sampled_regions: int = 512,
+        loss: Literal["softmax", "sigmoid"] = "softmax",
+    ):
+        """channels: of the pyramid and the heads' convolutions; hidden: of the box head's layer.
+        anchors: pixels, one for each map of the pyramid. candidates, proposals: how many boxes of a
+        map, and of an image, are kept before and after suppression, in training and at test.
+        sampled_…: of an image, that are trained. loss: sigmoid scores each class by itself (LVIS)."""
+        super().__init__(encoder, classes)
+        self.loss, self.sampled_regions = loss, sampled_regions
+        base = encoder.stride
+        self.strides = [base // 4, base // 2, base, base * 2, base * 4]
+        if len(anchors) != len(self.strides):
+            raise ValueError(
+                f"model.head.anchors: {list(anchors)} must be {len(self.strides)} sizes."
+            )
+        self.proposer = Proposer(anchors, self.strides, candidates, proposals, sampled_anchors)
+        self.coders = [BoxCoder(stage.weights) for stage in self.stages]
+        self.matchers = [Matcher(stage.overlap, stage.overlap) for stage in self.stages]
+        self.pyramid = SimplePyramid(encoder.width, channels)
+        self.proposals = ProposalHead(channels)
+        count = 1 if self.shared_boxes else classes
+        self.boxes = nn.ModuleList(
+            regions.BoxHead(channels, channels, hidden, classes, count) for _ in self.stages
+        )
+        self.boxes.container = True  # each is a unit by itself: see distributed/shard.py
+        self.masks = regions.MaskHead(channels, channels, classes)
+
+    def forward(
+        self,
+        maps: list[Tensor],
+        sizes: list[tuple[int, int]],
+        objects: list[Objects],
+        seeds: Tensor,
+    ) -> Outputs:
+        """See Detector.forward."""
+        scales = self.pyramid(maps)
+        anchors = self.proposer.anchors(scales)
+        said = self.proposer.outputs(*self.proposals(scales))
+        labels, targets = self.proposer.label(torch.cat(anchors), objects, seeds)
+        proposed = self.proposer.propose(said, anchors, sizes, training=True)
+        sampled = [
+            self._sampled(torch.cat([found, one.boxes]), one, seed)
+            for found, one, seed in zip(proposed, objects, seeds)
+        ]
+        said = Anchors(said.objectness, said.deltas, labels, targets)
+        stages = self._stages(scales, sampled, objects, sizes)
+        return Outputs(said, stages, self._masks(scales, sampled, objects))
+
+    def _sampled(self, proposed: Tensor, objects: Objects, seed: Tensor) -> Regions:
+        """The regions of an image that are trained, those that show an object first."""
+        matched, verdict = self._matched(proposed, objects, 0)
+        chosen = boxes.sample(verdict, seed, "regions", self.sampled_regions, _SHARE)
+        return Regions(proposed[chosen], matched.classes[chosen], matched.place[chosen])
+
+    def _matched(self, found: Tensor, objects: Objects, stage: int) -> tuple[Regions, Tensor]:
+        """All boxes as regions of a stage, and whether each shows an object."""
+        place, verdict = boxes.match(found, objects.boxes, self.matchers[stage])
+        classes = torch.full_like(place, self.classes)
+        shown = verdict == 1
+        classes[shown] = objects.classes[place[shown]]
+        return Regions(found, classes, place), verdict
+
+    def _stages(
+        self,
+        scales: list[Tensor],
+        sampled: list[Regions],
+        objects: list[Objects],
+        sizes: list[tuple[int, int]],
+    ) -> list[BoxOutputs]:
+        """The outputs of each stage, whose regions are the boxes of the one before."""
+        outputs = []
+        for number in range(len(self.stages)):
+            if number:
+                decoded = self._decoded(number - 1, outputs[-1].deltas.detach(), sampled, sizes)
+                sampled = [
+                    self._matched(found[boxes.usable(found)], one, number)[0]
+                    for found, one in zip(decoded, objects)
+                ]
+            logits, deltas = self._said(scales, [one.boxes for one in sampled], number)
+            classes = torch.cat([one.classes for one in sampled])
+            shown = [
+                objects[i].boxes[one.place] if len(objects[i].boxes) else one.boxes
+                for i, one in enumerate(sampled)
+            ]
+            at = torch.cat([one.boxes for one in sampled])
+            targets = self.coders[number].encode_single(torch.cat(shown), at)
+            outputs.append(BoxOutputs(logits, deltas, classes, targets))
+        return outputs
+
+    def _said(self, scales: list[Tensor], found: list[Tensor], stage: int) -> tuple[Tensor, Tensor]:
+        """(logits, deltas) of a stage for each image's regions. The maps get the mean of the stages'
+        gradients, whose losses are summed."""
+        pooled = regions.pool(scales[:4], found, self.strides, regions.BOX_CELLS)
+        if len(self.stages) > 1 and pooled.requires_grad:
+            pooled.register_hook(lambda gradient: gradient / len(self.stages))
+        logits, deltas = self.boxes[stage](pooled)
+        return logits.float(), deltas.float()
+
+    def _decoded(
+        self, stage: int, deltas: Tensor, sampled: list[Regions], sizes: list[tuple[int, int]]
+    ) -> list[Tensor]:
+        found = [one.boxes for one in sampled]
+        return [one[:, 0] for one in self._boxes(stage, deltas, found, sizes)]
+
+    def _boxes(
+        self, stage: int, deltas: Tensor, found: list[Tensor], sizes: list[tuple[int, int]]
+    ) -> list[Tensor]:
+        """The boxes of a stage, [N, 1 or K, 4] of each image, within it."""
+        moved = self.coders[stage].decode_single(deltas, torch.cat(found)).unflatten(1, (-1, 4))
+        parts = moved.split([len(one) for one in found])
+        return [clip_boxes_to_image(one, size) for one, size in zip(parts, sizes)]
+
+    def _masks(
+        self, scales: list[Tensor], sampled: list[Regions], objects: list[Objects]
+    ) -> MaskOutputs:
+        shown = [one.classes < self.classes for one in sampled]
+        found = [one.boxes[which] for one, which in zip(sampled, shown)]
+        classes = torch.cat([one.classes[which] for one, which in zip(sampled, shown)])
+        pooled = regions.pool(scales[:4], found, self.strides, regions.MASK_CELLS)
+        logits = self.masks(pooled).float()
+        logits = logits[torch.arange(len(logits), device=logits.device), classes]
+        targets = [
+            masks.cut(one.bits, regions_of.place[which], at, logits.shape[-1])
+            for one, regions_of, which, at in zip(objects, sampled, shown, found)
+        ]
+        return MaskOutputs(logits, torch.cat(targets))
+
+    @torch.no_grad()
+    def detect(
+        self,
+        maps: list[Tensor],
+        sizes: list[tuple[int, int]],
+        *,
+        threshold: float = 0.05,
+        overlap: float = 0.5,
+        most: int = 100,
+        soft: dict[str, float] | None = None,
+    ) -> list[Detections]:
+        """See Detector.detect."""
+        scales = self.pyramid(maps)
+        anchors = self.proposer.anchors(scales)
+        said = self.proposer.outputs(*self.proposals(scales))
+        found = self.proposer.propose(said, anchors, sizes, training=False)
+        parts = zip(*self._likely(scales, found, sizes))
+        chosen = [_best(*part, threshold, overlap, most, soft) for part in parts]
+        return self._with_masks(scales, chosen)
+
+    def _likely(
+        self, scales: list[Tensor], found: list[Tensor], sizes: list[tuple[int, int]]
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """The boxes [N, 1 or K, 4] that proposals of each image become, and their scores [N, K + 1]:
+        the last stage's boxes, the mean of all stages' scores."""
+        counts, scores = [len(one) for one in found], []
+        for number in range(len(self.stages)):
+            logits, deltas = self._said(scales, found, number)
+            scores.append(logits.sigmoid() if self.loss == "sigmoid" else logits.softmax(1))
+            moved = self._boxes(number, deltas, found, sizes)
+            found = [one[:, 0] for one in moved]
+        return moved, torch.stack(scores).mean(0).split(counts)
+
+    def _with_masks(self, scales: list[Tensor], chosen: list[Detections]) -> list[Detections]:
+        found = [one.boxes for one in chosen]
+        pooled = regions.pool(scales[:4], found, self.strides, regions.MASK_CELLS)
+        drawn = self.masks(pooled).float()
+        classes = torch.cat([one.classes for one in chosen])
+        drawn = drawn[torch.arange(len(drawn), device=drawn.device), classes].sigmoid()
+        parts = drawn.split([len(one.classes) for one in chosen])
+        return [Detections(c.boxes, c.scores, c.classes, part) for c, part in zip(chosen, parts)]
+
+
+def _best(
+    found: Tensor,
+    scores: Tensor,
+    threshold: float,
+    overlap: float,
+    most: int,
+    soft: dict[str, float] | None,
+) -> Detections:
+    """The detections among boxes [N, 1 or K, 4] with scores [N, K + 1], without masks."""
+    finite = found.isfinite().flatten(1).all(1) & scores.isfinite().all(1)
+    found, scores = found[finite], scores[finite, :-1]
+    place, classes = (scores > threshold).nonzero().unbind(1)
+    at = found[place, classes if found.shape[1] > 1 else 0]
+    likely = scores[place, classes]
+    if soft is None:
+        kept, likely = boxes.suppress(at, likely, classes, overlap, most)
+    else:
+        kept, likely = boxes.suppress_softly(at, likely, classes, most, **soft)
+    return Detections(at[kept], likely, classes[kept], None)
