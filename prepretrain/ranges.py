@@ -56,7 +56,14 @@ RANGES = {
     "model.drop_path": "[0, 1)",
     "model.global_blocks": "[0, 1000]",
     "model.position_size": "[1, 16384]",
-    "model.head.classes": "[2, 1e9]",
+    "model.head.classes": "[1, 1e9]",
+    "model.head.channels": "[1, 1e6]",
+    "model.head.hidden": "[1, 1e6]",
+    "model.head.anchors": "[1, 1e6]",
+    "model.head.candidates": _COUNT,
+    "model.head.proposals": _COUNT,
+    "model.head.sampled_anchors": "[2, 1e9]",
+    "model.head.sampled_regions": "[4, 1e9]",  # of which a quarter at most show objects
     "model.joint.width": "[1, 1e6]",
     "model.text.width": "[1, 1e6]",
     "model.text.layers": "[1, 1000]",
@@ -82,6 +89,9 @@ RANGES = {
     "objective.cutmix": "[0, inf)",
     "objective.smoothing": "[0, 1)",
     "objective.erasing": "[0, 1)",
+    "objective.scale": "(0, 100]",
+    "objective.federated": _COUNT,
+    "objective.repeat": "(0, 1]",
     # how it is measured
     "evaluator.share": "(0, 1]",
     "evaluator.feature_batch": _COUNT,
@@ -114,7 +124,7 @@ RANGES = {
     "source.noise": "[0, 0.5]",
     "source.aside": "[0, 1]",
 }
-_RISING = ("crop_scale",)  # a least and a largest
+_RISING = ("crop_scale", "scale")  # a least and a largest
 _WAYS = {  # out of a value that others mean something by
     "optim.clip": "null does not clip",
     "optim.ema": "null keeps no average",

@@ -4,6 +4,7 @@ import json
 import math
 import os
 from ast import literal_eval
+from dataclasses import replace
 from pathlib import Path
 
 import numpy
@@ -14,15 +15,17 @@ from torch.testing import assert_close
 from torchvision.models.detection._utils import BoxCoder
 
 from prepretrain import plugin
+from prepretrain.data import objects
 from prepretrain.losses import detection as losses
 from prepretrain.models import weights
 from prepretrain.models.dense import boxes, masks, regions, windows
 from prepretrain.models.dense.boxes import Objects
-from prepretrain.models.dense.proposals import Anchors, ProposalHead, Proposer
+from prepretrain.models.dense.proposals import ProposalHead, Proposer
 from prepretrain.models.dense.pyramid import SimplePyramid
 from prepretrain.models.dense.rcnn import RCNN, BoxOutputs, MaskOutputs, _best
 from prepretrain.models.dense.regions import BoxHead, MaskHead
 from prepretrain.models.model import Model
+from prepretrain.objectives.detection import repeat_factors
 from prepretrain.training import optim
 
 GOLDEN = Path(os.environ.get("PREPRETRAIN_GOLDEN", Path(__file__).parent / "golden"))
@@ -268,16 +271,16 @@ def test_regions_are_sampled_and_trained_with_the_same_losses_and_gradients(head
     dims, tensors = heads
     built, names = head(dims, tensors, name)
     expected = under(tensors, f"{name.removesuffix('_mask_rcnn')}.")
-    objects, scales = objects_of(dims, tensors), maps_of(tensors, "features", 4)
-    sizes = [tuple(scalar(dims, "image_size"))] * 3
+    annotated, scales = objects_of(dims, tensors), maps_of(tensors, "features", 4)
+    sizes = torch.tensor([scalar(dims, "image_size")] * 3)
     sampled = []
-    for i, one in enumerate(objects):
+    for i, one in enumerate(annotated):
         proposed = torch.cat([tensors[f"proposals.{i}.boxes"], one.boxes])
         sampled.append(built._sampled(proposed, one, SEEDS[i]))
         assert torch.equal(sampled[i].boxes, expected[f"sampled.{i}.boxes"])
         assert torch.equal(sampled[i].classes, expected[f"sampled.{i}.classes"])
-    stages = built._stages(scales, sampled, objects, sizes)
-    drawn = built._masks(scales, sampled, objects)
+    stages = built._stages(scales, sampled, annotated, sizes)
+    drawn = built._masks(scales, sampled, annotated)
     assert torch.equal(drawn.targets, tensors["mask_target.bitmask"])
     loss = losses.of_masks(drawn).detach()
     if name == "mask_rcnn":
@@ -312,7 +315,7 @@ def test_the_same_objects_are_detected_with_the_same_masks(heads, name):
     built, _ = head(dims, tensors, name)
     expected = under(tensors, f"{name.removesuffix('_mask_rcnn')}.detections.")
     scales = maps_of(tensors, "features", 4)
-    sizes = [tuple(scalar(dims, "image_size"))] * 3
+    sizes = torch.tensor([scalar(dims, "image_size")] * 3)
     proposed = [tensors[f"proposals.{i}.boxes"] for i in range(3)]
     with torch.no_grad():
         parts = zip(*built._likely(scales, proposed, sizes))
@@ -366,16 +369,16 @@ def test_the_proposal_network_has_the_same_losses_gradients_and_proposals(heads)
         assert_close(found, expected[f"{level}.anchors"])
         assert_close(objectness[level], expected[f"{level}.objectness"], rtol=1e-4, atol=1e-5)
         assert_close(deltas[level], expected[f"{level}.deltas"], rtol=1e-4, atol=1e-5)
-    objects = [Objects(expected[f"gt.{i}.boxes"], None) for i in range(3)]
-    labels, targets = proposer.label(torch.cat(anchors), objects, SEEDS)
+    annotated = [Objects(expected[f"gt.{i}.boxes"], torch.empty(0)) for i in range(3)]
+    labels, targets = proposer.label(torch.cat(anchors), annotated, SEEDS)
     assert torch.equal(labels, torch.stack([expected[f"labels.{i}"].long() for i in range(3)]))
     said = proposer.outputs(objectness, deltas)
     for training, kept in ((True, "train"), (False, "test")):
-        found = proposer.propose(said, anchors, [tuple(how["image"])] * 3, training)
+        found = proposer.propose(said, anchors, torch.tensor([how["image"]] * 3), training)
         for i, one in enumerate(found):
             assert_close(one, expected[f"{kept}_proposals.{i}.boxes"], rtol=1e-4, atol=1e-3)
-    said = Anchors(said.objectness, said.deltas, labels, targets)
-    shown, where = losses.of_anchors(said, how["batch_size_per_image"])
+    said = replace(said, labels=labels, targets=targets, sampled=how["batch_size_per_image"])
+    shown, where = losses.of_anchors(said)
     assert_close(shown, expected["loss_rpn_cls"], rtol=1e-4, atol=1e-7)
     assert_close(where, expected["loss_rpn_loc"], rtol=1e-4, atol=1e-7)
     (shown + where).backward()
@@ -507,13 +510,13 @@ def test_a_detector_makes_the_same_losses_and_gradients_of_images(detectors, nam
     assert_close(read, tensors["padded"], rtol=1e-5, atol=1e-5)
     maps = model.read(read)
     assert_close(model.head.pyramid(maps)[2], expected["p4"], rtol=1e-4, atol=1e-4)
-    polygons, objects = scalar(dims, "gt_polygons"), []
+    polygons, annotated = scalar(dims, "gt_polygons"), []
     for i in range(2):
         box, classes = tensors[f"gt.{i}.boxes"], tensors[f"gt.{i}.classes"]
-        objects.append(Objects(box, classes, polygons[i]))
+        annotated.append(Objects(box, classes, polygons[i]))
     monkeypatch.setattr(masks, "cut", cut_polygons)
-    said = model.head(maps, [tuple(one) for one in sizes.tolist()], objects, torch.arange(2))
-    found = dict(zip(("rpn_cls", "rpn_loc"), losses.of_anchors(said.anchors, 16384)))
+    said = model.head(maps, sizes, annotated, torch.arange(2))
+    found = dict(zip(("rpn_cls", "rpn_loc"), losses.of_anchors(said.anchors)))
     for number, one in enumerate(said.stages):
         behind = "" if name == "mask_rcnn" else f"_stage{number}"
         found |= zip((f"cls{behind}", f"box_reg{behind}"), losses.of_boxes(one, sigmoid=False))
@@ -551,3 +554,26 @@ def test_masks_are_pasted_into_the_image_in_the_same_way(heads):
     drawn = tensors["mask_rcnn.detections.0.masks"][:count]
     pasted = masks.paste(drawn, tensors["postprocess.boxes"], tuple(size))
     assert torch.equal(pasted, expected)
+
+
+def test_large_scale_jitter_resizes_and_crops_in_the_same_way(heads):
+    dims, _ = heads
+    cases = scalar(dims, "jitter")["cases"]
+    for case in cases:
+        own = case["height"], case["width"]
+        view = objects.jitter(own, (1024, 1024), case["scale"], case["u"], False)
+        assert list(view.resized) == case["resized"] and list(view.size) == case["out"], case
+        assert list(view.corner[::-1]) == case["crop_xy"], case
+        found = objects.see_boxes(numpy.array([case["box_in"]]), own, view)[0]
+        limits = [case["out"][1], case["out"][0]] * 2
+        expected = numpy.clip(case["box_out_unclipped"], 0, limits)
+        numpy.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-3)
+    assert len(cases) > 30
+
+
+def test_images_of_rare_classes_come_as_often(heads):
+    dims, tensors = heads
+    categories = scalar(dims, "repeat_categories")
+    for name, expected in under(tensors, "repeat.").items():
+        found = torch.from_numpy(repeat_factors(categories, float(name)))
+        assert_close(found, expected.double(), rtol=1e-5, atol=1e-6)

@@ -12,16 +12,15 @@ from prepretrain.models.dense.proposals import Anchors
 from prepretrain.models.dense.rcnn import BoxOutputs, MaskOutputs
 
 
-def of_anchors(said: Anchors, sampled: int) -> tuple[Tensor, Tensor]:
+def of_anchors(said: Anchors) -> tuple[Tensor, Tensor]:
     """The proposal network's losses of objectness and boxes, both sums over the anchors that are
-    trained, divided by images times `sampled`, whatever there were."""
-    normaliser = sampled * len(said.labels)
+    trained, divided by as many as could be."""
+    normaliser = said.sampled * len(said.labels)
     trained, shown = said.labels >= 0, said.labels == 1
-    objectness = F.binary_cross_entropy_with_logits(
-        said.objectness[trained], said.labels[trained].float(), reduction="sum"
-    )
-    where = (said.deltas[shown] - said.targets[shown]).abs().sum()
-    return objectness / normaliser, where / normaliser
+    target = shown.to(said.objectness.dtype)
+    objectness = F.binary_cross_entropy_with_logits(said.objectness, target, reduction="none")
+    where = (said.deltas - said.targets).abs().sum(-1)
+    return (objectness * trained).sum() / normaliser, (where * shown).sum() / normaliser
 
 
 def of_boxes(said: BoxOutputs, sigmoid: bool, drawn: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -35,10 +34,14 @@ def of_boxes(said: BoxOutputs, sigmoid: bool, drawn: Tensor | None = None) -> tu
         classes = _sigmoid(said, drawn) / count
     else:
         classes = F.cross_entropy(said.logits, said.classes, reduction="sum") / count
-    shown = (said.classes < said.logits.shape[1] - 1).nonzero()[:, 0]
     deltas = said.deltas.unflatten(1, (-1, 4))
-    one = said.classes[shown] if deltas.shape[1] > 1 else torch.zeros_like(shown)
-    return classes, (deltas[shown, one] - said.targets[shown]).abs().sum() / count
+    shown, rows = (
+        said.classes < said.logits.shape[1] - 1,
+        torch.arange(len(deltas), device=deltas.device),
+    )
+    own = said.classes.clamp(max=deltas.shape[1] - 1) if deltas.shape[1] > 1 else said.classes * 0
+    where = (deltas[rows, own] - said.targets).abs().sum(-1)
+    return classes, (where * shown).sum() / count
 
 
 def _sigmoid(said: BoxOutputs, drawn: Tensor | None) -> Tensor:
@@ -54,6 +57,8 @@ def federated(classes: Tensor, weights: Tensor, count: int, seed: Tensor) -> Ten
 
     As in detectron2 the background is one of the count where a region shows none.
     """
+    if boxes.without_numbers(classes):
+        return torch.ones(len(weights), dtype=torch.bool, device=classes.device)
     present = torch.zeros(len(weights) + 1, dtype=torch.bool, device=classes.device)
     present[classes] = True
     more = max(count - int(present.sum()), 0)

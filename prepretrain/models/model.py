@@ -140,7 +140,7 @@ class Model(nn.Module):
         each; how: as Detector.detect's."""
         self.require_detector("detect")
         maps = self.read(self.normalise_padded(image, sizes))
-        return self.head.detect(maps, [tuple(size) for size in sizes.tolist()], **how)
+        return self.head.detect(maps, sizes, **how)
 
     def text_features(self, tokens: Tensor) -> Tensor:
         """int64 [B, L] to float32 [B, J] of length 1, in the space of the images."""

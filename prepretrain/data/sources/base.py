@@ -20,6 +20,10 @@ FIELDS = {
     "hashtags": "list of str, as people wrote them",
     "text": "str, one caption",
     "captions": "list of str, several texts that each say what is in the image",
+    "boxes": "float32 [G, 4]: left, top, right, bottom of each object, in pixels of the image",
+    "classes": "int64 [G]: the number of each object's class",
+    "crowds": "bool [G]: whether a box is around a crowd, not one object",
+    "masks": "list of G: polygons [[x, y, x, y, …], …], or COCO's run lengths {size, counts}",
 }
 
 
@@ -74,6 +78,14 @@ class Source:
     def hashtags(self, index: int) -> list[str]:
         """The hashtags alone, without reading the image where the source can."""
         return self[index]["hashtags"]
+
+    def classes_shown(self, index: int) -> list[int]:
+        """The classes of an image's objects, each once and without crowds; without reading the image
+        where the source can."""
+        sample = self[index]
+        return sorted(
+            {int(c) for c, crowd in zip(sample["classes"], sample["crowds"]) if not crowd}
+        )
 
     def texts(self, index: int) -> dict:
         """{"text", "captions"} as far as there are, without the image where the source can."""

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torchvision.models.detection._utils import Matcher
 from torchvision.ops import batched_nms, box_iou
 
@@ -38,9 +39,26 @@ def anchors(size: int, stride: int, grid: tuple[int, int], device: torch.device)
     return (places + half.to(device)).flatten(0, 1)
 
 
+def without_numbers(tensor: Tensor) -> bool:
+    """Whether a tensor has a shape alone: a plan's, of which nothing can be chosen by value."""
+    return tensor.is_meta or isinstance(tensor, FakeTensor)
+
+
+def where(mask: Tensor, guess: int) -> Tensor:
+    """The places where a mask [N] is true; in a plan the first `guess`."""
+    if without_numbers(mask):
+        return torch.arange(min(guess, len(mask)), device=mask.device)
+    return mask.nonzero()[:, 0]
+
+
+def clip(boxes: Tensor, size: Tensor) -> Tensor:
+    """Boxes [..., 4] within an image of a (height, width), int64 [2]."""
+    return boxes.clamp(min=0).minimum(size.flip(0).repeat(2).to(boxes.dtype))
+
+
 def match(boxes: Tensor, objects: Tensor, matcher: Matcher) -> tuple[Tensor, Tensor]:
     """([N] the object of each box, [N] whether it shows it: 1 yes, 0 no, -1 is neither trained)."""
-    if not len(objects):
+    if not len(objects) or without_numbers(objects):
         nothing = torch.zeros(len(boxes), dtype=torch.int64, device=boxes.device)
         return nothing, nothing
     found = matcher(box_iou(objects, boxes))
@@ -52,13 +70,13 @@ def match(boxes: Tensor, objects: Tensor, matcher: Matcher) -> tuple[Tensor, Ten
 def sample(verdict: Tensor, seed: Tensor, purpose: str, count: int, share: float) -> Tensor:
     """The indices of `count` boxes of a `match` at most, of which `share` at most show an object:
     those first. Which ones depends on the seed and the purpose alone."""
-    drawn = priority(seed, purpose, len(verdict))
-    objects = _drawn(verdict == 1, drawn, int(count * share))
+    drawn, most = priority(seed, purpose, len(verdict)), int(count * share)
+    objects = _drawn(verdict == 1, drawn, most)
     return torch.cat([objects, _drawn(verdict == 0, drawn, count - len(objects))])
 
 
 def _drawn(eligible: Tensor, drawn: Tensor, most: int) -> Tensor:
-    places = eligible.nonzero()[:, 0]
+    places = where(eligible, most)
     if len(places) <= most:
         return places
     return places[drawn[places].argsort()[:most].sort().values]
@@ -89,7 +107,10 @@ def suppress(
 ) -> tuple[Tensor, Tensor]:
     """Non-maximum suppression within each group: (the indices of the best `most` boxes that remain,
     their scores), the best first."""
-    kept = batched_nms(boxes, scores, groups, overlap)[:most]
+    if without_numbers(boxes):
+        kept = where(scores > 0, most)
+    else:
+        kept = batched_nms(boxes, scores, groups, overlap)[:most]
     return kept, scores[kept]
 
 

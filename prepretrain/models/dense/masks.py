@@ -6,9 +6,9 @@ G objects, R regions, S cells along a side of a region's mask.
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torchvision.ops import clip_boxes_to_image, roi_align
+from torchvision.ops import roi_align
 
-from prepretrain.models.dense.boxes import usable
+from prepretrain.models.dense.boxes import clip, usable, without_numbers
 from prepretrain.models.heads.base import Detections
 
 
@@ -27,6 +27,8 @@ def unpack(bits: Tensor) -> Tensor:
 def cut(bits: Tensor, place: Tensor, regions: Tensor, cells: int) -> Tensor:
     """The masks of regions [R, 4], each of the object `place` [R] of the packed ones: bool [R, S, S],
     where at least half of a cell is the object's."""
+    if without_numbers(place):
+        return torch.empty(len(place), cells, cells, dtype=torch.bool, device=place.device)
     used, row = place.unique(return_inverse=True)
     whole = unpack(bits[used])[:, None].float()
     rows = torch.cat([row[:, None].to(regions.dtype), regions], 1)
@@ -51,9 +53,10 @@ def paste(masks: Tensor, boxes: Tensor, size: tuple[int, int]) -> Tensor:
 
 def restored(found: Detections, size: tuple[int, int], original: tuple[int, int]) -> Detections:
     """What was found in an image that was resized to `size`, in the image as it was: boxes there, and
-    masks as bool [n, height, width]. Boxes that have no area there are left out."""
+    masks, if there are, as bool [n, height, width]. Boxes that have no area there are left out."""
     scale = [original[1] / size[1], original[0] / size[0]] * 2
-    at = clip_boxes_to_image(found.boxes * torch.tensor(scale, device=found.boxes.device), original)
+    at = found.boxes * torch.tensor(scale, device=found.boxes.device)
+    at = clip(at, torch.tensor(original, device=at.device))
     left = usable(at)
-    pasted = paste(found.masks[left], at[left], original)
+    pasted = None if found.masks is None else paste(found.masks[left], at[left], original)
     return Detections(at[left], found.scores[left], found.classes[left], pasted)

@@ -4,12 +4,11 @@ B images, C channels, A anchors of an image on all maps together.
 """
 
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor, nn
 from torchvision.models.detection._utils import BoxCoder, Matcher
-from torchvision.ops import clip_boxes_to_image
 
 from prepretrain.models.dense import boxes
 from prepretrain.models.dense.boxes import Objects
@@ -23,12 +22,14 @@ _CODER = BoxCoder((1.0, 1.0, 1.0, 1.0))
 @dataclass(frozen=True)
 class Anchors:
     """What the network says of every anchor and, in training, should say: objectness [B, A], deltas
-    [B, A, 4]; labels int64 [B, A] (1 an object, 0 none, -1 not sampled), targets [B, A, 4]."""
+    [B, A, 4]; labels int64 [B, A] (1 an object, 0 none, -1 not sampled), targets [B, A, 4]. sampled: of
+    an image, at most."""
 
     objectness: Tensor
     deltas: Tensor
     labels: Tensor | None = None
     targets: Tensor | None = None
+    sampled: int = 0
 
 
 class ProposalHead(nn.Module):
@@ -90,14 +91,15 @@ class Proposer:
 
     @torch.no_grad()
     def propose(
-        self, said: Anchors, anchors: list[Tensor], sizes: list[tuple[int, int]], training: bool
+        self, said: Anchors, anchors: list[Tensor], sizes: Tensor, training: bool
     ) -> list[Tensor]:
-        """The proposals of each image, boxes [n, 4] within its own (height, width), the best first."""
+        """The proposals of each image, boxes [n, 4], the best first; within its own height and width,
+        int64 [B, 2]."""
         decoded = _CODER.decode_single(
             said.deltas.flatten(0, 1), torch.cat(anchors).repeat(len(sizes), 1)
         ).unflatten(0, said.objectness.shape)
         limits = self.candidates[not training], self.proposals[not training]
-        starts = torch.tensor([0, *map(len, anchors)]).cumsum(0).tolist()
+        starts = list(accumulate(map(len, anchors), initial=0))
         proposals = []
         for scores, found, size in zip(said.objectness, decoded, sizes):
             best = [
@@ -107,9 +109,7 @@ class Proposer:
             maps = torch.cat([torch.full_like(one, level) for level, one in enumerate(best)])
             chosen = torch.cat(best)
             proposals.append(
-                _remaining(
-                    clip_boxes_to_image(found[chosen], size), scores[chosen], maps, limits[1]
-                )
+                _remaining(boxes.clip(found[chosen], size), scores[chosen], maps, limits[1])
             )
         return proposals
 
@@ -132,6 +132,6 @@ class Proposer:
 
 def _remaining(found: Tensor, scores: Tensor, maps: Tensor, most: int) -> Tensor:
     """The boxes that have an area and are no worse double of another on their map."""
-    usable = boxes.usable(found) & scores.isfinite()
+    usable = boxes.where(boxes.usable(found) & scores.isfinite(), len(found))
     found, scores, maps = found[usable], scores[usable], maps[usable]
     return found[boxes.suppress(found, scores, maps, _OVERLAP, most)[0]]

@@ -4,13 +4,12 @@ pyramid of maps.
 B images, N regions of an image, R of a batch, K classes, G objects of an image.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torchvision.models.detection._utils import BoxCoder, Matcher
-from torchvision.ops import clip_boxes_to_image
 
 from prepretrain.models.dense import boxes, masks, regions
 from prepretrain.models.dense.boxes import Objects
@@ -67,7 +66,7 @@ class Outputs:
 
     anchors: Anchors
     stages: list[BoxOutputs]
-    masks: MaskOutputs
+    masks: MaskOutputs | None
 
 
 class RCNN(Detector):
@@ -94,13 +93,15 @@ class RCNN(Detector):
         sampled_anchors: int = 256,
         sampled_regions: int = 512,
         loss: Literal["softmax", "sigmoid"] = "softmax",
+        masks: bool = True,
     ):
         """channels: of the pyramid and the heads' convolutions; hidden: of the box head's layer.
         anchors: pixels, one for each map of the pyramid. candidates, proposals: how many boxes of a
         map, and of an image, are kept before and after suppression, in training and at test.
-        sampled_…: of an image, that are trained. loss: sigmoid scores each class by itself (LVIS)."""
-        super().__init__(encoder, classes)
-        self.loss, self.sampled_regions = loss, sampled_regions
+        sampled_…: of an image, that are trained. loss: sigmoid scores each class by itself (LVIS).
+        masks: false leaves them out, for data that has none."""
+        super().__init__(encoder, classes, draws=masks, sigmoid=loss == "sigmoid")
+        self.sampled_regions = sampled_regions
         base = encoder.stride
         self.strides = [base // 4, base // 2, base, base * 2, base * 4]
         if len(anchors) != len(self.strides):
@@ -117,12 +118,12 @@ class RCNN(Detector):
             regions.BoxHead(channels, channels, hidden, classes, count) for _ in self.stages
         )
         self.boxes.container = True  # each is a unit by itself: see distributed/shard.py
-        self.masks = regions.MaskHead(channels, channels, classes)
+        self.masks = regions.MaskHead(channels, channels, classes) if masks else None
 
     def forward(
         self,
         maps: list[Tensor],
-        sizes: list[tuple[int, int]],
+        sizes: Tensor,
         objects: list[Objects],
         seeds: Tensor,
     ) -> Outputs:
@@ -136,7 +137,7 @@ class RCNN(Detector):
             self._sampled(torch.cat([found, one.boxes]), one, seed)
             for found, one, seed in zip(proposed, objects, seeds)
         ]
-        said = Anchors(said.objectness, said.deltas, labels, targets)
+        said = replace(said, labels=labels, targets=targets, sampled=self.proposer.sampled)
         stages = self._stages(scales, sampled, objects, sizes)
         return Outputs(said, stages, self._masks(scales, sampled, objects))
 
@@ -149,9 +150,10 @@ class RCNN(Detector):
     def _matched(self, found: Tensor, objects: Objects, stage: int) -> tuple[Regions, Tensor]:
         """All boxes as regions of a stage, and whether each shows an object."""
         place, verdict = boxes.match(found, objects.boxes, self.matchers[stage])
-        classes = torch.full_like(place, self.classes)
-        shown = verdict == 1
-        classes[shown] = objects.classes[place[shown]]
+        if len(objects.classes):
+            classes = torch.where(verdict == 1, objects.classes[place], self.classes)
+        else:
+            classes = torch.full_like(place, self.classes)
         return Regions(found, classes, place), verdict
 
     def _stages(
@@ -159,17 +161,15 @@ class RCNN(Detector):
         scales: list[Tensor],
         sampled: list[Regions],
         objects: list[Objects],
-        sizes: list[tuple[int, int]],
+        sizes: Tensor,
     ) -> list[BoxOutputs]:
         """The outputs of each stage, whose regions are the boxes of the one before."""
         outputs = []
         for number in range(len(self.stages)):
             if number:
                 decoded = self._decoded(number - 1, outputs[-1].deltas.detach(), sampled, sizes)
-                sampled = [
-                    self._matched(found[boxes.usable(found)], one, number)[0]
-                    for found, one in zip(decoded, objects)
-                ]
+                usable = [found[boxes.where(boxes.usable(found), len(found))] for found in decoded]
+                sampled = [self._matched(*pair, number)[0] for pair in zip(usable, objects)]
             logits, deltas = self._said(scales, [one.boxes for one in sampled], number)
             classes = torch.cat([one.classes for one in sampled])
             shown = [
@@ -191,23 +191,26 @@ class RCNN(Detector):
         return logits.float(), deltas.float()
 
     def _decoded(
-        self, stage: int, deltas: Tensor, sampled: list[Regions], sizes: list[tuple[int, int]]
+        self, stage: int, deltas: Tensor, sampled: list[Regions], sizes: Tensor
     ) -> list[Tensor]:
         found = [one.boxes for one in sampled]
         return [one[:, 0] for one in self._boxes(stage, deltas, found, sizes)]
 
     def _boxes(
-        self, stage: int, deltas: Tensor, found: list[Tensor], sizes: list[tuple[int, int]]
+        self, stage: int, deltas: Tensor, found: list[Tensor], sizes: Tensor
     ) -> list[Tensor]:
         """The boxes of a stage, [N, 1 or K, 4] of each image, within it."""
         moved = self.coders[stage].decode_single(deltas, torch.cat(found)).unflatten(1, (-1, 4))
         parts = moved.split([len(one) for one in found])
-        return [clip_boxes_to_image(one, size) for one, size in zip(parts, sizes)]
+        return [boxes.clip(one, size) for one, size in zip(parts, sizes)]
 
     def _masks(
         self, scales: list[Tensor], sampled: list[Regions], objects: list[Objects]
-    ) -> MaskOutputs:
-        shown = [one.classes < self.classes for one in sampled]
+    ) -> MaskOutputs | None:
+        if self.masks is None:
+            return None
+        guess = int(_SHARE * self.sampled_regions)
+        shown = [boxes.where(one.classes < self.classes, guess) for one in sampled]
         found = [one.boxes[which] for one, which in zip(sampled, shown)]
         classes = torch.cat([one.classes[which] for one, which in zip(sampled, shown)])
         pooled = regions.pool(scales[:4], found, self.strides, regions.MASK_CELLS)
@@ -223,7 +226,7 @@ class RCNN(Detector):
     def detect(
         self,
         maps: list[Tensor],
-        sizes: list[tuple[int, int]],
+        sizes: Tensor,
         *,
         threshold: float = 0.05,
         overlap: float = 0.5,
@@ -240,19 +243,21 @@ class RCNN(Detector):
         return self._with_masks(scales, chosen)
 
     def _likely(
-        self, scales: list[Tensor], found: list[Tensor], sizes: list[tuple[int, int]]
+        self, scales: list[Tensor], found: list[Tensor], sizes: Tensor
     ) -> tuple[list[Tensor], list[Tensor]]:
         """The boxes [N, 1 or K, 4] that proposals of each image become, and their scores [N, K + 1]:
         the last stage's boxes, the mean of all stages' scores."""
         counts, scores = [len(one) for one in found], []
         for number in range(len(self.stages)):
             logits, deltas = self._said(scales, found, number)
-            scores.append(logits.sigmoid() if self.loss == "sigmoid" else logits.softmax(1))
+            scores.append(logits.sigmoid() if self.sigmoid else logits.softmax(1))
             moved = self._boxes(number, deltas, found, sizes)
             found = [one[:, 0] for one in moved]
         return moved, torch.stack(scores).mean(0).split(counts)
 
     def _with_masks(self, scales: list[Tensor], chosen: list[Detections]) -> list[Detections]:
+        if self.masks is None:
+            return chosen
         found = [one.boxes for one in chosen]
         pooled = regions.pool(scales[:4], found, self.strides, regions.MASK_CELLS)
         drawn = self.masks(pooled).float()

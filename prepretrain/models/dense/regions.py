@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import roi_align
 
+from prepretrain.models.dense.boxes import where
 from prepretrain.models.dense.layers import kaiming, normed_conv
 
 BOX_CELLS, MASK_CELLS = 7, 14  # along a side of a pooled region
@@ -28,7 +29,7 @@ def pool(maps: list[Tensor], regions: list[Tensor], strides: list[int], cells: i
     level = levels(boxes, len(maps))
     pooled = maps[0].new_zeros(len(boxes), maps[0].shape[1], cells, cells, dtype=torch.float32)
     for number, (one, stride) in enumerate(zip(maps, strides)):
-        here = (level == number).nonzero()[:, 0]
+        here = where(level == number, len(level) // len(maps))
         rows = torch.cat([image[here], boxes[here]], 1)
         found = roi_align(one.float(), rows, cells, 1 / stride, sampling_ratio=0, aligned=True)
         pooled = pooled.index_put((here,), found)

@@ -46,6 +46,8 @@ class Scores(Head):
     def __init__(self, encoder: Encoder, classes: int, pool: Literal["class", "mean"]):
         """pool: how an image's tokens become one feature."""
         super().__init__()
+        if classes < 2:
+            raise ValueError(f"model.head.classes: {classes} leaves nothing to tell apart; take 2.")
         self.classes, self.pool, self.prefix = classes, pool, encoder.prefix
 
     def forward(self, tokens: Tensor) -> Tensor:
@@ -82,16 +84,18 @@ class Detections:
 class Detector(Dense):
     """A head that finds objects. Images of a batch are padded to one size at the right and below."""
 
-    def __init__(self, encoder: Encoder, classes: int):
+    def __init__(self, encoder: Encoder, classes: int, *, draws: bool, sigmoid: bool):
+        """draws: says the masks of objects, too. sigmoid: scores each class by itself."""
         super().__init__(encoder, (len(encoder.blocks),))
-        self.classes = classes
+        self.classes, self.draws, self.sigmoid = classes, draws, sigmoid
 
-    def forward(self, maps: list[Tensor], sizes: Any, objects: Any, seeds: Tensor) -> Any:
-        """In training: maps, each image's own (height, width), its objects (models/dense/boxes.py),
-        and a number int64 [B] that what is drawn for it depends on, to what losses are made of."""
+    def forward(self, maps: list[Tensor], sizes: Tensor, objects: Any, seeds: Tensor) -> Any:
+        """In training: maps, each image's own height and width int64 [B, 2], its objects
+        (models/dense/boxes.py), and numbers int64 [B] that what is drawn for each depends on, to what
+        losses are made of."""
         raise NotImplementedError
 
-    def detect(self, maps: list[Tensor], sizes: Any, **how: Any) -> list[Detections]:
+    def detect(self, maps: list[Tensor], sizes: Tensor, **how: Any) -> list[Detections]:
         """What is found in each image.
 
         how: threshold, the least score; overlap, from which of two boxes of a class the less sure one

@@ -1,0 +1,284 @@
+"""Detection: sets of annotated images, the objective that trains on them, heads in a run."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageDraw
+
+from prepretrain.data import objects
+from prepretrain.data.batch import collate
+from prepretrain.data.random import Random
+from prepretrain.data.sources.coco import Coco
+from prepretrain.data.transforms import BadImage, decode
+from prepretrain.distributed import shard
+from prepretrain.models.model import Model
+from prepretrain.objectives.detection import Detection
+
+CLASSES = ((3, "square"), (7, "disc"))  # ids with gaps
+
+
+def drawn(folder: Path, count: int = 6) -> dict:
+    """Pictures of squares and discs, and what COCO would say of them; the last shows nothing."""
+    rng, images, annotations = np.random.default_rng(0), [], []
+    (folder / "images").mkdir(parents=True, exist_ok=True)
+    for i in range(count):
+        height, width = (48, 64) if i % 2 else (64, 40)
+        picture = Image.fromarray(rng.integers(0, 60, (height, width, 3)).astype("uint8"))
+        images.append({"id": 10 * i, "file_name": f"{i}.png", "height": height, "width": width})
+        for category, _ in CLASSES if i < count - 1 else ():
+            side = int(rng.integers(14, 24))
+            left, top = int(rng.integers(0, width - side)), int(rng.integers(0, height - side))
+            box = [left, top, left + side, top + side]
+            draw = ImageDraw.Draw(picture)
+            (draw.rectangle if category == 3 else draw.ellipse)(box, fill=(255, 40 * i, 90))
+            angle = np.linspace(0, 2 * np.pi, 5 if category == 3 else 24, endpoint=False)
+            corners = [left, top, left + side, top, left + side, top + side, left, top + side]
+            circle = np.stack([np.cos(angle), np.sin(angle)], 1) * side / 2 + side / 2 + (left, top)
+            annotations.append(
+                {
+                    "id": len(annotations) + 1,
+                    "image_id": 10 * i,
+                    "category_id": category,
+                    "bbox": [left, top, side, side],
+                    "area": side**2,
+                    "iscrowd": 0,
+                    "segmentation": [corners if category == 3 else circle.ravel().tolist()],
+                }
+            )
+        picture.save(folder / "images" / f"{i}.png")
+    categories = [{"id": one, "name": name} for one, name in reversed(CLASSES)]
+    return {"images": images, "annotations": annotations, "categories": categories}
+
+
+def opened(folder: Path, change: Callable[[dict], object] = lambda content: None) -> Coco:
+    """The set, after a change of what is said of it."""
+    content = drawn(folder)
+    change(content)
+    (folder / "objects.json").write_text(json.dumps(content))
+    return Coco(path=str(folder / "images"), listing=str(folder / "objects.json"))
+
+
+def test_a_set_in_cocos_format_gives_each_image_its_objects(tmp_path):
+    source = opened(tmp_path)
+    assert source.classes == ["square", "disc"] and len(source) == 6
+    assert source.fields == ("image", "boxes", "classes", "crowds", "masks")
+    sample, content = source[1], drawn(tmp_path)
+    assert sample["key"] == "1.png" and sample["classes"].tolist() == [0, 1]
+    left, top, width, height = content["annotations"][2]["bbox"]
+    assert sample["boxes"][0].tolist() == [left, top, left + width, top + height]
+    assert sample["masks"][1] == content["annotations"][3]["segmentation"]
+    assert source[5]["boxes"].shape == (0, 4) and source[5]["masks"] == []
+    assert source.classes_shown(5) == [] and source.classes_shown(0) == [0, 1]
+    assert "boxes" not in source.only(["image"])[0]
+    other = opened(tmp_path, lambda c: c["annotations"][0].update(bbox=[1, 1, 5, 5]))
+    assert other.fingerprint != source.fingerprint
+
+
+def first(**changes) -> Callable[[dict], None]:
+    """Changes the first object."""
+    return lambda content: content["annotations"][0].update(changes)
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        (first(bbox=[1, 1, float("nan"), 5]), r"object 1 of image 0 has the bbox \[1, 1, nan, 5\]"),
+        (first(bbox=[5, 5, -2, 5]), "must be four finite numbers: left, top, width"),
+        (first(category_id=4), "1 objects are of categories that it does not have: 4"),
+        (first(image_id=999), "1 objects are of images that it does not have: 999"),
+        (first(image_id="a"), "'a' must be a whole number"),
+        (lambda c: c["images"][1].update(id=0), "ids of images that come twice: 0"),
+        (lambda c: c["images"][1].update(file_name="0.png"), "files of images that come twice"),
+        (lambda c: c["images"][1].update(file_name="no.png"), "1 of its 6 images are not below"),
+        (lambda c: c["categories"][1].update(id=7), "ids of categories that come twice: 7"),
+        (lambda c: c.pop("categories"), "has no list categories"),
+        (lambda c: c["images"][0].pop("height"), "not as COCO's files are: KeyError: 'height'"),
+    ],
+)
+def test_a_file_that_contradicts_itself_is_refused(tmp_path, change, said):
+    with pytest.raises(ValueError, match=f"objects.json: .*{said}"):
+        opened(tmp_path, change)
+
+
+def test_a_file_that_was_cut_off_is_refused(tmp_path):
+    opened(tmp_path)
+    file = tmp_path / "objects.json"
+    file.write_text(file.read_text()[:-100])
+    with pytest.raises(ValueError, match="objects.json: not readable as JSON"):
+        Coco(path=str(tmp_path / "images"), listing=str(file))
+
+
+def test_objects_that_cannot_be_trained_are_left_out_and_counted(tmp_path):
+    def change(content):
+        a, b, c, d = content["annotations"][:4]
+        a["bbox"] = [5, 5, 0, 9]
+        b["bbox"] = [200, 5, 9, 9]
+        c["segmentation"] = [[1, 1, 5, 5]]
+        d["segmentation"].append([1, 2, 3])
+        d["bbox"] = [50, 30, 30, 30]
+
+    source = opened(tmp_path, change)
+    assert source.left_out == {
+        "objects without an area": 1,
+        "objects outside of their image": 1,
+        "objects of polygons with fewer than three points": 1,
+    }
+    assert len(source[0]["classes"]) == 0 and len(source[1]["masks"][0]) == 1
+    assert source[1]["boxes"].tolist() == [[50, 30, 64, 48]]  # cut at the image's edge
+
+
+def test_an_image_of_another_size_than_annotated_is_a_bad_one(tmp_path):
+    def turned(content):
+        one = content["images"][0]
+        one["height"], one["width"] = one["width"], one["height"]
+
+    with pytest.raises(BadImage, match="0.png: size is not as annotated: 40 x 64 .*EXIF"):
+        opened(tmp_path, turned)[0]
+    with pytest.raises(BadImage, match="annotations are of 41 x 64"):
+        opened(tmp_path, lambda c: c["images"][0].update(width=41))[0]
+    (tmp_path / "images/0.png").write_bytes(b"no picture")
+    source = Coco(path=str(tmp_path / "images"), listing=str(tmp_path / "objects.json"))
+    with pytest.raises(BadImage, match="unreadable"):
+        decode(source[0]["image"])
+
+
+def runs(mask: np.ndarray, compressed: bool) -> dict:
+    """A mask bool [H, W] as COCO's run lengths."""
+    coco = pytest.importorskip("faster_coco_eval.core.mask")
+    if compressed:
+        found = coco.encode(np.asfortranarray(mask.astype(np.uint8)))
+        return {"size": list(mask.shape), "counts": found["counts"].decode()}
+    flat = mask.T.ravel().astype(int)
+    counts = np.diff([0, *(np.flatnonzero(np.diff(flat)) + 1), len(flat)]).tolist()
+    return {"size": list(mask.shape), "counts": [0, *counts] if flat[0] else counts}
+
+
+@pytest.mark.parametrize("mirrored", [False, True])
+def test_polygons_and_run_lengths_are_seen_alike_and_with_their_image(mirrored):
+    pytest.importorskip("faster_coco_eval")
+    own, canvas = (60, 80), (64, 64)
+    corners = [10, 20, 50, 20, 50, 50, 10, 50]
+    mask = np.zeros(own, dtype=bool)
+    mask[20:50, 10:50] = True
+    image = torch.from_numpy(mask[None].repeat(3, 0).astype(np.uint8) * 255)
+    for scale in (0.3, 1.0, 1.7):
+        view = objects.jitter(own, canvas, scale, 0.4, mirrored)
+        seen = objects.see(image, view, canvas)
+        assert not seen[:, view.size[0] :].any() and not seen[:, :, view.size[1] :].any()
+        pixels = seen[0, : view.size[0], : view.size[1]].numpy() > 127
+        polygon = objects.see_mask([corners], own, view)
+        packed, plain = (objects.see_mask(runs(mask, c), own, view) for c in (True, False))
+        assert (packed == plain).all()
+        for one in (polygon, packed):
+            assert (one != pixels).mean() < 0.06
+        box = objects.see_boxes(np.array([[10, 20, 50, 50]]), own, view)[0]
+        np.testing.assert_allclose(objects.around(polygon[None])[0], box, atol=1.01)
+    with pytest.raises(BadImage, match="mask of another size: of .61, 80."):
+        objects.see_mask({**runs(mask, True), "size": [61, 80]}, own, view)
+
+
+HEAD = {
+    "channels": 16,
+    "hidden": 32,
+    "anchors": [8, 16, 24, 32, 48],
+    "candidates": [100, 50],
+    "proposals": [60, 40],
+    "sampled_anchors": 64,
+    "sampled_regions": 32,
+}
+ENCODER = {"window": 2, "global_blocks": 1, "relative_positions": True, "final_norm": False}
+
+
+def made(name: str = "mask_rcnn", classes: int = 2, **head) -> Model:
+    """A small detector, on the meta device."""
+    with torch.device("meta"):
+        head = {"name": name, "classes": classes, **HEAD, **head}
+        return Model(encoder="vit_test8", image_size=64, **ENCODER, head=head)
+
+
+def batch_of(objective: Detection, source: Coco, *places: int, train: bool = False) -> dict:
+    transform = objective.transform(train)
+    rows = [transform(source[i] | {"random": Random(0, 0, i)}) for i in places]
+    return collate(rows)
+
+
+@pytest.mark.parametrize("name", ["mask_rcnn", "cascade_mask_rcnn"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_detector_is_trained_on_a_batch_with_and_without_objects(tmp_path, name, precision):
+    pytest.importorskip("faster_coco_eval")
+    objective = Detection(made(name))
+    source = opened(tmp_path)
+    objective.check(card := type("Card", (), {"classes": None, "name": "shapes"}), source)
+    shard.shard(objective, precision=precision)
+    shard.initialise(objective, 0)
+    optimizer = torch.optim.AdamW(objective.parameters(), 3e-3)
+    batch, first = batch_of(objective, source, 0, 1, 5), None
+    for _ in range(20):
+        said = objective(batch)
+        said["loss"].backward()
+        assert all(p.grad is not None for p in objective.parameters())
+        optimizer.step()
+        optimizer.zero_grad()
+        first = first or float(said["loss"])
+    assert float(said["loss"]) < 0.8 * first
+    assert card and objective(batch_of(objective, source, 5))["mask"] == 0
+    found = objective.model.eval().detect(batch["image"], batch["size"], threshold=0.0)
+    assert len(found) == 3 and found[0].masks.shape[1:] == (28, 28)
+    assert (found[1].boxes <= torch.tensor([64, 48, 64, 48])).all()
+
+
+def test_what_is_drawn_for_an_image_is_its_own_whatever_else_is_in_the_batch(tmp_path):
+    pytest.importorskip("faster_coco_eval")
+    objective, source = Detection(made()), opened(tmp_path)
+    one = batch_of(objective, source, 2, train=True)
+    both = batch_of(objective, source, 2, 3, train=True)
+    again = batch_of(objective, source, 2, train=True)
+    for name in one:
+        assert torch.equal(one[name], again[name])
+        part = both[name][:1]
+        assert torch.equal(part[tuple(slice(s) for s in one[name].shape)], one[name])
+
+
+def test_images_without_objects_are_not_trained_on_and_rare_classes_come_more_often(tmp_path):
+    pytest.importorskip("faster_coco_eval")
+    source = opened(tmp_path, lambda c: c["annotations"][1].update(iscrowd=1))
+    assert Detection(made()).repeats(source).tolist() == [1, 1, 1, 1, 1, 0]
+    rare = Detection(made(), repeat=0.9).repeats(source)
+    assert rare[5] == 0 and rare[0] < rare[1]
+    shown = opened(tmp_path, lambda c: c["images"].pop())
+    assert Detection(made()).repeats(shown) is None
+
+
+def test_boxes_alone_are_trained_where_there_are_no_masks(tmp_path):
+    source = opened(tmp_path, lambda c: [a.pop("segmentation") for a in c["annotations"]])
+    assert source.fields == ("image", "boxes", "classes", "crowds")
+    card = type("Card", (), {"classes": None, "name": "shapes"})
+    objective = Detection(made(masks=False))
+    objective.check(card, source)
+    shard.shard(objective, precision="fp32")
+    shard.initialise(objective, 0)
+    assert set(objective(batch_of(objective, source, 0, 1, train=True))) == {
+        *("loss", "anchor_class", "anchor_box", "class", "box")
+    }
+    pytest.importorskip("faster_coco_eval")
+    with pytest.raises(ValueError, match="not every object has a mask. Set model.head.masks=false"):
+        Detection(made()).check(card, source)
+    with pytest.raises(ValueError, match="model.head.classes: 3, and the card 'shapes' has 2"):
+        Detection(made(classes=3, masks=False)).check(card, source)
+
+
+def test_lviss_losses_draw_classes_by_how_many_images_show_them(tmp_path):
+    pytest.importorskip("faster_coco_eval")
+    with pytest.raises(ValueError, match="set model.head.loss=sigmoid"):
+        Detection(made(), federated=1)
+    objective = Detection(made(loss="sigmoid"), federated=2)
+    source = opened(tmp_path, lambda c: c["annotations"][0].update(category_id=7))
+    objective.check(type("Card", (), {"classes": None, "name": "shapes"}), source)
+    torch.testing.assert_close(objective.weights.square(), torch.tensor([4.0, 5.0]))
+    shard.shard(objective, precision="fp32")
+    shard.initialise(objective, 0)
+    assert objective(batch_of(objective, source, 0, 1))["loss"].isfinite()
