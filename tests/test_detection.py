@@ -1,19 +1,24 @@
 """Detection: sets of annotated images, the objective that trains on them, heads in a run."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import processes
 from PIL import Image, ImageDraw
+from test_train import rows, train
 
+import prepretrain
 from prepretrain.data import objects
 from prepretrain.data.batch import collate
 from prepretrain.data.random import Random
 from prepretrain.data.sources.coco import Coco
 from prepretrain.data.transforms import BadImage, decode
+from prepretrain.distributed import group as distributed
 from prepretrain.distributed import shard
 from prepretrain.models.model import Model
 from prepretrain.objectives.detection import Detection
@@ -190,6 +195,13 @@ HEAD = {
     "sampled_anchors": 64,
     "sampled_regions": 32,
 }
+
+
+def inline(options: dict) -> str:
+    """Options as an override writes them."""
+    return ", ".join(f"{key}: {value}" for key, value in options.items())
+
+
 ENCODER = {"window": 2, "global_blocks": 1, "relative_positions": True, "final_norm": False}
 
 
@@ -217,14 +229,14 @@ def test_a_detector_is_trained_on_a_batch_with_and_without_objects(tmp_path, nam
     shard.initialise(objective, 0)
     optimizer = torch.optim.AdamW(objective.parameters(), 3e-3)
     batch, first = batch_of(objective, source, 0, 1, 5), None
-    for _ in range(20):
+    for _ in range(10):
         said = objective(batch)
         said["loss"].backward()
         assert all(p.grad is not None for p in objective.parameters())
         optimizer.step()
         optimizer.zero_grad()
-        first = first or float(said["loss"])
-    assert float(said["loss"]) < 0.8 * first
+        first = first or float(said["loss"].detach())
+    assert float(said["loss"].detach()) < 0.95 * first
     assert card and objective(batch_of(objective, source, 5))["mask"] == 0
     found = objective.model.eval().detect(batch["image"], batch["size"], threshold=0.0)
     assert len(found) == 3 and found[0].masks.shape[1:] == (28, 28)
@@ -282,3 +294,60 @@ def test_lviss_losses_draw_classes_by_how_many_images_show_them(tmp_path):
     shard.shard(objective, precision="fp32")
     shard.initialise(objective, 0)
     assert objective(batch_of(objective, source, 0, 1))["loss"].isfinite()
+
+
+def _one_without_objects(rank: int, folder: str) -> None:
+    distributed.init()
+    objective = Detection(made("cascade_mask_rcnn"))
+    shard.shard(objective, precision="fp32")
+    shard.initialise(objective, 0)
+    source = Coco(path=f"{folder}/images", listing=f"{folder}/objects.json")
+    batch = batch_of(objective, source, *((0, 1) if rank == 0 else (5, 5)))
+    objective(batch)["loss"].backward()
+    assert all(p.grad is not None for p in objective.parameters())
+    found = objective.model.eval().detect(batch["image"], batch["size"], threshold=0.0)
+    assert len(found) == 2
+    distributed.shutdown()
+
+
+def test_a_process_without_objects_trains_with_one_that_has_some(tmp_path):
+    pytest.importorskip("faster_coco_eval")
+    opened(tmp_path)
+    processes(2, _one_without_objects, str(tmp_path))
+
+
+RUN = [
+    "objective={name: detection, scale: [0.5, 1.5]}",
+    "data.train=shapes",
+    f"model={{window: 2, global_blocks: 1, final_norm: false, positions: learned, head: {{name: mask_rcnn, classes: 2, {inline(HEAD)}}}}}",
+    "model.image_size=64",
+    "model.drop_path=0.1",
+    "optim.layer_decay=0.7",
+    "batch_size=4",
+    "length=6it",
+    "checkpoint.every=3it",
+]
+
+
+def test_a_run_starts_from_stage_one_resumes_bitwise_and_saves_a_detector(place, group):
+    pytest.importorskip("faster_coco_eval")
+    opened(place / "data/shapes")
+    (place / "datasets/shapes.yaml").write_text(
+        "train: {source: coco, path: shapes/images, listing: shapes/objects.json}\n"
+    )
+    train("runs/mae", "length=4it")
+    train("runs/tuned", *RUN, init="runs/mae")
+    whole = rows("runs/tuned")
+    assert {"anchor_class", "anchor_box", "class", "box", "mask"} <= set(whole[0])
+    exported = prepretrain.load("runs/tuned")
+    assert exported.encoder.prefix == 0 and exported.encoder.table_grid == (4, 4)
+    shutil.rmtree("runs/tuned/checkpoints/000000006")
+    shutil.rmtree("runs/tuned/export")
+    train("runs/tuned", *RUN, init="runs/mae")
+    assert rows("runs/tuned") == whole
+    again = prepretrain.load("runs/tuned").state_dict()
+    assert all(torch.equal(again[name], one) for name, one in exported.state_dict().items())
+    image = torch.zeros(1, 3, 64, 64, dtype=torch.uint8)
+    assert len(exported.detect(image, torch.tensor([[64, 64]]), threshold=0.0)) == 1
+    with pytest.raises(ValueError, match="detect: this model finds no objects"):
+        prepretrain.load("runs/mae").detect(image, torch.tensor([[64, 64]]))
