@@ -1,6 +1,7 @@
 """Detection: sets of annotated images, the objective that trains on them, heads in a run."""
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +21,9 @@ from prepretrain.data.sources.coco import Coco
 from prepretrain.data.transforms import BadImage, decode
 from prepretrain.distributed import group as distributed
 from prepretrain.distributed import shard
+from prepretrain.evaluation.average_precision import LVIS_MOST, average_precision
+from prepretrain.evaluation.evaluators.detection import Detection as DetectionEvaluator
+from prepretrain.models.heads.base import Detections
 from prepretrain.models.model import Model
 from prepretrain.objectives.detection import Detection
 
@@ -326,15 +330,13 @@ RUN = [
     "batch_size=4",
     "length=6it",
     "checkpoint.every=3it",
+    "evaluators=[{name: detection, every: 50%, threshold: 0.0}]",
 ]
 
 
 def test_a_run_starts_from_stage_one_resumes_bitwise_and_saves_a_detector(place, group):
     pytest.importorskip("faster_coco_eval")
-    opened(place / "data/shapes")
-    (place / "datasets/shapes.yaml").write_text(
-        "train: {source: coco, path: shapes/images, listing: shapes/objects.json}\n"
-    )
+    card_of_shapes(place)
     train("runs/mae", "length=4it")
     train("runs/tuned", *RUN, init="runs/mae")
     whole = rows("runs/tuned")
@@ -347,7 +349,118 @@ def test_a_run_starts_from_stage_one_resumes_bitwise_and_saves_a_detector(place,
     assert rows("runs/tuned") == whole
     again = prepretrain.load("runs/tuned").state_dict()
     assert all(torch.equal(again[name], one) for name, one in exported.state_dict().items())
+    measured = json.loads(Path("runs/tuned/results.json").read_text())["detection/shapes"]
+    alone = DetectionEvaluator(data="shapes", threshold=0.0).run(exported, Path("alone"))
+    assert alone == pytest.approx(measured)
+    processes(2, _measured, str(place), "runs/tuned")
+    for rank in range(2):
+        assert json.loads(Path(f"found_{rank}.json").read_text()) == pytest.approx(alone)
+    rows_of = [
+        json.loads(Path(one, "detections/shapes_val.json").read_text()) for one in ("alone", "at_0")
+    ]
+    assert rows_of[0] == rows_of[1] and not Path("at_1").exists()
     image = torch.zeros(1, 3, 64, 64, dtype=torch.uint8)
     assert len(exported.detect(image, torch.tensor([[64, 64]]), threshold=0.0)) == 1
     with pytest.raises(ValueError, match="detect: this model finds no objects"):
         prepretrain.load("runs/mae").detect(image, torch.tensor([[64, 64]]))
+
+
+SHARED = Path(
+    os.environ.get("PREPRETRAIN_SHARED_DATA", Path(__file__).parents[2] / "shared" / "data")
+)
+
+
+def said(name: str) -> dict:
+    """A .json file of the folder of shared data; skips where it is not there."""
+    pytest.importorskip("faster_coco_eval")
+    if not (SHARED / name).exists():
+        pytest.skip(f"{SHARED / name} is not there: set PREPRETRAIN_SHARED_DATA")
+    return json.loads((SHARED / name).read_text())
+
+
+@pytest.mark.parametrize("kind, file", [("box", "fakebbox100"), ("mask", "fakesegm100")])
+def test_average_precision_is_cocos_own(kind, file):
+    published = said("oracle_coco_ap/published_stats.json")
+    results = said(f"oracle_coco_ap/instances_val2014_{file}_results.json")
+    listing = str(SHARED / "oracle_coco_ap/instances_val2014_100.json")
+    found = average_precision(listing, results, kind, lvis=False)
+    expected = published["bbox" if kind == "box" else "segm"][:6]
+    names = [n for n in published["order"] if n.startswith("AP")]
+    assert found == pytest.approx({n: 100 * v for n, v in zip(names, expected)}, abs=1e-6)
+
+
+@pytest.mark.parametrize("kind, name", [("box", "bbox"), ("mask", "segm")])
+def test_average_precision_by_lviss_rules_is_lviss_own(kind, name):
+    expected = said("lvis_synth/expected.json")[name]
+    results = said(f"lvis_synth/results_{name}.json")
+    assert said("lvis_synth/expected.json")["detections_per_image_max"] > LVIS_MOST
+    found = average_precision(str(SHARED / "lvis_synth/gt.json"), results, kind, lvis=True)
+    assert len(found) == 9
+    assert found == pytest.approx({n: 100 * expected[n] for n in found}, abs=1e-6)
+
+
+class Knowing(torch.nn.Module):
+    """Stands in for a model: finds what is annotated."""
+
+    def __init__(self, source: Coco, canvas: tuple[int, int]):
+        super().__init__()
+        self.source, self.next = source, iter(range(len(source)))
+        self.head = made().head
+        self.encoder = type("Sized", (), {"image_size": canvas})
+
+    def detect(self, image: torch.Tensor, sizes: torch.Tensor, **_: object) -> list[Detections]:
+        found = []
+        for size, place in zip(sizes, self.next):
+            sample, own = self.source[place], self.source.annotations.sizes[place]
+            view = objects.whole(own, self.encoder.image_size)
+            assert size.tolist() == list(view.size)
+            boxes = torch.from_numpy(objects.see_boxes(sample["boxes"], own, view))
+            masks = torch.ones(len(boxes), 28, 28)
+            classes = torch.from_numpy(sample["classes"])
+            found.append(Detections(boxes, torch.ones(len(boxes)), classes, masks))
+        return found
+
+
+def card_of_shapes(place: Path) -> Coco:
+    source = opened(place / "data/shapes")
+    split = "{source: coco, path: shapes/images, listing: shapes/objects.json}"
+    (place / "datasets/shapes.yaml").write_text(f"train: {split}\nval: {split}\n")
+    return source
+
+
+def test_a_model_that_finds_what_is_annotated_has_an_average_precision_of_100(place, group):
+    pytest.importorskip("faster_coco_eval")
+    source = card_of_shapes(place)
+    evaluator = DetectionEvaluator(data="shapes", feature_batch=1)
+    found = evaluator.run(Knowing(source, (48, 80)), Path("runs/known"))
+    assert found["box_AP"] == pytest.approx(100) and found["images"] == 6
+    assert found["mask_AP50"] > 50  # full boxes are the squares' masks, and not the discs'
+    rows = json.loads(Path("runs/known/detections/shapes_val.json").read_text())
+    content = drawn(place / "data/shapes")["annotations"]
+    assert [one["category_id"] for one in rows] == [one["category_id"] for one in content]
+    for one, annotated in zip(rows, content):
+        assert one["bbox"] == pytest.approx(annotated["bbox"], abs=1e-3)
+
+
+def test_a_model_without_a_detector_or_of_other_classes_is_not_measured(place, group):
+    pytest.importorskip("faster_coco_eval")
+    card_of_shapes(place)
+    evaluator = DetectionEvaluator(data="shapes")
+    with pytest.raises(ValueError, match="detection/shapes: this model finds no objects"):
+        evaluator.check(Model(encoder="vit_test8"))
+    with pytest.raises(ValueError, match="has 2 classes, and the model's head 5"):
+        evaluator.run(made(classes=5), Path("runs"))
+    with pytest.raises(ValueError, match="colours:val: is read as Folder, and detection is"):
+        DetectionEvaluator(data="colours").run(made(), Path("runs"))
+    with pytest.raises(ValueError, match="detection.soft: {'hard': 1} must be"):
+        DetectionEvaluator(data="shapes", soft={"hard": 1})
+
+
+def _measured(rank: int, place: str, folder: str) -> None:
+    os.chdir(place)
+    distributed.init()
+    found = DetectionEvaluator(data="shapes", threshold=0.0).run(
+        prepretrain.load(folder), Path(f"at_{rank}")
+    )
+    Path(f"found_{rank}.json").write_text(json.dumps(found))
+    distributed.shutdown()
