@@ -12,6 +12,7 @@ import torch
 from conftest import processes
 from PIL import Image, ImageDraw
 from test_train import rows, train
+from torch.utils.flop_counter import FlopCounterMode
 
 import prepretrain
 from prepretrain.data import objects
@@ -26,6 +27,8 @@ from prepretrain.evaluation.evaluators.detection import Detection as DetectionEv
 from prepretrain.models.heads.base import Detections
 from prepretrain.models.model import Model
 from prepretrain.objectives.detection import Detection
+from prepretrain.runs import memory
+from prepretrain.runs.plan import forward_flops
 
 CLASSES = ((3, "square"), (7, "disc"))  # ids with gaps
 
@@ -464,3 +467,39 @@ def _measured(rank: int, place: str, folder: str) -> None:
     )
     Path(f"found_{rank}.json").write_text(json.dumps(found))
     distributed.shutdown()
+
+
+FULL = {  # ViTDet's code, instantiated: millions of parameters, and GMACs at 1024 x 1024
+    ("vit_b16", "mask_rcnn", 80): (110.896, 839.7),
+    ("vit_b16", "cascade_mask_rcnn", 80): (141.161, 1096.4),
+    ("vit_b16", "mask_rcnn", 1203): (116.940, None),
+    ("vit_b16", "cascade_mask_rcnn", 1203): (144.903, None),
+    ("vit_l16", "mask_rcnn", 80): (330.685, 1859.4),
+    ("vit_l16", "cascade_mask_rcnn", 80): (360.950, None),
+    ("vit_h16", "mask_rcnn", 80): (661.204, 3363.3),
+    ("vit_h16", "cascade_mask_rcnn", 80): (691.469, None),
+}
+
+
+@pytest.mark.parametrize("size, name, classes", FULL)
+def test_vitdets_sizes_have_its_parameters_and_operations(size, name, classes):
+    head = {"name": name, "classes": classes}
+    windows = {"window": 14, "relative_positions": True, "final_norm": False}
+    with torch.device("meta"):
+        model = Model(encoder=size, image_size=1024, **windows, head=head).eval()
+    millions, expected = FULL[size, name, classes]
+    assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(millions, rel=1e-4)
+    if expected is not None:
+        shard.fuse_attention(model, False)
+        image = torch.empty(1, 3, 1024, 1024, dtype=torch.uint8, device="meta")
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            model.detect(image, torch.empty(1, 2, dtype=torch.int64, device="meta"))
+        assert counter.get_total_flops() / 2e9 == pytest.approx(expected, rel=1e-3)
+
+
+def test_a_step_of_training_is_planned_without_data_and_without_memory():
+    pytest.importorskip("faster_coco_eval")
+    build = lambda: Detection(made())
+    assert forward_flops(build()) > 1e7
+    step = memory.simulate(build, images=2, world=4, precision="fp32")
+    assert step.peak > step.bytes["parameters"] > 0

@@ -277,9 +277,10 @@ def _best(
 ) -> Detections:
     """The detections among boxes [N, 1 or K, 4] with scores [N, K + 1], without masks."""
     finite = found.isfinite().flatten(1).all(1) & scores.isfinite().all(1)
-    found, scores = found[finite], scores[finite, :-1]
-    place, classes = (scores > threshold).nonzero().unbind(1)
-    at = found[place, classes if found.shape[1] > 1 else 0]
+    scores = scores[:, :-1]
+    chosen = boxes.where(((scores > threshold) & finite[:, None]).flatten(), most)
+    place, classes = chosen // scores.shape[1], chosen % scores.shape[1]
+    at = found[place, classes if found.shape[1] > 1 else torch.zeros_like(classes)]
     likely = scores[place, classes]
     if soft is None:
         kept, likely = boxes.suppress(at, likely, classes, overlap, most)
