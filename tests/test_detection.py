@@ -290,6 +290,17 @@ def test_boxes_alone_are_trained_where_there_are_no_masks(tmp_path):
         Detection(made(classes=3, masks=False)).check(card, source)
 
 
+def test_a_frozen_encoder_keeps_its_weights_while_its_head_is_trained(tmp_path):
+    source = opened(tmp_path, lambda c: [a.pop("segmentation") for a in c["annotations"]])
+    objective = Detection(made(masks=False), freeze=True)
+    shard.shard(objective, precision="fp32")
+    shard.initialise(objective, 0)
+    assert not objective.train().model.encoder.training and objective.model.head.training
+    objective(batch_of(objective, source, 0))["loss"].backward()
+    assert all(p.grad is None for p in objective.model.encoder.parameters())
+    assert all(p.grad is not None for p in objective.model.head.parameters())
+
+
 def test_lviss_losses_draw_classes_by_how_many_images_show_them(tmp_path):
     pytest.importorskip("faster_coco_eval")
     with pytest.raises(ValueError, match="set model.head.loss=sigmoid"):

@@ -37,14 +37,19 @@ class Detection(Objective):
         scale: tuple[float, float] = (0.1, 2.0),
         federated: int | None = None,
         repeat: float | None = None,
+        freeze: bool = False,
     ):
         """scale: how much larger than the canvas an image is resized, before a part is taken.
 
         federated: classes that are trained in a step, those of its objects and others, drawn by the
         square root of how many images show them; with model.head.loss=sigmoid. repeat: an image comes
-        more often in an epoch, if a class of it is in a smaller share of all images (LVIS).
+        more often in an epoch, if a class of it is in a smaller share of all images (LVIS). freeze:
+        the encoder keeps its weights, and the head alone is trained.
         """
         super().__init__(model)
+        self.freeze = freeze
+        if freeze:
+            model.encoder.requires_grad_(False)
         self.scale, self.federated, self.repeat = scale, federated, repeat
         if federated is not None and not model.head.sigmoid:
             raise ValueError(
@@ -75,6 +80,13 @@ class Detection(Objective):
             shown = np.concatenate([source.classes_shown(i) for i in range(len(source))])
             counts = np.bincount(shown.astype(np.int64), minlength=self.model.head.classes)
             self.weights = torch.from_numpy(counts).float().sqrt()
+
+    def train(self, mode: bool = True) -> "Detection":
+        """All but a frozen encoder, which drops no paths."""
+        super().train(mode)
+        if self.freeze:
+            self.model.encoder.eval()
+        return self
 
     def repeats(self, source: Any) -> np.ndarray | None:
         """See Objective.repeats."""
