@@ -468,6 +468,8 @@ def test_a_model_without_a_detector_or_of_other_classes_is_not_measured(place, g
         DetectionEvaluator(data="colours").run(made(), Path("runs"))
     with pytest.raises(ValueError, match="detection.soft: {'hard': 1} must be"):
         DetectionEvaluator(data="shapes", soft={"hard": 1})
+    with pytest.raises(ValueError, match="detection.soft.linear: 0.0 must be finite and above 0"):
+        DetectionEvaluator(data="shapes", soft={"linear": 0})
 
 
 def _measured(rank: int, place: str, folder: str) -> None:

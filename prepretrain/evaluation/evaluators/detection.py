@@ -50,14 +50,14 @@ class Detection(Evaluator):
         threshold: float = 0.05,
         overlap: float = 0.5,
         most: int = 100,
-        soft: dict[str, float] | None = None,
+        soft: dict[str, Any] | None = None,
         feature_batch: int = 8,
         workers: int = 0,
     ):
         super().__init__(data=data)
         plugin.require("faster_coco_eval", "detection", "evaluator 'detection'")
-        if soft is not None and (len(soft) != 1 or set(soft) - {"linear", "gaussian"}):
-            raise ValueError(f"detection.soft: {soft!r} must be {{linear: …}} or {{gaussian: …}}.")
+        if soft is not None:
+            soft = _checked(soft)
         self.split, self.splits, self.rules = split, (split,), rules
         self.how = {"threshold": threshold, "overlap": overlap, "most": most, "soft": soft}
         self.feature_batch, self.workers = feature_batch, workers
@@ -141,6 +141,16 @@ class Detection(Evaluator):
                 logger.info("%s: no objects to find for %s_%s", self.data, kind, ", ".join(absent))
             scores |= {f"{kind}_{name}": v for name, v in found.items() if name not in absent}
         return scores
+
+
+def _checked(soft: dict[str, Any]) -> dict[str, float]:
+    if len(soft) != 1 or set(soft) - {"linear", "gaussian"}:
+        raise ValueError(f"detection.soft: {soft!r} must be {{linear: …}} or {{gaussian: …}}.")
+    ((name, value),) = soft.items()
+    value = plugin.coerce(value, float, f"detection.soft.{name}")
+    if not 0 < value < math.inf:
+        raise ValueError(f"detection.soft.{name}: {value} must be finite and above 0.")
+    return {name: value}
 
 
 class Whole:
