@@ -40,6 +40,9 @@ class Subset(Source):
     def texts(self, index: int) -> dict:
         return self.source.texts(self._index(index))
 
+    def classes_shown(self, index: int) -> list[int]:
+        return self.source.classes_shown(self._index(index))
+
 
 def evenly(count: int, images: int | None) -> list[int]:
     """The numbers of `images` of `count` images, spread evenly; of all if None or if there are
