@@ -26,12 +26,12 @@ logger = logging.getLogger(__name__)
 
 
 class Detection(Evaluator):
-    """box_AP, box_AP50, … and mask_AP, … in percent, of images that are resized to fit into the model's
-    image size. What was found is written to the run's `detections/`, in COCO's format of results.
+    """The box_AP, box_AP50, … and mask_AP, … in percent, of images resized to fit into the model's image
+    size. What was found is written to the run's `detections/`, in COCO's format of results.
 
     data           the card, whose split is read by the source `coco`
     split          its split
-    rules          coco, or lvis: with box_APr, box_APc and box_APf of rare, common and frequent classes
+    rules          coco, or lvis: with box_APr, box_APc, box_APf of rare, common, frequent classes
     threshold      the least score of a detection
     overlap        from which IoU of two detections of a class the less sure one is left out
     most           detections of an image
