@@ -18,7 +18,7 @@ FOLDERS = {
 # What one feature each needs; without it, that feature says which extra to install.
 FEATURES = {
     "completion": ["argcomplete>=3,<4"],  # of the commands, by the shell
-    "detection": ["faster-coco-eval>=1.8,<2"],  # masks of objects, and their average precision
+    "detection": ["faster-coco-eval>=1.8,<2"],  # COCO's and LVIS's metrics; polygons to pixels
     "text": ["transformers>=5,<6", "sentencepiece<1"],  # XLM-R, tokenizers of Hugging Face
     "tensorboard": ["tensorboard>=2.14,<3"],  # curves beside metrics.jsonl
     "torchcodec": ["torchcodec"],  # the fastest JPEG decoder; each release fits one of torch

@@ -114,6 +114,7 @@ RANGES = {
     "evaluator.threshold": "[0, 1]",
     "evaluator.overlap": "(0, 1]",
     "evaluator.most": _COUNT,
+    "evaluator.pictures": "[0, 1000]",
     "adapter.tokens": "[1, 1e6]",
     "adapter.rank": "[1, 1e6]",
     "adapter.alpha": "(0, inf)",

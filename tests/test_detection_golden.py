@@ -15,7 +15,6 @@ from torch.testing import assert_close
 from torchvision.models.detection._utils import BoxCoder
 
 from prepretrain import plugin
-from prepretrain.data import objects
 from prepretrain.losses import detection as losses
 from prepretrain.models import weights
 from prepretrain.models.dense import boxes, masks, regions, windows
@@ -554,21 +553,6 @@ def test_masks_are_pasted_into_the_image_in_the_same_way(heads):
     drawn = tensors["mask_rcnn.detections.0.masks"][:count]
     pasted = masks.paste(drawn, tensors["postprocess.boxes"], tuple(size))
     assert torch.equal(pasted, expected)
-
-
-def test_large_scale_jitter_resizes_and_crops_in_the_same_way(heads):
-    dims, _ = heads
-    cases = scalar(dims, "jitter")["cases"]
-    for case in cases:
-        own = case["height"], case["width"]
-        view = objects.jitter(own, (1024, 1024), case["scale"], case["u"], False)
-        assert list(view.resized) == case["resized"] and list(view.size) == case["out"], case
-        assert list(view.corner[::-1]) == case["crop_xy"], case
-        found = objects.see_boxes(numpy.array([case["box_in"]]), own, view)[0]
-        limits = [case["out"][1], case["out"][0]] * 2
-        expected = numpy.clip(case["box_out_unclipped"], 0, limits)
-        numpy.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-3)
-    assert len(cases) > 30
 
 
 def test_images_of_rare_classes_come_as_often(heads):

@@ -5,6 +5,7 @@ import math
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -13,7 +14,7 @@ from test_text import BPE
 from torch.testing import assert_close
 
 from prepretrain import plugin
-from prepretrain.data import objects
+from prepretrain.data import boxes
 from prepretrain.data.card import open_data
 from prepretrain.data.random import Random
 from prepretrain.data.sources.base import Source
@@ -364,7 +365,8 @@ def test_every_objective_trains_on_changing_crops_and_is_validated_on_the_centre
     model, options = OBJECTIVES[name]
     objective = plugin.build("objectives", name, Model(encoder="vit_test8", **model), **options)
     scene = Synthetic(images=1, size=40, seed=0)[0] | {"hashtags": ["cat"], "label": 1}
-    scene |= {"boxes": torch.ones(0, 4).numpy(), "classes": [], "crowds": []}
+    scene |= {"boxes": np.ones((0, 4)), "classes": np.ones(0, int), "crowds": np.ones(0, bool)}
+    scene |= {"size": (40, 40)}
 
     def draws(train: bool) -> list[torch.Tensor]:
         made, randoms = objective.transform(train), [Random(0, n % 4, 0) for n in range(8)]
@@ -375,7 +377,7 @@ def test_every_objective_trains_on_changing_crops_and_is_validated_on_the_centre
     assert all(torch.equal(crops[n], crops[n + 4]) for n in range(4))  # by the sample's randomness
     centre = resize_center_crop(decode(scene["image"]), 32)
     if name == "detection":  # of which nothing is cut off
-        centre = objects.see(decode(scene["image"]), objects.whole((40, 40), (32, 32)), (32, 32))
+        centre = boxes.fit((40, 40), 32).image(decode(scene["image"]))
     assert all(torch.equal(one, centre) for one in centres)
 
 

@@ -187,13 +187,13 @@ def test_a_large_image_has_the_same_pixels_though_it_is_read_in_strips(mode, mon
 @pytest.mark.parametrize("size", [32, (32, 64)])
 def test_a_thin_picture_is_cropped_before_it_is_resized(shape, size, monkeypatch):
     image = torch.randint(0, 256, (3, *shape), dtype=torch.uint8)
-    resize, made = transforms._resize, []
+    resize, made = transforms.resized, []
 
     def limited(image, height, width):
         made.append(height * width)
         return resize(image, height, width)
 
-    monkeypatch.setattr(transforms, "_resize", limited)
+    monkeypatch.setattr(transforms, "resized", limited)
     found = transforms.resize_center_crop(image, size)
     height, width = transforms.sides(size)
     assert found.shape == (3, height, width) and max(made) <= 65 * 73 * 73

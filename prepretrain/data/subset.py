@@ -14,7 +14,7 @@ class Subset(Source):
         # an array, not a list: see Files
         self.source, self.indexes = source, np.asarray(indexes, dtype=np.int64)
         self.fields, self.classes, self.groups = source.fields, source.classes, [len(indexes)]
-        self.stamp = source.stamp
+        self.categories, self.stamp = source.categories, source.stamp
         self.fingerprint = fingerprint_of([source.fingerprint, *self.indexes.tolist()])
 
     def __getitem__(self, index: int) -> dict:
@@ -24,8 +24,8 @@ class Subset(Source):
         return int(self.indexes[index])
 
     def only(self, fields: Iterable[str]) -> "Subset":
-        narrowed = super().only(fields)
-        narrowed.source = self.source.only(fields)
+        narrowed = super().only(wanted := tuple(fields))
+        narrowed.source = self.source.only(wanted)
         return narrowed
 
     def key(self, index: int) -> str:
@@ -37,11 +37,11 @@ class Subset(Source):
     def hashtags(self, index: int) -> list[str]:
         return self.source.hashtags(self._index(index))
 
-    def texts(self, index: int) -> dict:
-        return self.source.texts(self._index(index))
-
     def classes_shown(self, index: int) -> list[int]:
         return self.source.classes_shown(self._index(index))
+
+    def texts(self, index: int) -> dict:
+        return self.source.texts(self._index(index))
 
 
 def evenly(count: int, images: int | None) -> list[int]:

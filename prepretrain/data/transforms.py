@@ -74,6 +74,17 @@ def decode(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Tensor:
         return _decode_unterminated(data)
 
 
+def orientation(data: bytes) -> int:
+    """How EXIF says that an image file is to be turned to be upright, 1 to 8; 1 is as it is stored.
+    1 for what says nothing, or nonsense, and for a TIFF, which `decode` turns."""
+    try:
+        image = open_image(io.BytesIO(data))
+        turn = 1 if image.format == "TIFF" else image.getexif().get(_ORIENTATION, 1)
+    except Exception:  # a broken EXIF block must not lose the image
+        return 1
+    return turn if turn in range(1, 9) else 1
+
+
 def pixels(image: Image.Image | str | Path) -> Tensor:
     """RGB uint8 [3, H, W] of a PIL image, or of an image file; raises BadImage, which names it."""
     if isinstance(image, Image.Image):
@@ -230,7 +241,7 @@ def random_resized_crop(
     H, W = sides(size)
     low, high = (limit * (W / H) for limit in ratio)
     top, left, height, width = crop_box(image.shape[-2], image.shape[-1], rng, scale, (low, high))
-    return _resize(image[:, top : top + height, left : left + width], H, W)
+    return resized(image[:, top : top + height, left : left + width], H, W)
 
 
 def crop_box(
@@ -274,7 +285,7 @@ def resize_center_crop(image: Tensor, size: Size, *, share: float = 0.875) -> Te
     else:
         height, width = max(H, int(least_width * height / width)), least_width
     top, left = round((height - H) / 2), round((width - W) / 2)
-    return _resize(image, height, width)[:, top : top + H, left : left + W]
+    return resized(image, height, width)[:, top : top + H, left : left + W]
 
 
 def _middle(image: Tensor, least_height: int, least_width: int) -> Tensor:
@@ -289,12 +300,13 @@ def _middle(image: Tensor, least_height: int, least_width: int) -> Tensor:
 
 def squash(image: Tensor, size: Size) -> Tensor:
     """The whole image, its aspect not kept: uint8 [3, H, W] of that size (MAWS's test transform)."""
-    return _resize(image, *sides(size))
+    return resized(image, *sides(size))
 
 
-def _resize(image: Tensor, height: int, width: int) -> Tensor:
+def resized(image: Tensor, height: int, width: int, mode: str = "bicubic") -> Tensor:
+    """uint8 [3, H, W] resized, with antialiasing; mode: F.interpolate's."""
     if image.shape[-2:] == (height, width):
         return image
     # Only channels-last uint8 takes torch's vectorised kernel; planar input is half as fast.
     image = image[None].contiguous(memory_format=torch.channels_last)
-    return F.interpolate(image, (height, width), mode="bicubic", antialias=True)[0]
+    return F.interpolate(image, (height, width), mode=mode, antialias=True)[0]

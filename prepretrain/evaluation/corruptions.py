@@ -162,6 +162,49 @@ def check(name: str, severity: int, table: str) -> None:
         raise ValueError(f"severity {severity!r} is not one of 1, 2, 3, 4, 5.")
 
 
+def chosen(
+    section: str, names: Sequence[str], severities: Sequence[int], table: str
+) -> tuple[str, ...]:
+    """The corruptions that an evaluator's options name; ("all",) is all of them. Raises ValueError for
+    one that there is not, or that comes twice. section: of the options."""
+    names = NAMES if tuple(names) == ("all",) else tuple(names)
+    for option, values in (("corruptions", names), ("severities", tuple(severities))):
+        if len(set(values)) != len(values):
+            raise ValueError(f"{section}.{option}: {values!r} does not fit; it repeats one.")
+    if not severities:
+        raise ValueError(f"{section}.severities: {severities!r} does not fit; it must name one.")
+    for name in names:
+        for severity in severities:
+            check(name, severity, table)
+    return names
+
+
+def textures_of(names: Sequence[str], folder: str | None, section: str) -> list[np.ndarray] | None:
+    """The textures that these corruptions need. Raises ValueError where frost lacks its folder."""
+    if "frost" not in names:
+        return None
+    if folder is None:
+        raise ValueError(
+            f"{section}.frost: corruption 'frost' needs a folder of {FROST}, which "
+            f"lie in ImageNet-C/create_c of github.com/hendrycks/robustness (Apache-2.0). "
+            "Give it, or name the corruptions without frost."
+        )
+    return frost_textures(folder)
+
+
+class Corrupt:
+    """A corruption as a change of an image by its generators; a class, so that workers can pickle
+    it."""
+
+    def __init__(self, name: str, severity: int, table: str, textures: list[np.ndarray] | None):
+        self.name, self.severity = name, severity
+        self.options = {"table": table, "textures": textures if name == "frost" else None}
+
+    def __call__(self, image: Tensor, random: Callable[[str], np.random.Generator]) -> Tensor:
+        generator = random(f"{self.name} {self.severity}")
+        return corrupt(image, self.name, self.severity, generator, **self.options)
+
+
 def frost_textures(folder: str | Path) -> list[np.ndarray]:
     """The published pictures of frost, uint8 [H, W, 3] each. Raises ValueError naming all that
     `folder` lacks."""

@@ -9,9 +9,7 @@ import torch
 from torch import Tensor
 
 from prepretrain import plugin
-from prepretrain.data import objects
-from prepretrain.data.batch import Ragged
-from prepretrain.data.transforms import decode
+from prepretrain.data import boxes
 from prepretrain.losses import detection as losses
 from prepretrain.models.dense.boxes import Objects, where
 from prepretrain.models.heads.base import Detector
@@ -27,7 +25,7 @@ class Detection(Objective):
     Images without objects are not trained on. An image is padded to `model.image_size`.
     """
 
-    fields = ("image", "boxes", "classes", "crowds")
+    fields = ("image", "size", "boxes", "classes", "crowds")
     needs = {"head": Detector}
 
     def __init__(
@@ -99,7 +97,7 @@ class Detection(Objective):
     def transform(self, train: bool) -> Callable[[dict[str, Any]], dict[str, Any]]:
         """Large-scale jitter and mirroring, or the whole image; its objects with it."""
         size = self.model.encoder.image_size
-        return Transform(size, self.scale if train else None, self.model.head.draws)
+        return Transform(size, self.scale if train else None)
 
     def example(self, images: int) -> dict[str, Tensor]:
         """See Objective.example."""
@@ -160,44 +158,15 @@ def repeat_factors(shown: list[list[int]], share: float) -> np.ndarray:
 
 
 class Transform:
-    """A sample to {"image": uint8 [3, H, W], "size": of what is seen in it, "boxes", "classes" and
-    "bits" of its objects, "seed": of what is drawn for it}."""
+    """A sample to a row of data/boxes.py, with a "seed" of what is drawn for it."""
 
-    def __init__(self, canvas: tuple[int, int], scale: tuple[float, float] | None, masks: bool):
+    def __init__(self, canvas: tuple[int, int], scale: tuple[float, float] | None):
         """scale None: the whole image."""
-        self.canvas, self.scale, self.masks = canvas, scale, masks
+        self.canvas, self.scale = canvas, scale
 
     def __call__(self, sample: dict[str, Any]) -> dict[str, Any]:
-        image, random = decode(sample["image"]), sample["random"]
-        own = tuple(image.shape[-2:])
-        view = objects.whole(own, self.canvas)
-        if self.scale is not None:
-            drawn = random("jitter")
-            scale, place = drawn.uniform(*self.scale), drawn.random()
-            view = objects.jitter(own, self.canvas, scale, place, drawn.random() < 0.5)
-        single = ~np.asarray(sample["crowds"], dtype=bool)
-        classes = np.asarray(sample["classes"], dtype=np.int64)[single]
-        row = {
-            "image": objects.see(image, view, self.canvas),
-            "size": torch.tensor(view.size),
-            "seed": int(random("sampling").integers(2**62)),
-        }
-        if self.masks:
-            masks = [mask for mask, alone in zip(sample["masks"], single) if alone]
-            seen = [objects.see_mask(mask, own, view) for mask in masks]
-            bitmaps = np.array(seen, dtype=bool).reshape(-1, *view.size)
-            boxes = objects.around(bitmaps)  # of what is left of a mask
+        if self.scale is None:
+            row = boxes.fitted(sample, self.canvas)
         else:
-            boxes = objects.see_boxes(np.asarray(sample["boxes"])[single], own, view)
-        left = (boxes[:, 2:] > boxes[:, :2]).all(1)
-        if self.masks:
-            row["bits"] = Ragged(torch.from_numpy(self._packed(bitmaps[left])), fill=0)
-        row["boxes"] = Ragged(torch.from_numpy(boxes[left]), fill=0)
-        row["classes"] = Ragged(torch.from_numpy(classes[left]), fill=-1)
-        return row
-
-    def _packed(self, bitmaps: np.ndarray) -> np.ndarray:
-        """bool [G, h, w] to packed bits of the canvas, [G, H, ceil(W / 8)]."""
-        height, width = self.canvas
-        spare = (height - bitmaps.shape[1], width - bitmaps.shape[2])
-        return np.packbits(np.pad(bitmaps, ((0, 0), (0, spare[0]), (0, spare[1]))), axis=2)
+            row = boxes.jittered(sample, self.canvas, self.scale)
+        return row | {"seed": int(sample["random"]("sampling").integers(2**62))}

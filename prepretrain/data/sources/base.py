@@ -20,10 +20,17 @@ FIELDS = {
     "hashtags": "list of str, as people wrote them",
     "text": "str, one caption",
     "captions": "list of str, several texts that each say what is in the image",
-    "boxes": "float32 [G, 4]: left, top, right, bottom of each object, in pixels of the image",
-    "classes": "int64 [G]: the number of each object's class",
-    "crowds": "bool [G]: whether a box is around a crowd, not one object",
-    "masks": "list of G: polygons [[x, y, x, y, …], …], or COCO's run lengths {size, counts}",
+    # numpy's arrays, a row an object
+    "boxes": "float64 [n, 4], left, top, right and bottom in pixels, as far as they may go",
+    "classes": "int64 [n], the number of the class",
+    "crowds": "bool [n], whether it is a region of many objects that are not told apart",
+    "areas": "float64 [n], pixels of the mask, by which metrics tell small from large",
+    "masks": "n of polygons [[x, y, x, y, …], …] or run lengths {size, counts}: data/masks.py",
+    # of an image with objects
+    "image_id": "int, by which a file of results names it",
+    "size": "(height, width) that boxes and masks are of",
+    "negative": "int64, the classes that are known not to be in it (LVIS)",
+    "not_exhaustive": "int64, the classes of which it may show more than are marked (LVIS)",
 }
 
 
@@ -40,6 +47,7 @@ class Source:
     FIELDS = FIELDS  # what a sample may hold
     fields: tuple[str, ...] = ("image",)
     classes: list[str] | None = None
+    categories: list[dict] | None = None  # of each class {"id", "name", …}, where it has objects
     left_out: Mapping[str, int] = {}  # how many files of which kind are not read
     groups: list[int]
     fingerprint: str
@@ -80,12 +88,10 @@ class Source:
         return self[index]["hashtags"]
 
     def classes_shown(self, index: int) -> list[int]:
-        """The classes of an image's objects, each once and without crowds; without reading the image
+        """The classes of an image's objects, each once and without crowds, without reading the image
         where the source can."""
         sample = self[index]
-        return sorted(
-            {int(c) for c, crowd in zip(sample["classes"], sample["crowds"]) if not crowd}
-        )
+        return np.unique(sample["classes"][~sample["crowds"]]).tolist()
 
     def texts(self, index: int) -> dict:
         """{"text", "captions"} as far as there are, without the image where the source can."""
@@ -126,6 +132,24 @@ class Files(Source):
 
     def label(self, index: int) -> int:
         return int(self._labels[index])
+
+
+def check_names(names: list[str], path: str, listing: str) -> None:
+    """Raises ValueError unless each image of a list is there, below the folder, and named once."""
+    if not names:
+        raise ValueError(f"{listing}: names no image.")
+    if outside := [name for name in names if ".." in name.split("/")]:
+        raise ValueError(f"{listing}: '{outside[0]}' lies outside {path}.")
+    if len(set(names)) != len(names):
+        seen: set[str] = set()
+        twice = next(name for name in names if name in seen or seen.add(name))
+        raise ValueError(f"{listing}: names '{twice}' twice.")
+    missing = [name for name in names if not os.path.isfile(os.path.join(path, name))]
+    if missing:
+        raise ValueError(
+            f"{listing}: {len(missing):,} of its {len(names):,} images are not below {path}: "
+            f"{', '.join(missing[:3])}{', …' if len(missing) > 3 else ''}."
+        )
 
 
 def check_fields(names: Iterable[str], where: str) -> None:

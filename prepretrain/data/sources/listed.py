@@ -5,7 +5,7 @@ import os
 import re
 from pathlib import Path
 
-from prepretrain.data.sources.base import Files, fingerprint_of
+from prepretrain.data.sources.base import Files, check_names, fingerprint_of
 
 _LABELLED = re.compile(r"(.+?)\s+(\d+)")
 _JSON = ("images", "annotations", "categories")
@@ -29,7 +29,7 @@ class Listed(Files):
         read = _read_json if listing.endswith(".json") else _read_text
         names, labels, self.classes = read(listing, path)
         names = [name.lstrip("/") + suffix for name in names]
-        _check(names, path, listing)
+        check_names(names, path, listing)
         super().__init__(path, names, labels)
         self.fingerprint = fingerprint_of([self.fingerprint, *labels])
 
@@ -114,21 +114,3 @@ def _labelled(content: dict, listing: str) -> tuple[list[str], list[int], list[s
     images = content["images"]
     names = [str(one.get("name", one["id"])) for one in categories]
     return [str(one["file_name"]) for one in images], [labels[one["id"]] for one in images], names
-
-
-def _check(names: list[str], path: str, listing: str) -> None:
-    """Raises ValueError unless each image is there, below the folder, and named once."""
-    if not names:
-        raise ValueError(f"{listing}: names no image.")
-    if outside := [name for name in names if ".." in name.split("/")]:
-        raise ValueError(f"{listing}: '{outside[0]}' lies outside {path}.")
-    if len(set(names)) != len(names):
-        seen: set[str] = set()
-        twice = next(name for name in names if name in seen or seen.add(name))
-        raise ValueError(f"{listing}: names '{twice}' twice.")
-    missing = [name for name in names if not os.path.isfile(os.path.join(path, name))]
-    if missing:
-        raise ValueError(
-            f"{listing}: {len(missing):,} of its {len(names):,} images are not below {path}: "
-            f"{', '.join(missing[:3])}{', …' if len(missing) > 3 else ''}."
-        )

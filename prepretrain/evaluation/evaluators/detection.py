@@ -1,42 +1,61 @@
-"""Detection: the average precision of the boxes and masks that a detector finds."""
+"""Average precision of a detector, on the images of a card with objects."""
 
-import logging
 import math
 from pathlib import Path
-from typing import Any, Literal
+from statistics import fmean
+from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
 from prepretrain import plugin
-from prepretrain.data import objects
-from prepretrain.data.loader import evaluation_batches, to_device
-from prepretrain.data.sources.coco import Coco
-from prepretrain.data.transforms import decode
+from prepretrain.data import masks
+from prepretrain.data.boxes import upright
+from prepretrain.data.census import draw_truth, require_objects
+from prepretrain.data.drawing import draw_objects, sheet
+from prepretrain.data.sources.base import Source, fingerprint_of
+from prepretrain.data.subset import evenly, evenly_spaced
 from prepretrain.distributed import group as distributed
-from prepretrain.evaluation.average_precision import average_precision
+from prepretrain.evaluation import corruptions as makers
+from prepretrain.evaluation.detection_metrics import average_precision, ground_truth
 from prepretrain.evaluation.evaluators.base import Evaluator
-from prepretrain.evaluation.features import frozen
+from prepretrain.evaluation.feature_store import file_name
+from prepretrain.evaluation.features import fingerprint, state
+from prepretrain.evaluation.predictions import forget, predict
 from prepretrain.files import write_json
-from prepretrain.models.dense.masks import restored
-from prepretrain.models.heads.base import Detections
 
-logger = logging.getLogger(__name__)
+_VERSION = (
+    1  # of how an image becomes detections, weights and options apart: raise it with a change
+)
+_SURE = 0.5  # not from the paper: the least score of what is drawn
+_COCO = {"threshold": 0.05, "most": 100}  # ViTDet's, by detectron2's configs of COCO and LVIS
+_LVIS = {"threshold": 0.02, "most": 300}
 
 
 class Detection(Evaluator):
-    """The box_AP, box_AP50, … and mask_AP, … in percent, of images resized to fit into the model's image
-    size. What was found is written to the run's `detections/`, in COCO's format of results.
+    """Boxes, and masks where the head draws them, against those of a card's split: COCO's average
+    precision, or LVIS's where its files say which classes are not in an image.
 
-    data           the card, whose split is read by the source `coco`
-    split          its split
-    rules          coco, or lvis: with box_APr, box_APc, box_APf of rare, common, frequent classes
-    threshold      the least score of a detection
-    overlap        from which IoU of two detections of a class the less sure one is left out
-    most           detections of an image
-    soft           Soft-NMS instead: {linear: 0.3} or {gaussian: 0.5}
+    data           the card
+    split          its split, of which each image is counted once, resized to fit in the model's image
+                   size and padded
+    threshold      the least score; null is 0.05, or 0.02 by LVIS's rules
+    overlap        from which overlap the less sure of two boxes of a class is suppressed
+    most           detections of an image; null is 100, or 300 by LVIS's rules
+    soft           {linear: …} or {gaussian: …}: Soft-NMS instead of suppression
+    images         so many, spread evenly over the split; null takes all
+    pictures       of so many of them a sheet is drawn: what is found, beside what is annotated
+    corruptions    of evaluation/corruptions.py, done to the images as they are; [all] takes all 19
+    severities     theirs
+    frost          the folder of the published textures, which corruption frost needs
     feature_batch  images at once a process;  workers: decoding processes
+
+    Results are `box_AP`, `box_AP50`, `box_AP75`, `box_APs`, … and the same of `mask`, in percent;
+    `fps`, images a second of one process, but not within a training; of corruptions `corruption/fog/3/box_AP`, the mean over the
+    severities `corruption/fog/box_AP`, that over all `box_mPC`, and `box_rPC`, its share of the clean
+    `box_AP` in percent. The folder `predictions/` of the run gets detections.json, in COCO's form of
+    results, classes.json, with the AP of each class, and the sheet.
     """
 
     headline = "box_AP"
@@ -46,104 +65,128 @@ class Detection(Evaluator):
         *,
         data: str,
         split: str = "val",
-        rules: Literal["coco", "lvis"] = "coco",
-        threshold: float = 0.05,
+        threshold: float | None = None,
         overlap: float = 0.5,
-        most: int = 100,
+        most: int | None = None,
         soft: dict[str, Any] | None = None,
-        feature_batch: int = 8,
+        images: int | None = None,
+        pictures: int = 8,
+        corruptions: tuple[str, ...] = (),
+        severities: tuple[int, ...] = makers.SEVERITIES,
+        frost: str | None = None,
+        feature_batch: int = 1,
         workers: int = 0,
     ):
         super().__init__(data=data)
-        plugin.require("faster_coco_eval", "detection", "evaluator 'detection'")
-        if soft is not None:
-            soft = _checked(soft)
-        self.split, self.splits, self.rules = split, (split,), rules
+        soft = None if soft is None else _checked(soft)
+        self.split, self.splits = split, (split,)
         self.how = {"threshold": threshold, "overlap": overlap, "most": most, "soft": soft}
+        self.images, self.pictures = images, pictures
         self.feature_batch, self.workers = feature_batch, workers
+        self.corruptions = makers.chosen("detection", corruptions, severities, "imagenet")
+        self.severities = tuple(severities)
+        self.textures = makers.textures_of(self.corruptions, frost, "detection")
 
     def check(self, model: nn.Module) -> None:
-        """See Evaluator.check: a detector is needed."""
+        """See Evaluator.check: a head that finds objects of the card's classes is needed."""
         model.require_detector(f"detection/{self.data}")
+        masks.require_coder(f"detection/{self.data}")
+        if self.card.classes and len(self.card.classes) != model.head.classes:
+            self._refuse(len(self.card.classes), model.head.classes)
+
+    def open_data(self) -> None:
+        """See Evaluator.open_data: the split must have objects."""
+        require_objects(self.card.open(self.split), f"{self.card.name}:{self.split}")
 
     def run(self, model: nn.Module, folder: Path) -> dict[str, float]:
-        """See Evaluator.run."""
-        source = self._source(model)
-        rows: list[dict[str, Any]] = []
-        batches = evaluation_batches(
-            source.only(("image", "boxes", "classes", "crowds")),
-            Whole(model.encoder.image_size),
+        """See the class; ground truth and detections are compared on process 0."""
+        whole = self.card.open(self.split)
+        require_objects(whole, f"{self.card.name}:{self.split}")
+        if len(whole.classes) != model.head.classes:
+            self._refuse(len(whole.classes), model.head.classes)
+        source = evenly_spaced(whole, self.images)
+        place = folder / "predictions" / self._name(model, source)
+        truth = ground_truth(source) if distributed.is_main() else {}
+        found, speed = self._measured(model, source, truth, place, None)
+        found |= speed
+        if self.corruptions:
+            found |= self._corrupted(model, source, truth, place, found)
+        return found
+
+    def _refuse(self, classes: int, known: int) -> None:
+        raise ValueError(
+            f"detection/{self.data}: the data has {classes} classes, and the model's head {known}."
+        )
+
+    def _name(self, model: nn.Module, source: Source) -> str:
+        """Of a folder for what is found: another for other weights, data or options. Not while the
+        model is training, where nothing is kept but the last."""
+        name = file_name(f"{self.card.name}-{self.split}")
+        if not self.cache:
+            return name
+        asked = [_VERSION, list(self.how.items()), *state(source), len(source)]
+        return f"{name}-{fingerprint_of([fingerprint(model), *asked])}"
+
+    def _measured(
+        self, model: nn.Module, source: Source, truth: dict, place: Path, change: Any
+    ) -> tuple[dict[str, float], dict[str, float]]:
+        """(metrics, {"images", "fps"}) of the images as they are, or changed; written to the folder."""
+        lvis = "negative" in source.fields
+        how = {
+            k: v if v is not None else (_LVIS if lvis else _COCO).get(k)
+            for k, v in self.how.items()
+        }
+        parts = place / "parts" if self.cache else None
+        found, rate = predict(
+            model,
+            source,
             batch_size=self.feature_batch,
             workers=self.workers,
+            parts=parts,
+            change=change,
+            **how,
         )
-        with frozen(model):
-            for batch in batches:
-                given = to_device(batch)
-                found = model.detect(given["image"], given["size"], **self.how)
-                for place, size, one in zip(batch["position"], batch["size"].tolist(), found):
-                    if place >= 0:  # others only fill the last batch
-                        original = source.annotations.sizes[place]
-                        rows += self._results(source, place, restored(one, tuple(size), original))
-        every = sum(distributed.all_gather_object(rows), [])
-        return distributed.from_main(self._scores(source, every, model, folder))
+        metrics: dict[str, float] = {}
+        if distributed.is_main():
+            place.mkdir(parents=True, exist_ok=True)
+            metrics, classes = _compared(model, truth, found, "masks" in source.fields)
+            write_json(place / "detections.json", found, indent=None)
+            write_json(place / "classes.json", classes)
+            if self.pictures:
+                draw(source, found, self.pictures, change).save(place / "sheet.png")
+        metrics = distributed.from_main(metrics)
+        if parts is not None:
+            forget(parts)
+        # not of a model that is training: a resumed run has the same log
+        speed = {"fps": rate} if rate and self.cache else {}
+        return metrics, {"images": len(source)} | speed
 
-    def _source(self, model: nn.Module) -> Coco:
-        source = self.card.open(self.split)
-        if not isinstance(source, Coco):
-            raise ValueError(
-                f"{self.data}:{self.split}: is read as {type(source).__name__}, and detection is "
-                f"measured on the source `coco`, a folder of images and a .json file."
-            )
-        if len(source.classes) != model.head.classes:
-            raise ValueError(
-                f"{self.data}:{self.split}: has {len(source.classes)} classes, and the model's head "
-                f"{model.head.classes}."
-            )
-        return source
-
-    def _results(self, source: Coco, place: int, found: Detections) -> list[dict[str, Any]]:
-        """What was found in an image, in COCO's format of results."""
-        from faster_coco_eval.core import mask as coco
-
-        rows = []
-        for i, (left, top, right, bottom) in enumerate(found.boxes.tolist()):
-            row = {
-                "image_id": source.annotations.image_ids[place],
-                "category_id": source.annotations.category_ids[int(found.classes[i])],
-                "bbox": [left, top, right - left, bottom - top],
-                "score": float(found.scores[i]),
-            }
-            if found.masks is not None:
-                drawn = np.asfortranarray(found.masks[i].cpu().numpy().astype(np.uint8))
-                runs = coco.encode(drawn)
-                row["segmentation"] = {"size": runs["size"], "counts": runs["counts"].decode()}
-            rows.append(row)
-        return rows
-
-    def _scores(
-        self, source: Coco, rows: list[dict[str, Any]], model: nn.Module, folder: Path
-    ) -> dict[str, float] | None:
-        """The numbers, on the main process alone, which writes the rows."""
-        if not distributed.is_main():
-            return None
-        path = folder / "detections" / f"{self.card.name}_{self.split}.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, rows)
-        kinds = ["box"]
-        if model.head.draws and source.annotations.has_masks:
-            kinds.append("mask")
-        scores = {"images": float(len(source))}
+    def _corrupted(
+        self, model: nn.Module, source: Source, truth: dict, place: Path, clean: dict[str, float]
+    ) -> dict[str, float]:
+        """The average precision under each corruption, their mean, and that relative to the clean one
+        (arXiv 1907.07484)."""
+        found: dict[str, float] = {}
+        kinds = [kind for kind in ("box", "mask") if f"{kind}_AP" in clean]
+        for name in self.corruptions:
+            for severity in self.severities:
+                change = makers.Corrupt(name, severity, "imagenet", self.textures)
+                where = f"corruption/{name}/{severity}"
+                metrics, _ = self._measured(model, source, truth, place / where, change)
+                found |= {f"{where}/{kind}_AP": metrics[f"{kind}_AP"] for kind in kinds}
+            for kind in kinds:
+                each = [found[f"corruption/{name}/{n}/{kind}_AP"] for n in self.severities]
+                found[f"corruption/{name}/{kind}_AP"] = fmean(each)
         for kind in kinds:
-            given = source.annotations.path, rows, kind
-            found = average_precision(*given, lvis=self.rules == "lvis")
-            absent = [name for name, value in found.items() if math.isnan(value)]
-            if absent:
-                logger.info("%s: no objects to find for %s_%s", self.data, kind, ", ".join(absent))
-            scores |= {f"{kind}_{name}": v for name, v in found.items() if name not in absent}
-        return scores
+            mean = fmean(found[f"corruption/{name}/{kind}_AP"] for name in self.corruptions)
+            found[f"{kind}_mPC"] = mean
+            if clean[f"{kind}_AP"] > 0:
+                found[f"{kind}_rPC"] = 100 * mean / clean[f"{kind}_AP"]
+        return found
 
 
 def _checked(soft: dict[str, Any]) -> dict[str, float]:
+    """The options of Soft-NMS. Raises ValueError for others."""
     if len(soft) != 1 or set(soft) - {"linear", "gaussian"}:
         raise ValueError(f"detection.soft: {soft!r} must be {{linear: …}} or {{gaussian: …}}.")
     ((name, value),) = soft.items()
@@ -153,16 +196,38 @@ def _checked(soft: dict[str, Any]) -> dict[str, float]:
     return {name: value}
 
 
-class Whole:
-    """A sample to {"image": uint8 [3, H, W], "size": of what is seen in it}, the whole image."""
+def _compared(
+    model: nn.Module, truth: dict, found: list[dict], annotated: bool
+) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
+    """(metrics, {"box": {class: AP}, …}); of masks where the head draws them and the data has some."""
+    metrics, classes = {}, {}
+    for kind in ("box", "mask") if model.head.draws and annotated else ("box",):
+        scored, classes[kind] = average_precision(truth, found, kind)
+        metrics |= scored
+    return metrics, classes
 
-    def __init__(self, canvas: tuple[int, int]):
-        self.canvas = canvas
 
-    def __call__(self, sample: dict[str, Any]) -> dict[str, Any]:
-        image = decode(sample["image"])
-        view = objects.whole(tuple(image.shape[-2:]), self.canvas)
-        return {
-            "image": objects.see(image, view, self.canvas),
-            "size": torch.tensor(view.size),
-        }
+def draw(source: Source, found: list[dict], count: int, change: Any = None):
+    """A sheet of some images, the same each time: what is found, beside what is annotated."""
+    numbers = {one["id"]: label for label, one in enumerate(source.categories)}
+    rows = []
+    for index in evenly(len(source), count):
+        sample = source[index]
+        picture = upright(sample["image"], sample["size"])
+        mine = [one for one in found if one["image_id"] == sample["image_id"]]
+        sure = [one for one in mine if one["score"] >= _SURE]
+        labels = torch.tensor([numbers[one["category_id"]] for one in sure], dtype=torch.int64)
+        texts = [f"{source.classes[label]} {one['score']:.2f}" for label, one in zip(labels, sure)]
+        boxes = torch.tensor([one["bbox"] for one in sure]).reshape(-1, 4)
+        boxes[:, 2:] += boxes[:, :2]
+        shapes = None
+        if sure and "segmentation" in sure[0]:
+            drawn = [masks.bitmap(one["segmentation"], *sample["size"]) for one in sure]
+            shapes = torch.from_numpy(np.array(drawn))
+        rows.append(
+            [
+                draw_objects(picture, boxes, labels, texts, shapes),
+                draw_truth(sample, source.classes),
+            ]
+        )
+    return sheet(rows, [f"found, score {_SURE} and above", "annotated"])

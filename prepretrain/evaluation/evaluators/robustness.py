@@ -6,7 +6,6 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -115,22 +114,9 @@ class Robustness(ProbeEvaluator):
         require(images is None or images >= 1, "robustness.images", images, "must be at least 1")
         self.sets = [self._set(name) for name in sets]
         self.official = None if official is None else _official(official)
-        self.corruptions = makers.NAMES if tuple(corruptions) == ("all",) else tuple(corruptions)
-        self.severities, self.table, self.textures = tuple(severities), table, None
-        for option, values in (("corruptions", self.corruptions), ("severities", self.severities)):
-            require(len(set(values)) == len(values), f"robustness.{option}", values, "repeats one")
-        require(bool(severities), "robustness.severities", severities, "must name one or more")
-        for name in self.corruptions:
-            for severity in self.severities:
-                makers.check(name, severity, table)
-        if "frost" in self.corruptions:
-            if frost is None:
-                raise ValueError(
-                    f"robustness.frost: corruption 'frost' needs a folder of {makers.FROST}, which "
-                    f"lie in ImageNet-C/create_c of github.com/hendrycks/robustness (Apache-2.0). "
-                    "Give it, or name the corruptions without frost."
-                )
-            self.textures = makers.frost_textures(frost)
+        self.corruptions = makers.chosen("robustness", corruptions, severities, table)
+        self.severities, self.table = tuple(severities), table
+        self.textures = makers.textures_of(self.corruptions, frost, "robustness")
         self.splits = ("train", "val") if classifier == "linear" else ("val",)
         self.zeroshot = None
         if classifier == "zeroshot":
@@ -274,25 +260,13 @@ class Robustness(ProbeEvaluator):
         for name in self.corruptions:
             each = []
             for severity in self.severities:
-                change = _Corrupt(name, severity, self.table, self.textures)
+                change = makers.Corrupt(name, severity, self.table, self.textures)
                 where = f"corruption/{name}/{severity}"
                 scores, labels = score(clean, f"{self.card.name}:val, {where}", change=change)
                 each.append(accuracy(scores, labels)["top1"])
                 found[f"{where}/top1"] = each[-1]
             tops[name] = found[f"corruption/{name}/top1"] = fmean(each)
         return found | {"mean_corruption_error": 100 - fmean(tops.values())}
-
-
-class _Corrupt:
-    """A change of features.extract's; a class, so that workers can pickle it."""
-
-    def __init__(self, name: str, severity: int, table: str, textures: list[np.ndarray] | None):
-        self.name, self.severity = name, severity
-        self.options = {"table": table, "textures": textures if name == "frost" else None}
-
-    def __call__(self, image: Tensor, random: Callable[[str], np.random.Generator]) -> Tensor:
-        generator = random(f"{self.name} {self.severity}")
-        return makers.corrupt(image, self.name, self.severity, generator, **self.options)
 
 
 def _official(name: str) -> Card:
