@@ -115,7 +115,6 @@ RANGES = {
     "evaluator.overlap": "(0, 1]",
     "evaluator.most": _COUNT,
     "evaluator.pictures": "[0, 1000]",
-    "evaluator.soft": "(0, inf)",
     "adapter.tokens": "[1, 1e6]",
     "adapter.rank": "[1, 1e6]",
     "adapter.alpha": "(0, inf)",

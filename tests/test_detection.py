@@ -214,7 +214,8 @@ def test_a_process_without_objects_trains_with_one_that_has_some(tmp_path):
 RUN = [
     "objective={name: detection, scale: [0.5, 1.5]}",
     "data.train=shapes",
-    f"model={{window: 2, global_blocks: 1, final_norm: false, positions: learned, head: {{name: mask_rcnn, classes: 2, {inline(HEAD)}}}}}",
+    "model={window: 2, global_blocks: 1, final_norm: false, positions: learned}",
+    f"model.head={{name: mask_rcnn, classes: 2, {inline(HEAD)}}}",
     "model.image_size=64",
     "model.drop_path=0.1",
     "optim.layer_decay=0.7",

@@ -182,7 +182,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_computed(tmp_path, grou
         ({"corruptions": ["rain"]}, "no corruption 'rain'"),
         ({"corruptions": ["frost"]}, "detection.frost"),
         ({"overlap": 2}, "evaluator.overlap"),
-        ({"soft": {"linear": -1}}, "evaluator.soft.linear: -1"),
+        ({"soft": {"linear": 0}}, "detection.soft.linear: 0.0 must be finite and above 0"),
     ):
         with pytest.raises(ValueError, match=message):
             plugin.build("evaluators", "detection", data=card, **options)

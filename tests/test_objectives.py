@@ -5,6 +5,7 @@ import math
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -13,6 +14,7 @@ from test_text import BPE
 from torch.testing import assert_close
 
 from prepretrain import plugin
+from prepretrain.data import boxes
 from prepretrain.data.card import open_data
 from prepretrain.data.random import Random
 from prepretrain.data.sources.base import Source
@@ -344,6 +346,7 @@ DECODER = {"decoder_depth": 1, "decoder_width": 32, "decoder_heads": 2}
 OBJECTIVES = {  # options of a small model, and of the objective
     "classify": ({"head": {"classes": 3}}, {}),
     "clip": (TEXTUAL, {}),
+    "detection": ({"head": {"name": "mask_rcnn", "classes": 2, "masks": False}}, {}),
     "feature_mae": ({}, {"teacher": "teacher", **DECODER}),
     "hashtag": ({}, {"vocabulary": "tags.json"}),
     "lit": (TEXTUAL, {}),
@@ -362,6 +365,8 @@ def test_every_objective_trains_on_changing_crops_and_is_validated_on_the_centre
     model, options = OBJECTIVES[name]
     objective = plugin.build("objectives", name, Model(encoder="vit_test8", **model), **options)
     scene = Synthetic(images=1, size=40, seed=0)[0] | {"hashtags": ["cat"], "label": 1}
+    scene |= {"boxes": np.ones((0, 4)), "classes": np.ones(0, int), "crowds": np.ones(0, bool)}
+    scene |= {"size": (40, 40)}
 
     def draws(train: bool) -> list[torch.Tensor]:
         made, randoms = objective.transform(train), [Random(0, n % 4, 0) for n in range(8)]
@@ -371,6 +376,8 @@ def test_every_objective_trains_on_changing_crops_and_is_validated_on_the_centre
     assert len({crop.numpy().tobytes() for crop in crops}) == 4
     assert all(torch.equal(crops[n], crops[n + 4]) for n in range(4))  # by the sample's randomness
     centre = resize_center_crop(decode(scene["image"]), 32)
+    if name == "detection":  # of which nothing is cut off
+        centre = boxes.fit((40, 40), 32).image(decode(scene["image"]))
     assert all(torch.equal(one, centre) for one in centres)
 
 

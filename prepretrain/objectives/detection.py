@@ -118,27 +118,34 @@ class Detection(Objective):
     def forward(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         """What `transform` made, as a batch, to the losses of proposals, boxes and masks, and their
         sum."""
-        model, bits = self.model, batch.get("bits")
-        annotated = []
-        for i, classes in enumerate(batch["classes"]):
-            real = where(classes >= 0, len(classes))
-            drawn = None if bits is None else bits[i, real]
-            annotated.append(Objects(batch["boxes"][i, real], classes[real], drawn))
+        model = self.model
         maps = model.read(model.normalise_padded(batch["image"], batch["size"]))
-        said = model.head(maps, batch["size"], annotated, batch["seed"])
+        said = model.head(maps, batch["size"], _annotated(batch), batch["seed"])
         parts = dict(zip(("anchor_class", "anchor_box"), losses.of_anchors(said.anchors)))
         for number, stage in enumerate(said.stages):
             behind = f"_{number + 1}" if len(said.stages) > 1 else ""
-            drawn = None
-            if self.federated is not None:
-                weights = self.weights.to(stage.classes.device)
-                given = stage.classes, weights, self.federated, batch["seed"][0] + number
-                drawn = losses.federated(*given)
+            drawn = self._drawn_classes(stage.classes, batch["seed"][0] + number)
             pair = losses.of_boxes(stage, model.head.sigmoid, drawn)
             parts |= zip((f"class{behind}", f"box{behind}"), pair)
         if said.masks is not None:
             parts["mask"] = losses.of_masks(said.masks)
         return {"loss": sum(parts.values())} | {k: v.detach() for k, v in parts.items()}
+
+    def _drawn_classes(self, classes: Tensor, seed: Tensor) -> Tensor | None:
+        """bool [classes], which are trained in this step; None for all."""
+        if self.federated is None:
+            return None
+        return losses.federated(classes, self.weights.to(classes.device), self.federated, seed)
+
+
+def _annotated(batch: dict[str, Any]) -> list[Objects]:
+    """The objects of each image, without what only fills the batch up."""
+    annotated, bits = [], batch.get("bits")
+    for i, classes in enumerate(batch["classes"]):
+        real = where(classes >= 0, len(classes))
+        masks = None if bits is None else bits[i, real]
+        annotated.append(Objects(batch["boxes"][i, real], classes[real], masks))
+    return annotated
 
 
 def repeat_factors(shown: list[list[int]], share: float) -> np.ndarray:

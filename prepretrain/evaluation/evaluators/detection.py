@@ -1,5 +1,6 @@
 """Average precision of a detector, on the images of a card with objects."""
 
+import math
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -8,6 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from prepretrain import plugin
 from prepretrain.data import masks
 from prepretrain.data.boxes import upright
 from prepretrain.data.census import draw_truth, require_objects
@@ -17,7 +19,7 @@ from prepretrain.data.subset import evenly, evenly_spaced
 from prepretrain.distributed import group as distributed
 from prepretrain.evaluation import corruptions as makers
 from prepretrain.evaluation.detection_metrics import average_precision, ground_truth
-from prepretrain.evaluation.evaluators.base import Evaluator, require
+from prepretrain.evaluation.evaluators.base import Evaluator
 from prepretrain.evaluation.feature_store import file_name
 from prepretrain.evaluation.features import fingerprint, state
 from prepretrain.evaluation.predictions import forget, predict
@@ -66,7 +68,7 @@ class Detection(Evaluator):
         threshold: float | None = None,
         overlap: float = 0.5,
         most: int | None = None,
-        soft: dict[str, float] | None = None,
+        soft: dict[str, Any] | None = None,
         images: int | None = None,
         pictures: int = 8,
         corruptions: tuple[str, ...] = (),
@@ -76,8 +78,7 @@ class Detection(Evaluator):
         workers: int = 0,
     ):
         super().__init__(data=data)
-        if soft is not None and (len(soft) != 1 or not soft.keys() <= {"linear", "gaussian"}):
-            require(False, "detection.soft", soft, "is {linear: …} or {gaussian: …}")
+        soft = None if soft is None else _checked(soft)
         self.split, self.splits = split, (split,)
         self.how = {"threshold": threshold, "overlap": overlap, "most": most, "soft": soft}
         self.images, self.pictures = images, pictures
@@ -182,6 +183,17 @@ class Detection(Evaluator):
             if clean[f"{kind}_AP"] > 0:
                 found[f"{kind}_rPC"] = 100 * mean / clean[f"{kind}_AP"]
         return found
+
+
+def _checked(soft: dict[str, Any]) -> dict[str, float]:
+    """The options of Soft-NMS. Raises ValueError for others."""
+    if len(soft) != 1 or set(soft) - {"linear", "gaussian"}:
+        raise ValueError(f"detection.soft: {soft!r} must be {{linear: …}} or {{gaussian: …}}.")
+    ((name, value),) = soft.items()
+    value = plugin.coerce(value, float, f"detection.soft.{name}")
+    if not 0 < value < math.inf:
+        raise ValueError(f"detection.soft.{name}: {value} must be finite and above 0.")
+    return {name: value}
 
 
 def _compared(

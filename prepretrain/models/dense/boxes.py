@@ -27,7 +27,7 @@ class Objects:
     bits: Tensor | None = None
 
 
-def anchors(size: int, stride: int, grid: tuple[int, int], device: torch.device) -> Tensor:
+def anchors(size: int, stride: float, grid: tuple[int, int], device: torch.device) -> Tensor:
     """[rows columns 3, 4]: at each place of a map a box of each ratio with an area of size x size,
     not rounded, as detectron2's are."""
     ratios = torch.tensor(_RATIOS, dtype=torch.float64)

@@ -65,7 +65,7 @@ class Proposer:
     def __init__(
         self,
         sizes: tuple[int, ...],
-        strides: list[int],
+        strides: list[float],
         candidates: tuple[int, int],
         proposals: tuple[int, int],
         sampled: int,

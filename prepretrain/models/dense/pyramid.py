@@ -10,7 +10,8 @@ from prepretrain.models.dense.layers import ChannelNorm, normed_conv, uniform
 
 
 class SimplePyramid(nn.Module):
-    """Maps at 4, 2, 1, 1/2 and 1/4 times the resolution of one map (ViTDet, arXiv 2203.16527, section 3)."""
+    """Maps at 4, 2, 1, 1/2 and 1/4 times the resolution of one map (ViTDet, arXiv 2203.16527, section
+    3)."""
 
     def __init__(self, width: int, channels: int):
         super().__init__()

@@ -103,7 +103,7 @@ class RCNN(Detector):
         super().__init__(encoder, classes, draws=masks, sigmoid=loss == "sigmoid")
         self.sampled_regions = sampled_regions
         base = encoder.stride
-        self.strides = [base // 4, base // 2, base, base * 2, base * 4]
+        self.strides = [base / 4, base / 2, base, base * 2, base * 4]
         if len(anchors) != len(self.strides):
             raise ValueError(
                 f"model.head.anchors: {list(anchors)} must be {len(self.strides)} sizes."

@@ -21,7 +21,7 @@ def levels(boxes: Tensor, count: int) -> Tensor:
     return (2 + (side / 224 + 1e-8).log2()).floor().clamp(0, count - 1).long()
 
 
-def pool(maps: list[Tensor], regions: list[Tensor], strides: list[int], cells: int) -> Tensor:
+def pool(maps: list[Tensor], regions: list[Tensor], strides: list[float], cells: int) -> Tensor:
     """Each region [n, 4] of each image out of the map that is for its size: float32 [R, C, cells,
     cells]. Aligned, with as many samples a cell as it has places."""
     boxes = torch.cat(regions)

@@ -3,11 +3,12 @@
 A head reads its encoder in one of two ways, which `Head.layers` states, and an objective or evaluator
 asks for a kind of head by its class:
 
-| kind | reads | gives |
-|---|---|---|
-| `Scores` | tokens [B, prefix + N, D] of the last layer: of an image, or of a clip, of which N only is larger | `scores(feature)` [B, C] |
-| `Dense` | maps, a list of [B, D, rows, columns], one for each block (stage) in `layers` | `forward(maps)`: a value for each place, as [B, C, rows', columns'] of classes (segmentation) or depths |
-| `Detector`, a `Dense` | the same, and the sizes of images within a padded batch | in training what losses are made of, else `Detections` |
+* `Scores` reads tokens [B, prefix + N, D] of the last layer: of an image, or of a clip, of which N alone
+  is larger (video). It gives `scores(feature)` [B, C].
+* `Dense` reads maps, a list of [B, D, rows, columns], one for each of the encoder's `layers`. It gives a
+  value for each place, as [B, C, rows', columns'] of classes (segmentation) or depths.
+* `Detector`, a `Dense`, takes the sizes of images within a padded batch, too. It gives what losses are
+  made of in training, else `Detections`.
 
 So a head never asks which encoder it is on: it is built on `encoder.width` and `encoder.stride`, and
 what it needs of it is `maps` among `encoder.takes`. `Model.read` gives a head what it reads.
