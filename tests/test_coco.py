@@ -12,8 +12,10 @@ from PIL import Image
 
 from prepretrain import plugin
 from prepretrain.data import census, long_json, masks
+from prepretrain.data.boxes import jittered
 from prepretrain.data.card import load_card
 from prepretrain.data.loader import Stream
+from prepretrain.data.random import Random
 from prepretrain.data.subset import Subset
 from prepretrain.data.transforms import BadImage
 
@@ -160,7 +162,7 @@ def damage(kind: str, index: int, **changes):
         (damage("annotations", 0, category_id="5"), "image 30, annotation 7: .*'5' is no whole"),
         (damage("annotations", 0, image_id=31), "image 31, annotation 7: its image id 31 is not"),
         (damage("annotations", 0, id=3), "annotation id 3 stands for several"),
-        (damage("annotations", 0, id=1 << 70), "OverflowError"),
+        (damage("annotations", 0, id=1 << 70), "annotation 1180591620717411303424: .*64 bits"),
         (damage("images", 0, id=10), "image id 10 stands for 30.png and for 10.png"),
         (damage("images", 0, file_name="10.png"), "names '10.png' twice"),
         (damage("images", 0, file_name="../10.png"), "'../10.png' lies outside"),
@@ -383,3 +385,58 @@ def test_the_check_of_a_card_prints_the_counts_and_writes_a_sheet(tmp_path, monk
     said = capsys.readouterr().out
     assert "3 images, 1 without an object\n2 objects, of 2 of 2 classes\n1 crowds" in said
     assert "0 images are bad" in said and out.stat().st_size
+
+
+VALUES = [None, True, -1, 0, 7, 1 << 70, 1e308, float("nan"), float("-inf"), 0.5, "", "x", "5"]
+VALUES += [[], [1], [[]], [["a"]], {}, {"size": 1}, {"size": [24, 32], "counts": [768]}, "\ud800"]
+
+
+def damaged(said: dict, rng: np.random.Generator) -> bytes:
+    """A file of which one value is another, one is gone, or some bytes are others."""
+    kind = rng.integers(3)
+    if kind < 2:
+        one = said
+        while isinstance(one, (dict, list)) and one:
+            keys = list(one) if isinstance(one, dict) else list(range(len(one)))
+            key = keys[rng.integers(len(keys))]
+            if not isinstance(one[key], (dict, list)) or rng.random() < 0.3:
+                break
+            one = one[key]
+        if isinstance(one, (dict, list)) and one:
+            if kind:
+                del one[key]
+            else:
+                one[key] = VALUES[rng.integers(len(VALUES))]
+    content = bytearray(json.dumps(said, ensure_ascii=bool(rng.random() < 0.5)).encode())
+    if kind == 2:
+        for place in rng.integers(len(content), size=rng.integers(1, 4)):
+            content[place] = rng.integers(256)
+        content = content[: rng.integers(1, len(content) + 1)] if rng.random() < 0.3 else content
+    return bytes(content)
+
+
+@pytest.mark.parametrize("count", [400, pytest.param(20_000, marks=pytest.mark.faults)])
+def test_a_damaged_file_is_refused_by_its_name_or_each_image_is_read_or_bad(tmp_path, count):
+    path = write(tmp_path, content())
+    coded = pytest.importorskip("faster_coco_eval.core.mask")
+    assert coded
+    outcomes = {"refused": 0, "read": 0, "bad": 0}
+    for number in range(count):
+        try:
+            path.write_bytes(damaged(content(), np.random.default_rng(number)))
+        except UnicodeEncodeError:  # half a pair of UTF-16, which no file holds
+            continue
+        try:
+            source = plugin.build("sources", "coco", path=str(tmp_path), listing=str(path))
+        except ValueError as error:
+            assert "objects.json" in str(error), (number, error)
+            outcomes["refused"] += 1
+            continue
+        for index in range(len(source)):
+            try:
+                sample = source[index] | {"random": Random(0, 0, index)}
+                jittered(sample, 32)
+                outcomes["read"] += 1
+            except BadImage:
+                outcomes["bad"] += 1
+    assert all(outcomes.values())

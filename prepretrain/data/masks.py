@@ -67,10 +67,10 @@ def _text(counts: bytes | str) -> str:
 
 def _check_polygon(polygon: Any, farthest: int) -> None:
     try:
-        points = np.asarray(polygon, dtype=np.float64)
+        points = np.asarray(polygon)
     except (ValueError, TypeError) as error:
         raise ValueError(f"{_short(polygon)} is no polygon: {error}") from error
-    if points.ndim != 1 or len(points) % 2:
+    if points.ndim != 1 or len(points) % 2 or points.dtype.kind not in "iuf":
         raise ValueError(f"{_short(polygon)} is no polygon [x, y, x, y, …]")
     if len(points) < 6:
         raise ValueError(f"a polygon has {len(points) // 2} points, and needs three")

@@ -198,8 +198,9 @@ def _named(one: Any) -> str:
 
 
 def _whole(value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or value != int(value):
-        raise ValueError(f"{value!r} is no whole number")
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not number or not abs(value) < 1 << 63 or value != int(value):
+        raise ValueError(f"{value!r} is no whole number of 64 bits")
     return int(value)
 
 
@@ -296,6 +297,8 @@ def _image(one: Any, file: str) -> tuple[int, str, tuple[int, int], Any, Any]:
         number, size = _whole(one["id"]), (_whole(one["height"]), _whole(one["width"]))
         name = one.get("file_name") or "/".join(one["coco_url"].split("/")[-2:])
         name.startswith("/")
+        lists = [one.get(f"{key}_category_ids") for key in ("neg", "not_exhaustive")]
+        lists = [given if given is None else [_whole(label) for label in given] for given in lists]
     except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as why:
         said = f"lacks {why}" if isinstance(why, KeyError) else f"{type(why).__name__}: {why}"
         called = one.get("id") if isinstance(one, dict) else str(one)[:60]
@@ -305,7 +308,6 @@ def _image(one: Any, file: str) -> tuple[int, str, tuple[int, int], Any, Any]:
             f"{file}: image {number}: its height and width are {size}; they must lie in 1 to "
             f"{MAX_SIDE:,}."
         )
-    lists = (one.get(f"{key}_category_ids") for key in ("neg", "not_exhaustive"))
     return number, name.lstrip("/"), size, *lists
 
 
