@@ -63,6 +63,8 @@ def _step(parameter: Tensor, state: dict[str, Any], group: dict[str, Any]) -> No
     gradient, momentum, rate = parameter.grad, group["momentum"], group["lr"]
     if "momentum" not in state:
         state["momentum"] = torch.zeros_like(gradient)
+        state["step"] = torch.zeros((), device=gradient.device)  # which torch's AdamW looks for
+    state["step"] += 1
     state["momentum"].lerp_(gradient, 1 - momentum)
     step = orthogonal(whole(gradient.lerp(state["momentum"], momentum))).to(parameter.dtype)
     if isinstance(parameter, DTensor):
