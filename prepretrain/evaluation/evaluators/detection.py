@@ -19,7 +19,7 @@ from prepretrain.data.subset import evenly, evenly_spaced
 from prepretrain.distributed import group as distributed
 from prepretrain.evaluation import corruptions as makers
 from prepretrain.evaluation.detection_metrics import average_precision, ground_truth
-from prepretrain.evaluation.evaluators.base import Evaluator
+from prepretrain.evaluation.evaluators.base import Evaluator, decoding
 from prepretrain.evaluation.feature_store import file_name
 from prepretrain.evaluation.features import fingerprint, state
 from prepretrain.evaluation.predictions import forget, predict
@@ -49,12 +49,12 @@ class Detection(Evaluator):
     corruptions    of evaluation/corruptions.py, done to the images as they are; [all] takes all 19
     severities     theirs
     frost          the folder of the published textures, which corruption frost needs
-    feature_batch  images at once a process;  workers: decoding processes
+    feature_batch  images at once a process;  workers: as data.workers
 
     Results are `box_AP`, `box_AP50`, `box_AP75`, `box_APs`, … and the same of `mask`, in percent;
-    `fps`, images a second of one process, but not within a training; of corruptions `corruption/fog/3/box_AP`, the mean over the
-    severities `corruption/fog/box_AP`, that over all `box_mPC`, and `box_rPC`, its share of the clean
-    `box_AP` in percent. The folder `predictions/` of the run gets detections.json, in COCO's form of
+    `fps`, images a second of one process, but not within a training; of corruptions
+    `corruption/fog/3/box_AP`, the mean over the severities `corruption/fog/box_AP`, that over all
+    `box_mPC`, and `box_rPC`, its share of the clean `box_AP` in percent. The folder `predictions/` of the run gets detections.json, in COCO's form of
     results, classes.json, with the AP of each class, and the sheet.
     """
 
@@ -75,14 +75,14 @@ class Detection(Evaluator):
         severities: tuple[int, ...] = makers.SEVERITIES,
         frost: str | None = None,
         feature_batch: int = 1,
-        workers: int = 0,
+        workers: int | None = None,
     ):
         super().__init__(data=data)
         soft = None if soft is None else _checked(soft)
         self.split, self.splits = split, (split,)
         self.how = {"threshold": threshold, "overlap": overlap, "most": most, "soft": soft}
         self.images, self.pictures = images, pictures
-        self.feature_batch, self.workers = feature_batch, workers
+        self.feature_batch, self.workers = feature_batch, decoding(workers)
         self.corruptions = makers.chosen("detection", corruptions, severities, "imagenet")
         self.severities = tuple(severities)
         self.textures = makers.textures_of(self.corruptions, frost, "detection")
