@@ -203,7 +203,7 @@ def test_randaugment_at_magnitude_10_posterizes_to_black():
     "overrides, message",
     [
         (["model.head.classes=4"], "model.head.classes: 4, and the card 'colours' has 3"),
-        (["model.head.classes=1"], "model.head.classes: 1 must be at least 2"),
+        (["model.head.classes=1"], "model.head.classes: 1 leaves nothing to tell apart; take 2"),
         (["objective.augment=autoaugment"], "must be a RandAugment, as rand-m9-mstd0.5-inc1"),
         (
             ["objective={name: mae, decoder_depth: 1}"],

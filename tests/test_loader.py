@@ -16,6 +16,7 @@ from prepretrain.data.loader import Stream, evaluation_batches
 from prepretrain.data.order import Order, permute
 from prepretrain.data.random import Random
 from prepretrain.data.sources.base import Source
+from prepretrain.data.subset import Subset
 from prepretrain.data.transforms import BadImage
 
 
@@ -475,7 +476,8 @@ class Boxed:
 @pytest.mark.parametrize("objects", [(2, 0, 3, 1), (0, 0, 0, 0)])
 @pytest.mark.parametrize("workers", [0, 1])
 def test_images_boxes_and_masks_of_different_sizes_are_padded_to_the_largest(objects, workers):
-    (batch,) = evaluation_batches(Numbers(4), Boxed(objects), batch_size=4, workers=workers)
+    twice = Subset(Numbers(4), [*range(4), *range(4)])  # workers do not start for one batch
+    batch, _ = evaluation_batches(twice, Boxed(objects), batch_size=4, workers=workers)
     longest = max(1, *objects)
     assert batch["image"].shape == (4, 3, 7, 9) and batch["image"].dtype == torch.uint8
     assert batch["image"].is_contiguous(memory_format=torch.channels_last)

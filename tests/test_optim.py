@@ -182,4 +182,4 @@ def test_muon_makes_steps_of_matrices_orthogonal_and_adamw_takes_the_others(shap
     left, _, right = torch.linalg.svd(-matrix.grad, full_matrices=False)
     turned = left.T @ matrix.detach() @ right.T  # diagonal in the gradient's singular vectors
     assert (turned - turned.diag().diag()).norm() < 0.05 * turned.norm()
-    assert set(muon.state[matrix]) == {"momentum"}
+    assert set(muon.state[matrix]) == {"momentum", "step"}

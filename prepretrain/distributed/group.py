@@ -67,9 +67,14 @@ def _met() -> tuple[dist.Store, int, int]:
 
 
 def _of_each(text: list[str], store: dist.Store, number: int, count: int) -> list[list[str]]:
-    """What each process says, by a store, in order of rank."""
+    """What each process says, by a store, in order of rank; no process leaves before all have read
+    it, since one of them holds the store and may end of what it reads."""
     store.set(f"said by {number}", json.dumps(text))
-    return [json.loads(store.get(f"said by {other}")) for other in range(count)]
+    said = [json.loads(store.get(f"said by {other}")) for other in range(count)]
+    store.set(f"read by {number}", "")
+    if number == 0:
+        store.wait([f"read by {other}" for other in range(count)])
+    return said
 
 
 def on_gpu() -> bool:
