@@ -133,7 +133,7 @@ DEEP = {
     "finetune": (["model.encoder=vit_test8", "model.depth=12", "data.train=cifar10"], 1, 1),
     "mae": (["base=[]", "model.encoder=vit_test8", "model.depth=24"], 4, 1),
 }
-QUICK = [("wsp", "block"), ("finetune", "none"), ("mae", "offload")]
+QUICK = [("wsp", "block"), ("finetune", "none")]
 REST = [(stage, how) for stage in DEEP for how in ("none", "block", "offload")]
 REST = [pytest.param(*pair, marks=pytest.mark.faults) for pair in REST if pair not in QUICK]
 

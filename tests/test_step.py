@@ -227,7 +227,12 @@ def tensors(folder: str) -> list[dict]:
     return [{name: get(name) for name in names} for names, get, _ in opened]
 
 
-@pytest.mark.parametrize("name", LATE)
+SLOW = ("plain", "skipped")  # of which the others and two processes have what matters most
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(k, marks=[pytest.mark.faults] if k in SLOW else []) for k in LATE]
+)
 def test_a_run_whose_figures_are_read_a_step_late_is_the_same(name, place, group, monkeypatch):
     train("runs/once", *LATE[name])
     monkeypatch.setattr(loop, "_reads_late", lambda: True)
