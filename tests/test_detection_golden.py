@@ -254,7 +254,9 @@ def objects_of(dims: dict, tensors: dict, prefix: str = "gt") -> list[Objects]:
     for i in range(scalar(dims, "images")):
         drawn = unpacked(tensors, f"{prefix}.{i}.masks_packed", size)
         box, classes = tensors[f"{prefix}.{i}.boxes"], tensors[f"{prefix}.{i}.classes"]
-        found.append(Objects(box, classes, masks.pack(drawn)))
+        found.append(
+            Objects(box, classes, torch.from_numpy(numpy.packbits(drawn.numpy(), axis=-1)))
+        )
     return found
 
 

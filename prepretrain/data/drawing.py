@@ -38,7 +38,7 @@ def draw_objects(
         small = F.interpolate(masks[wide][:, None].to(torch.uint8), size, mode="nearest")[:, 0]
         for mask, colour in zip(
             small.bool(), colours
-        ):  # together, they would be black where two are
+        ):  # together they would be black where two are
             picture = draw_segmentation_masks(picture, mask, alpha=0.45, colors=[colour])
     return draw_bounding_boxes(
         picture,

@@ -11,6 +11,12 @@ _ROUNDS = 8
 _BITS = 24  # of the fraction in fixed-point numbers of slots
 
 
+def repeat_factor(shares: np.ndarray, threshold: float) -> np.ndarray:
+    """How often an image of a class is to come in an epoch, by the share of all images that have the
+    class: max(1, sqrt(threshold / share)) (LVIS, arXiv 1908.03195, appendix B.2)."""
+    return np.maximum(1, np.sqrt(threshold / shares))
+
+
 class Order:
     """position -> (epoch, index, copy): every epoch holds each image once, in an order of its own.
 

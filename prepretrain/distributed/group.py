@@ -135,7 +135,7 @@ def say_kinds(gpus: list[list[str]]) -> None:
 def machine() -> tuple[int | None, int]:
     """The bytes of memory of the smallest GPU, None on the CPU; and how many processes share a machine.
     All call it together."""
-    own = torch.cuda.get_device_properties(device()).total_memory if on_gpu() else None
+    own = memory()
     seen = all_gather_object((socket.gethostname(), own))
     here = min(Counter(name for name, _ in seen).values())
     return None if own is None else min(size for _, size in seen), here

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from prepretrain import plugin
 from prepretrain.data import boxes
+from prepretrain.data.order import repeat_factor
 from prepretrain.losses import detection as losses
 from prepretrain.models.dense.boxes import Objects, where
 from prepretrain.models.heads.base import Detector
@@ -149,11 +150,10 @@ def _annotated(batch: dict[str, Any]) -> list[Objects]:
 
 
 def repeat_factors(shown: list[list[int]], share: float) -> np.ndarray:
-    """How often each image comes, by the classes that it shows: the most of those of its classes,
-    sqrt(share / the share of images with the class), at least 1; 0 without any (LVIS, arXiv
-    1908.03195, appendix)."""
+    """How often each image comes: the most that one of the classes it shows asks for; 0 without
+    any."""
     counts = np.bincount([c for one in shown for c in set(one)])
-    factors = np.sqrt(share * len(shown) / np.maximum(counts, 1)).clip(min=1)
+    factors = repeat_factor(np.maximum(counts, 1) / len(shown), share)
     return np.array([factors[list(one)].max() if one else 0.0 for one in shown])
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from prepretrain.data import rarest
 from prepretrain.data.batch import Ragged
 from prepretrain.data.card import data_folder
+from prepretrain.data.order import repeat_factor
 from prepretrain.data.transforms import BadImage, Size
 from prepretrain.data.vocabulary import Vocabulary
 from prepretrain.losses.sparse import sparse_cross_entropy
@@ -79,8 +80,7 @@ class Hashtag(Objective):
         """Never for an image without a known tag. With `resample` t, the most that one of its tags
         c asks for: max(1, sqrt(t / f(c))), where a share f(c) of all images has it.
 
-        This is the repeat factor of LVIS (arXiv 1908.03195, appendix B.2), which is in the spirit of
-        SWAG's resampling; MAWS's own law is not published. The tags are read from the data once.
+        This is the repeat factor of LVIS, which is in the spirit of SWAG's resampling; MAWS's own law is not published. The tags are read from the data once.
         """
         tags = rarest.read(self.path, self.vocabulary, source)
         known = tags >= 0
@@ -91,8 +91,7 @@ class Hashtag(Objective):
         if self.resample is None:
             return known.astype(np.float64) if untagged else None
         share = np.array(self.vocabulary.counts) / self.vocabulary.images
-        factor = np.maximum(1, np.sqrt(self.resample / share))
-        return np.where(known, factor[tags], 0)
+        return np.where(known, repeat_factor(share, self.resample)[tags], 0)
 
     def transform(self, train: bool) -> Callable[[dict[str, Any]], dict[str, Any]]:
         """A random resized crop and flip (a centre crop for validation), and the ids of the known

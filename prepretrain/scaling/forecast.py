@@ -1,6 +1,6 @@
 """What larger runs would give, said by the smaller ones and graded on runs that were made."""
 
-from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -48,15 +48,14 @@ def grade(table: Table, values: np.ndarray, *, falls: bool) -> dict[str, Any]:
     beyond = law.beyond(asked, FACTOR)
     if beyond:
         raise laws.TooFew(f"the runs held out lie too far out: {beyond}.")
-    rules: dict[str, Callable[[], np.ndarray]] = {
-        "law": lambda: law.draw(asked),
-        "last value": lambda: _last(known, values[~held], asked),
-        "linear in logarithms": lambda: _plane(known, values[~held], asked),
+    said = {
+        "law": law.draw(asked),
+        "last value": _last(known, values[~held], asked),
+        "linear in logarithms": _plane(known, values[~held], asked),
     }
     truth = values[held]
     scores = {}
-    for name, rule in rules.items():
-        draws = rule()
+    for name, draws in said.items():
         low, high = interval(draws)
         scores[name] = {
             "crps": float(crps(draws, truth).mean()),
@@ -83,7 +82,7 @@ def _last(known: Table, values: np.ndarray, asked: Table) -> np.ndarray:
     """[draws, runs] the value of the next smaller run, with the errors that the same rule has among
     the known runs."""
     axes = _axes(known)
-    inside, outside = laws._logs(known, axes), laws._logs(asked, axes)
+    inside, outside = laws.logs(known, axes), laws.logs(asked, axes)
     before = [_nearest(inside, inside[:, i]) for i in range(len(known))]
     errors = np.array([values[i] - values[b] for i, b in enumerate(before) if b is not None])
     chosen = [_nearest(inside, outside[:, i]) for i in range(len(asked))]
@@ -98,7 +97,7 @@ def _plane(known: Table, values: np.ndarray, asked: Table) -> np.ndarray:
     axes = _axes(known)
 
     def design(table: Table) -> np.ndarray:
-        return np.vstack([np.ones(len(table)), laws._logs(table, axes)]).T
+        return np.vstack([np.ones(len(table)), laws.logs(table, axes)]).T
 
     inside, outside = design(known), design(asked)
     solution = np.linalg.lstsq(inside, values, rcond=None)[0]
@@ -133,7 +132,8 @@ def moves(
     for axis in law.shape.axes:
         reach = factor * law.largest[axis] / float(getattr(start, axis)[0])
         grown = min(multiple, reach)
-        after = law.draw(_grown(start, axis, grown), noise=False)
+        larger = replace(start, **{axis: getattr(start, axis) * grown})
+        after = law.draw(larger, noise=False)
         gain = (now - after if falls else after - now)[:, 0]
         low, high = interval(gain[:, None])[:, 0]
         found.append(
@@ -148,7 +148,3 @@ def moves(
             }
         )
     return sorted(found, key=lambda move: -move["gain"])
-
-
-def _grown(table: Table, axis: str, times: float) -> Table:
-    return Table(**{**table.__dict__, axis: getattr(table, axis) * times})

@@ -126,7 +126,7 @@ class Law:
         return None
 
     def _x(self, table: Table) -> np.ndarray:
-        return _logs(table, self.shape.axes) - self.centre[:, None]
+        return logs(table, self.shape.axes) - self.centre[:, None]
 
 
 def fit(
@@ -157,9 +157,9 @@ def fit(
             f"{len(table)} runs for a law with {shape.size} parameters over {', '.join(axes)}; it "
             f"needs {shape.size + 2}."
         )
-    logs = _logs(table, axes)
-    centre, y = logs.mean(1), sign * values
-    x = logs - centre[:, None]
+    x, y = logs(table, axes), sign * values
+    centre = x.mean(1)
+    x = x - centre[:, None]
     middle, width = _prior(shape, y)
     rng, noise = np.random.default_rng(seed), max(0.1 * np.std(y), 1e-12)
     start, found = middle, None
@@ -170,7 +170,7 @@ def fit(
         )
         start = found.x
         error = shape.values(found.x, x) - y
-        # of the middle half, as some runs may be of another kind; with what fitting took away
+        # with what fitting took away
         taken = np.sqrt(len(y) / max(len(y) - shape.size, 1))
         noise = max(np.sqrt((error**2).mean()) * taken, 1e-4 * np.std(y), 1e-12)
     covariance = np.linalg.pinv(found.jac.T @ found.jac)
@@ -211,7 +211,8 @@ def varied(table: Table) -> tuple[str, ...]:
     return several if max(levels.values()) >= LEVELS else ()
 
 
-def _logs(table: Table, axes: tuple[str, ...]) -> np.ndarray:
+def logs(table: Table, axes: tuple[str, ...]) -> np.ndarray:
+    """[axes, runs] the logarithms of some axes."""
     return np.log(np.stack([getattr(table, axis) for axis in axes]))
 
 

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -133,7 +134,7 @@ def saturation(table: Table, values: np.ndarray, *, falls: bool) -> dict[str, An
         gain = (values[own][last] - law.floor()) * (1 if falls else -1)
         low, high = forecast.interval(gain[:, None])[:, 0]
         models[name] = {"left": float(np.median(gain)), "low": float(low), "high": float(high)}
-    return {"change_point": change.__dict__, "left_at_most_data": models}
+    return {"change_point": asdict(change), "left_at_most_data": models}
 
 
 def _best_lengths(table: Table, values: np.ndarray, falls: bool) -> np.ndarray:

@@ -31,10 +31,8 @@ class Ledger:
         self.batch_size, self.max_bad = batch_size, max_bad
         self.meter = Meter(batch_size)
         self.before = metrics.seconds if distributed.is_main() else 0.0
-        self.count, self.mine = (
-            0,
-            [],
-        )  # images replaced that others do not know of yet: all, and here
+        # images replaced that others do not know of yet: all, and here
+        self.count, self.mine = 0, []
 
     def note(
         self, step: int, rate: float, agreed: Agreed, replaced: list[dict], event: str | None

@@ -25,9 +25,8 @@ from prepretrain.evaluation.features import fingerprint, state
 from prepretrain.evaluation.predictions import forget, predict
 from prepretrain.files import write_json
 
-_VERSION = (
-    1  # of how an image becomes detections, weights and options apart: raise it with a change
-)
+# of how an image becomes detections, weights and options apart: raise it with a change
+_VERSION = 1
 _SURE = 0.5  # not from the paper: the least score of what is drawn
 _COCO = {"threshold": 0.05, "most": 100}  # ViTDet's, by detectron2's configs of COCO and LVIS
 _LVIS = {"threshold": 0.02, "most": 300}

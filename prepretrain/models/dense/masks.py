@@ -12,15 +12,9 @@ from prepretrain.models.dense.boxes import clip, usable, without_numbers
 from prepretrain.models.heads.base import Detections
 
 
-def pack(masks: Tensor) -> Tensor:
-    """bool [G, H, W] to uint8 [G, H, ceil(W / 8)], as numpy.packbits along the rows."""
-    padded = F.pad(masks.to(torch.uint8), (0, -masks.shape[-1] % 8))
-    weights = 1 << torch.arange(7, -1, -1, device=masks.device)
-    return (padded.unflatten(-1, (-1, 8)) * weights).sum(-1).to(torch.uint8)
-
-
 def unpack(bits: Tensor) -> Tensor:
-    """What `pack` made, to uint8 [G, H, a multiple of 8] of 0 and 1."""
+    """uint8 [G, H, ceil(W / 8)], numpy's packbits of each row, to uint8 [G, H, a multiple of 8] of 0
+    and 1."""
     return ((bits[..., None] >> torch.arange(7, -1, -1, device=bits.device)) & 1).flatten(-2)
 
 
