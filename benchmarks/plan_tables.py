@@ -32,7 +32,8 @@ have not been run). Not simulated: torch.compile, the allocator's rounding and
 fragmentation, the memory of CUDA, NCCL and cuBLAS; for those a tenth of a GPU is left free.
 
 A step takes as long as the slowest of computing, of its memory and of the network, as if a GPU did all three at
-the same time: "limited by" says which. The rates are a DGX H100's, by NVIDIA's data sheets: 989 TFLOP/s (dense
+the same time: "limited by" says which. The rates are a DGX H100's as remembered of its
+data sheets, which were not looked up: 989 TFLOP/s (dense
 bf16), 3,350 GB/s of memory, 450 GB/s to the other GPUs of a node of eight, 50 GB/s of each GPU to other nodes. Of the
 first 40 % are taken to be reached, recomputed FLOPs included, of the others 80 %: both are assumptions, not from
 the paper. Memory is that of operations each by itself, as without torch.compile. What a step does after

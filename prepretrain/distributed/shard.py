@@ -66,8 +66,9 @@ def shard(
     group: processes that share one copy of the parameters; 1 replicates, None (or more than there
     are) shards over all of them, a number between shards within a group and replicates across
     groups. reshard: free a unit's gathered parameters after its forward pass, and gather them again for
-    the backward pass; False keeps them until then. recompute: keep every activation; or recompute each block's in the backward pass; or
-    keep each block's input in host memory and recompute the rest. Raises ValueError for a group
+    the backward pass; False keeps them until then. recompute: keep every activation; or recompute
+    each block's in the backward pass; or keep each block's input in host memory and recompute the
+    rest. Raises ValueError for a group
     that does not divide the processes, or a parameter outside of any child.
     """
     if distributed.device().type == "cpu" and precision == "bf16" and not _has_bf16():

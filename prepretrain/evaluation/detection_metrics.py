@@ -62,8 +62,8 @@ def average_precision(
     of detections in COCO's form of results.
 
     By LVIS's rules, with "box_APr", "box_APc" and "box_APf" of rare, common and frequent categories,
-    where the ground truth is in its form: then the best 300 detections of an image are counted. What no object of the ground
-    truth stands for has no entry.
+    where the ground truth is in its form: then the best 300 detections of an image are counted. What
+    no object of the ground truth stands for has no entry.
     """
     plugin.require("faster_coco_eval", "detection", "average precision")
     from faster_coco_eval import COCO, COCOeval_faster

@@ -55,7 +55,8 @@ class Plan:
     built on meta.
 
     counted: the images of an epoch, once the data are open; before, those that the card declares
-    are taken. shards: how many the open data lie in, and how many of them stay open. Raises ValueError for whatever in the config cannot work.
+    are taken. shards: how many the open data lie in, and how many of them stay open.
+    Raises ValueError for whatever in the config cannot work.
     """
 
     config: Training
