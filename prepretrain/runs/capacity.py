@@ -26,8 +26,8 @@ REACHED = 0.8
 
 @dataclass(frozen=True)
 class Machine:
-    """What GPUs can do, and how they are connected; by default an H100 SXM in a DGX H100, by NVIDIA's
-    data sheets of both. Rates are in 10⁹ bytes a second, one way.
+    """What GPUs can do, and how they are connected; by default an H100 SXM in a DGX H100, as remembered
+    of the data sheets of both. Rates are in 10⁹ bytes a second, one way.
 
     gigabytes: a GPU's memory, in 10⁹ bytes. tflops: its peak, dense bf16. mfu: the share of it at
     which the step's FLOPs run, recomputed ones included. bandwidth: of its memory. per_node: GPUs in
