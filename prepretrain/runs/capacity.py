@@ -153,7 +153,7 @@ def estimate(
             for one in step.collectives
         ],
         "traffic_bytes": step.traffic,
-        **plan.size(),
+        **plan.size,
         "training_flops_per_image": round(step.flops * gpus / config.batch_size),
         "seconds": seconds,
         "seconds_per_step": max(seconds.values()),

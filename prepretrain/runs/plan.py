@@ -258,8 +258,10 @@ class Plan:
             raise ValueError("checkpoint.best: nothing is measured. Name one in `evaluators`.")
         return built
 
+    @cached_property
     def size(self) -> dict[str, int]:
-        """{"encoder_parameters" (no head, no decoder), "parameters", "flops_per_image"}."""
+        """{"encoder_parameters" (no head, no decoder), "parameters", "flops_per_image": those of one
+        image's forward pass through the objective, 2 for a multiply-add, attention included}."""
         count = {
             name: sum(p.numel() for p in part.parameters())
             for name, part in (
@@ -267,12 +269,7 @@ class Plan:
                 ("parameters", self.objective),
             )
         }
-        return {**count, "flops_per_image": self.flops()}
-
-    def flops(self) -> int:
-        """FLOPs of one image's forward pass through the objective, 2 for a multiply-add, attention
-        included."""
-        return forward_flops(build_objective(self.config))
+        return {**count, "flops_per_image": forward_flops(build_objective(self.config))}
 
     @cached_property
     def state_tensors(self) -> int:
@@ -351,7 +348,7 @@ class Plan:
 
     def told(self) -> str:
         """What a run will be, for a person to read before it is started."""
-        config, schedule, size = self.config, self.schedule, self.size()
+        config, schedule, size = self.config, self.schedule, self.size
         split, described = self.data
         seen = schedule.steps * config.batch_size
         classes = len(described.classes) if described.classes else 0

@@ -257,7 +257,7 @@ def _export(model: Model, folder: Path, name: str) -> None:
 
 def _finish(plan: Plan, folder: Path) -> None:
     _export(plan.objective.model, folder, "export")
-    results.add(folder, {"images": plan.schedule.steps * plan.config.batch_size, **plan.size()})
+    results.add(folder, {"images": plan.schedule.steps * plan.config.batch_size, **plan.size})
     logger.info("%s: done. Its weights: %s", folder, folder / "export" / "model.safetensors")
 
 
@@ -350,21 +350,30 @@ def _check_unchanged(config: Training, folder: Path) -> None:
         )
 
 
-def check(config: Training | Evaluating, folder: Path, world: int) -> Plan | None:
-    """Checks all that a start would, without a device; a training run's plan. Raises ValueError."""
+def check(config: Training | Evaluating, folder: Path, world: int) -> None:
+    """Checks all that a start would, without a device. Raises ValueError."""
     if isinstance(config, Evaluating):
         _, evaluator = evaluator_of(config)
         open_weights(config.init)
         evaluator.open_data()
-        return None
+    else:
+        _opened(_planned(config, folder, world))
+
+
+def _planned(config: Training, folder: Path, world: int) -> Plan:
     config = with_model_options(config, folder)
     _check_unchanged(config, folder)
-    plan, *_ = Plan(config, world).open_data()
+    return Plan(config, world)
+
+
+def _opened(plan: Plan) -> Plan:
+    """The plan with its data, and everything checked that it starts from and measures."""
+    plan, *_ = plan.open_data()
     plan.open_validation()
     plan.check_durations()
     plan.always()
     plan.branch_point()
-    for module, found in starting(config, plan.objective):
+    for module, found in starting(plan.config, plan.objective):
         weights.check(module, found)
     for _, _, evaluator in plan.evaluators():
         evaluator.open_data()
@@ -395,18 +404,17 @@ def dry_run(config: Training | Evaluating, folder: Path, stage: str, world: int)
             "encoder_parameters": sum(p.numel() for p in encoder.parameters()),
             "data": data,
         }
-    data = "checked"
+    plan, data = _planned(config, folder, world), "checked"
     try:
-        plan = check(config, folder, world)
+        plan = _opened(plan)
     except card.MissingData as error:
-        plan = Plan(with_model_options(config, folder), world)
         if plan.schedule is None:
             raise
         data = _NOT_HERE.format(error)
     return {
         "stage": stage,
         "encoder": plan.config.model["encoder"],
-        **plan.size(),
+        **plan.size,
         "steps": plan.schedule.steps,
         "images": plan.schedule.steps * config.batch_size,
         "accumulate": plan.accumulate,
