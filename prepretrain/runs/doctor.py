@@ -107,7 +107,7 @@ def _space(place: Path, plan: Plan | None) -> Check:
     need, of = _FREE_GIB, "not knowing the model"
     if plan is not None:
         # weights and the optimizer's state in float32; one more is written before an old one goes
-        state = plan.size()["parameters"] * 4 * (1 + plan.state_tensors) / 2**30
+        state = plan.size["parameters"] * 4 * (1 + plan.state_tensors) / 2**30
         kept = plan.config.checkpoint.keep + 1 + len(plan.always())
         need, of = state * kept * 1.1, f"{kept} checkpoints of {state:.2f} GiB"
     free = shutil.disk_usage(place).free / 2**30
