@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
 from conftest import processes
 from PIL import Image, ImageDraw
@@ -89,11 +90,16 @@ def inline(options: dict) -> str:
 ENCODER = {"window": 2, "global_blocks": 1, "relative_positions": True, "final_norm": False}
 
 
-def made(name: str = "mask_rcnn", classes: int = 2, **head) -> Model:
+STAGES = {"encoder": "swinv2_test8", "depths": [1, 2, 1, 1], "heads": [1, 1, 2, 2], "window": 5}
+STAGES |= {"any_size": True, "final_norm": False}
+
+
+def made(name: str = "mask_rcnn", classes: int = 2, encoder: dict | None = None, **head) -> Model:
     """A small detector, on the meta device."""
     with torch.device("meta"):
         head = {"name": name, "classes": classes, **HEAD, **head}
-        return Model(encoder="vit_test8", image_size=64, **ENCODER, head=head)
+        encoder = encoder or {"encoder": "vit_test8", **ENCODER}
+        return Model(image_size=64, **encoder, head=head)
 
 
 def batch_of(objective: Detection, source: Coco, *places: int, train: bool = False) -> dict:
@@ -102,11 +108,16 @@ def batch_of(objective: Detection, source: Coco, *places: int, train: bool = Fal
     return collate(rows)
 
 
-@pytest.mark.parametrize("name", ["mask_rcnn", "cascade_mask_rcnn"])
+@pytest.mark.parametrize(
+    "name, encoder",
+    [("mask_rcnn", None), ("cascade_mask_rcnn", None), ("cascade_mask_rcnn", STAGES)],
+)
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_a_detector_is_trained_on_a_batch_with_and_without_objects(tmp_path, name, precision):
+def test_a_detector_is_trained_on_a_batch_with_and_without_objects(
+    tmp_path, name, encoder, precision
+):
     pytest.importorskip("faster_coco_eval")
-    objective = Detection(made(name))
+    objective = Detection(made(name, encoder=encoder))
     source = opened(tmp_path)
     objective.check(card := type("Card", (), {"classes": None, "name": "shapes"}), source)
     shard.shard(objective, precision=precision)
@@ -301,6 +312,24 @@ def test_vitdets_sizes_have_its_parameters_and_operations(size, name, classes):
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             model.detect(image, torch.empty(1, 2, dtype=torch.int64, device="meta"))
         assert counter.get_total_flops() / 2e9 == pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    "size, peer, millions",
+    [
+        ("swinv2_b", "swin_base_patch4_window7_224", 139.312),
+        ("swinv2_l", "swin_large_patch4_window7_224", 247.811),
+    ],
+)
+def test_the_pyramid_and_heads_on_stages_have_the_parameters_of_detectron2s(size, peer, millions):
+    """Which has Swin's first version below them."""
+    with torch.device("meta"):
+        stages = {"encoder": size, "window": 14, "any_size": True, "final_norm": False}
+        head = {"name": "cascade_mask_rcnn", "classes": 80}
+        model = Model(**stages, image_size=1024, head=head)
+        swin = timm.create_model(peer, num_classes=0)
+    count = sum(p.numel() for part in (model.head, swin) for p in part.parameters())
+    assert count / 1e6 == pytest.approx(millions, rel=1e-4)
 
 
 def test_a_step_of_training_is_planned_without_data_and_without_memory():

@@ -107,7 +107,7 @@ def test_positions_and_windows_are_resized_and_split_in_the_same_way(vitdet):
             found = windows.relative(tensors["unit.rel_pos.table"], len(expected))
             assert_close(found, expected, rtol=1e-5, atol=1e-6)
     cells = tensors["unit.window.in"]
-    split = windows.split_windows(cells, tensors["unit.window.out"].shape[1])
+    split = windows.split_windows(cells, tensors["unit.window.out"].shape[1:3])
     assert torch.equal(split, tensors["unit.window.out"])
     assert torch.equal(windows.join_windows(split, cells.shape[1:3]), cells)
 

@@ -14,7 +14,7 @@ from torchvision.models.detection._utils import BoxCoder, Matcher
 from prepretrain.models.dense import boxes, masks, regions
 from prepretrain.models.dense.boxes import Objects
 from prepretrain.models.dense.proposals import Anchors, ProposalHead, Proposer
-from prepretrain.models.dense.pyramid import SimplePyramid
+from prepretrain.models.dense.pyramid import FeaturePyramid, SimplePyramid
 from prepretrain.models.encoders.base import Encoder
 from prepretrain.models.heads.base import Detections, Detector
 
@@ -102,8 +102,13 @@ class RCNN(Detector):
         masks: false leaves them out, for data that has none."""
         super().__init__(encoder, classes, draws=masks, sigmoid=loss == "sigmoid")
         self.sampled_regions = sampled_regions
-        base = encoder.stride
-        self.strides = [base / 4, base / 2, base, base * 2, base * 4]
+        if encoder.scales:
+            widths, strides = zip(*encoder.scales)
+            self.pyramid = FeaturePyramid(list(widths), channels)
+            self.strides = [*map(float, strides), strides[-1] * 2.0]
+        else:
+            self.pyramid = SimplePyramid(encoder.width, channels)
+            self.strides = [encoder.stride * 2.0**i for i in range(-2, 3)]
         if len(anchors) != len(self.strides):
             raise ValueError(
                 f"model.head.anchors: {list(anchors)} must be {len(self.strides)} sizes."
@@ -111,7 +116,6 @@ class RCNN(Detector):
         self.proposer = Proposer(anchors, self.strides, candidates, proposals, sampled_anchors)
         self.coders = [BoxCoder(stage.weights) for stage in self.stages]
         self.matchers = [Matcher(stage.overlap, stage.overlap) for stage in self.stages]
-        self.pyramid = SimplePyramid(encoder.width, channels)
         self.proposals = ProposalHead(channels)
         count = 1 if self.shared_boxes else classes
         self.boxes = nn.ModuleList(
