@@ -110,6 +110,24 @@ def test_boxes_and_masks_come_back_to_the_image_as_it_is(tmp_path, group):
     assert sheet.width > 2 * 480 and not (place(tmp_path) / "parts").exists()
 
 
+def test_images_are_resized_to_a_short_and_a_long_side_and_batched_with_others(tmp_path, group):
+    card, seen = furnish(tmp_path), []
+    model = knowing(made())
+    plain = model.detect
+
+    def detect(image, sizes, **how):
+        seen.append((tuple(image.shape[-2:]), sizes.tolist()))
+        return plain(image, sizes, **how)
+
+    model.detect = detect
+    evaluator = build("detection", cache=False, data=card, feature_batch=2, sides=[48, 80])
+    found = evaluator.run(model, tmp_path)
+    assert found["box_AP50"] == pytest.approx(100) and found["mask_AP50"] == pytest.approx(100)
+    assert seen[0] == ((80, 72), [[48, 72], [80, 43]]) and seen[1][0] == (48, 72)
+    with pytest.raises(ValueError, match="evaluator.sides: .* must name the smaller number first"):
+        build("detection", cache=False, data=card, sides=[80, 48])
+
+
 def in_process(rank: int, folder: str, card: str) -> None:
     distributed.init()
     found = evaluated(Path(folder), card, feature_batch=2, pictures=0)
