@@ -22,6 +22,7 @@ from prepretrain.data.sources.coco import Coco
 from prepretrain.distributed import group as distributed
 from prepretrain.distributed import shard
 from prepretrain.evaluation.evaluators.detection import Detection as DetectionEvaluator
+from prepretrain.models.dense import boxes
 from prepretrain.models.model import Model
 from prepretrain.objectives.detection import Detection
 from prepretrain.runs import memory
@@ -138,6 +139,35 @@ def test_a_detector_is_trained_on_a_batch_with_and_without_objects(
     assert (found[1].boxes <= torch.tensor([64, 48, 64, 48])).all()
 
 
+def computed(objective: Detection, batch: dict) -> dict[str, torch.Tensor]:
+    """The losses of a batch, and the gradient of each parameter, whole."""
+    said = objective(batch)
+    said["loss"].backward()
+    found = {name: one.detach() for name, one in said.items()}
+    for name, parameter in objective.named_parameters():
+        gradient, parameter.grad = parameter.grad, None
+        name = name.replace("_checkpoint_wrapped_module.", "")
+        found[name] = gradient.full_tensor() if hasattr(gradient, "full_tensor") else gradient
+    return found
+
+
+@pytest.mark.parametrize("head", ["cascade_mask_rcnn", "mask_rcnn"])
+def test_losses_and_gradients_are_the_same_where_sizes_follow_no_values_as_on_a_gpu(
+    tmp_path, head, monkeypatch
+):
+    pytest.importorskip("faster_coco_eval")
+    sigmoid = {"loss": "sigmoid"} if head == "mask_rcnn" else {}
+    objective = Detection(made(head, **sigmoid), federated=1 if sigmoid else None)
+    shard.shard(objective, precision="fp32")
+    shard.initialise(objective, 0)
+    batch = batch_of(objective, opened(tmp_path), 0, 1, 5)
+    expected = computed(objective, batch)
+    monkeypatch.setattr(boxes, "counts_freely", lambda tensor: False)
+    torch.testing.assert_close(computed(objective, batch), expected)
+    none = computed(objective, batch_of(objective, opened(tmp_path), 5))
+    assert all(one.isfinite().all() for one in none.values()) and none["mask"] == 0
+
+
 def test_what_is_drawn_for_an_image_is_its_own_whatever_else_is_in_the_batch(tmp_path):
     pytest.importorskip("faster_coco_eval")
     objective, source = Detection(made()), opened(tmp_path)
@@ -202,24 +232,38 @@ def test_lviss_losses_draw_classes_by_how_many_images_show_them(tmp_path):
     assert objective(batch_of(objective, source, 0, 1))["loss"].isfinite()
 
 
+PLACES = (0, 1), (5, 5)  # of the images of two processes; one has no objects
+
+
 def _one_without_objects(rank: int, folder: str) -> None:
     distributed.init()
-    objective = Detection(made("cascade_mask_rcnn"))
-    shard.shard(objective, precision="fp32")
-    shard.initialise(objective, 0)
     source = Coco(path=f"{folder}/images", listing=f"{folder}/objects.json")
-    batch = batch_of(objective, source, *((0, 1) if rank == 0 else (5, 5)))
-    objective(batch)["loss"].backward()
-    assert all(p.grad is not None for p in objective.parameters())
+    for name, encoder in (("vit", None), ("stages", STAGES)):
+        objective = Detection(made("cascade_mask_rcnn", encoder=encoder))
+        shard.shard(objective, precision="fp32")
+        shard.initialise(objective, 0)
+        batch = batch_of(objective, source, *PLACES[rank])
+        found = computed(objective, batch)
+        losses = {n: distributed.all_sum(one) / 2 for n, one in found.items() if one.dim() == 0}
+        if rank == 0:
+            torch.save({**found, **losses}, f"{folder}/{name}.pt")
     found = objective.model.eval().detect(batch["image"], batch["size"], threshold=0.0)
     assert len(found) == 2
     distributed.shutdown()
 
 
-def test_a_process_without_objects_trains_with_one_that_has_some(tmp_path):
+def test_a_process_without_objects_trains_with_one_that_has_some_as_one_process_would(tmp_path):
     pytest.importorskip("faster_coco_eval")
-    opened(tmp_path)
+    source = opened(tmp_path)
     processes(2, _one_without_objects, str(tmp_path))
+    for name, encoder in (("vit", None), ("stages", STAGES)):
+        objective = Detection(made("cascade_mask_rcnn", encoder=encoder))
+        shard.shard(objective, precision="fp32")
+        shard.initialise(objective, 0)
+        one, other = (computed(objective, batch_of(objective, source, *some)) for some in PLACES)
+        mean = {name: (value + other[name]) / 2 for name, value in one.items()}
+        found = torch.load(f"{tmp_path}/{name}.pt")
+        torch.testing.assert_close(found, mean, rtol=1e-4, atol=1e-5)
 
 
 RUN = [
