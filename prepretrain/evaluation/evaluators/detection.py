@@ -213,12 +213,14 @@ def _compared(
 def draw(source: Source, found: list[dict], count: int, change: Any = None):
     """A sheet of some images, the same each time: what is found, beside what is annotated."""
     numbers = {one["id"]: label for label, one in enumerate(source.categories)}
+    samples = [source[index] for index in evenly(len(source), count)]
+    sure_of: dict[int, list[dict]] = {sample["image_id"]: [] for sample in samples}
+    for one in found:
+        if one["image_id"] in sure_of and one["score"] >= _SURE:
+            sure_of[one["image_id"]].append(one)
     rows = []
-    for index in evenly(len(source), count):
-        sample = source[index]
-        picture = upright(sample["image"], sample["size"])
-        mine = [one for one in found if one["image_id"] == sample["image_id"]]
-        sure = [one for one in mine if one["score"] >= _SURE]
+    for sample in samples:
+        picture, sure = upright(sample["image"], sample["size"]), sure_of[sample["image_id"]]
         labels = torch.tensor([numbers[one["category_id"]] for one in sure], dtype=torch.int64)
         texts = [f"{source.classes[label]} {one['score']:.2f}" for label, one in zip(labels, sure)]
         boxes = torch.tensor([one["bbox"] for one in sure]).reshape(-1, 4)
