@@ -19,8 +19,10 @@ import prepretrain
 from prepretrain.data.batch import collate
 from prepretrain.data.random import Random
 from prepretrain.data.sources.coco import Coco
+from prepretrain.data.subset import Subset
 from prepretrain.distributed import group as distributed
 from prepretrain.distributed import shard
+from prepretrain.evaluation.detection_metrics import average_precision, ground_truth
 from prepretrain.evaluation.evaluators.detection import Detection as DetectionEvaluator
 from prepretrain.models.dense import boxes
 from prepretrain.models.model import Model
@@ -230,6 +232,34 @@ def test_lviss_losses_draw_classes_by_how_many_images_show_them(tmp_path):
     shard.shard(objective, precision="fp32")
     shard.initialise(objective, 0)
     assert objective(batch_of(objective, source, 0, 1))["loss"].isfinite()
+
+
+def test_an_image_of_two_hundred_objects_trains_and_a_hundred_detections_of_it_are_counted(
+    tmp_path,
+):
+    pytest.importorskip("faster_coco_eval")
+
+    def crowd(said: dict) -> None:
+        """The first image, of 64 x 40 pixels, shows 200 objects of 3 x 2 pixels."""
+        del said["annotations"][:2]
+        for i in range(200):
+            left, top = i % 10 * 4, i // 10 * 3
+            corners = [left, top, left + 3, top, left + 3, top + 2, left, top + 2]
+            one = {"id": 100 + i, "image_id": 0, "category_id": 3, "bbox": [left, top, 3, 2]}
+            said["annotations"].append(one | {"area": 6, "segmentation": [corners]})
+
+    source = opened(tmp_path, crowd)
+    objective = Detection(made())
+    shard.shard(objective, precision="fp32")
+    shard.initialise(objective, 0)
+    batch = batch_of(objective, source, 0, 1)
+    assert batch["boxes"].shape == (2, 200, 4) and batch["bits"].shape == (2, 200, 64, 8)
+    assert all(one.isfinite().all() for one in computed(objective, batch).values())
+    found = objective.model.eval().detect(batch["image"], batch["size"], threshold=0.0, most=30)
+    assert len(found[0].boxes) <= 30
+    truth = ground_truth(Subset(source, [0]))
+    results = [{**one, "score": 0.9 - 0.001 * i} for i, one in enumerate(truth["annotations"])]
+    assert average_precision(truth, results, "box")[0]["box_AP"] == pytest.approx(50, abs=1)
 
 
 PLACES = (0, 1), (5, 5)  # of the images of two processes; one has no objects
