@@ -114,6 +114,7 @@ RANGES = {
     "evaluator.threshold": "[0, 1]",
     "evaluator.overlap": "(0, 1]",
     "evaluator.most": _COUNT,
+    "evaluator.sides": "[1, 16384]",
     "evaluator.pictures": "[0, 1000]",
     "adapter.tokens": "[1, 1e6]",
     "adapter.rank": "[1, 1e6]",
@@ -128,7 +129,7 @@ RANGES = {
     "source.noise": "[0, 0.5]",
     "source.aside": "[0, 1]",
 }
-_RISING = ("crop_scale", "scale")  # a least and a largest
+_RISING = ("crop_scale", "scale", "sides")  # a least and a largest
 _WAYS = {  # out of a value that others mean something by
     "optim.clip": "null does not clip",
     "optim.ema": "null keeps no average",

@@ -128,6 +128,31 @@ def test_what_an_adapter_cannot_do_is_an_error():
         adapt(encoder, "lora", {"rank": 0})
 
 
+def test_a_vit_with_windows_takes_the_adapters_that_need_no_tokens():
+    windows = {"window": 2, "global_blocks": 1, "relative_positions": True}
+    model = Model(encoder="vit_test8", **windows)
+    shard.initialise(model, 0)
+    encoder, image = model.encoder, torch.randn(2, 3, 24, 40)
+    frozen = encoder(image)
+    for method in ("vpt", "vpt_deep"):
+        with pytest.raises(
+            ValueError, match=rf"^{method}: .* no window .*Take lora or adaptformer"
+        ):
+            adapt(encoder, method, {})
+    for method in ("lora", "adaptformer"):
+        adapt(encoder, method, {})
+        for name, parameter in encoder.named_parameters():
+            if ".adapter." in name and parameter.requires_grad:
+                parameter.data.fill_(0.1 if "down" in name else 0.0)
+        assert_close(encoder(image), frozen)
+        for name, parameter in encoder.named_parameters():
+            if ".adapter." in name:
+                parameter.data.fill_(0.1)
+        changed = encoder(image)
+        assert not torch.allclose(changed, frozen)
+        frozen = changed
+
+
 @pytest.fixture
 def group():
     distributed.init()

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -186,7 +187,9 @@ def test_a_batch_of_images_with_none_and_with_many_objects_is_padded(kind):
 
 
 def test_a_test_sees_the_whole_picture_changed_before_or_not():
-    row = boxes.seen_whole(sample(), 128)
+    place = partial(boxes.fit, canvas=128)
+    row = boxes.seen_whole(sample(), place)
+    row["image"] = row["image"].tensor
     assert row["size"].tolist() == [96, 128] and row["original"].tolist() == [60, 80]
     placement = boxes.fit(SIZE, 128)
     moved = torch.from_numpy(placement.boxes(np.array(DRAWN, dtype=np.float64)))
@@ -194,8 +197,18 @@ def test_a_test_sees_the_whole_picture_changed_before_or_not():
     known = boxes.fitted(sample(), 128)
     assert torch.equal(known["image"], row["image"]) and torch.equal(known["size"], row["size"])
     assert torch.equal(known["boxes"].tensor, moved.float())
-    changed = boxes.seen_whole(sample(), 128, lambda image, random: 255 - image)["image"]
+    changed = boxes.seen_whole(sample(), place, lambda image, random: 255 - image)["image"].tensor
     assert torch.equal(changed[:, :96], 255 - row["image"][:, :96]) and not changed[:, 96:].any()
+
+
+def test_a_short_and_a_long_side_are_kept_on_a_canvas_of_whole_cells():
+    for size, scaled, canvas in [
+        ((60, 80), (800, 1067), (800, 1088)),
+        ((90, 48), (1333, 711), (1344, 736)),
+        ((1, 5000), (1, 1333), (32, 1344)),
+    ]:
+        placement = boxes.fit_sides(size, (800, 1333), 32)
+        assert placement.scaled == placement.extent == scaled and placement.canvas == canvas
 
 
 def test_a_line_of_pixels_stays_one():
@@ -224,7 +237,7 @@ def test_a_photo_of_another_size_than_its_annotations_say_is_a_bad_image():
     ):
         boxes.jittered(sample(size=(61, 80)), 64)
     with pytest.raises(BadImage, match="unreadable"):
-        boxes.seen_whole(sample(image=b"no image"), 64)
+        boxes.seen_whole(sample(image=b"no image"), partial(boxes.fit, canvas=64))
 
 
 @pytest.mark.skipif(not GOLDEN.is_file(), reason="no numbers of detectron2 in PREPRETRAIN_GOLDEN")

@@ -3,6 +3,8 @@
 import json
 import os
 import runpy
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -296,6 +298,36 @@ def test_a_file_is_read_in_parts_of_any_length(tmp_path, monkeypatch, block):
             assert json.loads(path.read_bytes()[start:end]) == one
         expected = {k: v if isinstance(v, list) else [v] for k, v in said.items()}
         assert read == expected
+
+
+_OPENED = """
+import resource, sys
+from prepretrain.data.sources.coco import Coco
+for name in ("small", "large"):
+    source = Coco(path=sys.argv[1], listing=f"{sys.argv[1]}/{name}.json")
+    assert len(source[99]["masks"]) == 20
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+
+@pytest.mark.faults
+def test_a_file_of_hundreds_of_megabytes_takes_no_more_memory_than_a_small_one(tmp_path):
+    images = [{"id": i, "file_name": f"{i}.png", "height": 24, "width": 32} for i in range(100)]
+    for one in images:
+        (tmp_path / one["file_name"]).touch()
+    for name, points in (("small", 10), ("large", 20_000)):
+        polygon = json.dumps([[2, 2, 10, 2, 10, 10] * points])
+        with open(tmp_path / f"{name}.json", "w") as file:
+            file.write(f'{{"images": {json.dumps(images)}, "annotations": [')
+            for number in range(2000):
+                one = f'"image_id": {number // 20}, "category_id": 5, "bbox": [2, 2, 8, 8]'
+                end = "," if number < 1999 else '], "categories": [{"id": 5, "name": "cat"}]}'
+                file.write(f'{{"id": {number}, {one}, "segmentation": {polygon}}}{end}')
+    assert (tmp_path / "large.json").stat().st_size > 800e6
+    command = [sys.executable, "-c", _OPENED, str(tmp_path)]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    small, large = (int(kilobytes) * 1024 for kilobytes in said)
+    assert large - small < 60e6
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,8 @@ from functools import partial
 
 import pytest
 import torch
+from test_detection import STAGES, batch_of, computed, opened
+from test_detection import made as detector
 from torch import nn
 
 from prepretrain.distributed import compile as compiling
@@ -12,6 +14,7 @@ from prepretrain.distributed import shard
 from prepretrain.distributed.compile import DropPath
 from prepretrain.models.model import Model
 from prepretrain.objectives.classify import Classify
+from prepretrain.objectives.detection import Detection
 from prepretrain.objectives.mae import MAE
 from prepretrain.objectives.simmim import SimMIM
 
@@ -93,6 +96,22 @@ def test_masked_objectives_compile_at_depth_with_the_same_losses(graphs, build, 
     objective.train()
     objective(batch)["loss"].backward()
     assert 0 < len(graphs) <= 12
+
+
+@pytest.mark.parametrize("encoder", [None, STAGES])
+def test_recomputed_and_compiled_a_detector_has_the_same_losses_and_gradients(
+    graphs, encoder, tmp_path
+):
+    pytest.importorskip("faster_coco_eval")
+    found = []
+    for how in ({}, {"recompute": "block"}, {"compile": True}):
+        objective = Detection(detector(encoder=encoder))
+        shard.shard(objective, precision="fp32", **how)
+        shard.initialise(objective, 0)
+        found.append(computed(objective, batch_of(objective, opened(tmp_path), 0, 1)))
+    assert graphs
+    for one in found[1:]:
+        torch.testing.assert_close(one, found[0])
 
 
 def test_drop_path_drops_whole_rows_and_makes_up_for_them():

@@ -1,12 +1,16 @@
 """The backbone of dense tasks: a ViT's own weights within windows, at any image size."""
 
 import pytest
+import timm
 import torch
 from safetensors.torch import save_file
+from timm.models.swin_transformer_v2 import WindowAttention
 from torch.testing import assert_close
 
 from prepretrain.distributed import shard
 from prepretrain.models import export
+from prepretrain.models.dense.pyramid import FeaturePyramid
+from prepretrain.models.dense.windows import shifted_windows
 from prepretrain.models.encoders import base as encoders
 from prepretrain.models.load import load
 from prepretrain.models.model import Model
@@ -132,3 +136,103 @@ def test_the_sizes_of_vitdet_have_its_global_blocks_and_parameters():
         assert everywhere == numbers
         count = sum(p.numel() for p in encoder.parameters()) / 1e6
         assert count == pytest.approx(millions, rel=1e-4)
+
+
+SWIN = {"depths": [2, 2, 2], "heads": [1, 2, 2], "image_size": [64, 96], "window": 4}
+SWIN |= {"any_size": True, "final_norm": False}
+
+
+def swin(**options) -> Model:
+    """A small SwinV2 whose blocks compute something, which they do not where their norms are zero."""
+    model = Model(encoder="swinv2_test8", **{**SWIN, **options})
+    shard.initialise(model, 0)
+    torch.manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if ".norm1." in name or ".norm2." in name:
+            torch.nn.init.normal_(parameter)
+    return model.eval()
+
+
+def test_a_swinv2s_maps_are_those_of_timm_where_windows_fit():
+    model = swin(image_size=[64, 128])
+    options = {**model.encoder.arguments, "out_indices": (0, 1, 2)}
+    peer = timm.create_model("swinv2_tiny_window8_256", features_only=True, **options).eval()
+    state = model.encoder.state_dict().items()
+    peer.load_state_dict({name.replace("layers.", "layers_"): one for name, one in state})
+    image = torch.randn(2, 3, 64, 128)
+    maps = model.encode(image, maps=(1, 2, 3))
+    assert [(one.shape[1], 128 // one.shape[3]) for one in maps] == [*model.encoder.scales]
+    for one, theirs in zip(maps, peer(image)):
+        assert torch.equal(one.permute(0, 2, 3, 1), theirs)
+    tokens = model.encode(image, maps=[3])[0].flatten(2).transpose(1, 2)
+    assert torch.equal(model.encode(image), tokens)
+    normed = swin(final_norm=True)
+    assert torch.equal(normed.encode(image), normed.encoder.norm(tokens))
+
+
+def everywhere(attn: WindowAttention, cells: torch.Tensor, shift: int) -> torch.Tensor:
+    """What windows that begin `shift` cells in make of a grid, over all pairs of its cells."""
+    _, rows, columns, width = cells.shape
+    bias = torch.cat((attn.q_bias, attn.k_bias, attn.v_bias))
+    qkv = torch.nn.functional.linear(cells.flatten(1, 2), attn.qkv.weight, bias)
+    q, k, v = qkv.unflatten(2, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4)
+    normed = (torch.nn.functional.normalize(one, dim=-1) for one in (q, k))
+    logits = next(normed) @ next(normed).mT * attn.logit_scale.exp()
+    place = torch.cartesian_prod(torch.arange(rows), torch.arange(columns))
+    apart = (place[:, None] - place) / (attn.pretrained_window_size[0] - 1) * 8
+    scaled = apart.sign() * (apart.abs() + 1).log2() / 3
+    logits = logits + 16 * attn.cpb_mlp(scaled).sigmoid().permute(2, 0, 1)
+    moved = place - torch.tensor([shift if side > 4 else 0 for side in (rows, columns)])
+    window = moved.div(4, rounding_mode="floor")
+    together = (window[:, None] == window).all(-1)
+    mixed = logits.masked_fill(~together, -torch.inf).softmax(-1) @ v
+    return attn.proj(mixed.transpose(1, 2).reshape(len(cells), rows, columns, width))
+
+
+@pytest.mark.parametrize("grid", [(8, 8), (9, 6), (5, 11), (3, 7), (2, 3)])
+@pytest.mark.parametrize("shift", [0, 2])
+def test_windows_on_a_grid_of_any_size_see_neither_padding_nor_another_side(grid, shift):
+    torch.manual_seed(0)
+    attn = WindowAttention(8, (4, 4), 2, pretrained_window_size=(4, 4))
+    cells = torch.randn(2, *grid, 8, requires_grad=True)
+    found = shifted_windows(cells, (4, 4), (shift, shift), attn)
+    (gradient,) = torch.autograd.grad(found.square().sum(), cells)
+    expected = everywhere(attn, cells, shift)
+    assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    assert_close(gradient, torch.autograd.grad(expected.square().sum(), cells)[0])
+
+
+def test_a_swinv2_takes_images_of_any_whole_number_of_patches(tmp_path):
+    model = swin()
+    maps = model.encode(torch.randn(2, 3, 100, 68), maps=(1, 2, 3))
+    assert [one.shape[1:] for one in maps] == [(16, 25, 17), (32, 13, 9), (64, 7, 5)]
+    with pytest.raises(ValueError, match="is no multiple of model.patch_size 4"):
+        model.encode(torch.randn(1, 3, 100, 66))
+    with pytest.raises(ValueError, match="model.any_size=true, which pads the grid"):
+        swin(any_size=False, image_size=[64, 112])
+    with pytest.raises(ValueError, match="nor one that pads its windows"):
+        model.encoder.timm()
+    plain = Model(encoder="swinv2_test8", depths=[2, 2, 2], heads=[1, 2, 2], image_size=64)
+    shard.initialise(plain, 0)
+    saved(plain, tmp_path)
+    head = {"name": "mask_rcnn", "classes": 2, "masks": False}
+    with pytest.raises(ValueError, match=r"\[32, 64, 128, 256, 512\] must be 4 sizes"):
+        load(str(tmp_path), **SWIN, head=head)
+    follows = load(f"{tmp_path}:encoder", **{**SWIN, "window": 8, "final_norm": True}).options
+    assert follows["pretrained_windows"] == [4, 4, 4]
+
+
+def test_the_pyramid_of_stages_is_torchvisions_on_normed_maps_of_any_size():
+    torch.manual_seed(0)
+    pyramid = FeaturePyramid([4, 8], 6)
+    shard.initialise(pyramid, 0)
+    bound = max(weight.detach().abs().max() for weight in pyramid.scales.parameters())
+    assert 0 < bound <= (3 / 4) ** 0.5
+    maps = [torch.randn(1, 4, 9, 5), torch.randn(1, 8, 5, 3)]
+    found = pyramid(maps)
+    normed = [norm(one) for norm, one in zip(pyramid.norms, maps)]
+    lateral = [layer(one) for layer, one in zip(pyramid.scales.inner_blocks, normed)]
+    finer = lateral[0] + torch.nn.functional.interpolate(lateral[1], (9, 5))
+    smooth = pyramid.scales.layer_blocks
+    expected = [smooth[0](finer), smooth[1](lateral[1]), smooth[1](lateral[1])[:, :, ::2, ::2]]
+    assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))

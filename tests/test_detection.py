@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
 from conftest import processes
 from PIL import Image, ImageDraw
@@ -18,9 +19,12 @@ import prepretrain
 from prepretrain.data.batch import collate
 from prepretrain.data.random import Random
 from prepretrain.data.sources.coco import Coco
+from prepretrain.data.subset import Subset
 from prepretrain.distributed import group as distributed
 from prepretrain.distributed import shard
+from prepretrain.evaluation.detection_metrics import average_precision, ground_truth
 from prepretrain.evaluation.evaluators.detection import Detection as DetectionEvaluator
+from prepretrain.models.dense import boxes
 from prepretrain.models.model import Model
 from prepretrain.objectives.detection import Detection
 from prepretrain.runs import memory
@@ -89,11 +93,16 @@ def inline(options: dict) -> str:
 ENCODER = {"window": 2, "global_blocks": 1, "relative_positions": True, "final_norm": False}
 
 
-def made(name: str = "mask_rcnn", classes: int = 2, **head) -> Model:
+STAGES = {"encoder": "swinv2_test8", "depths": [1, 2, 1, 1], "heads": [1, 1, 2, 2], "window": 5}
+STAGES |= {"any_size": True, "final_norm": False}
+
+
+def made(name: str = "mask_rcnn", classes: int = 2, encoder: dict | None = None, **head) -> Model:
     """A small detector, on the meta device."""
     with torch.device("meta"):
         head = {"name": name, "classes": classes, **HEAD, **head}
-        return Model(encoder="vit_test8", image_size=64, **ENCODER, head=head)
+        encoder = encoder or {"encoder": "vit_test8", **ENCODER}
+        return Model(image_size=64, **encoder, head=head)
 
 
 def batch_of(objective: Detection, source: Coco, *places: int, train: bool = False) -> dict:
@@ -102,11 +111,16 @@ def batch_of(objective: Detection, source: Coco, *places: int, train: bool = Fal
     return collate(rows)
 
 
-@pytest.mark.parametrize("name", ["mask_rcnn", "cascade_mask_rcnn"])
+@pytest.mark.parametrize(
+    "name, encoder",
+    [("mask_rcnn", None), ("cascade_mask_rcnn", None), ("cascade_mask_rcnn", STAGES)],
+)
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_a_detector_is_trained_on_a_batch_with_and_without_objects(tmp_path, name, precision):
+def test_a_detector_is_trained_on_a_batch_with_and_without_objects(
+    tmp_path, name, encoder, precision
+):
     pytest.importorskip("faster_coco_eval")
-    objective = Detection(made(name))
+    objective = Detection(made(name, encoder=encoder))
     source = opened(tmp_path)
     objective.check(card := type("Card", (), {"classes": None, "name": "shapes"}), source)
     shard.shard(objective, precision=precision)
@@ -125,6 +139,35 @@ def test_a_detector_is_trained_on_a_batch_with_and_without_objects(tmp_path, nam
     found = objective.model.eval().detect(batch["image"], batch["size"], threshold=0.0)
     assert len(found) == 3 and found[0].masks.shape[1:] == (28, 28)
     assert (found[1].boxes <= torch.tensor([64, 48, 64, 48])).all()
+
+
+def computed(objective: Detection, batch: dict) -> dict[str, torch.Tensor]:
+    """The losses of a batch, and the gradient of each parameter, whole."""
+    said = objective(batch)
+    said["loss"].backward()
+    found = {name: one.detach() for name, one in said.items()}
+    for name, parameter in objective.named_parameters():
+        gradient, parameter.grad = parameter.grad, None
+        name = name.replace("_checkpoint_wrapped_module.", "")
+        found[name] = gradient.full_tensor() if hasattr(gradient, "full_tensor") else gradient
+    return found
+
+
+@pytest.mark.parametrize("head", ["cascade_mask_rcnn", "mask_rcnn"])
+def test_losses_and_gradients_are_the_same_where_sizes_follow_no_values_as_on_a_gpu(
+    tmp_path, head, monkeypatch
+):
+    pytest.importorskip("faster_coco_eval")
+    sigmoid = {"loss": "sigmoid"} if head == "mask_rcnn" else {}
+    objective = Detection(made(head, **sigmoid), federated=1 if sigmoid else None)
+    shard.shard(objective, precision="fp32")
+    shard.initialise(objective, 0)
+    batch = batch_of(objective, opened(tmp_path), 0, 1, 5)
+    expected = computed(objective, batch)
+    monkeypatch.setattr(boxes, "counts_freely", lambda tensor: False)
+    torch.testing.assert_close(computed(objective, batch), expected)
+    none = computed(objective, batch_of(objective, opened(tmp_path), 5))
+    assert all(one.isfinite().all() for one in none.values()) and none["mask"] == 0
 
 
 def test_what_is_drawn_for_an_image_is_its_own_whatever_else_is_in_the_batch(tmp_path):
@@ -191,24 +234,66 @@ def test_lviss_losses_draw_classes_by_how_many_images_show_them(tmp_path):
     assert objective(batch_of(objective, source, 0, 1))["loss"].isfinite()
 
 
-def _one_without_objects(rank: int, folder: str) -> None:
-    distributed.init()
-    objective = Detection(made("cascade_mask_rcnn"))
+def test_an_image_of_two_hundred_objects_trains_and_a_hundred_detections_of_it_are_counted(
+    tmp_path,
+):
+    pytest.importorskip("faster_coco_eval")
+
+    def crowd(said: dict) -> None:
+        """The first image, of 64 x 40 pixels, shows 200 objects of 3 x 2 pixels."""
+        del said["annotations"][:2]
+        for i in range(200):
+            left, top = i % 10 * 4, i // 10 * 3
+            corners = [left, top, left + 3, top, left + 3, top + 2, left, top + 2]
+            one = {"id": 100 + i, "image_id": 0, "category_id": 3, "bbox": [left, top, 3, 2]}
+            said["annotations"].append(one | {"area": 6, "segmentation": [corners]})
+
+    source = opened(tmp_path, crowd)
+    objective = Detection(made())
     shard.shard(objective, precision="fp32")
     shard.initialise(objective, 0)
+    batch = batch_of(objective, source, 0, 1)
+    assert batch["boxes"].shape == (2, 200, 4) and batch["bits"].shape == (2, 200, 64, 8)
+    assert all(one.isfinite().all() for one in computed(objective, batch).values())
+    found = objective.model.eval().detect(batch["image"], batch["size"], threshold=0.0, most=30)
+    assert len(found[0].boxes) <= 30
+    truth = ground_truth(Subset(source, [0]))
+    results = [{**one, "score": 0.9 - 0.001 * i} for i, one in enumerate(truth["annotations"])]
+    assert average_precision(truth, results, "box")[0]["box_AP"] == pytest.approx(50, abs=1)
+
+
+PLACES = (0, 1), (5, 5)  # of the images of two processes; one has no objects
+
+
+def _one_without_objects(rank: int, folder: str) -> None:
+    distributed.init()
     source = Coco(path=f"{folder}/images", listing=f"{folder}/objects.json")
-    batch = batch_of(objective, source, *((0, 1) if rank == 0 else (5, 5)))
-    objective(batch)["loss"].backward()
-    assert all(p.grad is not None for p in objective.parameters())
+    for name, encoder in (("vit", None), ("stages", STAGES)):
+        objective = Detection(made("cascade_mask_rcnn", encoder=encoder))
+        shard.shard(objective, precision="fp32")
+        shard.initialise(objective, 0)
+        batch = batch_of(objective, source, *PLACES[rank])
+        found = computed(objective, batch)
+        losses = {n: distributed.all_sum(one) / 2 for n, one in found.items() if one.dim() == 0}
+        if rank == 0:
+            torch.save({**found, **losses}, f"{folder}/{name}.pt")
     found = objective.model.eval().detect(batch["image"], batch["size"], threshold=0.0)
     assert len(found) == 2
     distributed.shutdown()
 
 
-def test_a_process_without_objects_trains_with_one_that_has_some(tmp_path):
+def test_a_process_without_objects_trains_with_one_that_has_some_as_one_process_would(tmp_path):
     pytest.importorskip("faster_coco_eval")
-    opened(tmp_path)
+    source = opened(tmp_path)
     processes(2, _one_without_objects, str(tmp_path))
+    for name, encoder in (("vit", None), ("stages", STAGES)):
+        objective = Detection(made("cascade_mask_rcnn", encoder=encoder))
+        shard.shard(objective, precision="fp32")
+        shard.initialise(objective, 0)
+        one, other = (computed(objective, batch_of(objective, source, *some)) for some in PLACES)
+        mean = {name: (value + other[name]) / 2 for name, value in one.items()}
+        found = torch.load(f"{tmp_path}/{name}.pt")
+        torch.testing.assert_close(found, mean, rtol=1e-4, atol=1e-5)
 
 
 RUN = [
@@ -301,6 +386,24 @@ def test_vitdets_sizes_have_its_parameters_and_operations(size, name, classes):
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             model.detect(image, torch.empty(1, 2, dtype=torch.int64, device="meta"))
         assert counter.get_total_flops() / 2e9 == pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    "size, peer, millions",
+    [
+        ("swinv2_b", "swin_base_patch4_window7_224", 139.312),
+        ("swinv2_l", "swin_large_patch4_window7_224", 247.811),
+    ],
+)
+def test_the_pyramid_and_heads_on_stages_have_the_parameters_of_detectron2s(size, peer, millions):
+    """Which has Swin's first version below them."""
+    with torch.device("meta"):
+        stages = {"encoder": size, "window": 14, "any_size": True, "final_norm": False}
+        head = {"name": "cascade_mask_rcnn", "classes": 80}
+        model = Model(**stages, image_size=1024, head=head)
+        swin = timm.create_model(peer, num_classes=0)
+    count = sum(p.numel() for part in (model.head, swin) for p in part.parameters())
+    assert count / 1e6 == pytest.approx(millions, rel=1e-4)
 
 
 def test_a_step_of_training_is_planned_without_data_and_without_memory():

@@ -2,6 +2,10 @@
 processes, again after a kill, and on corrupted images."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -110,6 +114,24 @@ def test_boxes_and_masks_come_back_to_the_image_as_it_is(tmp_path, group):
     assert sheet.width > 2 * 480 and not (place(tmp_path) / "parts").exists()
 
 
+def test_images_are_resized_to_a_short_and_a_long_side_and_batched_with_others(tmp_path, group):
+    card, seen = furnish(tmp_path), []
+    model = knowing(made())
+    plain = model.detect
+
+    def detect(image, sizes, **how):
+        seen.append((tuple(image.shape[-2:]), sizes.tolist()))
+        return plain(image, sizes, **how)
+
+    model.detect = detect
+    evaluator = build("detection", cache=False, data=card, feature_batch=2, sides=[48, 80])
+    found = evaluator.run(model, tmp_path)
+    assert found["box_AP50"] == pytest.approx(100) and found["mask_AP50"] == pytest.approx(100)
+    assert seen[0] == ((80, 72), [[48, 72], [80, 43]]) and seen[1][0] == (48, 72)
+    with pytest.raises(ValueError, match="evaluator.sides: .* must name the smaller number first"):
+        build("detection", cache=False, data=card, sides=[80, 48])
+
+
 def in_process(rank: int, folder: str, card: str) -> None:
     distributed.init()
     found = evaluated(Path(folder), card, feature_batch=2, pictures=0)
@@ -135,28 +157,43 @@ def test_any_number_of_processes_gives_the_same_numbers(tmp_path):
     assert said[1] == said[2] == said[3]
 
 
-def test_an_evaluation_that_was_cut_off_goes_on(tmp_path, monkeypatch, group):
+def killed(folder: str, card: str) -> None:
+    """In a process of its own: evaluates in parts of two images, and is killed in the third."""
+    original = predictions._part
+    predictions._PART, numbers = 2, iter(range(9))
+
+    def counted(*given):
+        if next(numbers) == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(*given)
+
+    predictions._part = counted
+    evaluated(Path(folder), card)
+
+
+def test_an_evaluation_that_was_killed_goes_on(tmp_path, monkeypatch, group):
     card = furnish(tmp_path)
     whole = evaluated(tmp_path / "whole", card)
-    monkeypatch.setattr(predictions, "_PART", 2)
-    computed, original = [], predictions._part
-
-    def interrupted(model, batches, count, *rest):
-        computed.append(count)
-        if len(computed) == 3:
-            raise KeyboardInterrupt
-        return original(model, batches, count, *rest)
-
-    monkeypatch.setattr(predictions, "_part", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        evaluated(tmp_path / "cut", card)
+    code = f"import {__name__} as here; here.killed({str(tmp_path / 'cut')!r}, {card!r})"
+    ended = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent)
+    assert ended.returncode == -signal.SIGKILL
     parts = sorted((place(tmp_path / "cut") / "parts").iterdir())
     assert [path.name for path in parts] == ["000000000.json", "000000002.json"]
     parts[1].write_text('{"found": [], "timed": 0, "seconds": 0}')  # torn
+    monkeypatch.setattr(predictions, "_PART", 2)
+    computed, original = [], predictions._part
+
+    def counted(model, batches, count, *rest):
+        computed.append(count)
+        return original(model, batches, count, *rest)
+
+    monkeypatch.setattr(predictions, "_part", counted)
     again = evaluated(tmp_path / "cut", card)
-    assert computed[3:] == [2, 2, 1]  # all but the first part
+    assert computed == [2, 2, 1]  # all but the first part
     drop = lambda found: {k: v for k, v in found.items() if k != "fps"}
     assert drop(again) == drop(whole)
+    files = [place(tmp_path / one) / "detections.json" for one in ("whole", "cut")]
+    assert files[0].read_text() == files[1].read_text()
 
 
 def test_a_corrupted_image_is_harder_and_its_mean_is_over_all_corruptions(tmp_path, group):

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import processes
+from test_detection import HEAD as RCNN
+from test_detection import STAGES
 from test_faults import exported, poisoned, same
 from test_text import BPE
 from test_train import rows, train
@@ -23,6 +25,7 @@ from prepretrain import plugin
 from prepretrain.data.vocabulary import Vocabulary
 from prepretrain.distributed import checkpoint, shard
 from prepretrain.distributed import group as distributed
+from prepretrain.models.dense import boxes
 from prepretrain.models.export import save
 from prepretrain.models.model import Model
 from prepretrain.training import fit as loop
@@ -48,6 +51,16 @@ OBJECTIVES = {  # name: (objective, its options, its model)
     "clip, sigmoid": ("clip", {"loss": "sigmoid"}, {**VIT, "text": BPE, "joint": {"bias": True}}),
     "lit": ("lit", {}, {**VIT, "text": BPE}),
     "classify": ("classify", MIXED, {**VIT, "head": HEAD}),
+    "detection": (
+        "detection",
+        {"federated": 1},
+        {**VIT, "head": {"name": "cascade_mask_rcnn", "classes": 3, "loss": "sigmoid", **RCNN}},
+    ),
+    "detection by stages": (
+        "detection",
+        {},
+        {**STAGES, "head": {"name": "mask_rcnn", "classes": 3, **RCNN}},
+    ),
     "classify, tokens": ("classify", {}, {**VIT, "head": {**HEAD, "pool": "mean"}}),
 }
 IMAGES, PARTS = 4, 2
@@ -73,10 +86,20 @@ def built(name: str) -> tuple[torch.nn.Module, dict[str, torch.Tensor]]:
     with torch.device("meta"):
         made = plugin.build("objectives", objective, Model(**model), **options)
     tops = {"image": 256, "tags": 2, "cut": 2, "label": 3, "tokens": 400}
+    tops |= {"classes": 3, "seed": 2**62, "bits": 256}
+    side = made.model.encoder.image_size[0]
+    values = {
+        "noise": torch.rand,
+        "size": lambda shape: torch.full(shape, side),
+        "boxes": lambda shape: torch.rand(shape).sort(-1).values * side,
+    }
     batch = {
-        k: torch.rand(v.shape) if k == "noise" else torch.randint(tops[k], v.shape).to(v.dtype)
+        k: values[k](v.shape) if k in values else torch.randint(tops[k], v.shape).to(v.dtype)
         for k, v in made.example(IMAGES).items()
     }
+    if "classes" in batch:
+        batch["classes"][1:, 3:] = -1
+        batch["classes"][-1] = -1
     return made, batch | {"key": [""] * IMAGES, "position": [0] * IMAGES, "bad": []}
 
 
@@ -122,6 +145,7 @@ def test_a_step_of_the_loop_reads_nothing_of_its_tensors_on_the_host(
     name, parts, group, monkeypatch
 ):
     monkeypatch.setattr(loop, "_reads_late", lambda: True)
+    monkeypatch.setattr(boxes, "counts_freely", lambda tensor: False)
     objective, batch = built(name)
     shard.shard(objective, precision="fp32")
     objective.prepare(lambda module: shard.shard(module, precision="fp32"))
@@ -142,7 +166,7 @@ def test_a_step_of_the_loop_reads_nothing_of_its_tensors_on_the_host(
     assert not waits.seen
 
 
-@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("name", [name for name in OBJECTIVES if name != "detection by stages"])
 def test_a_step_stays_on_its_device(name, parts, group, monkeypatch):
     # "lazy" is the one kind of device besides the CPU that autograd knows without a driver
     device = torch.device("lazy")
@@ -162,7 +186,8 @@ def test_a_step_stays_on_its_device(name, parts, group, monkeypatch):
         optimizer = optim.build(objective, lr=1e-3, weight_decay=0.05, ema=0.99)
         gradients = Gradients([p for one in optimizer.param_groups for p in one["params"]])
         there = {
-            k: fake.from_tensor(v).to(device) if hasattr(v, "to") else v for k, v in batch.items()
+            k: fake.from_tensor(v[:2]).to(device) if hasattr(v, "to") else v
+            for k, v in batch.items()
         }
         feed = Feed(Ready(there).batches(), nullcontext)
         for number in range(2):

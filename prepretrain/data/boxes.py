@@ -105,9 +105,20 @@ def fit(size: tuple[int, int], canvas: Size) -> Placement:
     """The whole picture, as large as the canvas takes it, its aspect kept: how a test sees it. On a
     square this is detectron2's short side of S, of at most S for the long one."""
     canvas = sides(canvas)
-    ratio = min(canvas[0] / size[0], canvas[1] / size[1])
+    return Placement(size, canvas, _times(size, min(canvas[0] / size[0], canvas[1] / size[1])))
+
+
+def fit_sides(size: tuple[int, int], most: tuple[int, int], stride: int) -> Placement:
+    """The whole picture with a short side of most[0], unless the long one would then exceed most[1];
+    on the least canvas of whole multiples of the stride."""
+    scaled = _times(size, min(most[0] / min(size), most[1] / max(size)))
+    canvas = (scaled[0] + -scaled[0] % stride, scaled[1] + -scaled[1] % stride)
+    return Placement(size, canvas, scaled)
+
+
+def _times(size: tuple[int, int], ratio: float) -> tuple[int, int]:
     height, width = (max(1, math.floor(side * ratio + 0.5)) for side in size)
-    return Placement(size, canvas, (height, width))
+    return height, width
 
 
 def jittered(sample: dict, canvas: Size, scale: tuple[float, float] = (0.1, 2.0)) -> dict:
@@ -120,15 +131,18 @@ def fitted(sample: dict, canvas: Size) -> dict:
     return _row(sample, fit(sample["size"], canvas))
 
 
-def seen_whole(sample: dict, canvas: Size, change: Change | None = None) -> dict:
-    """A sample without its objects, whole: "image" and "size" as in `_row`, and "original" int64 [2],
-    the size of the picture itself. change: is done to the picture before. Raises BadImage."""
-    placement = fit(sample["size"], canvas)
+def seen_whole(
+    sample: dict, place: Callable[[tuple[int, int]], Placement], change: Change | None = None
+) -> dict:
+    """A sample without its objects, whole: "image", Ragged, and "size" as in `_row`, and "original"
+    int64 [2], the size of the picture itself. place: of a size, `fit` or `fit_sides`. change: is done
+    to the picture before. Raises BadImage."""
+    placement = place(sample["size"])
     picture = upright(sample["image"], sample["size"])
     if change is not None:
         picture = change(picture, sample["random"])
     size, original = torch.tensor(placement.extent), torch.tensor(sample["size"])
-    return {"image": placement.image(picture), "size": size, "original": original}
+    return {"image": Ragged(placement.image(picture), 0), "size": size, "original": original}
 
 
 def _row(sample: dict, placement: Placement) -> dict:

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from prepretrain.data import masks
-from prepretrain.data.boxes import Change, seen_whole
+from prepretrain.data.boxes import Change, fit, fit_sides, seen_whole
 from prepretrain.data.loader import evaluation_batches, to_device
 from prepretrain.data.sources.base import Source
 from prepretrain.data.subset import Subset
@@ -31,6 +31,7 @@ def predict(
     *,
     batch_size: int,
     workers: int,
+    sides: tuple[int, int] | None = None,
     parts: Path | None = None,
     change: Change | None = None,
     **how: Any,
@@ -39,11 +40,16 @@ def predict(
     process; only process 0 gets the list, the others an empty one.
 
     Boxes and masks are those of the images as they are in the source. The rate is of the model
-    alone: reading images and drawing masks at full size are not in it. parts: a folder that all
+    alone: reading images and drawing masks at full size are not in it. sides: the short and the long
+    one that an image is resized to at most; None: as large as the model's canvas takes it. parts: a folder that all
     processes see, where what is found is kept, to go on from after a kill; it is the caller's to say
     that model, data and `how` are those of before. change: is done to each picture. how: see
     Detector.detect.
     """
+    if sides is None:
+        placed = partial(fit, canvas=model.encoder.image_size)
+    else:
+        placed = partial(fit_sides, most=sides, stride=model.encoder.stride)
     numbers = [one["id"] for one in source.categories]
     ids = source.only(["image_id"])
     images, seconds, found = 0, 0.0, []
@@ -56,7 +62,7 @@ def predict(
                 some = Subset(source, range(first, end))
                 reader = evaluation_batches(
                     some.only(["image", "size"]),
-                    partial(seen_whole, canvas=model.encoder.image_size, change=change),
+                    partial(seen_whole, place=placed, change=change),
                     batch_size=batch_size,
                     workers=workers,
                 )

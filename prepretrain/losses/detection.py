@@ -29,26 +29,26 @@ def of_boxes(said: BoxOutputs, sigmoid: bool, drawn: Tensor | None = None) -> tu
 
     sigmoid: each class by itself; drawn: bool [K], only these (`federated`).
     """
-    count = max(len(said.classes), 1)
+    count = (said.classes >= 0).sum().clamp(min=1)
     if sigmoid:
-        classes = _sigmoid(said, drawn) / count
+        total = _sigmoid(said, drawn)
     else:
-        classes = F.cross_entropy(said.logits, said.classes, reduction="sum") / count
+        total = F.cross_entropy(said.logits, said.classes, reduction="sum", ignore_index=-1)
     deltas = said.deltas.unflatten(1, (-1, 4))
-    shown, rows = (
-        said.classes < said.logits.shape[1] - 1,
-        torch.arange(len(deltas), device=deltas.device),
-    )
-    own = said.classes.clamp(max=deltas.shape[1] - 1) if deltas.shape[1] > 1 else said.classes * 0
+    shown = (said.classes >= 0) & (said.classes < said.logits.shape[1] - 1)
+    rows = torch.arange(len(deltas), device=deltas.device)
+    own = said.classes.clamp(0, deltas.shape[1] - 1)
     where = (deltas[rows, own] - said.targets).abs().sum(-1)
-    return classes, (where * shown).sum() / count
+    return total / count, (where * shown).sum() / count
 
 
 def _sigmoid(said: BoxOutputs, drawn: Tensor | None) -> Tensor:
     logits = said.logits[:, :-1]
-    target = F.one_hot(said.classes, said.logits.shape[1])[:, :-1].to(logits.dtype)
+    numbers = torch.arange(logits.shape[1], device=logits.device)
+    target = (said.classes[:, None] == numbers).to(logits.dtype)
     each = F.binary_cross_entropy_with_logits(logits, target, reduction="none")
-    return each.sum() if drawn is None else (each * drawn).sum()
+    trained = (said.classes >= 0)[:, None]
+    return (each * trained).sum() if drawn is None else (each * (trained & drawn)).sum()
 
 
 def federated(classes: Tensor, weights: Tensor, count: int, seed: Tensor) -> Tensor:
@@ -57,22 +57,24 @@ def federated(classes: Tensor, weights: Tensor, count: int, seed: Tensor) -> Ten
 
     As in detectron2 the background is one of the count where a region shows none.
     """
-    if boxes.without_numbers(classes):
-        return torch.ones(len(weights), dtype=torch.bool, device=classes.device)
-    present = torch.zeros(len(weights) + 1, dtype=torch.bool, device=classes.device)
-    present[classes] = True
-    more = max(count - int(present.sum()), 0)
+    count = min(count, len(weights))
+    present = torch.zeros(len(weights) + 2, dtype=torch.bool, device=classes.device)
+    present[classes] = True  # the last is of regions that are not trained
+    more = count - present[:-1].sum()
+    present = present[: len(weights)]
     uniform = (boxes.priority(seed, "federated", len(weights)) >> 11).double() / 2**53 + 0.5
     # the smallest exponential times are a draw without replacement by their rates
     time = -uniform.clamp(1e-12, 1 - 1e-12).log() / weights
-    time[present[:-1] | (weights <= 0)] = torch.inf
-    more = min(more, int(time.isfinite().sum()))
-    present[time.topk(more, largest=False).indices] = True
-    return present[:-1]
+    soonest = time.masked_fill(present | (weights <= 0), torch.inf).topk(count, largest=False)
+    taken = torch.arange(count, device=classes.device) < more
+    drawn = torch.zeros_like(present).scatter(0, soonest.indices, taken & soonest.values.isfinite())
+    return present | drawn
 
 
 def of_masks(said: MaskOutputs) -> Tensor:
     """The mean over all cells of the masks of regions that show an object; 0 if none does."""
-    count = max(said.targets.numel(), 1)
+    count = (said.shown.sum() * said.targets[:1].numel()).clamp(min=1)
     target = said.targets.to(said.logits.dtype)
-    return F.binary_cross_entropy_with_logits(said.logits, target, reduction="sum") / count
+    shown = said.shown[:, None, None].to(target.dtype)
+    total = F.binary_cross_entropy_with_logits(said.logits, target, shown, reduction="sum")
+    return total / count

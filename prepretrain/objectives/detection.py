@@ -12,7 +12,7 @@ from prepretrain import plugin
 from prepretrain.data import boxes
 from prepretrain.data.order import repeat_factor
 from prepretrain.losses import detection as losses
-from prepretrain.models.dense.boxes import Objects, where
+from prepretrain.models.dense.boxes import Objects, places
 from prepretrain.models.heads.base import Detector
 from prepretrain.models.model import Model
 from prepretrain.objectives.base import Objective, blank_images
@@ -58,7 +58,7 @@ class Detection(Objective):
         if model.head.draws:
             plugin.require("faster_coco_eval", "detection", "objective 'detection'")
             self.fields = (*self.fields, "masks")
-        self.weights = torch.ones(model.head.classes)
+        self.weights = torch.ones(model.head.classes, device="cpu")  # of classes, as `check` counts
 
     def check(self, card: Any, source: Any) -> None:
         """Also refuses a number of classes that is not the data's, and counts what `federated` draws
@@ -136,14 +136,15 @@ class Detection(Objective):
         """bool [classes], which are trained in this step; None for all."""
         if self.federated is None:
             return None
-        return losses.federated(classes, self.weights.to(classes.device), self.federated, seed)
+        self.weights = self.weights.to(classes.device)  # once
+        return losses.federated(classes, self.weights, self.federated, seed)
 
 
 def _annotated(batch: dict[str, Any]) -> list[Objects]:
-    """The objects of each image, without what only fills the batch up."""
+    """The objects of each image; on a CPU without what only fills the batch up."""
     annotated, bits = [], batch.get("bits")
     for i, classes in enumerate(batch["classes"]):
-        real = where(classes >= 0, len(classes))
+        real = places(classes >= 0, len(classes))
         masks = None if bits is None else bits[i, real]
         annotated.append(Objects(batch["boxes"][i, real], classes[real], masks))
     return annotated

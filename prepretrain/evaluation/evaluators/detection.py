@@ -37,8 +37,9 @@ class Detection(Evaluator):
     precision, or LVIS's where its files say which classes are not in an image.
 
     data           the card
-    split          its split, of which each image is counted once, resized to fit in the model's image
-                   size and padded
+    split          its split, of which each image is counted once
+    sides          [800, 1333]: an image is resized to a short side of 800, unless the long one would
+                   exceed 1333; null fits it in the model's image size. Then it is padded
     threshold      the least score; null is 0.05, or 0.02 by LVIS's rules
     overlap        from which overlap the less sure of two boxes of a class is suppressed
     most           detections of an image; null is 100, or 300 by LVIS's rules
@@ -64,6 +65,7 @@ class Detection(Evaluator):
         *,
         data: str,
         split: str = "val",
+        sides: tuple[int, int] | None = None,
         threshold: float | None = None,
         overlap: float = 0.5,
         most: int | None = None,
@@ -78,7 +80,7 @@ class Detection(Evaluator):
     ):
         super().__init__(data=data)
         soft = None if soft is None else _checked(soft)
-        self.split, self.splits = split, (split,)
+        self.split, self.splits, self.sides = split, (split,), sides
         self.how = {"threshold": threshold, "overlap": overlap, "most": most, "soft": soft}
         self.images, self.pictures = images, pictures
         self.feature_batch, self.workers = feature_batch, decoding(workers)
@@ -124,6 +126,7 @@ class Detection(Evaluator):
         if not self.cache:
             return name
         asked = [_VERSION, list(self.how.items()), *state(source), len(source)]
+        asked += [] if self.sides is None else [list(self.sides)]
         return f"{name}-{fingerprint_of([fingerprint(model), *asked])}"
 
     def _measured(
@@ -141,6 +144,7 @@ class Detection(Evaluator):
             source,
             batch_size=self.feature_batch,
             workers=self.workers,
+            sides=self.sides,
             parts=parts,
             change=change,
             **how,
@@ -209,12 +213,14 @@ def _compared(
 def draw(source: Source, found: list[dict], count: int, change: Any = None):
     """A sheet of some images, the same each time: what is found, beside what is annotated."""
     numbers = {one["id"]: label for label, one in enumerate(source.categories)}
+    samples = [source[index] for index in evenly(len(source), count)]
+    sure_of: dict[int, list[dict]] = {sample["image_id"]: [] for sample in samples}
+    for one in found:
+        if one["image_id"] in sure_of and one["score"] >= _SURE:
+            sure_of[one["image_id"]].append(one)
     rows = []
-    for index in evenly(len(source), count):
-        sample = source[index]
-        picture = upright(sample["image"], sample["size"])
-        mine = [one for one in found if one["image_id"] == sample["image_id"]]
-        sure = [one for one in mine if one["score"] >= _SURE]
+    for sample in samples:
+        picture, sure = upright(sample["image"], sample["size"]), sure_of[sample["image_id"]]
         labels = torch.tensor([numbers[one["category_id"]] for one in sure], dtype=torch.int64)
         texts = [f"{source.classes[label]} {one['score']:.2f}" for label, one in zip(labels, sure)]
         boxes = torch.tensor([one["bbox"] for one in sure]).reshape(-1, 4)

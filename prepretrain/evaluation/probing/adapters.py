@@ -153,6 +153,11 @@ def check(encoder: Encoder, method: str, options: dict[str, Any]) -> dict[str, A
             f"{method}: adapts the blocks of a ViT, and model.encoder is a {type(encoder).__name__}. "
             f"Take one of the ViT sizes, as vit_b16, or tune a linear classifier alone."
         )
+    if encoder.window is not None and issubclass(ADAPTERS[method], Prompts):
+        raise ValueError(
+            f"{method}: its tokens would be in no window (model.window={encoder.window}). Take lora or "
+            f"adaptformer; or the same weights as a plain ViT, with model.window=null."
+        )
     return plugin.check(ADAPTERS[method], options, "adapter")
 
 

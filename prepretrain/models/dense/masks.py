@@ -8,8 +8,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchvision.ops import roi_align
 
-from prepretrain.models.dense.boxes import clip, usable, without_numbers
+from prepretrain.models.dense.boxes import clip, usable
 from prepretrain.models.heads.base import Detections
+
+_AT_ONCE = 16  # objects whose masks are unpacked together: 64 MB at 1024 x 1024 pixels
 
 
 def unpack(bits: Tensor) -> Tensor:
@@ -21,12 +23,14 @@ def unpack(bits: Tensor) -> Tensor:
 def cut(bits: Tensor, place: Tensor, regions: Tensor, cells: int) -> Tensor:
     """The masks of regions [R, 4], each of the object `place` [R] of the packed ones: bool [R, S, S],
     where at least half of a cell is the object's."""
-    if without_numbers(place):
-        return torch.empty(len(place), cells, cells, dtype=torch.bool, device=place.device)
-    used, row = place.unique(return_inverse=True)
-    whole = unpack(bits[used])[:, None].float()
-    rows = torch.cat([row[:, None].to(regions.dtype), regions], 1)
-    return roi_align(whole, rows, cells, 1.0, sampling_ratio=0, aligned=True)[:, 0] >= 0.5
+    share = torch.zeros(len(regions), cells, cells, device=regions.device)
+    for start in range(0, len(bits), _AT_ONCE):
+        whole = unpack(bits[start : start + _AT_ONCE])[:, None].float()
+        here = place.clamp(start, start + len(whole) - 1)
+        # of another object's regions nothing is cut: they have no area here
+        rows = torch.cat([(here - start)[:, None].float(), regions * (here == place)[:, None]], 1)
+        share = share + roi_align(whole, rows, cells, 1.0, 0, True)[:, 0]
+    return share >= 0.5
 
 
 def paste(masks: Tensor, boxes: Tensor, size: tuple[int, int]) -> Tensor:

@@ -8,7 +8,6 @@ from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor, nn
-from torchvision.models.detection._utils import BoxCoder, Matcher
 
 from prepretrain.models.dense import boxes
 from prepretrain.models.dense.boxes import Objects
@@ -16,7 +15,8 @@ from prepretrain.models.dense.boxes import Objects
 _PER_PLACE = 3  # anchors
 _OVERLAP = 0.7  # from which of two proposals of a map one is suppressed
 _SHARE = 0.5  # of the sampled anchors that show objects, at most
-_CODER = BoxCoder((1.0, 1.0, 1.0, 1.0))
+_NONE, _OBJECT = 0.3, 0.7  # overlaps of an anchor that shows no object, or one
+_CODER = boxes.Coder(1.0, 1.0)
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,6 @@ class Proposer:
         sampled: anchors of an image that are trained."""
         self.sizes, self.strides, self.sampled = sizes, strides, sampled
         self.candidates, self.proposals = candidates, proposals
-        self.matcher = Matcher(0.7, 0.3, allow_low_quality_matches=True)
 
     def outputs(self, objectness: list[Tensor], deltas: list[Tensor]) -> Anchors:
         """The outputs of all maps side by side, in the order of `anchors`."""
@@ -94,10 +93,9 @@ class Proposer:
         self, said: Anchors, anchors: list[Tensor], sizes: Tensor, training: bool
     ) -> list[Tensor]:
         """The proposals of each image, boxes [n, 4], the best first; within its own height and width,
-        int64 [B, 2]."""
-        decoded = _CODER.decode_single(
-            said.deltas.flatten(0, 1), torch.cat(anchors).repeat(len(sizes), 1)
-        ).unflatten(0, said.objectness.shape)
+        int64 [B, 2]. In training on a GPU some at the end may have no area."""
+        moved = _CODER.decode(said.deltas.flatten(0, 1), torch.cat(anchors).repeat(len(sizes), 1))
+        decoded = moved[:, 0].unflatten(0, said.objectness.shape)
         limits = self.candidates[not training], self.proposals[not training]
         starts = list(accumulate(map(len, anchors), initial=0))
         proposals = []
@@ -108,9 +106,8 @@ class Proposer:
             ]
             maps = torch.cat([torch.full_like(one, level) for level, one in enumerate(best)])
             chosen = torch.cat(best)
-            proposals.append(
-                _remaining(boxes.clip(found[chosen], size), scores[chosen], maps, limits[1])
-            )
+            inside = boxes.clip(found[chosen], size)
+            proposals.append(_remaining(inside, scores[chosen], maps, limits[1], training))
         return proposals
 
     @torch.no_grad()
@@ -120,18 +117,22 @@ class Proposer:
         """(labels, targets) of every image's anchors: see Anchors."""
         labels, targets = [], []
         for one, seed in zip(objects, seeds):
-            place, verdict = boxes.match(anchors, one.boxes, self.matcher)
-            sampled = boxes.sample(verdict, seed, "anchors", self.sampled, _SHARE)
-            label = torch.full_like(verdict, -1)
-            label[sampled] = verdict[sampled]
-            labels.append(label)
-            shown = one.boxes[place] if len(one.boxes) else anchors
-            targets.append(_CODER.encode_single(shown, anchors))
+            place, verdict = boxes.match(anchors, one, _NONE, _OBJECT, best=True)
+            shown, nothing = boxes.sample(verdict, seed, "anchors", self.sampled, _SHARE)
+            labels.append(torch.where(shown, 1, torch.where(nothing, 0, -1)))
+            target = anchors
+            if len(one.boxes):
+                target = torch.where(shown[:, None], one.boxes[place], anchors)
+            targets.append(_CODER.encode(target, anchors))
         return torch.stack(labels), torch.stack(targets)
 
 
-def _remaining(found: Tensor, scores: Tensor, maps: Tensor, most: int) -> Tensor:
+def _remaining(found: Tensor, scores: Tensor, maps: Tensor, most: int, training: bool) -> Tensor:
     """The boxes that have an area and are no worse double of another on their map."""
-    usable = boxes.where(boxes.usable(found) & scores.isfinite(), len(found))
-    found, scores, maps = found[usable], scores[usable], maps[usable]
-    return found[boxes.suppress(found, scores, maps, _OVERLAP, most)[0]]
+    usable = boxes.usable(found) & scores.isfinite()
+    found = found.masked_fill(~usable[:, None], 0.0)
+    scores = scores.masked_fill(~usable, -torch.inf)  # they come last
+    kept = boxes.suppress(found, scores, maps, _OVERLAP, most)[0]
+    if not training or boxes.counts_freely(found):
+        kept = kept[boxes.where(usable[kept], most)]
+    return found[kept]

@@ -5,6 +5,8 @@ B images, D channels of the encoder, C of the pyramid.
 
 import torch
 from torch import Tensor, nn
+from torchvision.ops import FeaturePyramidNetwork
+from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
 from prepretrain.models.dense.layers import ChannelNorm, normed_conv, uniform
 
@@ -45,6 +47,33 @@ class SimplePyramid(nn.Module):
             uniform(tensor, layer.in_channels * layer.kernel_size[0] ** 2, generator)
         else:
             return False
+        return True
+
+
+class FeaturePyramid(nn.Module):
+    """Maps of the stages of a hierarchical encoder, each with what the coarser ones say, and one of half
+    the coarsest's resolution (FPN, arXiv 1612.03144), on torchvision's. Each map is normed before, as
+    Swin's are."""
+
+    def __init__(self, widths: list[int], channels: int):
+        """widths: channels of each stage's map, the finest first."""
+        super().__init__()
+        self.norms = nn.ModuleList(ChannelNorm(width) for width in widths)
+        self.scales = FeaturePyramidNetwork(widths, channels, LastLevelMaxPool())
+
+    def forward(self, maps: list[Tensor]) -> list[Tensor]:
+        """Maps [B, D, rows, columns], the finest first, to one more of C channels."""
+        normed = {str(i): norm(one) for i, (norm, one) in enumerate(zip(self.norms, maps))}
+        return list(self.scales(normed).values())
+
+    def initialise(self, name: str, tensor: Tensor, generator: torch.Generator) -> bool:
+        """As torchvision's and detectron2's: uniform with the variance 1 / fan in, no bias."""
+        if name.startswith("norms."):
+            return False
+        if name.endswith("bias"):
+            tensor.zero_()
+        else:
+            nn.init.kaiming_uniform_(tensor, a=1, generator=generator)
         return True
 
 

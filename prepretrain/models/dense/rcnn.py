@@ -9,12 +9,11 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torchvision.models.detection._utils import BoxCoder, Matcher
 
 from prepretrain.models.dense import boxes, masks, regions
-from prepretrain.models.dense.boxes import Objects
+from prepretrain.models.dense.boxes import Coder, Objects
 from prepretrain.models.dense.proposals import Anchors, ProposalHead, Proposer
-from prepretrain.models.dense.pyramid import SimplePyramid
+from prepretrain.models.dense.pyramid import FeaturePyramid, SimplePyramid
 from prepretrain.models.encoders.base import Encoder
 from prepretrain.models.heads.base import Detections, Detector
 
@@ -23,17 +22,17 @@ _SHARE = 0.25  # of the sampled regions that show objects, at most
 
 @dataclass(frozen=True)
 class Stage:
-    """How a stage of boxes is trained: the overlap from which a region shows an object, and what its
-    deltas are multiplied with."""
+    """How a stage of boxes is trained: the overlap from which a region shows an object, and how it says
+    where that is."""
 
     overlap: float
-    weights: tuple[float, float, float, float]
+    coder: Coder
 
 
 @dataclass(frozen=True)
 class Regions:
-    """Regions of one image that are trained: boxes [N, 4], the classes [N] that they show (K: none),
-    and the object [N] that each was matched with."""
+    """Regions of one image: boxes [N, 4], the classes [N] that they show (K: none; -1: it is not
+    trained), and the object [N] that each was matched with."""
 
     boxes: Tensor
     classes: Tensor
@@ -43,7 +42,7 @@ class Regions:
 @dataclass(frozen=True)
 class BoxOutputs:
     """What a stage says of R regions and should say: logits [R, K + 1], deltas [R, 4] or [R, 4 K],
-    classes [R], targets [R, 4] (of those that show an object)."""
+    classes [R] (-1: it is not trained), targets [R, 4] (of those that show an object)."""
 
     logits: Tensor
     deltas: Tensor
@@ -53,11 +52,12 @@ class BoxOutputs:
 
 @dataclass(frozen=True)
 class MaskOutputs:
-    """What is said of the regions that show an object, for the class of that, and should be: logits
-    [R, 28, 28], targets bool [R, 28, 28]."""
+    """What is said of regions for the class of their object, and should be: logits [R, 28, 28], targets
+    bool [R, 28, 28]; and shown, bool [R], whether they show one."""
 
     logits: Tensor
     targets: Tensor
+    shown: Tensor
 
 
 @dataclass(frozen=True)
@@ -102,16 +102,18 @@ class RCNN(Detector):
         masks: false leaves them out, for data that has none."""
         super().__init__(encoder, classes, draws=masks, sigmoid=loss == "sigmoid")
         self.sampled_regions = sampled_regions
-        base = encoder.stride
-        self.strides = [base / 4, base / 2, base, base * 2, base * 4]
+        if encoder.scales:
+            widths, strides = zip(*encoder.scales)
+            self.pyramid = FeaturePyramid(list(widths), channels)
+            self.strides = [*map(float, strides), strides[-1] * 2.0]
+        else:
+            self.pyramid = SimplePyramid(encoder.width, channels)
+            self.strides = [encoder.stride * 2.0**i for i in range(-2, 3)]
         if len(anchors) != len(self.strides):
             raise ValueError(
                 f"model.head.anchors: {list(anchors)} must be {len(self.strides)} sizes."
             )
         self.proposer = Proposer(anchors, self.strides, candidates, proposals, sampled_anchors)
-        self.coders = [BoxCoder(stage.weights) for stage in self.stages]
-        self.matchers = [Matcher(stage.overlap, stage.overlap) for stage in self.stages]
-        self.pyramid = SimplePyramid(encoder.width, channels)
         self.proposals = ProposalHead(channels)
         count = 1 if self.shared_boxes else classes
         self.boxes = nn.ModuleList(
@@ -144,17 +146,22 @@ class RCNN(Detector):
     def _sampled(self, proposed: Tensor, objects: Objects, seed: Tensor) -> Regions:
         """The regions of an image that are trained, those that show an object first."""
         matched, verdict = self._matched(proposed, objects, 0)
-        chosen = boxes.sample(verdict, seed, "regions", self.sampled_regions, _SHARE)
-        return Regions(proposed[chosen], matched.classes[chosen], matched.place[chosen])
+        shown, nothing = boxes.sample(verdict, seed, "regions", self.sampled_regions, _SHARE)
+        rank = torch.where(shown, 0, torch.where(nothing, 1, 2))
+        chosen = boxes.first(rank, self.sampled_regions, 2)
+        classes = matched.classes[chosen].masked_fill(rank[chosen] == 2, -1)
+        return Regions(matched.boxes[chosen], classes, matched.place[chosen])
 
     def _matched(self, found: Tensor, objects: Objects, stage: int) -> tuple[Regions, Tensor]:
-        """All boxes as regions of a stage, and whether each shows an object."""
-        place, verdict = boxes.match(found, objects.boxes, self.matchers[stage])
+        """All boxes as regions of a stage, and whether each shows an object; -1 if it is none."""
+        usable, overlap = boxes.usable(found), self.stages[stage].overlap
+        found = boxes.filled(found, usable)
+        place, verdict = boxes.match(found, objects, overlap, overlap)
+        verdict = verdict.masked_fill(~usable, -1)
+        classes = torch.full_like(place, self.classes)
         if len(objects.classes):
-            classes = torch.where(verdict == 1, objects.classes[place], self.classes)
-        else:
-            classes = torch.full_like(place, self.classes)
-        return Regions(found, classes, place), verdict
+            classes = torch.where(verdict == 1, objects.classes[place], classes)
+        return Regions(found, classes.masked_fill(~usable, -1), place), verdict
 
     def _stages(
         self,
@@ -165,21 +172,34 @@ class RCNN(Detector):
     ) -> list[BoxOutputs]:
         """The outputs of each stage, whose regions are the boxes of the one before."""
         outputs = []
-        for number in range(len(self.stages)):
+        for number, stage in enumerate(self.stages):
             if number:
                 decoded = self._decoded(number - 1, outputs[-1].deltas.detach(), sampled, sizes)
-                usable = [found[boxes.where(boxes.usable(found), len(found))] for found in decoded]
-                sampled = [self._matched(*pair, number)[0] for pair in zip(usable, objects)]
+                sampled = [self._again(*each, number) for each in zip(decoded, sampled, objects)]
             logits, deltas = self._said(scales, [one.boxes for one in sampled], number)
             classes = torch.cat([one.classes for one in sampled])
-            shown = [
-                objects[i].boxes[one.place] if len(objects[i].boxes) else one.boxes
-                for i, one in enumerate(sampled)
-            ]
             at = torch.cat([one.boxes for one in sampled])
-            targets = self.coders[number].encode_single(torch.cat(shown), at)
-            outputs.append(BoxOutputs(logits, deltas, classes, targets))
+            shown = torch.cat([self._target(*pair) for pair in zip(sampled, objects)])
+            outputs.append(BoxOutputs(logits, deltas, classes, stage.coder.encode(shown, at)))
         return outputs
+
+    def _again(self, found: Tensor, before: Regions, objects: Objects, stage: int) -> Regions:
+        """The boxes [N, 4] that an image's regions became, as regions of the next stage."""
+        trained = boxes.usable(found) & (before.classes >= 0)
+        here = boxes.places(trained, len(found))
+        again, trained = self._matched(found[here], objects, stage)[0], trained[here]
+        return replace(again, classes=again.classes.masked_fill(~trained, -1))
+
+    def _target(self, sampled: Regions, objects: Objects) -> Tensor:
+        """[N, 4], the box of the object that each region shows; its own where it shows none."""
+        if not len(objects.boxes):
+            return sampled.boxes
+        shown = self._shown(sampled.classes)[:, None]
+        return torch.where(shown, objects.boxes[sampled.place], sampled.boxes)
+
+    def _shown(self, classes: Tensor) -> Tensor:
+        """[N], whether a region shows an object."""
+        return (classes >= 0) & (classes < self.classes)
 
     def _said(self, scales: list[Tensor], found: list[Tensor], stage: int) -> tuple[Tensor, Tensor]:
         """(logits, deltas) of a stage for each image's regions. The maps get the mean of the stages'
@@ -200,7 +220,7 @@ class RCNN(Detector):
         self, stage: int, deltas: Tensor, found: list[Tensor], sizes: Tensor
     ) -> list[Tensor]:
         """The boxes of a stage, [N, 1 or K, 4] of each image, within it."""
-        moved = self.coders[stage].decode_single(deltas, torch.cat(found)).unflatten(1, (-1, 4))
+        moved = self.stages[stage].coder.decode(deltas, torch.cat(found))
         parts = moved.split([len(one) for one in found])
         return [boxes.clip(one, size) for one, size in zip(parts, sizes)]
 
@@ -209,18 +229,19 @@ class RCNN(Detector):
     ) -> MaskOutputs | None:
         if self.masks is None:
             return None
-        guess = int(_SHARE * self.sampled_regions)
-        shown = [boxes.where(one.classes < self.classes, guess) for one in sampled]
-        found = [one.boxes[which] for one, which in zip(sampled, shown)]
-        classes = torch.cat([one.classes[which] for one, which in zip(sampled, shown)])
+        most = int(_SHARE * self.sampled_regions)
+        places = [boxes.places(self._shown(one.classes), most) for one in sampled]
+        found = [one.boxes[here] for one, here in zip(sampled, places)]
+        classes = torch.cat([one.classes[here] for one, here in zip(sampled, places)])
         pooled = regions.pool(scales[:4], found, self.strides, regions.MASK_CELLS)
         logits = self.masks(pooled).float()
-        logits = logits[torch.arange(len(logits), device=logits.device), classes]
+        own = classes.clamp(0, self.classes - 1)
+        logits = logits[torch.arange(len(logits), device=logits.device), own]
         targets = [
-            masks.cut(one.bits, regions_of.place[which], at, logits.shape[-1])
-            for one, regions_of, which, at in zip(objects, sampled, shown, found)
+            masks.cut(one.bits, regions_of.place[here], at, logits.shape[-1])
+            for one, regions_of, here, at in zip(objects, sampled, places, found)
         ]
-        return MaskOutputs(logits, torch.cat(targets))
+        return MaskOutputs(logits, torch.cat(targets), self._shown(classes))
 
     @torch.no_grad()
     def detect(

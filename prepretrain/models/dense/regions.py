@@ -8,7 +8,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import roi_align
 
-from prepretrain.models.dense.boxes import where
 from prepretrain.models.dense.layers import kaiming, normed_conv
 
 BOX_CELLS, MASK_CELLS = 7, 14  # along a side of a pooled region
@@ -26,13 +25,12 @@ def pool(maps: list[Tensor], regions: list[Tensor], strides: list[float], cells:
     cells]. Aligned, with as many samples a cell as it has places."""
     boxes = torch.cat(regions)
     image = torch.cat([torch.full_like(one[:, :1], i) for i, one in enumerate(regions)])
-    level = levels(boxes, len(maps))
-    pooled = maps[0].new_zeros(len(boxes), maps[0].shape[1], cells, cells, dtype=torch.float32)
+    level = levels(boxes, len(maps))[:, None]
+    pooled: Tensor | int = 0
     for number, (one, stride) in enumerate(zip(maps, strides)):
-        here = where(level == number, len(level) // len(maps))
-        rows = torch.cat([image[here], boxes[here]], 1)
-        found = roi_align(one.float(), rows, cells, 1 / stride, sampling_ratio=0, aligned=True)
-        pooled = pooled.index_put((here,), found)
+        # what is of another map is a region without an area there, which is no work and gives zeros
+        rows = torch.cat([image, boxes * (level == number)], 1)
+        pooled = pooled + roi_align(one.float(), rows, cells, 1 / stride, 0, True)
     return pooled
 
 

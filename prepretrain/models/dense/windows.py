@@ -1,9 +1,10 @@
 """Transformer blocks on a grid of cells that attend within windows, with relative positions: the
-backbone of ViTDet (arXiv 2203.16527).
+backbone of ViTDet (arXiv 2203.16527). And windows on a grid of any size for Swin's blocks.
 
 B images, H heads, D channels; a grid has rows and columns of cells.
 """
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -43,7 +44,8 @@ class WindowBlock(nn.Module):
         if self.window is None:
             attended = self.attn(normed)
         else:
-            attended = join_windows(self.attn(split_windows(normed, self.window)), grid)
+            windows = split_windows(normed, (self.window, self.window))
+            attended = join_windows(self.attn(windows), grid)
         cells = cells + self.drop_path(attended)
         return cells + self.drop_path(self.mlp(self.norm2(cells)))
 
@@ -117,17 +119,62 @@ def resize_positions(table: Tensor, old: tuple[int, int], grid: tuple[int, int])
     return resized.permute(0, 2, 3, 1).to(table.dtype)
 
 
-def split_windows(cells: Tensor, window: int) -> Tensor:
-    """[B, rows, columns, D] to [B windows, window, window, D], zeros added below and to the right."""
-    rows, columns = cells.shape[1:3]
-    padded = F.pad(cells, (0, 0, 0, -columns % window, 0, -rows % window))
-    tiled = padded.unflatten(2, (-1, window)).unflatten(1, (-1, window))
+def split_windows(cells: Tensor, window: tuple[int, int]) -> Tensor:
+    """[B, rows, columns, D] to [B windows, *window, D], zeros added below and to the right."""
+    (rows, columns), (height, width) = cells.shape[1:3], window
+    padded = F.pad(cells, (0, 0, 0, -columns % width, 0, -rows % height))
+    tiled = padded.unflatten(2, (-1, width)).unflatten(1, (-1, height))
     return tiled.transpose(2, 3).flatten(0, 2)
 
 
 def join_windows(windows: Tensor, grid: tuple[int, int]) -> Tensor:
     """What `split_windows` made of a grid, back to [B, rows, columns, D]."""
-    (rows, columns), window = grid, windows.shape[1]
-    tiles = -(-rows // window), -(-columns // window)
+    (rows, columns), (height, width) = grid, windows.shape[1:3]
+    tiles = -(-rows // height), -(-columns // width)
     tiled = windows.unflatten(0, (-1, *tiles)).transpose(2, 3)
     return tiled.flatten(3, 4).flatten(1, 2)[:, :rows, :columns]
+
+
+def shifted_windows(
+    cells: Tensor, window: tuple[int, int], shift: tuple[int, int], attend: Callable[..., Tensor]
+) -> Tensor:
+    """Attention within windows that begin `shift` cells down and to the right, on [B, rows, columns,
+    D] of any size, to the same shape.
+
+    attend: [B windows, N, D] and a mask to the former's shape, as timm's WindowAttention; the mask
+    [windows, N, N] is added to the logits. The grid is rolled, so that windows which the shift cuts
+    are joined two by two, as Swin's are; no cell attends from one part to the other, nor to padding.
+    An axis of one window is not shifted.
+    """
+    grid = rows, columns = cells.shape[1:3]
+    shift = tuple(by if side > size else 0 for by, side, size in zip(shift, grid, window))
+    whole = tuple(side + -side % size for side, size in zip(grid, window))
+    padded = F.pad(cells, (0, 0, 0, whole[1] - columns, 0, whole[0] - rows))
+    rolled = padded.roll((-shift[0], -shift[1]), (1, 2)) if any(shift) else padded
+    mask = _window_mask(grid, whole, window, shift, cells) if any(shift) or whole != grid else None
+    attended = attend(split_windows(rolled, window).flatten(1, 2), mask).unflatten(1, window)
+    joined = join_windows(attended, whole)
+    joined = joined.roll(shift, (1, 2)) if any(shift) else joined
+    return joined[:, :rows, :columns]
+
+
+def _window_mask(
+    grid: tuple[int, int],
+    whole: tuple[int, int],
+    window: tuple[int, int],
+    shift: tuple[int, int],
+    like: Tensor,
+) -> Tensor:
+    """[windows, N, N], what keeps each cell of rolled windows from another: minus infinity for
+    padding, and -100, as in Swin's code, for the part beyond the border that was joined."""
+    parts, real = [], []
+    for side, length, by in zip(grid, whole, shift):
+        place = torch.arange(length, device=like.device)
+        parts.append(place >= length - by)
+        real.append(place.roll(-by) < side)
+    part = parts[0][:, None] * 2 + parts[1][None]
+    seen = (real[0][:, None] & real[1][None])[None, ..., None]
+    part, seen = (split_windows(one, window).flatten(1) for one in (part[None, ..., None], seen))
+    mask = like.new_zeros(len(part), window[0] * window[1], window[0] * window[1])
+    mask = mask.masked_fill(part[:, :, None] != part[:, None], -100.0)
+    return mask.masked_fill(~seen[:, None], -torch.inf)

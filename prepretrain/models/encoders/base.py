@@ -34,6 +34,9 @@ class Encoder(nn.Module):
     image_size: tuple[int, int]  # pixels: height, width
     takes: tuple[str, ...] = ()  # what of keep, hide, layer and maps `forward` offers
     blocks: nn.ModuleList  # what is recomputed, compiled and sharded as a unit
+    # (channels, pixels per cell) of each stage of a hierarchical encoder, whose `maps` counts stages,
+    # not blocks; a plain one has none: all its maps are of `width` and `stride`
+    scales: tuple[tuple[int, int], ...] = ()
     trains: bool = (
         True  # an objective can train it; else it is a teacher or is measured beside ours
     )
@@ -66,9 +69,9 @@ class Encoder(nn.Module):
         keep: int64 [B, K], encode those patches only (MAE); the result is [B, prefix + K, D] in
         that order. hide: (bool mask [B, P], token [patch_width]), put the token in the place of the
         masked ones of the P embedded patches (SimMIM). layer: the tokens after that many blocks,
-        without the final norm. maps: numbers of blocks, from 1, in rising order; the result is a list
-        of what comes after each, [B, D, rows, columns] without the prefix, and after the final norm
-        for the last block alone.
+        without the final norm. maps: numbers of blocks, or of stages where there are
+        `scales`, from 1, in rising order; the result is a list of what comes after each, [B, D, rows,
+        columns] without the prefix, and after the final norm for the last alone.
         """
         raise NotImplementedError
 

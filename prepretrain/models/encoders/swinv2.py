@@ -5,13 +5,15 @@ B images, N cells of the last grid, D its channels.
 """
 
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from timm.models.swin_transformer_v2 import SwinTransformerV2
+from timm.models.swin_transformer_v2 import SwinTransformerV2, SwinTransformerV2Block
 from torch import Tensor, nn
 
 from prepretrain.data.transforms import Size, plain_size, sides
+from prepretrain.models.dense.windows import shifted_windows
 from prepretrain.models.encoders.base import Encoder, whole_cells
 
 _DEPTHS = (2, 2, 18, 2)
@@ -37,15 +39,26 @@ class _Net(SwinTransformerV2):
             super().init_weights(needs_reset)
 
 
+class _AnySize(SwinTransformerV2Block):
+    """timm's block on a grid of any size. Cells that pad it to whole windows are attended by none;
+    timm's attend to them, and where it shifts windows, to the other side's of the image."""
+
+    def _attn(self, cells: Tensor) -> Tensor:
+        shifts = [
+            size // 2 if by else 0 for size, by in zip(self.window_size, self.target_shift_size)
+        ]
+        return shifted_windows(cells, self.window_size, shifts, self.attn)
+
+
 class SwinV2(Encoder):
     """A hierarchical encoder with shifted windows, cosine attention and a continuous position bias.
 
-    It has no class token; its tokens are the cells of the last stage. The defaults are the
-    pre-training's of arXiv 2206.04664, Table 1.
+    It has no class token; its tokens are the cells of the last stage, its maps those of each. The
+    defaults are the pre-training's of arXiv 2206.04664, Table 1.
     """
 
     prefix = 0
-    takes = ("hide",)
+    takes = ("hide", "maps")
     timm_head = "head.fc"
 
     def __init__(
@@ -59,34 +72,44 @@ class SwinV2(Encoder):
         pretrained_windows: tuple[Size, ...] = (),
         image_size: Size = 192,
         drop_path: float = 0.0,
+        final_norm: bool = True,
+        any_size: bool = False,
     ):
         """base_width: channels of the first stage, doubled by each that follows.
 
         pretrained_windows: the windows (one a stage) that the position bias was trained with, by
         which its coordinates are scaled; empty: the windows of now. `follow` fills them in for a
         model that starts from another.
+
+        final_norm: false leaves out the last norm, whose place those of a head on maps take. any_size:
+        takes images of any whole number of patches, and pads the grid of a stage to whole windows,
+        as dense tasks need; false refuses a window that does not divide it.
         """
         super().__init__()
-        self.stride = patch_size * 2 ** (len(depths) - 1)
+        self.scales = tuple(
+            (base_width * 2**stage, patch_size * 2**stage) for stage in range(len(depths))
+        )
         if len(heads) != len(depths) or not depths:
             raise ValueError(f"model.heads: {heads} must name one number a stage, as {depths}.")
         if pretrained_windows and len(pretrained_windows) != len(depths):
             raise ValueError(
                 f"model.pretrained_windows: {pretrained_windows} must name one a stage, as {depths}."
             )
+        self.width, self.stride = self.scales[-1]
         stages = f"{self.stride}, the stride of {len(depths)} stages on patches of {patch_size}"
         self.image_size = whole_cells(image_size, self.stride, stages)
-        for stage in range(len(depths)):
+        for stage in range(len(depths) if not any_size else 0):
             for cells in (side // patch_size // 2**stage for side in self.image_size):
                 if cells > window and cells % window:
                     raise ValueError(
                         f"model.window: {window} does not divide a stage's grid of {cells} cells; at "
-                        f"model.image_size={image_size} take a window that does."
+                        f"model.image_size={image_size} take a window that does, or "
+                        f"model.any_size=true, which pads the grid."
                     )
         if not 0 <= drop_path < 1:
             raise ValueError(f"model.drop_path: {drop_path} must lie in [0, 1).")
         self.patch, self.patch_width = patch_size, base_width
-        self.width = base_width * 2 ** (len(depths) - 1)
+        self.final_norm, self.any_size = final_norm, any_size
         self.arguments = {
             "img_size": image_size,
             "patch_size": patch_size,
@@ -96,8 +119,14 @@ class SwinV2(Encoder):
             "window_size": window,
             "pretrained_window_sizes": pretrained_windows or (0,) * len(depths),
         }
-        net = _Net(**self.arguments, num_classes=0, drop_path_rate=drop_path)
-        self.patch_embed, self.layers, self.norm = net.patch_embed, net.layers, net.norm
+        options = {"num_classes": 0, "drop_path_rate": drop_path, "strict_img_size": not any_size}
+        net = _Net(**self.arguments, **options)
+        self.patch_embed, self.layers = net.patch_embed, net.layers
+        self.norm = net.norm if final_norm else nn.Identity()
+        if any_size:
+            for stage in self.layers:
+                for block in stage.blocks:
+                    block.__class__ = _AnySize  # timm's stages make timm's blocks
 
     def forward(
         self,
@@ -106,15 +135,29 @@ class SwinV2(Encoder):
         keep: Tensor | None = None,
         hide: tuple[Tensor, Tensor] | None = None,
         layer: int | None = None,
-    ) -> Tensor:
+        maps: Sequence[int] = (),
+    ) -> Any:
         """See Encoder.forward. Raises ValueError for `keep`, which windows do not allow."""
-        self.check(image, keep=keep, hide=hide, layer=layer)
+        ways = {"keep": keep, "hide": hide, "layer": layer}
+        if self.any_size:
+            whole_cells(image.shape[-2:], self.patch, f"model.patch_size {self.patch}")
+            self.require(
+                [name for name, value in ways.items() if value is not None], "model.encoder"
+            )
+        else:
+            self.check(image, **ways)
         tokens = self.patch_embed(image)
         if hide is not None:
             mask, token = hide
             cells = mask.unflatten(1, tokens.shape[1:3])[..., None]
             tokens = torch.where(cells, token.to(tokens.dtype), tokens)
-        return self.norm(self.layers(tokens)).flatten(1, 2)
+        seen = []
+        for number, stage in enumerate(self.layers, 1):
+            tokens = stage(tokens)
+            seen.append(self.norm(tokens) if number == len(self.layers) else tokens)
+        if maps:
+            return [seen[number - 1].permute(0, 3, 1, 2) for number in maps]
+        return seen[-1].flatten(1, 2)
 
     def initialise(self, name: str, tensor: Tensor, generator: torch.Generator) -> bool:
         """As SwinV2's code: linear layers N(0, 0.02) truncated, both norms of a block at zero, the
@@ -180,6 +223,11 @@ class SwinV2(Encoder):
 
     def timm(self) -> dict[str, Any]:
         """See Encoder.timm."""
+        if self.any_size or not self.final_norm:
+            raise ValueError(
+                "timm has no SwinV2 without a last norm (model.final_norm), nor one that pads its "
+                "windows as this one does (model.any_size)."
+            )
         arguments = {k: list(v) if isinstance(v, tuple) else v for k, v in self.arguments.items()}
         return {"architecture": "swinv2_tiny_window8_256", "model_args": arguments}
 

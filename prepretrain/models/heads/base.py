@@ -5,8 +5,8 @@ asks for a kind of head by its class:
 
 * `Scores` reads tokens [B, prefix + N, D] of the last layer: of an image, or of a clip, of which N alone
   is larger (video). It gives `scores(feature)` [B, C].
-* `Dense` reads maps, a list of [B, D, rows, columns], one for each of the encoder's `layers`. It gives a
-  value for each place, as [B, C, rows', columns'] of classes (segmentation) or depths.
+* `Dense` reads maps, a list of [B, D, rows, columns], one for each of the encoder's `layers`: blocks of
+  a plain encoder, or stages of one with `scales`, whose D and stride differ. It gives a value for each place, as [B, C, rows', columns'] of classes (segmentation) or depths.
 * `Detector`, a `Dense`, takes the sizes of images within a padded batch, too. It gives what losses are
   made of in training, else `Detections`.
 
@@ -65,7 +65,7 @@ class Dense(Head):
     that the model starts from is left out."""
 
     def __init__(self, encoder: Encoder, layers: tuple[int, ...]):
-        """layers: the numbers of the encoder's blocks, from 1, whose maps it reads."""
+        """layers: the numbers of the encoder's blocks or stages, from 1, whose maps it reads."""
         super().__init__()
         encoder.require(("maps",), "model.head")
         self.layers, self.normed = layers, not encoder.final_norm
@@ -87,7 +87,8 @@ class Detector(Dense):
 
     def __init__(self, encoder: Encoder, classes: int, *, draws: bool, sigmoid: bool):
         """draws: says the masks of objects, too. sigmoid: scores each class by itself."""
-        super().__init__(encoder, (len(encoder.blocks),))
+        stages = range(1, len(encoder.scales) + 1)
+        super().__init__(encoder, tuple(stages) or (len(encoder.blocks),))
         self.classes, self.draws, self.sigmoid = classes, draws, sigmoid
 
     def forward(self, maps: list[Tensor], sizes: Tensor, objects: Any, seeds: Tensor) -> Any:
