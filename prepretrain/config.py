@@ -62,8 +62,9 @@ class Shard:
     # gather a unit's weights again for the backward pass; null: only where keeping them takes memory
     # that is needed
     reshard: bool | None = None
-    # auto: bf16, but fp32 on a CPU that has no instructions for it
-    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    # auto: bf16, but fp32 on a CPU that has no instructions for it; fp8: bf16 with the products of
+    # blocks' linear layers in 8 bits, for a ViT-H or larger, with compile
+    precision: Literal["auto", "bf16", "fp32", "fp8"] = "auto"
     recompute: Literal["none", "block", "offload"] = "none"  # activation checkpointing
     compile: bool = False
     float32: tuple[str, ...] = ()  # parts that a bf16 run computes in float32: model.head, *.norm*

@@ -157,6 +157,12 @@ def test_accumulated_gradients_are_whole_until_they_are_sent():
     assert twice["gradients"] >= trained * 2 > once["gradients"]
 
 
+def test_fp8_holds_as_much_as_bf16():
+    pytest.importorskip("torchao")
+    fp8, bf16 = (memory.simulate(build, images=2, world=1, precision=p) for p in ("fp8", "bf16"))
+    assert fp8.peak == bf16.peak and fp8.bytes == bf16.bytes
+
+
 def test_a_group_that_does_not_divide_the_processes_is_refused():
     with pytest.raises(ValueError, match="shard.group: 3 must divide the number of processes, 8"):
         memory.simulate(build, images=1, world=8, group=3)

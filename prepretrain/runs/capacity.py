@@ -258,7 +258,7 @@ def _attempt(config: Training, gpus: int) -> Attempt:
         world=gpus,
         group=given.group,
         reshard=reshard,
-        precision=_precision(config),
+        precision="fp32" if _precision(config) == "fp32" else "bf16",  # fp8 holds what bf16 does
         recompute=given.recompute,
         optimizer=partial(build_optimizer, config),
     )

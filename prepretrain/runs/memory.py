@@ -100,7 +100,7 @@ def simulate(
     world: int,
     group: int | None = None,
     reshard: bool = True,
-    precision: Literal["bf16", "fp32"] = "bf16",
+    precision: Literal["bf16", "fp32", "fp8"] = "bf16",
     recompute: Literal["none", "block", "offload"] = "none",
     fused_attention: bool = True,
     optimizer: Callable[[Objective], Optimizer] = ADAMW,

@@ -17,7 +17,7 @@ from prepretrain.config import Training
 from prepretrain.data import card
 from prepretrain.data.order import Order
 from prepretrain.data.subset import evenly_spaced
-from prepretrain.distributed import checkpoint, heartbeat, shard
+from prepretrain.distributed import checkpoint, float8, heartbeat, shard
 from prepretrain.evaluation import validation
 from prepretrain.evaluation.evaluators import base as evaluators
 from prepretrain.evaluation.evaluators.base import Evaluator
@@ -32,6 +32,7 @@ from prepretrain.training.schedule import Schedule, check_shape
 _STEPS = 10**9  # of a run, at most
 _KEPT = 10_000  # checkpoints that are never removed, at most
 _FEW = 100  # steps
+_WIDE = 1280  # not from the paper: the width of an encoder from which fp8 is thought to pay
 _GPU, _NODE = 80e9, 8  # a GPU's bytes and a node's GPUs, where a dry run has neither
 _SPEEDS = (0.1, 100)  # TFLOP/s that training may reach, for a person to think of a machine
 # not from the paper: the share of a GPU's memory that weights, gradients and optimizer may take by
@@ -84,6 +85,9 @@ class Plan:
                 f"hang: {config.hang} must be at least {heartbeat.LEAST} seconds, or null for "
                 "never."
             )
+        if config.shard.precision == "fp8":
+            plugin.require("torchao", "fp8", "shard.precision: fp8")
+            float8.check(shard.blocks(self.objective))
         check_shape(config.optim.schedule)
         _ = self.policy, self.state_tensors, self.schedule
 
@@ -323,6 +327,11 @@ class Plan:
         why.append(
             f"blocks in a unit: {units}: at most {shard.BLOCKS}, and {shard.UNIT / 1e6:.0f} M parameters"
         )
+        if given.precision == "fp8":
+            why.append(
+                "shard.precision fp8: memory as with bf16, since what a backward pass needs is kept in it; "
+                "time is counted as with bf16, and is less by what fp8 gains"
+            )
         return Sharding(group, reshard, tuple(why))
 
     def warnings(self) -> list[str]:
@@ -343,6 +352,13 @@ class Plan:
             found.append(
                 f"data.window: 0 shuffles over all {shards:,} shards of data.train, of which {stay_open:,} "
                 f"stay open, so most images open a shard anew. Take data.window=64."
+            )
+        width, given = self.objective.model.encoder.width, self.config.shard
+        if given.precision == "fp8" and (width < _WIDE or not given.compile):
+            found.append(
+                f"shard.precision: fp8 is for encoders of a width of {_WIDE} (ViT-H) or more, and this one's "
+                f"is {width}, and with shard.compile=true, without which scaling takes passes of its own "
+                f"over memory. Take bf16 where it is not faster."
             )
         return found
 
