@@ -46,6 +46,7 @@ TINY = {  # each benchmark's arguments; where it takes hours, that it starts
     "cifar10_evaluators": "--help",
     "cifar10_masked": "--help",
     "cifar10_two_stage": "--help",
+    "average": "--steps 2 --rounds 1 --depth 1",
     "clip_step": "--batch 1 --steps 1",
     "demo_seeds": "--show benchmarks/results/demo_seeds.json",
     "features": "--images 2 --batch 1 --rows 100",

@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.distributed_c10d import _resolve_process_group
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._sharding_prop import ShardingPropagator
 from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -44,6 +45,17 @@ _FLOPS = flop_registry | {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: (
         lambda *args, **_: sdpa_backward_flop_count(*(t.shape for t in args[:4]))
     ),
+}
+# Collectives of FSDP's (c10d) and of DTensors' own operations: their kind, which of the tensors is whole,
+# and how often it is sent: an all-reduce is a reduce-scatter and an all-gather.
+_SENDS = {
+    "_allgather_base_": ("allgather", "given", 1),
+    "allgather_": ("allgather", "given", 1),
+    "_reduce_scatter_base_": ("reduce_scatter", "second", 1),
+    "allreduce_": ("allreduce", "given", 2),
+    "all_gather_into_tensor": ("allgather", "made", 1),
+    "reduce_scatter_tensor": ("reduce_scatter", "given", 1),
+    "all_reduce": ("allreduce", "given", 2),
 }
 _FEW = 4  # units of a list that is shortened: two at each end, as FSDP gathers one ahead
 
@@ -112,8 +124,7 @@ def simulate(
     products. optimizer: makes that of an objective, by default AdamW. shorten: runs a few of equal
     blocks in place of all, which gives the same numbers sooner. The second step is measured,
     when the optimizer has its state. Not simulated: torch.compile, the allocator's rounding and
-    fragmentation, workspaces of cuBLAS and NCCL, what LARS, LAMB and Muon exchange in
-    their own steps.
+    fragmentation, workspaces of cuBLAS and NCCL.
     Raises ValueError as `shard.shard` does, RuntimeError if there is a process group.
     """
     if dist.is_initialized():
@@ -315,8 +326,8 @@ class _Ledger(TorchDispatchMode):
             storage = self._of(tensor)
             if moving and storage.kind == "activations":
                 storage.kind = "in_flight"
-        if func.namespace == "c10d":
-            self._count(func, args)
+        if func._overloadpacket.__name__ in _SENDS and moving:
+            self._count(func, args, result)
             return result
         if func._overloadpacket in _FLOPS:
             counted = _FLOPS[func._overloadpacket](*args, **(kwargs or {}), out_val=result)
@@ -405,21 +416,14 @@ class _Ledger(TorchDispatchMode):
             if storage.kind == "activations":
                 storage.kind = kind
 
-    def _count(self, func: Any, args: Any) -> None:
-        name = func._overloadpacket.__name__
-        group = next(dist.ProcessGroup.unbox(a) for a in args if isinstance(a, torch.ScriptObject))
-        if group.size() == 1:
+    def _count(self, func: Any, args: Any, result: Any) -> None:
+        kind, tensors, times = _SENDS[func._overloadpacket.__name__]
+        ranks = tuple(dist.get_process_group_ranks(_group(args)))
+        if len(ranks) == 1:
             return
-        ranks = tuple(dist.get_process_group_ranks(group))
         share = (len(ranks) - 1) / len(ranks)
-        whole, times = {
-            "_allgather_base_": (args[0], 1),
-            "allgather_": (args[0], 1),
-            "_reduce_scatter_base_": (args[1], 1),
-            "allreduce_": (args[0], 2),  # a reduce-scatter and an all-gather
-        }[name]
+        whole = {"given": args[:1], "second": args[1:2], "made": result}[tensors]
         bytes_ = sum(t.numel() * t.element_size() for t in _tensors(whole))
-        kind = name.strip("_").removesuffix("_base")
         self.totals["number", kind, ranks] += 1
         self.totals["sent", kind, ranks] += round(times * share * bytes_)
 
@@ -444,6 +448,12 @@ class _Ledger(TorchDispatchMode):
                 }
             )
         return _Profile(phases, self.totals)
+
+
+def _group(args: tuple) -> dist.ProcessGroup:
+    """The processes that a collective is among: an object, or the last argument's name."""
+    found = next((a for a in args if isinstance(a, torch.ScriptObject)), None)
+    return _resolve_process_group(args[-1]) if found is None else dist.ProcessGroup.unbox(found)
 
 
 def _bytes(tensor: Tensor) -> int:
