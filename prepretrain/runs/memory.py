@@ -57,6 +57,9 @@ _SENDS = {
     "reduce_scatter_tensor": ("reduce_scatter", "given", 1),
     "all_reduce": ("allreduce", "given", 2),
 }
+_MORE = (
+    1.05  # not from the paper: what `activations` adds, so that it is not less than a step takes
+)
 _FEW = 4  # units of a list that is shortened: two at each end, as FSDP gathers one ahead
 
 ADAMW = partial(optim.build, lr=0.0, weight_decay=0.0)
@@ -164,6 +167,76 @@ def simulate(
         more = run([depth + units[i] * (i == j) for j, depth in enumerate(few)])
         result = result.plus(more.less(short), (len(lists[i]) - few[i]) // units[i])
     return result.step()
+
+
+def activations(
+    objective: Objective,
+    images: int,
+    *,
+    precision: Literal["bf16", "fp32"] = "bf16",
+    recompute: Literal["none", "block", "offload"] = "none",
+) -> int:
+    """The bytes that activations take in a step, or somewhat more: what a forward pass without sharding
+    keeps, which is known in a second, where `simulate` takes several and there may be no process group.
+
+    objective: on the meta device; afterwards of no other use.
+    """
+    width, kept = 4 if precision == "fp32" else 2, _Kept()
+    parts = (objective, *objective.frozen())
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        for module in parts:
+            module.to_empty(device="cpu")
+            shard.fill_buffers(module)
+            shard.fuse_attention(module, True)
+        kept.leave_out([t for m in parts for t in (*m.parameters(), *m.buffers())])
+        for block in shard.blocks(objective):
+            block.register_forward_pre_hook(kept.enter)
+            block.register_forward_hook(kept.leave)
+        batch = {
+            k: torch.empty(v.shape, dtype=v.dtype) for k, v in objective.example(images).items()
+        }
+        with torch.autograd.graph.saved_tensors_hooks(kept.note, lambda tensor: tensor):
+            loss = objective.train()(batch)["loss"]
+    del loss  # until here all that is kept is there, so that no two have one address
+    inside, given = sum(kept.blocks), sum(kept.inputs)
+    one = max(kept.blocks, default=0)
+    held = kept.outside + {"none": inside, "block": given + one, "offload": one}[recompute]
+    return round(_MORE * (held + one / 2) * width)  # a block's backward pass has gradients, too
+
+
+class _Kept:
+    """Counts the numbers that are kept for a backward pass, outside of blocks and in each."""
+
+    def __init__(self) -> None:
+        self.outside, self.blocks, self.inputs = 0, [], []
+        self.seen: set[int] = set()  # addresses of storages
+        self.within = False
+
+    def leave_out(self, tensors: list[Tensor]) -> None:
+        """Does not count these, which are not made by the pass."""
+        self.seen |= {tensor.untyped_storage()._cdata for tensor in tensors}
+
+    def enter(self, block: nn.Module, given: tuple) -> None:
+        """A hook before a block."""
+        self.within = True
+        self.blocks.append(0)
+        self.inputs.append(given[0].numel())
+
+    def leave(self, block: nn.Module, given: tuple, output: Any) -> None:
+        """A hook after a block."""
+        self.within = False
+
+    def note(self, tensor: Tensor) -> Tensor:
+        """A hook for each tensor that is kept."""
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self.seen:
+            self.seen.add(storage._cdata)
+            numbers = storage.nbytes() // tensor.element_size()
+            if self.within:
+                self.blocks[-1] += numbers
+            else:
+                self.outside += numbers
+        return tensor
 
 
 def _block_lists(objective: Objective) -> list[nn.ModuleList]:
