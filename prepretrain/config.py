@@ -86,7 +86,8 @@ class Checkpoint:
     every: str = "10%"
     keep: int = 2  # the newest, which are all that is needed to go on
     permanent: str | None = None  # also save this often, and never remove those
-    async_save: bool = False  # train on while one is written, from a copy in host memory
+    # train on while one is written, from a copy in host memory; null: where it is a GPU that trains
+    async_save: bool | None = None
     best: bool = False  # also export, to best/, what the first of `evaluators` found best
 
 

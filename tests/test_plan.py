@@ -77,7 +77,7 @@ def test_each_way_to_recompute_holds_fewer_activations_and_computes_more():
     for how, most in zip(
         ("none", "block", "offload"), held
     ):  # a third of so small a model's are pictures
-        assert 0.6 < memory.activations(build("vit_mini8"), 64, recompute=how) / most < 1.4
+        assert 0.5 < memory.activations(build("vit_mini8"), 64, recompute=how) / most < 1.4
     assert held[0] > 1.5 * held[1] > 1.5 * held[2]
     assert none.flops < block.flops < offload.flops < 1.4 * none.flops
 
