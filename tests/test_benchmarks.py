@@ -62,6 +62,7 @@ TINY = {  # each benchmark's arguments; where it takes hours, that it starts
     "plan_memory": "--measure hashtag vit_test8 none 1",
     "plan_tables": "--help",
     "scaling_fits": "--draws 1",
+    "tar_index": "--samples 2 --rounds 1",
 }
 
 
