@@ -19,6 +19,7 @@ FOLDERS = {
 FEATURES = {
     "completion": ["argcomplete>=3,<4"],  # of the commands, by the shell
     "detection": ["faster-coco-eval>=1.8,<2"],  # COCO's and LVIS's metrics; polygons to pixels
+    "fp8": ["torchao>=0.18,<1"],  # shard.precision=fp8
     "text": ["transformers>=5,<6", "sentencepiece<1"],  # XLM-R, tokenizers of Hugging Face
     "tensorboard": ["tensorboard>=2.14,<3"],  # curves beside metrics.jsonl
     "simplejpeg": ["simplejpeg>=1.7,<2"],  # the fastest JPEG decoder

@@ -321,6 +321,20 @@ def equalities(record: Record, tiny: bool, asked: argparse.Namespace) -> None:
         )
 
 
+def float8(record: Record, tiny: bool, asked: argparse.Namespace) -> None:
+    """The loss of a few steps in fp8 beside that of the same in bf16."""
+    losses = {}
+    for precision in ("bf16", "fp8"):
+        objective = sharded(partial(mae, TINY if tiny else "vit_b16"), precision=precision)
+        batch = batch_of(objective, 4 if tiny else 64, distributed.device())
+        step = bare_step(objective, batch)
+        for _ in range(2 if tiny else 50):
+            step()
+        losses[precision] = objective(batch)["loss"].item()
+    error = abs(losses["fp8"] / losses["bf16"] - 1)
+    record("fp8_loss", **losses, error=error, ok=error < 0.02)
+
+
 def syncs(record: Record, tiny: bool, asked: argparse.Namespace) -> None:
     """The lines at which a step of the real loop waits for the GPU: two steps whose waits are noted,
     then two in which the first would be an error. There are none where all is well."""
@@ -373,8 +387,8 @@ CASES = {  # name: (objective, encoder, images, variants)
     "mae_b16": (mae, "vit_b16", 256, ("plain", "prepared", "fit", "compiled", "fit_compiled")),
     "mae_l16": (mae, "vit_l16", 256, ("prepared", "compiled", "fit_compiled")),
     "hashtag_l16": (hashtag, "vit_l16", 128, ("prepared", "compiled")),
-    "mae_h14": (mae, "vit_h14", 128, ("prepared", "compiled")),
-    "hashtag_h14": (hashtag, "vit_h14", 64, ("compiled",)),
+    "mae_h14": (mae, "vit_h14", 128, ("prepared", "compiled", "compiled_fp8")),
+    "hashtag_h14": (hashtag, "vit_h14", 64, ("compiled", "compiled_fp8")),
     "clip_b16": (clip, "vit_b16", 512, ("prepared", "compiled", "open_clip")),
 }
 
@@ -419,7 +433,7 @@ def _plain_step(build: Callable, images: int, tiny: bool) -> float:
 
 
 def _prepared_step(build: Callable, images: int, tiny: bool, **how: Any) -> float:
-    objective = sharded(build, precision="fp32" if tiny else "bf16", **how)
+    objective = sharded(build, **{"precision": "fp32" if tiny else "bf16", **how})
     batch = batch_of(objective, images, distributed.device())
     return seconds_a_step(bare_step(objective, batch), _steps(tiny))
 
@@ -467,6 +481,7 @@ VARIANTS: dict[str, Callable] = {
     "plain": _plain_step,  # a bare module under autocast
     "prepared": _prepared_step,  # as a run prepares it
     "compiled": partial(_prepared_step, compile=True),
+    "compiled_fp8": partial(_prepared_step, compile=True, precision="fp8"),
     "fit": _fit_step,  # in the loop of a run
     "fit_compiled": partial(_fit_step, compile=True),
     "open_clip": _open_clip_step,
@@ -652,6 +667,7 @@ SECTIONS = (
     limits,
     golden,
     equalities,
+    float8,
     syncs,
     steps,
     reference,

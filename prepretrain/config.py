@@ -62,8 +62,9 @@ class Shard:
     # gather a unit's weights again for the backward pass; null: only where keeping them takes memory
     # that is needed
     reshard: bool | None = None
-    # auto: bf16, but fp32 on a CPU that has no instructions for it
-    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    # auto: bf16, but fp32 on a CPU that has no instructions for it; fp8: bf16 with the products of
+    # blocks' linear layers in 8 bits, for a ViT-H or larger, with compile
+    precision: Literal["auto", "bf16", "fp32", "fp8"] = "auto"
     recompute: Literal["none", "block", "offload"] = "none"  # activation checkpointing
     compile: bool = False
     float32: tuple[str, ...] = ()  # parts that a bf16 run computes in float32: model.head, *.norm*
@@ -85,7 +86,8 @@ class Checkpoint:
     every: str = "10%"
     keep: int = 2  # the newest, which are all that is needed to go on
     permanent: str | None = None  # also save this often, and never remove those
-    async_save: bool = False  # train on while one is written, from a copy in host memory
+    # train on while one is written, from a copy in host memory; null: where it is a GPU that trains
+    async_save: bool | None = None
     best: bool = False  # also export, to best/, what the first of `evaluators` found best
 
 

@@ -46,10 +46,12 @@ TINY = {  # each benchmark's arguments; where it takes hours, that it starts
     "cifar10_evaluators": "--help",
     "cifar10_masked": "--help",
     "cifar10_two_stage": "--help",
+    "average": "--steps 2 --rounds 1 --depth 1",
     "clip_step": "--batch 1 --steps 1",
     "demo_seeds": "--show benchmarks/results/demo_seeds.json",
     "features": "--images 2 --batch 1 --rows 100",
     "finetune_step": "--batch 1 --steps 1",
+    "float8": "--help",
     "flickr_clip": "--help",
     "hashtag_step": "--encoder vit_test8 --batch 2 --tags 16 --steps 1",
     "host_memory": "--images 100000 --batches 10 --workers 1",
@@ -60,6 +62,7 @@ TINY = {  # each benchmark's arguments; where it takes hours, that it starts
     "plan_memory": "--measure hashtag vit_test8 none 1",
     "plan_tables": "--help",
     "scaling_fits": "--draws 1",
+    "tar_index": "--samples 2 --rounds 1",
 }
 
 
@@ -92,4 +95,4 @@ def test_what_a_gpu_will_be_asked_runs_on_the_cpu(tmp_path, monkeypatch):
     skipped = {figure["figure"]: figure["skipped"] for figure in figures if "skipped" in figure}
     assert skipped == {"reference_mae": "no --reference", "profile": "no GPU"}
     checks = [figure["ok"] for figure in figures if "ok" in figure]
-    assert len(checks) == 9 and all(checks)
+    assert len(checks) == 10 and all(checks)

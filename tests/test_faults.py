@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -282,8 +283,17 @@ def test_what_is_saved_in_the_background_is_the_step_it_is_named_after(place, gr
     ]
 
 
-def test_a_save_in_the_background_that_fails_ends_the_run_with_the_reason(place, group):
+def test_a_save_in_the_background_that_fails_ends_the_run_at_once_with_the_reason(
+    place, group, monkeypatch
+):
     from prepretrain.training import fit as loop
+
+    def wait(where: str) -> None:
+        """Until the second checkpoint, of step 8, has failed."""
+        if where == "step 10":
+            [one.join() for one in threading.enumerate() if one.name == "checkpoint"]
+
+    monkeypatch.setattr(loop.heartbeat, "beat", wait)
 
     plain, saved = loop.checkpoint.dcp.async_save, []
 
@@ -299,6 +309,7 @@ def test_a_save_in_the_background_that_fails_ends_the_run_with_the_reason(place,
             train("runs/a", "checkpoint.async_save=true")
     finally:
         loop.checkpoint.dcp.async_save = plain
+    assert rows("runs/a")[-1]["step"] == 10
     assert checkpoint.newest(Path("runs/a")).name == "000000004"
     assert not list(Path("runs/a/checkpoints").glob("*.tmp-*"))
 

@@ -83,7 +83,7 @@ def save(
 
 class Background:
     """Saves as `save` does, while training goes on: the weights are copied to host memory at once, and
-    a thread writes them. One at a time; its failures are raised when the next save or `wait` comes.
+    a thread writes them. One at a time; what failed is in `problem`, and raised by the next save or `wait`.
 
     Only here do two threads of a process exchange, each in a group of its own.
     """

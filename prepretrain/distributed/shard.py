@@ -22,6 +22,7 @@ from torch.distributed.tensor import Shard
 from torch.utils._pytree import tree_map_only
 
 from prepretrain import contracts
+from prepretrain.distributed import float8
 from prepretrain.distributed import group as distributed
 from prepretrain.distributed.compile import compile_block
 from prepretrain.distributed.group import put
@@ -45,7 +46,7 @@ logger = logging.getLogger(__name__)
 warnings.filterwarnings("ignore", message=".*returned a view tensor")
 
 
-def chosen(precision: Literal["auto", "bf16", "fp32"]) -> Literal["bf16", "fp32"]:
+def chosen(precision: Literal["auto", "bf16", "fp32", "fp8"]) -> Literal["bf16", "fp32", "fp8"]:
     """The precision that "auto" stands for on this process's device."""
     emulated = distributed.device().type == "cpu" and not _has_bf16()
     return ("fp32" if emulated else "bf16") if precision == "auto" else precision
@@ -56,7 +57,7 @@ def shard(
     *,
     group: int | None = None,
     reshard: bool = True,
-    precision: Literal["bf16", "fp32"] = "bf16",
+    precision: Literal["bf16", "fp32", "fp8"] = "bf16",
     recompute: Literal["none", "block", "offload"] = "none",
     compile: bool = False,
 ) -> None:
@@ -66,15 +67,20 @@ def shard(
     group: processes that share one copy of the parameters; 1 replicates, None (or more than there
     are) shards over all of them, a number between shards within a group and replicates across
     groups. reshard: free a unit's gathered parameters after its forward pass, and gather them again for
-    the backward pass; False keeps them until then. recompute: keep every activation; or recompute
+    the backward pass; False keeps them until then. precision: of computing; fp8 is bf16 but for the
+    products of blocks' linear layers. recompute: keep every activation; or recompute
     each block's in the backward pass; or keep each block's input in host memory and recompute the
     rest. Raises ValueError for a group
-    that does not divide the processes, or a parameter outside of any child.
+    that does not divide the processes, a parameter outside of any child, or fp8 on a GPU without it.
     """
-    if distributed.device().type == "cpu" and precision == "bf16" and not _has_bf16():
+    device = distributed.device()
+    if device.type == "cpu" and (precision == "fp8" or precision == "bf16" and not _has_bf16()):
         logger.warning(
-            "this CPU emulates bf16, many times slower than float32: use shard.precision=fp32."
+            "this CPU emulates %s, many times slower than float32: use shard.precision=fp32.",
+            precision,
         )
+    if device.type == "cuda" and precision == "fp8":
+        float8.check_gpu(device)
     how = {"precision": precision, "recompute": recompute, "compile": compile}
     wrap(module, group=group, reshard=reshard, **how)
     materialise(module, precision)
@@ -85,7 +91,7 @@ def wrap(
     *,
     group: int | None = None,
     reshard: bool = True,
-    precision: Literal["bf16", "fp32"] = "bf16",
+    precision: Literal["bf16", "fp32", "fp8"] = "bf16",
     recompute: Literal["none", "block", "offload"] = "none",
     compile: bool = False,
 ) -> None:
@@ -95,6 +101,11 @@ def wrap(
     alone = size(group, distributed.world()) == distributed.world() == 1
     shard_unit = _alone if alone else _sharded(_mesh(group), reshard)
     units: set[nn.Module] = set()
+    if precision == "fp8":
+        for listed in block_lists(module):
+            for block in listed:
+                float8.convert(block, emulate=device.type == "cpu")
+        precision = "bf16"  # of all else
 
     def unit(parts: list[nn.Module], around: str) -> None:
         own = _precision(parts[0], precision)
@@ -269,14 +280,14 @@ def _dimension(parameter: nn.Parameter, group: int) -> Shard | None:
     return Shard(even[-1]) if even else None
 
 
-def materialise(module: nn.Module, precision: Literal["bf16", "fp32"] = "bf16") -> None:
+def materialise(module: nn.Module, precision: Literal["bf16", "fp32", "fp8"] = "bf16") -> None:
     """The second half of `shard`: memory on this process's device, without values but for
     buffers."""
     module.to_empty(device=distributed.device())
     fill_buffers(module)
     for part in module.modules():
         for buffer in part.buffers(recurse=False):
-            if _precision(part, precision) == "bf16" and buffer.is_floating_point():
+            if _precision(part, precision) != "fp32" and buffer.is_floating_point():
                 # as autocast would, where they meet parameters
                 buffer.data = buffer.data.bfloat16()
 

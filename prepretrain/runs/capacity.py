@@ -12,13 +12,16 @@ from typing import Any
 from prepretrain import config as configs
 from prepretrain.config import Training
 from prepretrain.runs import memory
-from prepretrain.runs.plan import Plan, build_objective, build_optimizer, with_model_options
+from prepretrain.runs.plan import (
+    RESERVE,
+    Plan,
+    build_objective,
+    build_optimizer,
+    with_model_options,
+)
 
 logger = logging.getLogger(__name__)
 
-# not from the paper: the share of a GPU's memory that is left for CUDA's context, the workspaces of
-# NCCL and cuBLAS, and fragmentation, none of which is simulated
-RESERVE = 0.1
 RECOMPUTE = ("none", "block", "offload")  # each holds less memory than the one before
 # not from the paper: the share of a data sheet's bytes a second that copies reach
 REACHED = 0.8
@@ -258,7 +261,7 @@ def _attempt(config: Training, gpus: int) -> Attempt:
         world=gpus,
         group=given.group,
         reshard=reshard,
-        precision=_precision(config),
+        precision="fp32" if _precision(config) == "fp32" else "bf16",  # fp8 holds what bf16 does
         recompute=given.recompute,
         optimizer=partial(build_optimizer, config),
     )

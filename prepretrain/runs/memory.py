@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.distributed_c10d import _resolve_process_group
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._sharding_prop import ShardingPropagator
 from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -45,6 +46,20 @@ _FLOPS = flop_registry | {
         lambda *args, **_: sdpa_backward_flop_count(*(t.shape for t in args[:4]))
     ),
 }
+# Collectives of FSDP's (c10d) and of DTensors' own operations: their kind, which of the tensors is whole,
+# and how often it is sent: an all-reduce is a reduce-scatter and an all-gather.
+_SENDS = {
+    "_allgather_base_": ("allgather", "given", 1),
+    "allgather_": ("allgather", "given", 1),
+    "_reduce_scatter_base_": ("reduce_scatter", "second", 1),
+    "allreduce_": ("allreduce", "given", 2),
+    "all_gather_into_tensor": ("allgather", "made", 1),
+    "reduce_scatter_tensor": ("reduce_scatter", "given", 1),
+    "all_reduce": ("allreduce", "given", 2),
+}
+_MORE = (
+    1.05  # not from the paper: what `activations` adds, so that it is not less than a step takes
+)
 _FEW = 4  # units of a list that is shortened: two at each end, as FSDP gathers one ahead
 
 ADAMW = partial(optim.build, lr=0.0, weight_decay=0.0)
@@ -100,7 +115,7 @@ def simulate(
     world: int,
     group: int | None = None,
     reshard: bool = True,
-    precision: Literal["bf16", "fp32"] = "bf16",
+    precision: Literal["bf16", "fp32", "fp8"] = "bf16",
     recompute: Literal["none", "block", "offload"] = "none",
     fused_attention: bool = True,
     optimizer: Callable[[Objective], Optimizer] = ADAMW,
@@ -112,8 +127,7 @@ def simulate(
     products. optimizer: makes that of an objective, by default AdamW. shorten: runs a few of equal
     blocks in place of all, which gives the same numbers sooner. The second step is measured,
     when the optimizer has its state. Not simulated: torch.compile, the allocator's rounding and
-    fragmentation, workspaces of cuBLAS and NCCL, what LARS, LAMB and Muon exchange in
-    their own steps.
+    fragmentation, workspaces of cuBLAS and NCCL.
     Raises ValueError as `shard.shard` does, RuntimeError if there is a process group.
     """
     if dist.is_initialized():
@@ -153,6 +167,76 @@ def simulate(
         more = run([depth + units[i] * (i == j) for j, depth in enumerate(few)])
         result = result.plus(more.less(short), (len(lists[i]) - few[i]) // units[i])
     return result.step()
+
+
+def activations(
+    objective: Objective,
+    images: int,
+    *,
+    precision: Literal["bf16", "fp32"] = "bf16",
+    recompute: Literal["none", "block", "offload"] = "none",
+) -> int:
+    """The bytes that activations take in a step, or somewhat more: what a forward pass without sharding
+    keeps, which is known in a second, where `simulate` takes several and there may be no process group.
+
+    objective: on the meta device; afterwards of no other use.
+    """
+    width, kept = 4 if precision == "fp32" else 2, _Kept()
+    parts = (objective, *objective.frozen())
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        for module in parts:
+            module.to_empty(device="cpu")
+            shard.fill_buffers(module)
+            shard.fuse_attention(module, True)
+        kept.leave_out([t for m in parts for t in (*m.parameters(), *m.buffers())])
+        for block in shard.blocks(objective):
+            block.register_forward_pre_hook(kept.enter)
+            block.register_forward_hook(kept.leave)
+        batch = {
+            k: torch.empty(v.shape, dtype=v.dtype) for k, v in objective.example(images).items()
+        }
+        with torch.autograd.graph.saved_tensors_hooks(kept.note, lambda tensor: tensor):
+            loss = objective.train()(batch)["loss"]
+    del loss  # until here all that is kept is there, so that no two have one address
+    inside, given = sum(kept.blocks), sum(kept.inputs)
+    one = max(kept.blocks, default=0)
+    held = kept.outside + {"none": inside, "block": given + one, "offload": one}[recompute]
+    return round(_MORE * (held + one / 2) * width)  # a block's backward pass has gradients, too
+
+
+class _Kept:
+    """Counts the numbers that are kept for a backward pass, outside of blocks and in each."""
+
+    def __init__(self) -> None:
+        self.outside, self.blocks, self.inputs = 0, [], []
+        self.seen: set[int] = set()  # addresses of storages
+        self.within = False
+
+    def leave_out(self, tensors: list[Tensor]) -> None:
+        """Does not count these, which are not made by the pass."""
+        self.seen |= {tensor.untyped_storage()._cdata for tensor in tensors}
+
+    def enter(self, block: nn.Module, given: tuple) -> None:
+        """A hook before a block."""
+        self.within = True
+        self.blocks.append(0)
+        self.inputs.append(given[0].numel())
+
+    def leave(self, block: nn.Module, given: tuple, output: Any) -> None:
+        """A hook after a block."""
+        self.within = False
+
+    def note(self, tensor: Tensor) -> Tensor:
+        """A hook for each tensor that is kept."""
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self.seen:
+            self.seen.add(storage._cdata)
+            numbers = storage.nbytes() // tensor.element_size()
+            if self.within:
+                self.blocks[-1] += numbers
+            else:
+                self.outside += numbers
+        return tensor
 
 
 def _block_lists(objective: Objective) -> list[nn.ModuleList]:
@@ -315,8 +399,8 @@ class _Ledger(TorchDispatchMode):
             storage = self._of(tensor)
             if moving and storage.kind == "activations":
                 storage.kind = "in_flight"
-        if func.namespace == "c10d":
-            self._count(func, args)
+        if func._overloadpacket.__name__ in _SENDS and moving:
+            self._count(func, args, result)
             return result
         if func._overloadpacket in _FLOPS:
             counted = _FLOPS[func._overloadpacket](*args, **(kwargs or {}), out_val=result)
@@ -405,21 +489,14 @@ class _Ledger(TorchDispatchMode):
             if storage.kind == "activations":
                 storage.kind = kind
 
-    def _count(self, func: Any, args: Any) -> None:
-        name = func._overloadpacket.__name__
-        group = next(dist.ProcessGroup.unbox(a) for a in args if isinstance(a, torch.ScriptObject))
-        if group.size() == 1:
+    def _count(self, func: Any, args: Any, result: Any) -> None:
+        kind, tensors, times = _SENDS[func._overloadpacket.__name__]
+        ranks = tuple(dist.get_process_group_ranks(_group(args)))
+        if len(ranks) == 1:
             return
-        ranks = tuple(dist.get_process_group_ranks(group))
         share = (len(ranks) - 1) / len(ranks)
-        whole, times = {
-            "_allgather_base_": (args[0], 1),
-            "allgather_": (args[0], 1),
-            "_reduce_scatter_base_": (args[1], 1),
-            "allreduce_": (args[0], 2),  # a reduce-scatter and an all-gather
-        }[name]
+        whole = {"given": args[:1], "second": args[1:2], "made": result}[tensors]
         bytes_ = sum(t.numel() * t.element_size() for t in _tensors(whole))
-        kind = name.strip("_").removesuffix("_base")
         self.totals["number", kind, ranks] += 1
         self.totals["sent", kind, ranks] += round(times * share * bytes_)
 
@@ -444,6 +521,12 @@ class _Ledger(TorchDispatchMode):
                 }
             )
         return _Profile(phases, self.totals)
+
+
+def _group(args: tuple) -> dist.ProcessGroup:
+    """The processes that a collective is among: an object, or the last argument's name."""
+    found = next((a for a in args if isinstance(a, torch.ScriptObject)), None)
+    return _resolve_process_group(args[-1]) if found is None else dist.ProcessGroup.unbox(found)
 
 
 def _bytes(tensor: Tensor) -> int:

@@ -17,7 +17,7 @@ from prepretrain.config import Training
 from prepretrain.data import card
 from prepretrain.data.order import Order
 from prepretrain.data.subset import evenly_spaced
-from prepretrain.distributed import checkpoint, heartbeat, shard
+from prepretrain.distributed import checkpoint, float8, heartbeat, shard
 from prepretrain.evaluation import validation
 from prepretrain.evaluation.evaluators import base as evaluators
 from prepretrain.evaluation.evaluators.base import Evaluator
@@ -25,6 +25,7 @@ from prepretrain.models.encoders import base as encoders
 from prepretrain.models.load import open_weights
 from prepretrain.models.model import Model
 from prepretrain.objectives.base import Objective
+from prepretrain.runs.memory import activations
 from prepretrain.training import durations, numerics, optim
 from prepretrain.training.optimizers.base import Optimizer
 from prepretrain.training.schedule import Schedule, check_shape
@@ -32,11 +33,15 @@ from prepretrain.training.schedule import Schedule, check_shape
 _STEPS = 10**9  # of a run, at most
 _KEPT = 10_000  # checkpoints that are never removed, at most
 _FEW = 100  # steps
+_WIDE = 1280  # not from the paper: the width of an encoder from which fp8 is thought to pay
 _GPU, _NODE = 80e9, 8  # a GPU's bytes and a node's GPUs, where a dry run has neither
 _SPEEDS = (0.1, 100)  # TFLOP/s that training may reach, for a person to think of a machine
 # not from the paper: the share of a GPU's memory that weights, gradients and optimizer may take by
 # default, so that most is left for activations
 STATE = 1 / 3
+# not from the paper: the share of a GPU's memory that is left for CUDA's context, the workspaces of
+# NCCL and cuBLAS, and fragmentation, none of which is counted
+RESERVE = 0.1
 _DURATIONS = ("log_every", "checkpoint.every", "validation.every")
 
 
@@ -84,6 +89,9 @@ class Plan:
                 f"hang: {config.hang} must be at least {heartbeat.LEAST} seconds, or null for "
                 "never."
             )
+        if config.shard.precision == "fp8":
+            plugin.require("torchao", "fp8", "shard.precision: fp8")
+            float8.check(shard.blocks(self.objective))
         check_shape(config.optim.schedule)
         _ = self.policy, self.state_tensors, self.schedule
 
@@ -285,6 +293,24 @@ class Plan:
         trained = 2 + self.state_tensors
         return sum(p.numel() * 4 * (trained if p.requires_grad else 1) for p in self._held) // group
 
+    def _keeps_gathered(self, state: int, memory: float) -> tuple[bool, str]:
+        """Whether gathered weights fit in beside a process's state, and activations into the rest of
+        its memory; and a sentence of it."""
+        config, given = self.config, self.config.shard
+        precision = "fp32" if given.precision == "fp32" else "bf16"
+        gathered = sum(p.numel() for p in self._held) * (4 if precision == "fp32" else 2)
+        said = f"gathered weights take {gathered / 1e9:.1f} GB, which "
+        if state + gathered > memory * STATE:
+            return False, f"{said}do not fit beside them"
+        if self.world == 1 or given.reshard is not None:  # nothing is to be chosen
+            return True, f"{said}fit beside them"
+        images = config.batch_size // self.world // self.accumulate
+        how = {"precision": precision, "recompute": given.recompute}
+        needed = activations(build_objective(config), images, **how)
+        kept = state + gathered + needed <= memory * (1 - RESERVE)
+        fit = "fit" if kept else "do not fit"
+        return kept, f"{said}{fit} beside them and activations of about {needed / 1e9:.1f} GB"
+
     @cached_property
     def _held(self) -> list[torch.nn.Parameter]:
         frozen = [p for module in self.objective.frozen() for p in module.parameters()]
@@ -293,7 +319,7 @@ class Plan:
     def sharding(self, memory: float | None, per_node: int) -> Sharding:
         """How the processes share the model, with what the config leaves open chosen: the smallest
         group, within a node if one will do, whose state takes at most STATE of a GPU's memory; and
-        gathered weights are kept where they fit in beside it.
+        gathered weights are kept where they fit in beside it, and all of a step into the memory.
 
         memory: bytes of a GPU's memory; None on a CPU, whose processes have one memory together.
         """
@@ -304,9 +330,7 @@ class Plan:
         fits = [g for g in _groups(world, per_node) if self.state_bytes(g) <= most]
         group = shard.size(given.group, world) if given.group else (fits or [world])[0]
         state = self.state_bytes(group)
-        width = 4 if given.precision == "fp32" else 2
-        gathered = sum(p.numel() for p in self._held) * width
-        kept = state + gathered <= most
+        kept, why_kept = self._keeps_gathered(state, memory)
         reshard = not kept if given.reshard is None else given.reshard
         limit = f"{STATE:.0%} of a GPU's {memory / 1e9:.0f} GB"
         why = [
@@ -315,14 +339,18 @@ class Plan:
             + f"; weights, gradients and optimizer take {state / 1e9:.1f} GB ({limit}: {most / 1e9:.1f})",
             f"shard.reshard {str(reshard).lower()}: "
             + ("as configured; " if given.reshard is not None else "")
-            + f"gathered weights take {gathered / 1e9:.1f} GB, which {'fit' if kept else 'do not fit'} "
-            f"beside them",
+            + why_kept,
         ]
         lists = shard.block_lists(self.objective)
         units = "; ".join(f"{shard.together(some)} of {len(some)}" for some in lists)
         why.append(
             f"blocks in a unit: {units}: at most {shard.BLOCKS}, and {shard.UNIT / 1e6:.0f} M parameters"
         )
+        if given.precision == "fp8":
+            why.append(
+                "shard.precision fp8: memory as with bf16, since what a backward pass needs is kept in it; "
+                "time is counted as with bf16, and is less by what fp8 gains"
+            )
         return Sharding(group, reshard, tuple(why))
 
     def warnings(self) -> list[str]:
@@ -343,6 +371,13 @@ class Plan:
             found.append(
                 f"data.window: 0 shuffles over all {shards:,} shards of data.train, of which {stay_open:,} "
                 f"stay open, so most images open a shard anew. Take data.window=64."
+            )
+        width, given = self.objective.model.encoder.width, self.config.shard
+        if given.precision == "fp8" and (width < _WIDE or not given.compile):
+            found.append(
+                f"shard.precision: fp8 is for encoders of a width of {_WIDE} (ViT-H) or more, and this one's "
+                f"is {width}, and with shard.compile=true, without which scaling takes passes of its own "
+                f"over memory. Take bf16 where it is not faster."
             )
         return found
 

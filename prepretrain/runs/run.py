@@ -137,6 +137,7 @@ def _train(config: Training, folder: Path, asked: Signals, own: lease.Lease) -> 
     logger.info("%s, in %s", plan.summary(), precision)
     for warning in plan.warnings():
         logger.warning("%s", warning)
+    background = config.checkpoint.async_save
     evaluators = plan.evaluators()
     for _, _, evaluator in evaluators:
         evaluator.open_data()
@@ -167,7 +168,7 @@ def _train(config: Training, folder: Path, asked: Signals, own: lease.Lease) -> 
             save_every=plan.steps_of("checkpoint.every"),
             keep=config.checkpoint.keep,
             always=plan.always(),
-            async_save=config.checkpoint.async_save,
+            async_save=distributed.on_gpu() if background is None else background,
             policy=plan.policy,
             evals=evals,
             wandb=config.wandb,

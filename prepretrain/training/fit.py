@@ -179,7 +179,10 @@ def _fit(
             seed_all(seed, step)
             rate = schedule.apply(optimizer, step)
             figures, replaced, seen = _gradients(objective, feed, data.accumulate)
-            own = {"stop": asked.received is not None, "bad": len(replaced)}
+            failed = (
+                saver is not None and saver.problem is not None
+            )  # which the save of a stop raises
+            own = {"stop": failed or asked.received is not None, "bad": len(replaced)}
             outcome = Outcome(figures, gradients.norms(), **own)
             if unread is not None:
                 stop |= settle(unread)
