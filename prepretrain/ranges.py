@@ -128,8 +128,14 @@ RANGES = {
     "source.size": "[8, 16384]",
     "source.noise": "[0, 0.5]",
     "source.aside": "[0, 1]",
+    "source.ids": "[0, 255]",
+    "source.offset": "[0, 255]",
+    "source.void": "[0, 255]",
+    "source.palette": "[0, 255]",
+    "source.scale": "(0, inf)",
+    "source.range": "[0, inf)",
 }
-_RISING = ("crop_scale", "scale", "sides")  # a least and a largest
+_RISING = ("crop_scale", "scale", "sides", "range")  # a least and a largest
 _WAYS = {  # out of a value that others mean something by
     "optim.clip": "null does not clip",
     "optim.ema": "null keeps no average",
