@@ -95,6 +95,8 @@ RANGES = {
     "objective.smoothing": "[0, 1)",
     "objective.erasing": "[0, 1)",
     "objective.scale": "(0, 100]",
+    "objective.short_side": "[1, 16384]",
+    "objective.most": "(0, 1]",
     "objective.federated": _COUNT,
     "objective.repeat": "(0, 1]",
     # how it is measured
@@ -121,6 +123,9 @@ RANGES = {
     "evaluator.most": _COUNT,
     "evaluator.sides": "[1, 16384]",
     "evaluator.pictures": "[0, 1000]",
+    "evaluator.short_side": "[1, 16384]",
+    "evaluator.stride": "[1, 16384]",
+    "evaluator.scales": "(0, 100]",
     "adapter.tokens": "[1, 1e6]",
     "adapter.rank": "[1, 1e6]",
     "adapter.alpha": "(0, inf)",
