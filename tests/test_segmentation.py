@@ -1,14 +1,24 @@
 """Segmentation: heads, the objective that trains them, and runs."""
 
+import json
+import shutil
+from pathlib import Path
+
 import pytest
 import torch
 from conftest import processes
+from test_maps import furnish, seen
+from test_train import rows, train
 from torch.utils.flop_counter import FlopCounterMode
 
+import prepretrain
+from prepretrain.data.batch import collate
+from prepretrain.data.card import load_card
 from prepretrain.distributed import group as distributed
 from prepretrain.distributed import shard
 from prepretrain.models.dense.norms import BatchNorm
 from prepretrain.models.model import Model
+from prepretrain.objectives.segmentation import Segmentation
 
 
 def millions(*modules: torch.nn.Module) -> float:
@@ -112,3 +122,97 @@ def test_batch_norm_keeps_its_running_values_where_a_batch_is_not_finite_and_ref
     assert not norm.running_mean.any() and (norm.running_var == 1).all()
     with pytest.raises(ValueError, match="sees one value a channel.*Take at least 2 images"):
         norm(torch.zeros(1, 5, 1, 1))
+
+
+def made(name: str = "upernet", classes: int = 2, final_norm: bool = False, **head) -> Model:
+    """A small segmenter, on the meta device."""
+    small = {"channels": 8, "auxiliary_channels": 6} if name == "upernet" else {}
+    with torch.device("meta"):
+        head = {"name": name, "classes": classes, **small, **head}
+        return Model(encoder="vit_test8", depth=4, final_norm=final_norm, head=head)
+
+
+def card_of_sides(folder: Path, count: int = 6) -> None:
+    """A card `sides` of pictures that are dark at the left and bright at the right."""
+    furnish(folder / "data/sides", count)
+    split = "{source: label_maps, path: sides/images, maps: sides/maps}"
+    said = (
+        f"classes: [left, right]\nvalues: {{offset: 1, void: [0]}}\ntrain: {split}\nval: {split}\n"
+    )
+    (folder / "datasets/sides.yaml").write_text(said)
+
+
+@pytest.mark.parametrize("name", ["upernet", "linear_segmentation"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_segmenter_learns_what_is_bright(place, group, name, precision):
+    card_of_sides(place)
+    card = load_card("sides")
+    source = card.open("train")
+    objective = Segmentation(made(name), distort=False)
+    objective.check(card, source)
+    shard.shard(objective, precision=precision)
+    shard.initialise(objective, 0)
+    optimizer, first = torch.optim.AdamW(objective.parameters(), 1e-2), None
+    batch = collate([seen(source, objective.transform(True), i) for i in range(4)])
+    for _ in range(20):
+        said = objective(batch)
+        said["loss"].backward()
+        assert all(p.grad is not None for p in objective.parameters())
+        optimizer.step()
+        optimizer.zero_grad()
+        first = first or float(said["loss"].detach())
+    assert float(said["loss"].detach()) < 0.8 * first
+    assert ("auxiliary" in said) == (name == "upernet")
+    objective.eval()
+    each = objective.losses(batch)
+    assert each.shape == (4,) and torch.allclose(each.mean(), objective(batch)["loss"])
+
+
+def test_pixels_without_a_class_teach_nothing_and_other_classes_than_the_cards_are_refused(place):
+    card_of_sides(place)
+    card = load_card("sides")
+    with pytest.raises(ValueError, match="model.head.classes: 3, and the card 'sides' has 2"):
+        Segmentation(made(classes=3)).check(card, card.open("train"))
+    objective = Segmentation(made("linear_segmentation", final_norm=True), freeze=True)
+    shard.shard(objective, precision="fp32")
+    shard.initialise(objective, 0)
+    batch = collate([seen(card.open("train"), objective.transform(False), i) for i in range(2)])
+    batch["label_map"][:] = 255
+    objective(batch)["loss"].backward()
+    assert objective(batch)["loss"] == 0
+    assert not objective.train().model.encoder.training and objective.model.head.training
+    assert all(p.grad is None for p in objective.model.encoder.parameters())
+    assert all(not p.grad.any() for p in objective.model.head.parameters())
+
+
+RUN = [
+    "objective={name: segmentation}",
+    "data.train=sides",
+    "model={depth: 4, final_norm: false, positions: learned, drop_path: 0.1}",
+    "model.head={name: upernet, classes: 2, channels: 8, auxiliary_channels: 6}",
+    "optim={layer_decay: 0.7, schedule: poly, warmup: 2it}",
+    "batch_size=4",
+    "length=6it",
+    "checkpoint.every=3it",
+    "evaluators=[{name: segmentation, every: 50%, pictures: 1}]",
+]
+
+
+def test_a_run_starts_from_stage_one_resumes_bitwise_and_saves_a_segmenter(place, group):
+    card_of_sides(place)
+    train("runs/mae", "length=4it", "model.depth=4")
+    train("runs/tuned", *RUN, init="runs/mae")
+    whole = rows("runs/tuned")
+    assert {"loss", "scores", "auxiliary"} <= set(whole[0])
+    exported = prepretrain.load("runs/tuned").state_dict()
+    assert any("running_var" in name for name in exported)
+    shutil.rmtree("runs/tuned/checkpoints/000000006")
+    shutil.rmtree("runs/tuned/export")
+    train("runs/tuned", *RUN, init="runs/mae")
+    assert rows("runs/tuned") == whole
+    again = prepretrain.load("runs/tuned")
+    assert all(torch.equal(again.state_dict()[name], one) for name, one in exported.items())
+    measured = json.loads(Path("runs/tuned/results.json").read_text())["segmentation/sides"]
+    assert Path("runs/tuned/predictions").exists()
+    alone = prepretrain.evaluate(again, "segmentation", data="sides", pictures=0)
+    assert alone == measured

@@ -20,6 +20,7 @@ from prepretrain.evaluation.parts import by_parts
 from prepretrain.models.dense.masks import restored
 from prepretrain.models.heads.base import Detections
 
+
 def predict(
     model: nn.Module,
     source: Source,

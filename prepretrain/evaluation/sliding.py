@@ -7,32 +7,26 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# normalised [B, 3, *window], padded at the right and below with zeros, to values [B, C, *window]
+# normalised [n, 3, *window], padded at the right and below with zeros, to values [n, C, *window]
 Network = Callable[[Tensor], Tensor]
 
 
 def slide(
-    network: Network,
-    image: Tensor,
-    window: tuple[int, int],
-    stride: tuple[int, int],
-    batch_size: int = 1,
+    network: Network, image: Tensor, window: tuple[int, int], stride: tuple[int, int]
 ) -> Tensor:
     """Normalised [3, H, W] to values [C, H, W], the mean of the windows that see a pixel.
 
     Windows at the border are moved back inside; an image that is smaller than a window is padded.
     """
     places = list(_places(image.shape[-2:], window, stride))
-    parts = torch.stack([_cut(image, place, window) for place in places])
-    total, seen = None, image.new_zeros(image.shape[-2:])
-    for first in range(0, len(places), batch_size):
-        found = network(parts[first : first + batch_size]).float()
-        total = found.new_zeros(found.shape[1], *image.shape[-2:]) if total is None else total
-        for one, (top, left) in zip(found, places[first:]):
-            area = slice(top, top + window[0]), slice(left, left + window[1])
-            height, width = seen[area].shape
-            total[(slice(None), *area)] += one[:, :height, :width]
-            seen[area] += 1
+    values = network(torch.stack([_cut(image, place, window) for place in places]))
+    total = values.new_zeros(values.shape[1], *image.shape[-2:])
+    seen = values.new_zeros(image.shape[-2:])
+    for found, (top, left) in zip(values, places):
+        area = slice(top, top + window[0]), slice(left, left + window[1])
+        height, width = seen[area].shape
+        total[(slice(None), *area)] += found[:, :height, :width]
+        seen[area] += 1
     return total / seen
 
 
@@ -60,13 +54,13 @@ def mean_of_views(
     flip: bool,
     squash: Callable[[Tensor], Tensor],
 ) -> Tensor:
-    """Values [C, *size] of an image given at several scales, each resized to `size`; `squash` makes of
-    each what is averaged over views, which are also mirrored with `flip`."""
-    total, count = torch.zeros(()), 0
+    """Values [C, *size]: the mean of what is said of an image at several scales, with `flip` also
+    mirrored, each resized to `size`; `squash` makes of each what a mean is taken of."""
+    views = []
     for image in images:
-        for mirrored in (False, True) if flip else (False,):
-            found = predict(image.flip(-1) if mirrored else image)
-            found = found.flip(-1) if mirrored else found
-            resized = F.interpolate(found[None], size, mode="bilinear")[0]
-            total, count = total.to(found) + squash(resized), count + 1
-    return total / count
+        views.append(predict(image))
+        if flip:
+            views.append(predict(image.flip(-1)).flip(-1))
+    return sum(squash(F.interpolate(one[None], size, mode="bilinear")[0]) for one in views) / len(
+        views
+    )

@@ -70,6 +70,10 @@ class Dense(Head):
         """layers: the numbers of the encoder's blocks or stages, from 1, whose maps it reads."""
         super().__init__()
         encoder.require(("maps",), "model.head")
+        if not layers or list(layers) != sorted(set(layers)):
+            raise ValueError(
+                f"model.head.layers: {list(layers)} must be different blocks, in rising order."
+            )
         self.layers, self.normed = layers, not encoder.final_norm
 
     def width_of(self, encoder: Encoder) -> int:
@@ -141,7 +145,7 @@ def quarters(encoder: Encoder) -> tuple[int, ...]:
     if encoder.scales:
         return tuple(range(1, len(encoder.scales) + 1))
     depth = len(encoder.blocks)
-    return tuple(max(1, depth * part // 4) for part in range(1, 5))
+    return tuple(depth * part // 4 for part in range(1, 5))
 
 
 def joined(maps: list[Tensor]) -> Tensor:
