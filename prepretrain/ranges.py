@@ -60,6 +60,9 @@ RANGES = {
     "model.head.classes": "[1, 1e9]",
     "model.head.channels": "[1, 1e6]",
     "model.head.layers": "[1, 1000]",
+    "model.head.widths": "[1, 1e6]",
+    "model.head.bins": "[0, 1e6]",
+    "model.head.range": "[0, inf)",
     "model.head.auxiliary": "[0, inf)",
     "model.head.auxiliary_channels": "[1, 1e6]",
     "model.head.dropout": "[0, 1)",
@@ -126,6 +129,9 @@ RANGES = {
     "evaluator.short_side": "[1, 16384]",
     "evaluator.stride": "[1, 16384]",
     "evaluator.scales": "(0, 100]",
+    "evaluator.cap": "[0, inf)",
+    "evaluator.train_images": _COUNT,
+    "evaluator.patches": _COUNT,
     "adapter.tokens": "[1, 1e6]",
     "adapter.rank": "[1, 1e6]",
     "adapter.alpha": "(0, inf)",
@@ -145,7 +151,7 @@ RANGES = {
     "source.scale": "(0, inf)",
     "source.range": "[0, inf)",
 }
-_RISING = ("crop_scale", "scale", "sides", "range")  # a least and a largest
+_RISING = ("crop_scale", "scale", "sides", "range", "cap")  # a least and a largest
 _WAYS = {  # out of a value that others mean something by
     "optim.clip": "null does not clip",
     "optim.ema": "null keeps no average",

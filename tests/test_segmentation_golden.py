@@ -12,6 +12,8 @@ from prepretrain.data.maps import VOID
 from prepretrain.evaluation import segmentation_metrics
 from prepretrain.evaluation.sliding import slide
 from prepretrain.losses.segmentation import of_scores
+from prepretrain.models.heads.dpt_depth import DPTDepth
+from prepretrain.models.heads.dpt_segmentation import DPTSegmentation
 from prepretrain.models.heads.upernet import UPerNet
 from prepretrain.models.model import Model
 from prepretrain.training import optim
@@ -172,3 +174,78 @@ def test_means_over_classes_are_the_same_and_both_conventions_for_absent_ones_ar
     for key in ("IoU", "Acc"):
         said = {str(i): 100 * v for i, v in enumerate(expected[key]) if v is not None}
         assert each[key] == pytest.approx(said, abs=1e-4)
+
+
+def test_dpts_decoder_and_heads_have_the_values_and_the_size_of_its_authors_code():
+    transformers = pytest.importorskip("transformers")
+    modeling = pytest.importorskip("transformers.models.dpt.modeling_dpt")
+    config = transformers.DPTConfig(
+        hidden_size=24,
+        neck_hidden_sizes=[3, 6, 12, 24],
+        fusion_hidden_size=8,
+        readout_type="ignore",
+        num_labels=5,
+        head_in_index=-1,
+    )
+    torch.manual_seed(0)
+    neck, known = (
+        modeling.DPTNeck(config).eval(),
+        modeling.DPTSemanticSegmentationHead(config).eval(),
+    )
+    depths = modeling.DPTDepthEstimationHead(config).eval()
+    vit = encoder(24)
+    ours = DPTSegmentation(vit, classes=5, channels=8).eval()
+    names = {name: dpts(name) for name in ours.decoder.state_dict()}
+    fill(ours.decoder, {name: neck.state_dict()[their] for name, their in names.items()})
+    left = set(neck.state_dict()) - set(names.values())
+    assert all(name.startswith("fusion_stage.layers.0.residual_layer1") for name in left)  # unused
+    state = known.head.state_dict()
+    pairs = {"joined.0.weight": "0.weight", "scores.weight": "4.weight", "scores.bias": "4.bias"}
+    parts = ("weight", "bias", "running_mean", "running_var")
+    pairs |= {f"joined.1.{part}": f"1.{part}" for part in parts}
+    pairs = {name: state[their] for name, their in pairs.items()}
+    fill(ours, pairs | {f"decoder.{k}": v for k, v in ours.decoder.state_dict().items()})
+    maps = [torch.randn(2, 24, 4, 6) for _ in range(4)]
+    tokens = [torch.cat([torch.zeros(2, 1, 24), one.flatten(2).mT], 1) for one in maps]
+    with torch.no_grad():
+        fused = neck(tokens, 4, 6)
+        assert_close(ours.decoder(maps), fused[-1], rtol=1e-5, atol=1e-5)
+        upsample = lambda one: torch.nn.functional.interpolate(
+            one, scale_factor=2, mode="bilinear", align_corners=True
+        )
+        assert_close(upsample(ours(maps)[0]), known(fused), rtol=1e-5, atol=1e-5)
+        far = DPTDepth(vit, channels=8, bins=0, range=(0.0, 1.0)).eval()
+        state = {f"decoder.{k}": v for k, v in ours.decoder.state_dict().items()}
+        for name, place in (("halved", 0), ("narrow", 2), ("depth.values", 4)):
+            state |= {f"{name}.{k}": v for k, v in depths.head[place].state_dict().items()}
+        fill(far, state)
+        found = torch.logit(far(maps)[:, 0]).relu()  # theirs ends with a ReLU
+        assert_close(found, depths(fused), rtol=1e-4, atol=1e-5)
+    size = {"hidden_size": 1024, "neck_hidden_sizes": [256, 512, 1024, 1024]}
+    large = transformers.DPTConfig(**size, readout_type="ignore", num_labels=150)
+    with torch.device("meta"):
+        whole = modeling.DPTNeck(large), modeling.DPTSemanticSegmentationHead(large)
+        vit = Model(encoder="vit_l16", image_size=384, final_norm=False).encoder
+        mine = DPTSegmentation(vit, classes=150, widths=tuple(large.neck_hidden_sizes))
+    count = lambda *modules: sum(p.numel() for module in modules for p in module.parameters())
+    unused = count(whole[0].fusion_stage.layers[0].residual_layer1)
+    assert count(mine) == count(*whole) - unused
+
+
+def dpts(name: str) -> str:
+    """Its name of a parameter of our decoder."""
+    part, number, rest = name.split(".", 2)
+    if part == "narrowed":
+        return f"convs.{number}.{rest}"
+    if part == "reassembled":
+        kind, leaf = rest.split(".")
+        return f"reassemble_stage.layers.{number}.{('projection', 'resize')[int(kind)]}.{leaf}"
+    for ours, theirs in (
+        ("own.first", "residual_layer1.convolution1"),
+        ("own.second", "residual_layer1.convolution2"),
+        ("both.first", "residual_layer2.convolution1"),
+        ("both.second", "residual_layer2.convolution2"),
+        ("out", "projection"),
+    ):
+        rest = rest.replace(ours, theirs)
+    return f"fusion_stage.layers.{number}.{rest}"

@@ -70,6 +70,30 @@ def coloured(
     return (0.3 * picture + 0.7 * colours).to(torch.uint8)
 
 
+def heights(values: Tensor, low: float, high: float, *, side: int = 320) -> Tensor:
+    """A map of depths [H, W] as uint8 [3, h, w]: from blue, `low`, to red, `high`; 0 is black."""
+    small = F.interpolate(values[None, None].float(), _size_at(values, side))[0, 0]
+    place = ((small - low) / max(high - low, 1e-9)).clamp(0, 1)
+    colours = torch.from_numpy(matplotlib.colormaps["turbo"](place.numpy())[..., :3])
+    return (255 * colours.permute(2, 0, 1) * (small > 0)).to(torch.uint8)
+
+
+def principal_colours(maps: Tensor) -> Tensor:
+    """Maps of features [n, D, rows, columns] as uint8 [n, 3, rows, columns]: their three directions of
+    most variance over all of them as red, green and blue, each from its 1st to its 99th percentile."""
+    cells = maps.permute(0, 2, 3, 1).flatten(0, 2).double()
+    centred = cells - cells.mean(0)
+    _, _, directions = torch.linalg.svd(centred, full_matrices=False)
+    directions = directions[:3]
+    # of two opposite directions the one whose largest part is positive, so that pictures are alike
+    largest = directions.gather(1, directions.abs().argmax(1, keepdim=True))
+    shown = centred @ (directions * largest.sign()).T
+    low, high = (shown.quantile(share, dim=0) for share in (0.01, 0.99))
+    colours = ((shown - low) / (high - low).clamp(min=1e-9)).clamp(0, 1)
+    whole = colours.unflatten(0, (len(maps), *maps.shape[-2:]))
+    return (255 * whole).round().to(torch.uint8).permute(0, 3, 1, 2)
+
+
 def legend(
     maps: Sequence[Tensor], palette: list, names: Sequence[str], *, side: int = 320
 ) -> Tensor:
@@ -93,9 +117,14 @@ def palette_of(card: Any) -> list[list[int]]:
 
 
 def _at_side(picture: Tensor, side: int) -> Tensor:
+    resized = F.interpolate(picture[None], _size_at(picture, side), mode="bilinear", antialias=True)
+    return resized[0].contiguous()
+
+
+def _size_at(picture: Tensor, side: int) -> list[int]:
+    """Height and width with a longer side of `side`."""
     ratio = side / max(picture.shape[-2:])
-    size = [max(1, round(edge * ratio)) for edge in picture.shape[-2:]]
-    return F.interpolate(picture[None], size, mode="bilinear", antialias=True)[0].contiguous()
+    return [max(1, round(edge * ratio)) for edge in picture.shape[-2:]]
 
 
 def colour_of(label: int) -> tuple[int, int, int]:

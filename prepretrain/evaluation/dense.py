@@ -13,18 +13,21 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
+from prepretrain.data.boxes import upright
+from prepretrain.data.drawing import coloured, legend, palette_of, sheet
 from prepretrain.data.loader import evaluation_batches, to_device
 from prepretrain.data.maps import Scaled
+from prepretrain.data.random import Random
 from prepretrain.data.sources.base import Source, fingerprint_of
 from prepretrain.data.subset import Subset, evenly, evenly_spaced
 from prepretrain.distributed import group as distributed
-from prepretrain.evaluation import corrupted
+from prepretrain.evaluation import corrupted, segmentation_metrics
 from prepretrain.evaluation import corruptions as makers
 from prepretrain.evaluation.evaluators.base import Evaluator, decoding
 from prepretrain.evaluation.feature_store import file_name
 from prepretrain.evaluation.features import fingerprint, frozen, state
 from prepretrain.evaluation.parts import by_parts, forget
-from prepretrain.evaluation.sliding import mean_of_views, slide
+from prepretrain.evaluation.sliding import Network, mean_of_views, slide
 from prepretrain.files import write_json
 
 # of how a picture becomes counts, weights and options apart: raise it with a change
@@ -45,18 +48,18 @@ class DenseEvaluator(Evaluator):
         *,
         data: str,
         split: str,
-        short_side: int | None,
         whole: bool,
-        stride: int | tuple[int, int] | None,
-        scales: tuple[float, ...],
-        flip: bool,
         images: int | None,
         pictures: int,
-        corruptions: tuple[str, ...],
-        severities: tuple[int, ...],
-        frost: str | None,
         feature_batch: int,
         workers: int | None,
+        short_side: int | None = None,
+        stride: int | tuple[int, int] | None = None,
+        scales: tuple[float, ...] = (1.0,),
+        flip: bool = False,
+        corruptions: tuple[str, ...] = (),
+        severities: tuple[int, ...] = makers.SEVERITIES,
+        frost: str | None = None,
     ):
         super().__init__(data=data)
         kind = type(self).__module__.rpartition(".")[2]
@@ -98,15 +101,30 @@ class DenseEvaluator(Evaluator):
     def drawn(self, source: Source, said: list[Tensor], change: Any) -> Image.Image:
         """A sheet of a source's pictures, with what was said of each."""
 
-    def open_data(self) -> None:
-        """See Evaluator.open_data: the split must have maps that are as the card says."""
-        self._opened()
+    def network(self, model: nn.Module) -> Network:
+        """Normalised windows [n, 3, H, W] to values [n, C, rows, columns]: what the head says."""
 
-    def _opened(self) -> Source:
-        source = self.card.open(self.split)
+        def values(windows: Tensor) -> Tensor:
+            said = model.head(model.read(windows))
+            return said[0] if isinstance(said, list) else said
+
+        return values
+
+    def asked(self) -> list[Any]:
+        """The options that what is found depends on."""
+        return [self.short_side, self.whole, self.stride, self.scales, self.flip]
+
+    def open_data(self) -> None:
+        """See Evaluator.open_data: the splits must have maps that are as the card says."""
+        for split in self.splits:
+            self.opened(split)
+
+    def opened(self, split: str) -> Source:
+        """A split, some of whose maps were read. Raises ValueError for one without."""
+        source = self.card.open(split)
         if self.field not in source.fields:
             raise ValueError(
-                f"{self.kind}: {self.card.name}:{self.split} has no {self.field} (its fields: "
+                f"{self.kind}: {self.card.name}:{split} has no {self.field} (its fields: "
                 f"{', '.join(source.fields)}). See datasets/{self.field}s.yaml."
             )
         source.check_maps()
@@ -114,7 +132,7 @@ class DenseEvaluator(Evaluator):
 
     def run(self, model: nn.Module, folder: Path) -> dict[str, float]:
         """See the class."""
-        source = evenly_spaced(self._opened(), self.images)
+        source = evenly_spaced(self.opened(self.split), self.images)
         place = folder / "predictions" / self._name(model, source)
         found = self._measured(model, source, place, None)
         if self.corruptions:
@@ -129,8 +147,7 @@ class DenseEvaluator(Evaluator):
         name = file_name(f"{self.kind}-{self.card.name}-{self.split}")
         if not self.cache:
             return name
-        seen = [self.short_side, self.whole, self.stride, self.scales, self.flip]
-        asked = [_VERSION, *seen, *state(source), len(source), self.card.values]
+        asked = [_VERSION, *self.asked(), *state(source), len(source), self.card.values]
         return f"{name}-{fingerprint_of([fingerprint(model), *asked])}"
 
     def _measured(
@@ -189,7 +206,7 @@ class DenseEvaluator(Evaluator):
         short = None if self.whole else self.short_side or min(canvas)
         stride = tuple(side * 2 // 3 for side in canvas) if self.stride is None else self.stride
         stride = (stride, stride) if isinstance(stride, int) else stride
-        network = _Network(model, self.feature_batch)
+        network = partial(_together, self.network(model), self.feature_batch)
         predict = partial(slide, network, window=canvas, stride=stride)
         single = len(self.scales) == 1 and not self.flip
         squash = (lambda values: values) if single else self.squash
@@ -212,21 +229,57 @@ class DenseEvaluator(Evaluator):
                 yield batch["position"][0], truth, self.said_of(values).cpu()
 
 
-class _Network:
-    """What a model's head says of windows, so many at once; as many calls on every process, since a
-    sharded model runs on all together."""
+def _together(network: Network, size: int, windows: Tensor) -> Tensor:
+    """What a network says of windows, so many at once, resized to them; as many calls on every
+    process, since a sharded model runs on all together."""
+    calls = max(distributed.all_gather_object(math.ceil(len(windows) / size)))
+    found = []
+    for first in range(0, calls * size, size):
+        part = windows[first : first + size]
+        said = network(part if len(part) else windows[:1])
+        if len(part):
+            found.append(F.interpolate(said.float(), windows.shape[-2:], mode="bilinear"))
+    return torch.cat(found)
 
-    def __init__(self, model: nn.Module, size: int):
-        self.model, self.size = model, size
 
-    def __call__(self, windows: Tensor) -> Tensor:
-        """Normalised [n, 3, H, W] to float32 [n, C, H, W]."""
-        calls = max(distributed.all_gather_object(math.ceil(len(windows) / self.size)))
-        found = []
-        for first in range(0, calls * self.size, self.size):
-            part = windows[first : first + self.size]
-            said = self.model.head(self.model.read(part if len(part) else windows[:1]))
-            said = said[0] if isinstance(said, list) else said
-            if len(part):
-                found.append(F.interpolate(said.float(), windows.shape[-2:], mode="bilinear"))
-        return torch.cat(found)
+class LabelMapEvaluator(DenseEvaluator):
+    """Counts pixels by class and prediction."""
+
+    headline, field = "mIoU", "label_map"
+
+    def nothing(self, model: nn.Module) -> Tensor:
+        """See DenseEvaluator."""
+        classes = len(self.card.classes)
+        return torch.zeros(classes, classes, dtype=torch.int64)
+
+    def count(self, truth: Tensor, said: Tensor) -> Tensor:
+        """See DenseEvaluator: pixels by class and prediction."""
+        return segmentation_metrics.confusion(truth, said, len(self.card.classes))
+
+    def squash(self, values: Tensor) -> Tensor:
+        """See DenseEvaluator: probabilities."""
+        return values.softmax(0)
+
+    def said_of(self, values: Tensor) -> Tensor:
+        """See DenseEvaluator: the class with the highest score."""
+        return values.argmax(0).to(torch.uint8)
+
+    def metrics(self, total: Tensor) -> tuple[dict[str, float], dict[str, Any]]:
+        """See DenseEvaluator."""
+        classes = segmentation_metrics.of_classes(total, self.card.classes)
+        found = segmentation_metrics.metrics(total)
+        return found, {"confusion.json": total.tolist(), "classes.json": classes}
+
+    def drawn(self, source: Source, said: list[Tensor], change: Any) -> Image.Image:
+        """See DenseEvaluator."""
+        palette, names = palette_of(self.card), self.card.classes
+        rows = []
+        for index, found in enumerate(said):
+            sample = source[index]
+            truth = torch.from_numpy(sample["label_map"])
+            picture = upright(sample["image"], truth.shape)
+            if change is not None:
+                picture = change(picture, Random(0, 0, index))
+            shown = [coloured(picture, one, palette) for one in (truth, found)]
+            rows.append([coloured(picture), *shown, legend((truth, found), palette, names)])
+        return sheet(rows, ["image", "label map", "prediction", "classes"])

@@ -1,22 +1,13 @@
 """Mean intersection over union of a segmenter, on the images of a card with label maps."""
 
-from typing import Any
+from torch import nn
 
-import torch
-from PIL import Image
-from torch import Tensor, nn
-
-from prepretrain.data.boxes import upright
-from prepretrain.data.drawing import coloured, legend, palette_of, sheet
-from prepretrain.data.random import Random
-from prepretrain.data.sources.base import Source
 from prepretrain.evaluation import corruptions as makers
-from prepretrain.evaluation.dense import DenseEvaluator
-from prepretrain.evaluation.segmentation_metrics import confusion, metrics, of_classes
+from prepretrain.evaluation.dense import LabelMapEvaluator
 from prepretrain.models.heads.base import Segmenter
 
 
-class Segmentation(DenseEvaluator):
+class Segmentation(LabelMapEvaluator):
     """Label maps that a model's head predicts, against those of a card's split, pixel by pixel at the
     size of the maps; pixels without a class are left out.
 
@@ -41,8 +32,6 @@ class Segmentation(DenseEvaluator):
     `rPC`, its share of the clean `mIoU`. The folder `predictions/` of the run gets confusion.json
     (pixels by class, in rows, and prediction), classes.json, and the sheet.
     """
-
-    headline, field = "mIoU", "label_map"
 
     def __init__(
         self,
@@ -78,38 +67,3 @@ class Segmentation(DenseEvaluator):
                 f"segmentation/{self.data}: the data has {known} classes, and the model's head "
                 f"{model.head.classes}."
             )
-
-    def nothing(self, model: nn.Module) -> Tensor:
-        """See DenseEvaluator."""
-        return torch.zeros(model.head.classes, model.head.classes, dtype=torch.int64)
-
-    def count(self, truth: Tensor, said: Tensor) -> Tensor:
-        """See DenseEvaluator: pixels by class and prediction."""
-        return confusion(truth, said, len(self.card.classes))
-
-    def squash(self, values: Tensor) -> Tensor:
-        """See DenseEvaluator: probabilities."""
-        return values.softmax(0)
-
-    def said_of(self, values: Tensor) -> Tensor:
-        """See DenseEvaluator: the class with the highest score."""
-        return values.argmax(0).to(torch.uint8)
-
-    def metrics(self, total: Tensor) -> tuple[dict[str, float], dict[str, Any]]:
-        """See DenseEvaluator."""
-        classes = of_classes(total, self.card.classes)
-        return metrics(total), {"confusion.json": total.tolist(), "classes.json": classes}
-
-    def drawn(self, source: Source, said: list[Tensor], change: Any) -> Image.Image:
-        """See DenseEvaluator."""
-        palette, names = palette_of(self.card), self.card.classes
-        rows = []
-        for index, found in enumerate(said):
-            sample = source[index]
-            truth = torch.from_numpy(sample["label_map"])
-            picture = upright(sample["image"], truth.shape)
-            if change is not None:
-                picture = change(picture, Random(0, 0, index))
-            shown = [coloured(picture, one, palette) for one in (truth, found)]
-            rows.append([coloured(picture), *shown, legend((truth, found), palette, names)])
-        return sheet(rows, ["image", "label map", "prediction", "classes"])

@@ -100,6 +100,19 @@ class Segmenter(Dense):
         raise NotImplementedError
 
 
+class Depths(Dense):
+    """A head that gives each place a depth."""
+
+    def __init__(self, encoder: Encoder, range: tuple[float, float], layers: tuple[int, ...]):
+        """range: metres, of the nearest and the farthest depth that it gives."""
+        super().__init__(encoder, layers)
+        self.range = range
+
+    def forward(self, maps: list[Tensor]) -> Tensor:
+        """Maps to depths in metres [B, 1, rows, columns]."""
+        raise NotImplementedError
+
+
 @dataclass(frozen=True)
 class Detections:
     """What a detector finds in one image, the surest first: boxes float [n, 4] in pixels (left, top,
