@@ -47,6 +47,9 @@ TINY = {  # each benchmark's arguments; where it takes hours, that it starts
     "cifar10_masked": "--help",
     "cifar10_two_stage": "--help",
     "clip_step": "--batch 1 --steps 1",
+    "detection_coco": "--help",
+    "detection_raccoon": "--help",
+    "detection_step": "--encoder vit_test8 --pixels 64 --channels 8 --regions 8 --batch 1 --steps 1 --train 1",
     "demo_seeds": "--show benchmarks/results/demo_seeds.json",
     "features": "--images 2 --batch 1 --rows 100",
     "finetune_step": "--batch 1 --steps 1",
@@ -60,6 +63,7 @@ TINY = {  # each benchmark's arguments; where it takes hours, that it starts
     "plan_memory": "--measure hashtag vit_test8 none 1",
     "plan_tables": "--help",
     "scaling_fits": "--draws 1",
+    "segmentation_camvid": "--help",
 }
 
 

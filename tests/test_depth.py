@@ -22,6 +22,7 @@ from prepretrain.evaluation.evaluators.depth import errors, inside
 from prepretrain.losses.depth import of_depths
 from prepretrain.models.dense.depth import ToDepth
 from prepretrain.models.model import Model
+from prepretrain.reports import features
 
 
 def test_errors_of_depths_are_those_of_closed_forms():
@@ -172,6 +173,10 @@ def test_the_evaluator_of_patches_is_due_in_a_pretraining(place, group):
         for run in ("runs/watched", "runs/plain")
     ]
     assert losses[0] == losses[1]
+    features.colour(["runs/plain", "runs/watched"], "sides", 3, "drawn.png", ["a", "b"], size=48)
+    assert Image.open("drawn.png").width > 100
+    with pytest.raises(ValueError, match="--images: 9 does not fit; 'sides' has 6 images"):
+        features.colour(["runs/plain"], "sides", 9, "drawn.png")
 
 
 def test_features_are_drawn_by_their_three_main_directions_and_depths_by_colours():
