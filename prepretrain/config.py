@@ -45,10 +45,11 @@ class Optim:
     clip: float | None = None  # largest norm of the gradient; null does not clip
     ema: float | None = None  # decay of an average of the weights, which is evaluated and exported
     warmup: str = "5%"
-    schedule: str = "cosine"  # or linear, step: see training/schedule.py
+    schedule: str = "cosine"  # or linear, step, poly: see training/schedule.py
     lr_end: float = 0.0  # per 256 images, as lr
     milestones: tuple[str, ...] = ()  # for schedule: step
     decay: float = 0.1  # what a milestone multiplies the rate by
+    power: float = 1.0  # of schedule: poly
 
 
 @dataclass

@@ -48,6 +48,9 @@ TINY = {  # each benchmark's arguments; where it takes hours, that it starts
     "cifar10_two_stage": "--help",
     "average": "--steps 2 --rounds 1 --depth 1",
     "clip_step": "--batch 1 --steps 1",
+    "detection_coco": "--help",
+    "detection_raccoon": "--help",
+    "detection_step": "--encoder vit_test8 --pixels 64 --channels 8 --regions 8 --batch 1 --steps 1 --train 1",
     "demo_seeds": "--show benchmarks/results/demo_seeds.json",
     "features": "--images 2 --batch 1 --rows 100",
     "finetune_step": "--batch 1 --steps 1",
@@ -63,6 +66,7 @@ TINY = {  # each benchmark's arguments; where it takes hours, that it starts
     "plan_tables": "--help",
     "scaling_fits": "--draws 1",
     "tar_index": "--samples 2 --rounds 1",
+    "segmentation_camvid": "--help",
 }
 
 

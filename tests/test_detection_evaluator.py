@@ -17,7 +17,7 @@ from test_detection import made
 
 from prepretrain import plugin
 from prepretrain.distributed import group as distributed
-from prepretrain.evaluation import predictions
+from prepretrain.evaluation import parts, predictions
 from prepretrain.evaluation.evaluators.base import build
 from prepretrain.models.heads.base import Detections
 
@@ -160,7 +160,7 @@ def test_any_number_of_processes_gives_the_same_numbers(tmp_path):
 def killed(folder: str, card: str) -> None:
     """In a process of its own: evaluates in parts of two images, and is killed in the third."""
     original = predictions._part
-    predictions._PART, numbers = 2, iter(range(9))
+    parts._PART, numbers = 2, iter(range(9))
 
     def counted(*given):
         if next(numbers) == 2:
@@ -177,10 +177,10 @@ def test_an_evaluation_that_was_killed_goes_on(tmp_path, monkeypatch, group):
     code = f"import {__name__} as here; here.killed({str(tmp_path / 'cut')!r}, {card!r})"
     ended = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent)
     assert ended.returncode == -signal.SIGKILL
-    parts = sorted((place(tmp_path / "cut") / "parts").iterdir())
-    assert [path.name for path in parts] == ["000000000.json", "000000002.json"]
-    parts[1].write_text('{"found": [], "timed": 0, "seconds": 0}')  # torn
-    monkeypatch.setattr(predictions, "_PART", 2)
+    kept = sorted((place(tmp_path / "cut") / "parts").iterdir())
+    assert [path.name for path in kept] == ["000000000.json", "000000002.json"]
+    kept[1].write_text('{"found": [], "timed": 0, "seconds": 0}')  # torn
+    monkeypatch.setattr(parts, "_PART", 2)
     computed, original = [], predictions._part
 
     def counted(model, batches, count, *rest):

@@ -199,6 +199,10 @@ def test_every_evaluation_that_we_ship_passes_a_dry_run(stage, no_data, capsys, 
     if stage.startswith("eval/detection"):
         text = {"final_norm": False}
         head = {"name": "mask_rcnn", "classes": 80, "channels": 8, "hidden": 8}
+    if stage.startswith("eval/segmentation"):
+        head = {"name": "linear_segmentation", "classes": 19 if "corruptions" in stage else 150}
+    if stage.startswith("eval/depth"):
+        head = {"name": "linear_depth"}
     model = Model(encoder="vit_test8", head=head, **text)
     shard.initialise(model, 0)
     save(model, tmp_path / "model", "made by the tests")

@@ -413,17 +413,17 @@ def test_an_objective_or_source_that_names_an_unknown_field_is_refused_with_the_
     (tmp_path / "deep_lab").mkdir()
     (tmp_path / "deep_lab" / "depths.py").write_text(
         "from prepretrain.data.sources.base import Source\n"
-        "class Depths(Source):\n    fields, groups = ('image', 'depth'), [3]\n"
+        "class Depths(Source):\n    fields, groups = ('image', 'normal'), [3]\n"
     )
     (tmp_path / "depths.yaml").write_text("train: {source: deep_lab.depths}\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setenv(plugin.TRUSTED, "deep_lab")
     with pytest.raises(
-        ValueError, match="source 'deep_lab.depths': fields: no field 'depth'.*Add one"
+        ValueError, match="source 'deep_lab.depths': fields: no field 'normal'.*Add one"
     ):
         open_data(f"{tmp_path}/depths.yaml")
-    monkeypatch.setitem(Source.FIELDS, "depth", "float32 [H, W], in metres")
-    assert open_data(f"{tmp_path}/depths.yaml").fields == ("image", "depth")
+    monkeypatch.setitem(Source.FIELDS, "normal", "float32 [H, W, 3]")
+    assert open_data(f"{tmp_path}/depths.yaml").fields == ("image", "normal")
 
 
 def test_a_dotted_name_is_a_module_outside_of_the_package(tmp_path, monkeypatch):

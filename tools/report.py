@@ -1,4 +1,4 @@
-"""Curves, tables and reconstructions of runs, as files to look at."""
+"""Curves, tables, reconstructions and features of runs, as files to look at."""
 
 import argparse
 import sys
@@ -36,12 +36,22 @@ def main() -> None:
     )
     pictures.add_argument("--images", type=int, default=8)
     pictures.add_argument("--out", required=True, metavar="PNG")
-    for command in (lines, table, pictures):
+    colours = commands.add_parser(
+        "features", help="what each run makes of images' patches, as colours, as a PNG"
+    )
+    colours.add_argument("runs", nargs="+", metavar="RUN")
+    colours.add_argument(
+        "--data", required=True, metavar="CARD", help='a card, or a split: "demo:val"'
+    )
+    colours.add_argument("--images", type=int, default=8)
+    colours.add_argument("--size", type=int, help="pixels of a side; by default the first run's")
+    colours.add_argument("--out", required=True, metavar="PNG")
+    for command in (lines, table, pictures, colours):
         command.add_argument("--names", nargs="+", default=[], help="of the runs, to show")
     complete(parser)
     asked = parser.parse_args()
     # here and not above, as importing torch takes seconds, which --help does not need
-    from prepretrain.reports import curves, reconstructions, tables
+    from prepretrain.reports import curves, features, reconstructions, tables
 
     try:
         if asked.command == "curves":
@@ -49,6 +59,10 @@ def main() -> None:
         elif asked.command == "table":
             tables.compare(
                 asked.runs, asked.out, asked.names, asked.published, guesser=asked.chance
+            )
+        elif asked.command == "features":
+            features.colour(
+                asked.runs, asked.data, asked.images, asked.out, asked.names, asked.size
             )
         else:
             reconstructions.reconstruct(

@@ -42,6 +42,10 @@ class Placement:
         canvas[:, :height, :width] = picture[:, top : top + height, left : left + width]
         return canvas
 
+    def seen(self, values: np.ndarray) -> np.ndarray:
+        """A map [*size] to what is seen of it [*extent]: the value at the nearest pixel."""
+        return values[np.ix_(*self._nearest())]
+
     def boxes(self, boxes: np.ndarray) -> np.ndarray:
         """float [n, 4] on the picture to those on the canvas, cut off where the picture is."""
         left, top, right, bottom = boxes.T
@@ -54,7 +58,7 @@ class Placement:
         """A mask of the picture to (bool [rows, columns], top, left): the part of the extent that it
         touches, polygons drawn at the resolution of the canvas. left is a multiple of 8."""
         if isinstance(mask, dict):
-            return masks.bitmap(mask, *self.size)[np.ix_(*self._nearest())], 0, 0
+            return self.seen(masks.bitmap(mask, *self.size)), 0, 0
         parts = [self._points(np.array(part[0::2]), np.array(part[1::2])) for part in mask]
         x, y = (np.concatenate(axis) for axis in zip(*parts))
         height, width = self.extent

@@ -13,7 +13,7 @@ from prepretrain.data.sources.base import Source, check_fields
 
 _TEXTS = ("description", "licence")
 _PATTERN = "*?[{"
-_PATHS = ("path", "listing")  # options of sources that start at the data folder
+_PATHS = ("path", "maps", "listing")  # options of sources that start at the data folder
 _VARIANTS = ("corruption", "severity")
 _REPEATED = 10_000  # not from the paper: values that a card's aliases stand for, in all
 
@@ -37,6 +37,7 @@ class Card:
     templates: dict[str, list[str]]  # for zero-shot, by language
     groups: labels.Groups | None  # where its classes are some of another card's, or groups of them
     answers: Path | None  # the right classes of each image of `val`, several or none
+    values: dict[str, Any]  # options of all its sources: what the numbers in its maps mean
 
     @property
     def images(self) -> dict[str, int | None]:
@@ -113,7 +114,10 @@ class Card:
             raise ValueError(
                 plugin.unknown(f"{self.path}: no split", split, list(self.splits), quote=True)
             )
-        return dict(self.splits[split])
+        options = {**self.values, **self.splits[split]}
+        if self.splits[split]["source"] == "label_maps":
+            options["classes"] = self.classes or []
+        return options
 
     def _path(self, split: str, corruption: str, severity: int) -> str:
         path = str(self.splits[split]["path"])
@@ -324,8 +328,13 @@ def _card(path: Path, content: dict) -> Card:
     templates = _templates(path, content.pop("templates", None))
     groups = _groups(path, content.pop("groups", None), classes)
     answers = _text(content.pop("answers", None), f"{path}: answers")
+    values = _values(path, content.pop("values", None))
     for split, options in content.items():
         _check_split(f"{path}: {split}", options)
+        if options["source"] == "label_maps" and classes is None:
+            raise ValueError(
+                f"{path}: classes: are missing; label maps hold numbers, and only the card says of what."
+            )
     if not content:
         raise ValueError(
             f"{path}: no split. A card has at least one, such as "
@@ -343,6 +352,7 @@ def _card(path: Path, content: dict) -> Card:
         templates,
         groups,
         data_folder() / answers if answers else None,
+        values,
     )
 
 
@@ -432,6 +442,15 @@ def _groups(path: Path, given: object, classes: list[str] | None) -> labels.Grou
     return groups
 
 
+def _values(path: Path, given: object) -> dict[str, Any]:
+    """What the numbers in a card's maps mean: options of their source that all splits have."""
+    if given is None:
+        return {}
+    if not isinstance(given, dict) or not all(isinstance(key, str) for key in given):
+        raise ValueError(f"{path}: values: {given!r} must be a mapping, such as {{void: [255]}}.")
+    return given
+
+
 def _by_language(given: object) -> dict[str, object]:
     if given is None:
         return {}
@@ -445,7 +464,7 @@ def _check_split(where: str, options: object) -> None:
         raise ValueError(
             f"{where}: a split is a mapping with a source, such as {{source: shards, "
             f"path: …}}, not {options!r}. Other keys of a card: "
-            "description, licence, classes, names, templates, vocabulary, groups, answers."
+            "description, licence, classes, names, templates, vocabulary, groups, answers, values."
         )
     if odd := [key for key in options if not isinstance(key, str)]:
         raise ValueError(f"{where}: the key {odd[0]!r} is no text. Put it in quotes.")

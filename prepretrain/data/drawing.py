@@ -1,7 +1,9 @@
 """Draws objects over pictures, and pictures beside each other on a sheet."""
 
 import colorsys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -28,8 +30,8 @@ def draw_objects(
     masks bool [n, H, W] drawn over it. A class has one colour everywhere; a box without area is not drawn.
     """
     ratio = side / max(picture.shape[-2:])
-    size = [max(1, round(edge * ratio)) for edge in picture.shape[-2:]]
-    picture = F.interpolate(picture[None], size, mode="bilinear", antialias=True)[0].contiguous()
+    picture = _at_side(picture, side)
+    size = picture.shape[-2:]
     wide = ((boxes[:, 2:] - boxes[:, :2]) > 0).all(1).nonzero()[:, 0].tolist()
     if not wide:
         return picture
@@ -51,6 +53,78 @@ def draw_objects(
         label_colors="black",
         fill_labels=True,
     )
+
+
+def coloured(
+    picture: Tensor, labels: Tensor | None = None, palette: list | None = None, *, side: int = 320
+) -> Tensor:
+    """A picture uint8 [3, H, W], resized to a longer side of `side`; with labels [H, W] over it in the
+    colours of a palette. Pixels without a class stay as they are, darker."""
+    picture = _at_side(picture, side)
+    if labels is None:
+        return picture
+    small = F.interpolate(labels[None, None].to(torch.uint8), picture.shape[-2:])[0, 0].long()
+    table = torch.zeros(256, 3, dtype=torch.uint8)
+    table[: len(palette)] = torch.tensor(palette, dtype=torch.uint8)
+    colours = table[small].permute(2, 0, 1).float()
+    return (0.3 * picture + 0.7 * colours).to(torch.uint8)
+
+
+def heights(values: Tensor, low: float, high: float, *, side: int = 320) -> Tensor:
+    """A map of depths [H, W] as uint8 [3, h, w]: from blue, `low`, to red, `high`; 0 is black."""
+    small = F.interpolate(values[None, None].float(), _size_at(values, side))[0, 0]
+    place = ((small - low) / max(high - low, 1e-9)).clamp(0, 1)
+    colours = torch.from_numpy(matplotlib.colormaps["turbo"](place.numpy())[..., :3])
+    return (255 * colours.permute(2, 0, 1) * (small > 0)).to(torch.uint8)
+
+
+def principal_colours(maps: Tensor) -> Tensor:
+    """Maps of features [n, D, rows, columns] as uint8 [n, 3, rows, columns]: their three directions of
+    most variance over all of them as red, green and blue, each from its 1st to its 99th percentile."""
+    cells = maps.permute(0, 2, 3, 1).flatten(0, 2).double()
+    centred = cells - cells.mean(0)
+    _, _, directions = torch.linalg.svd(centred, full_matrices=False)
+    directions = directions[:3]
+    # of two opposite directions the one whose largest part is positive, so that pictures are alike
+    largest = directions.gather(1, directions.abs().argmax(1, keepdim=True))
+    shown = centred @ (directions * largest.sign()).T
+    low, high = (shown.quantile(share, dim=0) for share in (0.01, 0.99))
+    colours = ((shown - low) / (high - low).clamp(min=1e-9)).clamp(0, 1)
+    whole = colours.unflatten(0, (len(maps), *maps.shape[-2:]))
+    return (255 * whole).round().to(torch.uint8).permute(0, 3, 1, 2)
+
+
+def legend(
+    maps: Sequence[Tensor], palette: list, names: Sequence[str], *, side: int = 320
+) -> Tensor:
+    """uint8 [3, side, side / 2]: the colour and the name of each class of some label maps, those with
+    the most pixels first."""
+    counts = sum(torch.bincount(one.flatten().long(), minlength=256) for one in maps)
+    shown = [i for i in counts[: len(names)].argsort(descending=True).tolist() if counts[i]]
+    page = Image.new("RGB", (side // 2, side), "white")
+    pen, font = ImageDraw.Draw(page), ImageFont.truetype(_font_file(), 11)
+    for place, label in enumerate(shown[: side // 15]):
+        top = 15 * place
+        pen.rectangle((0, top, 16, top + 12), fill=tuple(palette[label]))
+        pen.text((21, top), names[label], fill="black", font=font)
+    return torch.from_numpy(np.array(page)).permute(2, 0, 1)
+
+
+def palette_of(card: Any) -> list[list[int]]:
+    """The colours of a card's classes: those that it says, else bright ones."""
+    said = card.values.get("palette")
+    return said or [list(colour_of(label)) for label in range(len(card.classes))]
+
+
+def _at_side(picture: Tensor, side: int) -> Tensor:
+    resized = F.interpolate(picture[None], _size_at(picture, side), mode="bilinear", antialias=True)
+    return resized[0].contiguous()
+
+
+def _size_at(picture: Tensor, side: int) -> list[int]:
+    """Height and width with a longer side of `side`."""
+    ratio = side / max(picture.shape[-2:])
+    return [max(1, round(edge * ratio)) for edge in picture.shape[-2:]]
 
 
 def colour_of(label: int) -> tuple[int, int, int]:

@@ -59,17 +59,17 @@ def decode(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Tensor:
     the papers' loaders do. Transparency is dropped, not composited. The size is read from the
     header and checked before any pixel is decoded. Raises BadImage.
     """
-    header = _header(data, max_pixels)
+    opened = header(data, max_pixels)
     fast = _fast_decoder()
-    if fast and _is_plain_jpeg(header):
+    if fast and _is_plain_jpeg(opened):
         try:
             return fast(data)
         except (RuntimeError, ValueError):
             pass  # PIL reads more, and its message says more
     try:
-        return _pixels(header)
+        return _pixels(opened)
     except BadImage:
-        if header.format != "JPEG" or _END in data[-2:] or "progressive" in header.info:
+        if opened.format != "JPEG" or _END in data[-2:] or "progressive" in opened.info:
             raise
         return _decode_unterminated(data)
 
@@ -95,7 +95,7 @@ def pixels(image: Image.Image | str | Path) -> Tensor:
         raise BadImage(error.cause, error.detail, str(image)) from error
 
 
-def _header(data: bytes, max_pixels: int) -> Image.Image:
+def header(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """Open lazily, which reads the header only, and refuse what would not fit."""
     try:
         with warnings.catch_warnings():

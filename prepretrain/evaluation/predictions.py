@@ -1,7 +1,6 @@
 """What a detector finds in each image of a source, once on any number of processes, kept part by part
 so that a kill costs one part."""
 
-import shutil
 import time
 from collections.abc import Callable
 from functools import partial
@@ -15,14 +14,11 @@ from prepretrain.data import masks
 from prepretrain.data.boxes import Change, fit, fit_sides, seen_whole
 from prepretrain.data.loader import evaluation_batches, to_device
 from prepretrain.data.sources.base import Source
-from prepretrain.data.subset import Subset
 from prepretrain.distributed import group as distributed
 from prepretrain.evaluation.features import frozen
-from prepretrain.files import read_json, write_json
+from prepretrain.evaluation.parts import by_parts
 from prepretrain.models.dense.masks import restored
 from prepretrain.models.heads.base import Detections
-
-_PART = 1000  # not from the paper: images of a part
 
 
 def predict(
@@ -53,49 +49,29 @@ def predict(
     numbers = [one["id"] for one in source.categories]
     ids = source.only(["image_id"])
     images, seconds, found = 0, 0.0, []
+
+    def measure(some: Source) -> dict[str, Any]:
+        reader = evaluation_batches(
+            some.only(["image", "size"]),
+            partial(seen_whole, place=placed, change=change),
+            batch_size=batch_size,
+            workers=workers,
+        )
+        return _part(model, reader, len(some), numbers, how)
+
     with frozen(model):
-        for first in range(0, len(source), _PART):
-            end = min(first + _PART, len(source))
-            path = None if parts is None else parts / f"{first:09d}.json"
-            part = _kept(path, end - first)
-            if not distributed.from_main(part is not None):
-                some = Subset(source, range(first, end))
-                reader = evaluation_batches(
-                    some.only(["image", "size"]),
-                    partial(seen_whole, place=placed, change=change),
-                    batch_size=batch_size,
-                    workers=workers,
-                )
-                part = _part(model, reader, len(some), numbers, how)
-                if path is not None and distributed.is_main():
-                    path.parent.mkdir(parents=True, exist_ok=True)
-                    write_json(path, part, indent=None)
-            part = part or {"found": [], "timed": 0, "seconds": 0.0}  # not of process 0
-            images, seconds = images + part["timed"], seconds + part["seconds"]
-            for place, rows in enumerate(part["found"]):
+        for first, part in by_parts(source, parts, measure, _whole):
+            images, seconds = images + part.get("timed", 0), seconds + part.get("seconds", 0.0)
+            for place, rows in enumerate(part.get("found", ())):
                 number = ids[first + place]["image_id"]
                 found += [{"image_id": number, **row} for row in rows]
     rate = images / seconds if seconds else 0.0
     return found, distributed.from_main(rate)
 
 
-def forget(parts: Path) -> None:
-    """Removes what `predict` kept. Called on every process."""
-    distributed.barrier()
-    if distributed.is_main():
-        shutil.rmtree(parts, ignore_errors=True)
-
-
-def _kept(path: Path | None, count: int) -> dict | None:
-    """A part that process 0 wrote before, on process 0."""
-    if path is None or not distributed.is_main():
-        return None
-    try:
-        part = read_json(path)
-        whole = len(part["found"]) == count and part["seconds"] >= 0 and part["timed"] >= 0
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    return part if whole else None
+def _whole(part: dict[str, Any], count: int) -> bool:
+    """Whether this is what `_part` gives of so many images."""
+    return len(part["found"]) == count and part["seconds"] >= 0 and part["timed"] >= 0
 
 
 def _part(

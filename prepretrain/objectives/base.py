@@ -200,6 +200,23 @@ class MaskedObjective(Objective):
         return order[:, : self.kept], order[:, self.kept :]
 
 
+class DenseObjective(Objective):
+    """An objective for a head on an encoder that may be frozen: then the head alone is trained."""
+
+    def __init__(self, model: Model, *, freeze: bool):
+        super().__init__(model)
+        self.freeze = freeze
+        if freeze:
+            model.encoder.requires_grad_(False)
+
+    def train(self, mode: bool = True) -> "DenseObjective":
+        """All but a frozen encoder, which drops no paths."""
+        super().train(mode)
+        if self.freeze:
+            self.model.encoder.eval()
+        return self
+
+
 class Masking:
     """A sample to {"image": uint8 [3, H, W], "noise": float32 [places]}, by the sample's own
     randomness; the noise's order says what is masked."""

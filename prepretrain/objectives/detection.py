@@ -15,12 +15,12 @@ from prepretrain.losses import detection as losses
 from prepretrain.models.dense.boxes import Objects, places
 from prepretrain.models.heads.base import Detector
 from prepretrain.models.model import Model
-from prepretrain.objectives.base import Objective, blank_images
+from prepretrain.objectives.base import DenseObjective, blank_images
 
 _OBJECTS = 8  # of an image in a plan; COCO's have 7 on average
 
 
-class Detection(Objective):
+class Detection(DenseObjective):
     """Losses of proposals, boxes and masks, on images under large-scale jitter.
 
     Images without objects are not trained on. An image is padded to `model.image_size`.
@@ -45,10 +45,7 @@ class Detection(Objective):
         more often in an epoch, if a class of it is in a smaller share of all images (LVIS). freeze:
         the encoder keeps its weights, and the head alone is trained.
         """
-        super().__init__(model)
-        self.freeze = freeze
-        if freeze:
-            model.encoder.requires_grad_(False)
+        super().__init__(model, freeze=freeze)
         self.scale, self.federated, self.repeat = scale, federated, repeat
         if federated is not None and not model.head.sigmoid:
             raise ValueError(
@@ -79,13 +76,6 @@ class Detection(Objective):
             shown = np.concatenate([source.classes_shown(i) for i in range(len(source))])
             counts = np.bincount(shown.astype(np.int64), minlength=self.model.head.classes)
             self.weights = torch.from_numpy(counts).float().sqrt()
-
-    def train(self, mode: bool = True) -> "Detection":
-        """All but a frozen encoder, which drops no paths."""
-        super().train(mode)
-        if self.freeze:
-            self.model.encoder.eval()
-        return self
 
     def repeats(self, source: Any) -> np.ndarray | None:
         """See Objective.repeats."""

@@ -163,6 +163,7 @@ class Plan:
             per_batch(given.lr_end, batch),
             tuple(steps(m, "optim.milestones") for m in given.milestones),
             given.decay,
+            given.power,
         )
 
     def branches(self) -> list[int]:

@@ -11,10 +11,11 @@ from prepretrain import plugin
 
 @dataclass(frozen=True)
 class Schedule:
-    """The learning rate at a step: linear warm-up from 0, then cosine, linear or step decay.
+    """The learning rate at a step: linear warm-up from 0, then cosine, linear, step or poly decay.
 
     milestones: steps at which "step" multiplies the rate by `decay`. end: the last rate of the
-    other two.
+    others. power: of "poly", which falls from the first step on, and rises and falls at once during the
+    warm-up, as mmsegmentation's.
     """
 
     peak: float
@@ -24,6 +25,7 @@ class Schedule:
     end: float = 0.0
     milestones: tuple[int, ...] = ()
     decay: float = 0.1
+    power: float = 1.0
 
     def __post_init__(self) -> None:
         check_shape(self.shape)
@@ -46,7 +48,8 @@ class Schedule:
     def lr(self, step: int) -> float:
         """The rate of step `step`, counted from 0."""
         if step < self.warmup:
-            return self.peak * step / self.warmup
+            top = SHAPES["poly"](self, step) if self.shape == "poly" else self.peak
+            return top * step / self.warmup
         return SHAPES[self.shape](self, step)
 
     def done(self, step: int) -> float:
@@ -65,6 +68,7 @@ SHAPES: dict[str, Callable[[Schedule, int], float]] = {  # the rate after the wa
     "cosine": lambda s, step: CosineParamScheduler(s.peak, s.end)(s.done(step)),
     "linear": lambda s, step: LinearParamScheduler(s.peak, s.end)(s.done(step)),
     "step": lambda s, step: s.peak * s.decay ** sum(step >= m for m in s.milestones),
+    "poly": lambda s, step: s.end + (s.peak - s.end) * (1 - step / s.steps) ** s.power,
 }
 
 

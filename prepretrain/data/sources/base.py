@@ -20,6 +20,9 @@ FIELDS = {
     "hashtags": "list of str, as people wrote them",
     "text": "str, one caption",
     "captions": "list of str, several texts that each say what is in the image",
+    # numpy's arrays, of the image's size
+    "label_map": "uint8 [H, W], the number of each pixel's class; 255 where it has none",
+    "depth": "float32 [H, W], metres to each pixel; 0 where it is not known",
     # numpy's arrays, a row an object
     "boxes": "float64 [n, 4], left, top, right and bottom in pixels, as far as they may go",
     "classes": "int64 [n], the number of the class",
@@ -41,7 +44,7 @@ class Source:
     the sizes of the parts that are cheap to read together (shards). `fingerprint` says what the
     data is, wherever it lies; `stamp` changes whenever a file of it is written anew, for what is kept
     of the data between evaluations ("" where no file is read). A field of your own is a line more, as in
-    `Source.FIELDS["depth"] = "float32 [H, W], in metres"`.
+    `Source.FIELDS["normal"] = "float32 [H, W, 3], of length 1"`.
     """
 
     FIELDS = FIELDS  # what a sample may hold

@@ -58,6 +58,7 @@ class Evaluator:
         found: dict[str, Any] = {}
         for card, splits in self.cards():
             said = [card.classes, card.names, card.templates, card.groups, card.splits]
+            said += [card.values] if card.values else []
             answers = card.answers.read_bytes() if card.answers is not None else b""
             found[card.name] = fingerprint_of([*said, answers])
             found |= {f"{card.name}:{split}": state(card.open(split)) for split in splits}

@@ -2,7 +2,6 @@
 
 import math
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -17,12 +16,14 @@ from prepretrain.data.drawing import draw_objects, sheet
 from prepretrain.data.sources.base import Source, fingerprint_of
 from prepretrain.data.subset import evenly, evenly_spaced
 from prepretrain.distributed import group as distributed
+from prepretrain.evaluation import corrupted
 from prepretrain.evaluation import corruptions as makers
 from prepretrain.evaluation.detection_metrics import average_precision, ground_truth
 from prepretrain.evaluation.evaluators.base import Evaluator, decoding
 from prepretrain.evaluation.feature_store import file_name
 from prepretrain.evaluation.features import fingerprint, state
-from prepretrain.evaluation.predictions import forget, predict
+from prepretrain.evaluation.parts import forget
+from prepretrain.evaluation.predictions import predict
 from prepretrain.files import write_json
 
 # of how an image becomes detections, weights and options apart: raise it with a change
@@ -111,7 +112,12 @@ class Detection(Evaluator):
         found, speed = self._measured(model, source, truth, place, None)
         found |= speed
         if self.corruptions:
-            found |= self._corrupted(model, source, truth, place, found)
+            measure = lambda change, where: self._measured(
+                model, source, truth, place / where, change
+            )[0]
+            quoted = {f"{kind}_AP": f"{kind}_" for kind in ("box", "mask") if f"{kind}_AP" in found}
+            how = self.corruptions, self.severities, self.textures, quoted
+            found |= corrupted.measured(measure, found, *how)
         return found
 
     def _refuse(self, classes: int, known: int) -> None:
@@ -163,29 +169,6 @@ class Detection(Evaluator):
         # not of a model that is training: a resumed run has the same log
         speed = {"fps": rate} if rate and self.cache else {}
         return metrics, {"images": len(source)} | speed
-
-    def _corrupted(
-        self, model: nn.Module, source: Source, truth: dict, place: Path, clean: dict[str, float]
-    ) -> dict[str, float]:
-        """The average precision under each corruption, their mean, and that relative to the clean one
-        (arXiv 1907.07484)."""
-        found: dict[str, float] = {}
-        kinds = [kind for kind in ("box", "mask") if f"{kind}_AP" in clean]
-        for name in self.corruptions:
-            for severity in self.severities:
-                change = makers.Corrupt(name, severity, "imagenet", self.textures)
-                where = f"corruption/{name}/{severity}"
-                metrics, _ = self._measured(model, source, truth, place / where, change)
-                found |= {f"{where}/{kind}_AP": metrics[f"{kind}_AP"] for kind in kinds}
-            for kind in kinds:
-                each = [found[f"corruption/{name}/{n}/{kind}_AP"] for n in self.severities]
-                found[f"corruption/{name}/{kind}_AP"] = fmean(each)
-        for kind in kinds:
-            mean = fmean(found[f"corruption/{name}/{kind}_AP"] for name in self.corruptions)
-            found[f"{kind}_mPC"] = mean
-            if clean[f"{kind}_AP"] > 0:
-                found[f"{kind}_rPC"] = 100 * mean / clean[f"{kind}_AP"]
-        return found
 
 
 def _checked(soft: dict[str, Any]) -> dict[str, float]:

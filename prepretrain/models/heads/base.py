@@ -19,6 +19,8 @@ B images, N patches, D channels, C classes.
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from prepretrain import plugin
@@ -68,7 +70,47 @@ class Dense(Head):
         """layers: the numbers of the encoder's blocks or stages, from 1, whose maps it reads."""
         super().__init__()
         encoder.require(("maps",), "model.head")
+        if not layers or list(layers) != sorted(set(layers)):
+            raise ValueError(
+                f"model.head.layers: {list(layers)} must be different blocks, in rising order."
+            )
         self.layers, self.normed = layers, not encoder.final_norm
+
+    def width_of(self, encoder: Encoder) -> int:
+        """The channels of its maps, side by side."""
+        if encoder.scales:
+            return sum(encoder.scales[number - 1][0] for number in self.layers)
+        return len(self.layers) * encoder.width
+
+
+class Segmenter(Dense):
+    """A head that gives each place a score for each class."""
+
+    weights: tuple[float, ...] = (1.0,)  # of the losses of what it gives in training
+
+    def __init__(self, encoder: Encoder, classes: int, layers: tuple[int, ...]):
+        super().__init__(encoder, layers)
+        if classes < 2:
+            raise ValueError(f"model.head.classes: {classes} leaves nothing to tell apart; take 2.")
+        self.classes = classes
+
+    def forward(self, maps: list[Tensor]) -> list[Tensor]:
+        """Maps to scores [B, C, rows, columns]: first what it says; what follows, in training alone,
+        only helps to train."""
+        raise NotImplementedError
+
+
+class Depths(Dense):
+    """A head that gives each place a depth."""
+
+    def __init__(self, encoder: Encoder, range: tuple[float, float], layers: tuple[int, ...]):
+        """range: metres, of the nearest and the farthest depth that it gives."""
+        super().__init__(encoder, layers)
+        self.range = range
+
+    def forward(self, maps: list[Tensor]) -> Tensor:
+        """Maps to depths in metres [B, 1, rows, columns]."""
+        raise NotImplementedError
 
 
 @dataclass(frozen=True)
@@ -104,6 +146,25 @@ class Detector(Dense):
         is suppressed; most, of an image; soft, {"linear": …} or {"gaussian": …}: Soft-NMS instead.
         """
         raise NotImplementedError
+
+
+def last(encoder: Encoder) -> tuple[int]:
+    """The number of an encoder's last block, or stage."""
+    return (len(encoder.scales or encoder.blocks),)
+
+
+def quarters(encoder: Encoder) -> tuple[int, ...]:
+    """The numbers of the blocks at the ends of an encoder's quarters, or of its stages."""
+    if encoder.scales:
+        return tuple(range(1, len(encoder.scales) + 1))
+    depth = len(encoder.blocks)
+    return tuple(depth * part // 4 for part in range(1, 5))
+
+
+def joined(maps: list[Tensor]) -> Tensor:
+    """Maps side by side, [B, sum of D, rows, columns] of the first's resolution."""
+    size = maps[0].shape[-2:]
+    return torch.cat([F.interpolate(one, size, mode="bilinear") for one in maps], 1)
 
 
 def build(encoder: Encoder, given: dict[str, Any], where: str = "model.head") -> Head:

@@ -1,0 +1,285 @@
+"""What evaluators of maps share: every picture of a split once, seen whole or window by window, at
+several scales and mirrored, counted part by part."""
+
+import math
+from abc import abstractmethod
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+
+from prepretrain.data.boxes import upright
+from prepretrain.data.drawing import coloured, legend, palette_of, sheet
+from prepretrain.data.loader import evaluation_batches, to_device
+from prepretrain.data.maps import Scaled
+from prepretrain.data.random import Random
+from prepretrain.data.sources.base import Source, fingerprint_of
+from prepretrain.data.subset import Subset, evenly, evenly_spaced
+from prepretrain.distributed import group as distributed
+from prepretrain.evaluation import corrupted, segmentation_metrics
+from prepretrain.evaluation import corruptions as makers
+from prepretrain.evaluation.evaluators.base import Evaluator, decoding
+from prepretrain.evaluation.feature_store import file_name
+from prepretrain.evaluation.features import fingerprint, frozen, state
+from prepretrain.evaluation.parts import by_parts, forget
+from prepretrain.evaluation.sliding import Network, mean_of_views, slide
+from prepretrain.files import write_json
+
+# of how a picture becomes counts, weights and options apart: raise it with a change
+_VERSION = 1
+
+
+class DenseEvaluator(Evaluator):
+    """An evaluator of a head that says something of every pixel.
+
+    A subclass says what is counted of a picture, as a tensor that is added up over all of them, and
+    what metrics its sum gives.
+    """
+
+    field: str  # of the samples, what a picture is compared with
+
+    def __init__(
+        self,
+        *,
+        data: str,
+        split: str,
+        whole: bool,
+        images: int | None,
+        pictures: int,
+        feature_batch: int,
+        workers: int | None,
+        short_side: int | None = None,
+        stride: int | tuple[int, int] | None = None,
+        scales: tuple[float, ...] = (1.0,),
+        flip: bool = False,
+        corruptions: tuple[str, ...] = (),
+        severities: tuple[int, ...] = makers.SEVERITIES,
+        frost: str | None = None,
+    ):
+        super().__init__(data=data)
+        kind = type(self).__module__.rpartition(".")[2]
+        self.kind, self.split, self.splits = kind, split, (split,)
+        self.short_side, self.whole, self.stride = short_side, whole, stride
+        self.scales, self.flip = tuple(scales), flip
+        if whole and (short_side is not None or stride is not None or self.scales != (1.0,)):
+            raise ValueError(
+                f"{kind}.whole: fits a picture into the model's image size, so there is no "
+                f"{kind}.short_side, {kind}.stride, or {kind}.scales. Leave them out, or set whole=false."
+            )
+        self.images, self.pictures = images, pictures
+        self.feature_batch, self.workers = feature_batch, decoding(workers)
+        self.corruptions = makers.chosen(kind, corruptions, severities, "imagenet")
+        self.severities = tuple(severities)
+        self.textures = makers.textures_of(self.corruptions, frost, kind)
+
+    @abstractmethod
+    def nothing(self, model: nn.Module) -> Tensor:
+        """What is counted of no picture, on the CPU."""
+
+    @abstractmethod
+    def count(self, truth: Tensor, said: Tensor) -> Tensor:
+        """What is counted of a picture: its map [H, W], and what `said_of` gave; on the CPU."""
+
+    @abstractmethod
+    def said_of(self, values: Tensor) -> Tensor:
+        """Values [C, H, W] to what is compared with the map and drawn, [H, W]."""
+
+    def squash(self, values: Tensor) -> Tensor:
+        """Values of one view to what a mean over views is taken of; not asked for a single view."""
+        return values
+
+    @abstractmethod
+    def metrics(self, total: Tensor) -> tuple[dict[str, float], dict[str, Any]]:
+        """(metrics, {name of a file: its content}) of the sum of all counts."""
+
+    @abstractmethod
+    def drawn(self, source: Source, said: list[Tensor], change: Any) -> Image.Image:
+        """A sheet of a source's pictures, with what was said of each."""
+
+    def network(self, model: nn.Module) -> Network:
+        """Normalised windows [n, 3, H, W] to values [n, C, rows, columns]: what the head says."""
+
+        def values(windows: Tensor) -> Tensor:
+            said = model.head(model.read(windows))
+            return said[0] if isinstance(said, list) else said
+
+        return values
+
+    def asked(self) -> list[Any]:
+        """The options that what is found depends on."""
+        return [self.short_side, self.whole, self.stride, self.scales, self.flip]
+
+    def open_data(self) -> None:
+        """See Evaluator.open_data: the splits must have maps that are as the card says."""
+        for split in self.splits:
+            self.opened(split)
+
+    def opened(self, split: str) -> Source:
+        """A split, some of whose maps were read. Raises ValueError for one without."""
+        source = self.card.open(split)
+        if self.field not in source.fields:
+            raise ValueError(
+                f"{self.kind}: {self.card.name}:{split} has no {self.field} (its fields: "
+                f"{', '.join(source.fields)}). See datasets/{self.field}s.yaml."
+            )
+        source.check_maps()
+        return source
+
+    def run(self, model: nn.Module, folder: Path) -> dict[str, float]:
+        """See the class."""
+        source = evenly_spaced(self.opened(self.split), self.images)
+        place = folder / "predictions" / self._name(model, source)
+        found = self._measured(model, source, place, None)
+        if self.corruptions:
+            measure = lambda change, where: self._measured(model, source, place / where, change)
+            how = self.corruptions, self.severities, self.textures, {self.headline: ""}
+            found |= corrupted.measured(measure, found, *how)
+        return found
+
+    def _name(self, model: nn.Module, source: Source) -> str:
+        """Of a folder for what is found: another for other weights, data or options. Not while the
+        model is training, where nothing is kept but the last."""
+        name = file_name(f"{self.kind}-{self.card.name}-{self.split}")
+        if not self.cache:
+            return name
+        asked = [_VERSION, *self.asked(), *state(source), len(source), self.card.values]
+        return f"{name}-{fingerprint_of([fingerprint(model), *asked])}"
+
+    def _measured(
+        self, model: nn.Module, source: Source, place: Path, change: Any
+    ) -> dict[str, float]:
+        """Metrics of the pictures as they are, or changed; written to the folder."""
+        parts = place / "parts" if self.cache else None
+        total = self.nothing(model)
+        with frozen(model):
+            measure = partial(self._part, model, change)
+            for _, part in by_parts(source, parts, measure, self._whole):
+                part = distributed.from_main(part)
+                total = total + torch.tensor(part["counts"], dtype=total.dtype)
+            found, files = self.metrics(total)
+            some = Subset(source, evenly(len(source), self.pictures))
+            drawn = self._drawn(model, some, change)
+        if distributed.is_main():
+            place.mkdir(parents=True, exist_ok=True)
+            for name, content in files.items():
+                write_json(place / name, content)
+            if drawn is not None:
+                drawn.save(place / "sheet.png")
+        if parts is not None:
+            forget(parts)
+        return found | {"images": len(source)}
+
+    def _drawn(self, model: nn.Module, source: Source, change: Any) -> Image.Image | None:
+        """The sheet of a source, on process 0."""
+        if not len(source):
+            return None
+        mine = [said for _, _, said in self._seen(model, source, change)]
+        said = [one for part in distributed.all_gather_object(mine) for one in part]
+        return self.drawn(source, said, change) if distributed.is_main() else None
+
+    def _whole(self, part: dict[str, Any], count: int) -> bool:
+        """Whether this is what `_part` gives of so many images."""
+        return part["images"] == count and bool(part["counts"])
+
+    def _part(self, model: nn.Module, change: Any, source: Source) -> dict[str, Any]:
+        """{"images", "counts"} of a source, on all processes."""
+        total, images = self.nothing(model), 0
+        for _, truth, said in self._seen(model, source, change):
+            total, images = total + self.count(truth, said), images + 1
+        seen = int(distributed.all_sum(torch.tensor(images)))
+        if seen != len(source):
+            raise RuntimeError(
+                f"of {len(source)} images {seen} were evaluated; a result would be wrong."
+            )
+        return {"images": seen, "counts": distributed.all_sum(total).tolist()}
+
+    def _seen(
+        self, model: nn.Module, source: Source, change: Any
+    ) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """(number, map, what is said), both [H, W] on the CPU, of each picture of this process."""
+        canvas = model.encoder.image_size
+        short = None if self.whole else self.short_side or min(canvas)
+        stride = tuple(side * 2 // 3 for side in canvas) if self.stride is None else self.stride
+        stride = (stride, stride) if isinstance(stride, int) else stride
+        network = partial(_together, self.network(model), self.feature_batch)
+        predict = partial(slide, network, window=canvas, stride=stride)
+        single = len(self.scales) == 1 and not self.flip
+        squash = (lambda values: values) if single else self.squash
+        reader = evaluation_batches(
+            source.only(["image", self.field]),
+            Scaled(self.field, short=short, canvas=canvas, scales=self.scales, change=change),
+            batch_size=1,  # pictures differ in size, so windows are what a batch is made of
+            workers=self.workers,
+        )
+        for batch in reader:
+            height, width = batch["original"][0].tolist()
+            images = []
+            for number in range(len(self.scales)):
+                rows, columns = batch[f"size_{number}"][0].tolist()
+                pixels = to_device({"image": batch[f"image_{number}"]})["image"]
+                images.append(model.normalise(pixels[:, :, :rows, :columns])[0])
+            values = mean_of_views(predict, images, (height, width), self.flip, squash)
+            if batch["position"][0] >= 0:  # else it only keeps the processes together
+                truth = batch[self.field][0, :height, :width]
+                yield batch["position"][0], truth, self.said_of(values).cpu()
+
+
+def _together(network: Network, size: int, windows: Tensor) -> Tensor:
+    """What a network says of windows, so many at once, resized to them; as many calls on every
+    process, since a sharded model runs on all together."""
+    calls = max(distributed.all_gather_object(math.ceil(len(windows) / size)))
+    found = []
+    for first in range(0, calls * size, size):
+        part = windows[first : first + size]
+        said = network(part if len(part) else windows[:1])
+        if len(part):
+            found.append(F.interpolate(said.float(), windows.shape[-2:], mode="bilinear"))
+    return torch.cat(found)
+
+
+class LabelMapEvaluator(DenseEvaluator):
+    """Counts pixels by class and prediction."""
+
+    headline, field = "mIoU", "label_map"
+
+    def nothing(self, model: nn.Module) -> Tensor:
+        """See DenseEvaluator."""
+        classes = len(self.card.classes)
+        return torch.zeros(classes, classes, dtype=torch.int64)
+
+    def count(self, truth: Tensor, said: Tensor) -> Tensor:
+        """See DenseEvaluator: pixels by class and prediction."""
+        return segmentation_metrics.confusion(truth, said, len(self.card.classes))
+
+    def squash(self, values: Tensor) -> Tensor:
+        """See DenseEvaluator: probabilities."""
+        return values.softmax(0)
+
+    def said_of(self, values: Tensor) -> Tensor:
+        """See DenseEvaluator: the class with the highest score."""
+        return values.argmax(0).to(torch.uint8)
+
+    def metrics(self, total: Tensor) -> tuple[dict[str, float], dict[str, Any]]:
+        """See DenseEvaluator."""
+        classes = segmentation_metrics.of_classes(total, self.card.classes)
+        found = segmentation_metrics.metrics(total)
+        return found, {"confusion.json": total.tolist(), "classes.json": classes}
+
+    def drawn(self, source: Source, said: list[Tensor], change: Any) -> Image.Image:
+        """See DenseEvaluator."""
+        palette, names = palette_of(self.card), self.card.classes
+        rows = []
+        for index, found in enumerate(said):
+            sample = source[index]
+            truth = torch.from_numpy(sample["label_map"])
+            picture = upright(sample["image"], truth.shape)
+            if change is not None:
+                picture = change(picture, Random(0, 0, index))
+            shown = [coloured(picture, one, palette) for one in (truth, found)]
+            rows.append([coloured(picture), *shown, legend((truth, found), palette, names)])
+        return sheet(rows, ["image", "label map", "prediction", "classes"])
