@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from prepretrain import config as configs
 from prepretrain import plugin
 from prepretrain.config import Training
-from prepretrain.data import card
+from prepretrain.data import card, subset
 from prepretrain.data.order import Order
 from prepretrain.data.subset import evenly_spaced
 from prepretrain.distributed import checkpoint, heartbeat, shard
@@ -37,6 +37,7 @@ _SPEEDS = (0.1, 100)  # TFLOP/s that training may reach, for a person to think o
 # not from the paper: the share of a GPU's memory that weights, gradients and optimizer may take by
 # default, so that most is left for activations
 STATE = 1 / 3
+_SUBSET = "data.subset"
 _DURATIONS = ("log_every", "checkpoint.every", "validation.every")
 
 
@@ -115,7 +116,13 @@ class Plan:
         if self.counted is not None:
             return self.counted
         split, described = self.data
-        return described.images.get(split)
+        return self._subset.count(described.images.get(split), _SUBSET)
+
+    @cached_property
+    def _subset(self) -> subset.Choice:
+        """Which of the training images are trained on."""
+        given = self.config.data.subset
+        return subset.choice("100%" if given is None else given, _SUBSET)
 
     @cached_property
     def schedule(self) -> Schedule | None:
@@ -133,6 +140,10 @@ class Plan:
         source = described.open(split)
         self.objective.check(described, source)
         repeats = self.objective.repeats(source)
+        some = self._subset.of(source, _SUBSET)
+        if some is not source:
+            repeats = None if repeats is None else repeats[some.indexes]
+            source = some
         images = Order(source.groups, seed=self.config.seed, repeats=repeats).length
         shards = len(source.groups), source.open_at_once or len(source.groups)
         plan = replace(self, counted=images, shards=shards)
