@@ -173,7 +173,7 @@ class Plan:
         falls."""
         found = [self.schedule_of(length, "branches") for length in self.config.branches]
         for length, schedule in zip(self.config.branches, found):
-            _check_trunk(self.schedule, schedule, f"branches: {length}")
+            check_trunk(self.schedule, schedule, f"branches: {length}")
         return [schedule.milestones[0] for schedule in found]
 
     def always(self) -> set[int]:
@@ -209,7 +209,7 @@ class Plan:
                 + "\nA branch continues it exactly; only length may differ."
             )
         old = Plan(before, self.world, self.counted)
-        _check_trunk(old.schedule, self.schedule, f"branch: {trunk}, length: {self.config.length}")
+        check_trunk(old.schedule, self.schedule, f"branch: {trunk}, length: {self.config.length}")
         step = self.schedule.milestones[0]
         found = checkpoint.newest(Path(trunk), step)
         if found is None:
@@ -409,7 +409,7 @@ def _time(seconds: float) -> str:
     return f"{max(1, seconds):.0f} s"
 
 
-def _check_trunk(trunk: Schedule, branch: Schedule, where: str) -> None:
+def check_trunk(trunk: Schedule, branch: Schedule, where: str) -> None:
     """Raises ValueError unless a schedule follows another up to its own first milestone."""
     if not branch.milestones:
         raise ValueError(
