@@ -42,8 +42,8 @@ def collect(study: Study, planned: list[Planned], world: int) -> tuple[list[Path
 
 
 def _row(study: Study, one: Planned, state: State, world: int) -> dict[str, Any]:
-    """A run: `run` is its folder, `images_seen` with repetitions, `flops` and `cost` (device-days) are
-    those of all its steps and of the run that it started from."""
+    """A run: `images_seen` with repetitions, `images_before` in the runs that it started from, whose
+    FLOPs are in `flops`; `cost` is in device-days. Steps of a trunk count as the run's own."""
     found, config = state.results, one.run.config
     speed = _speed(one)
     loss, gap = found.get("val_loss"), found.get("val_gap")
@@ -57,7 +57,8 @@ def _row(study: Study, one: Planned, state: State, world: int) -> dict[str, Any]
         "train_loss": None if loss is None or gap is None else loss - gap,
         "params": one.shape.size["encoder_parameters"],
         "images": one.shape.plan.images,
-        "images_seen": one.seen + started["images"],
+        "images_seen": one.seen,
+        "images_before": started["images"],
         "flops": one.flops + started["flops"],
         "cost": None if speed is None else one.seen / speed * world / 86400,
         "objective": config.objective["name"],

@@ -245,11 +245,18 @@ def fairness(study: Study, planned: list[Planned]) -> str:
     span = f"{min(epochs):.3g} to {max(epochs):.3g} epochs"
     if updates:
         return f"equal updates: more data are seen as often in all, each image less often ({span})"
-    equal = {round(e, 2) for e in epochs}
-    lengths = {one.run.config.length for one in planned}
-    if len(equal) <= len(lengths):
+    if all(map(_as_many_epochs, groups.values())):
         return f"equal epochs: more data have more updates ({span})"
-    return f"neither equal updates nor equal epochs ({span}): length and amount of data cannot be told apart"
+    return (
+        f"neither equal updates nor equal epochs ({span}): length and amount of data cannot be told apart"
+    )
+
+
+def _as_many_epochs(group: list[Planned]) -> bool:
+    """Whether runs have the same number of epochs, to a step, as an epoch may end within one."""
+    most = [one.seen / one.shape.plan.images for one in group]
+    least = [(one.seen - one.config.batch_size) / one.shape.plan.images for one in group]
+    return max(least) < min(most)
 
 
 def facts(study: Study, planned: list[Planned], world: int) -> dict[str, Any]:
