@@ -224,8 +224,18 @@ def load(
     Raises ValueError naming the stage, file or key, the value, and the way out.
     """
     given = dict(overrides) if isinstance(overrides, dict) else _overrides(overrides)
-    merged = merge(_read(find(stage), bases=given.pop("base", None)), given)
+    merged = merge(stored(stage, given.pop("base", None)), given)
     merged |= {k: v for k, v in (("init", init), ("branch", branch)) if v is not None}
+    return checked(merged)
+
+
+def stored(stage: str, base: str | list[str] | None = None) -> dict[str, Any]:
+    """What a stage's file says, over its base files or over others."""
+    return _read(find(stage), bases=base)
+
+
+def checked(merged: dict[str, Any]) -> Config:
+    """The config that a mapping describes, whose sections say of what kind. Raises as `load`."""
     _check_keys(merged, "")
     kinds = {"suite": Suite, "evaluator": Evaluating}
     schema = next((kind for key, kind in kinds.items() if key in merged), Training)

@@ -82,7 +82,9 @@ def test_a_training_step_takes_three_forward_passes():
     given = config.load("wsp", ["model.encoder=vit_mini8", "model.image_size=64"])
     images = 4
     found = memory.simulate(lambda: build_objective(given), images=images, world=1)
-    assert found.flops / images / Plan(given, 1).size["flops_per_image"] == pytest.approx(3, rel=0.02)
+    assert found.flops / images / Plan(given, 1).size["flops_per_image"] == pytest.approx(
+        3, rel=0.02
+    )
 
 
 def test_weights_that_are_kept_are_gathered_once_and_several_blocks_together():

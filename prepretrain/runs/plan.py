@@ -116,13 +116,7 @@ class Plan:
         if self.counted is not None:
             return self.counted
         split, described = self.data
-        return self._subset.count(described.images.get(split), _SUBSET)
-
-    @cached_property
-    def _subset(self) -> subset.Choice:
-        """Which of the training images are trained on."""
-        given = self.config.data.subset
-        return subset.choice("100%" if given is None else given, _SUBSET)
+        return subset_images(self.config, described.images.get(split))
 
     @cached_property
     def schedule(self) -> Schedule | None:
@@ -140,7 +134,7 @@ class Plan:
         source = described.open(split)
         self.objective.check(described, source)
         repeats = self.objective.repeats(source)
-        some = self._subset.of(source, _SUBSET)
+        some = chosen(self.config).of(source, _SUBSET)
         if some is not source:
             repeats = None if repeats is None else repeats[some.indexes]
             source = some
@@ -151,22 +145,7 @@ class Plan:
 
     def schedule_of(self, length: str, where: str) -> Schedule:
         """The schedule that a run of this config has at some length."""
-        batch, given = self.config.batch_size, self.config.optim
-        total = durations.steps(length, where, batch_size=batch, images=self.images)
-        if not 1 <= total <= _STEPS:
-            raise ValueError(
-                f"{where}: {length!r} is {total} steps of {batch} images; it must be 1 to {_STEPS:,}."
-            )
-        steps = partial(durations.steps, batch_size=batch, images=self.images, total=total)
-        return Schedule(
-            per_batch(given.lr, batch),
-            total,
-            steps(given.warmup, "optim.warmup"),
-            given.schedule,
-            per_batch(given.lr_end, batch),
-            tuple(steps(m, "optim.milestones") for m in given.milestones),
-            given.decay,
-        )
+        return schedule(self.config, self.images, length, where)
 
     def branches(self) -> list[int]:
         """The steps at which shorter runs will branch off this one: where each one's rate first
@@ -409,6 +388,26 @@ def _time(seconds: float) -> str:
     return f"{max(1, seconds):.0f} s"
 
 
+def schedule(config: Training, images: int | None, length: str, where: str) -> Schedule:
+    """The schedule that a config has at some length. images: in an epoch, if that is known."""
+    batch, given = config.batch_size, config.optim
+    total = durations.steps(length, where, batch_size=batch, images=images)
+    if not 1 <= total <= _STEPS:
+        raise ValueError(
+            f"{where}: {length!r} is {total} steps of {batch} images; it must be 1 to {_STEPS:,}."
+        )
+    steps = partial(durations.steps, batch_size=batch, images=images, total=total)
+    return Schedule(
+        per_batch(given.lr, batch),
+        total,
+        steps(given.warmup, "optim.warmup"),
+        given.schedule,
+        per_batch(given.lr_end, batch),
+        tuple(steps(m, "optim.milestones") for m in given.milestones),
+        given.decay,
+    )
+
+
 def check_trunk(trunk: Schedule, branch: Schedule, where: str) -> None:
     """Raises ValueError unless a schedule follows another up to its own first milestone."""
     if not branch.milestones:
@@ -420,7 +419,9 @@ def check_trunk(trunk: Schedule, branch: Schedule, where: str) -> None:
         raise ValueError(
             f"{where}: would leave at step {point}, and the trunk ends at step {trunk.steps}."
         )
-    differing = next((s for s in range(point) if trunk.lr(s) != branch.lr(s)), None)
+    # between these steps, rates are constant, or rise on a line
+    steps = sorted({0, 1, trunk.warmup, branch.warmup, *trunk.milestones, point - 1})
+    differing = next((s for s in steps if s < point and trunk.lr(s) != branch.lr(s)), None)
     if differing is not None:
         raise ValueError(
             f"{where}: its rate differs from the trunk's at step {differing}, before it leaves at step "
@@ -449,6 +450,17 @@ def accumulation(batch_size: int, world: int, most: int | None, multiple: int = 
     while share % (parts * multiple):
         parts += 1
     return parts
+
+
+def chosen(config: Training) -> subset.Choice:
+    """Which of the training images are trained on."""
+    given = config.data.subset
+    return subset.choice("100%" if given is None else given, _SUBSET)
+
+
+def subset_images(config: Training, whole: int | None) -> int | None:
+    """How many of `whole` training images are trained on; None where that needs the data."""
+    return chosen(config).count(whole, _SUBSET)
 
 
 def _split(name: str) -> tuple[str, card.Card]:

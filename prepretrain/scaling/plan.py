@@ -10,9 +10,11 @@ from prepretrain import config as configs
 from prepretrain import jsonl
 from prepretrain.config import Suite, Training
 from prepretrain.data import card
+from prepretrain.objectives.base import Objective
 from prepretrain.runs import run as runs
 from prepretrain.runs import suite
-from prepretrain.runs.plan import Plan, check_trunk
+from prepretrain.runs.plan import Plan, check_trunk, subset_images
+from prepretrain.runs.plan import schedule as schedule_of
 from prepretrain.runs.results import measured
 from prepretrain.scaling.study import Problems, Run, Study
 from prepretrain.training.schedule import Schedule
@@ -25,6 +27,7 @@ class Shape:
     """What runs that differ in length and seed only have in common."""
 
     plan: Plan
+    images: int | None  # in an epoch
     said: str  # of its data
     size: dict[str, int]  # encoder_parameters, parameters, flops_per_image
 
@@ -102,7 +105,7 @@ def plan(study: Study, world: int = 1) -> list[Planned]:
     for run in study.runs:
         with problems.of(run.name):
             shape = shapes.of(run.config)
-            schedule = shape.plan.schedule_of(run.config.length, "length")
+            schedule = schedule_of(run.config, shape.images, run.config.length, "length")
             group = groups.setdefault(_key(run.config, *SHARED), [])
             group.append(Planned(run, shape, schedule))
     problems.refuse()
@@ -138,6 +141,17 @@ class _Shapes:
 
     def of(self, config: Training) -> Shape:
         """The shape of a run. Raises ValueError for one that cannot work."""
+        whole = replace(config, data=replace(config.data, subset=None))
+        shape = self._known(whole)
+        if config.data.subset is None:
+            return shape
+        images = subset_images(config, shape.images)
+        # the images of some classes, and images that do not come alike, are counted in the data
+        if images is None or type(shape.plan.objective).repeats is not Objective.repeats:
+            return self._known(config)
+        return replace(shape, images=images)
+
+    def _known(self, config: Training) -> Shape:
         key = _key(config, *SHARED, "seed")
         if key not in self.known:
             try:
@@ -165,7 +179,7 @@ class _Shapes:
         model = _model(made.config)
         if model not in self.sizes:
             self.sizes[model] = made.size
-        return Shape(made, said, self.sizes[model])
+        return Shape(made, made.images, said, self.sizes[model])
 
 
 def _share(group: list[Planned]) -> list[Planned]:
@@ -173,27 +187,38 @@ def _share(group: list[Planned]) -> list[Planned]:
     of the others. What has begun stays what it is."""
     if group[0].run.config.optim.schedule != "step" or not group[0].schedule.milestones:
         return group
-    *shorter, trunk = sorted(group, key=lambda one: one.steps)
-    leaving = {one.name: one for one in shorter if _may_leave(one, trunk)}
-    for one in leaving.values():
-        check_trunk(trunk.schedule, one.schedule, f"length: {one.run.config.length}")
-    trunk = replace(trunk, branches=tuple(one.run.config.length for one in leaving.values()))
-    return [trunk, *(replace(o, trunk=trunk) if o.name in leaving else o for o in shorter)]
+    *shorter, longest = sorted(group, key=lambda one: one.steps)
+    begun = {one.name: _recorded(one) for one in group}
+    trunks = {str(one.run.folder): one for one in group}
+    leaving = [one for one in shorter if begun[one.name] is None and _may_leave(one, longest)]
+    for one in leaving:
+        check_trunk(longest.schedule, one.schedule, f"length: {one.run.config.length}")
+    longest = replace(longest, branches=tuple(one.run.config.length for one in leaving))
+    new = {one.name for one in leaving}
+
+    def placed(one: Planned) -> Planned:
+        if one.name in new:
+            return replace(one, trunk=longest)
+        recorded = begun[one.name]
+        return one if recorded is None else replace(one, trunk=trunks.get(recorded.branch or ""))
+
+    return [placed(longest), *map(placed, shorter)]
+
+
+def _recorded(one: Planned) -> Training | None:
+    """The config that a run has begun with; None if it has not."""
+    path = one.run.folder / "config.yaml"
+    return configs.read_training(path, one.run.config) if path.exists() else None
 
 
 def _may_leave(one: Planned, trunk: Planned) -> bool:
-    """Whether a run can branch off: it has, or neither has begun, or its trunk keeps the step or has
-    not got there."""
-    began = one.run.folder / "config.yaml"
-    if began.exists():
-        recorded = configs.read_training(began, one.run.config).branch
-        return recorded == str(trunk.run.folder)
-    place = trunk.run.folder / "config.yaml"
-    if not place.exists():
+    """Whether a run can still branch off: its trunk has not begun, keeps the step, or has not got
+    there."""
+    recorded = _recorded(trunk)
+    if recorded is None or one.run.config.length in recorded.branches:
         return True
-    kept = configs.read_training(place, trunk.run.config).branches
     reached = jsonl.last(trunk.run.folder / "metrics.jsonl") or {"step": 0}
-    return one.run.config.length in kept or reached["step"] < one.schedule.milestones[0]
+    return reached["step"] < one.schedule.milestones[0]
 
 
 def speeds(one: Planned) -> list[float]:
@@ -231,31 +256,29 @@ def fairness(study: Study, planned: list[Planned]) -> str:
     for one in planned:
         key = tuple(label for axis, label in one.run.labels.items() if axis not in axes)
         groups.setdefault(key, []).append(one)
-    if all(len({one.shape.plan.images for one in group}) == 1 for group in groups.values()):
+    if all(len({one.shape.images for one in group}) == 1 for group in groups.values()):
         return "one amount of data at each length"
     updates = all(len({one.steps for one in group}) == 1 for group in groups.values())
-    images = [one.shape.plan.images for one in planned]
+    images = [one.shape.images for one in planned]
     if None in images:
         return (
             "equal updates"
             if updates
             else "epochs are not known, as a card does not count its images"
         )
-    epochs = [one.seen / one.shape.plan.images for one in planned]
+    epochs = [one.seen / one.shape.images for one in planned]
     span = f"{min(epochs):.3g} to {max(epochs):.3g} epochs"
     if updates:
         return f"equal updates: more data are seen as often in all, each image less often ({span})"
     if all(map(_as_many_epochs, groups.values())):
         return f"equal epochs: more data have more updates ({span})"
-    return (
-        f"neither equal updates nor equal epochs ({span}): length and amount of data cannot be told apart"
-    )
+    return f"neither equal updates nor equal epochs ({span}): length and amount of data cannot be told apart"
 
 
 def _as_many_epochs(group: list[Planned]) -> bool:
     """Whether runs have the same number of epochs, to a step, as an epoch may end within one."""
-    most = [one.seen / one.shape.plan.images for one in group]
-    least = [(one.seen - one.config.batch_size) / one.shape.plan.images for one in group]
+    most = [one.seen / one.shape.images for one in group]
+    least = [(one.seen - one.config.batch_size) / one.shape.images for one in group]
     return max(least) < min(most)
 
 
@@ -283,8 +306,8 @@ def _row(one: Planned) -> dict[str, Any]:
         "trunk": one.trunk and one.trunk.name,
         "steps": one.steps,
         "own_steps": one.own_steps,
-        "images": one.shape.plan.images,
-        "epochs": one.shape.plan.images and one.seen / one.shape.plan.images,
+        "images": one.shape.images,
+        "epochs": one.shape.images and one.seen / one.shape.images,
         "parameters": one.shape.size["encoder_parameters"],
         "flops": one.flops,
         "hours": one.hours,

@@ -85,13 +85,24 @@ class Study:
         problems.refuse()
 
     def _config(self, *given: dict[str, Any]) -> Training:
-        merged = self.base
+        merged = dict(self.base)
         for one in given:
             merged = configs.merge(merged, one)
-        config = configs.load(self.stage, merged)
+        config = configs.checked(configs.merge(self._stored(merged), merged))
         if not isinstance(config, Training):
             raise ValueError(f"stage: {self.stage} does not train. Name one that does, as mae.")
         return config
+
+    def _stored(self, merged: dict[str, Any]) -> dict[str, Any]:
+        """The stage's file over the base files that a run names, which are read once."""
+        base = merged.pop("base", None)
+        if str(base) not in self._files:
+            self._files[str(base)] = configs.stored(self.stage, base)
+        return self._files[str(base)]
+
+    @cached_property
+    def _files(self) -> dict[str, dict[str, Any]]:
+        return {}
 
 
 class Problems:
