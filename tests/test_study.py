@@ -3,12 +3,13 @@
 import csv
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import yaml
 
-from prepretrain import jsonl
+from prepretrain import config, jsonl
 from prepretrain.runs import run as runs
 from prepretrain.scaling import commands, plan, progress, study, table
 
@@ -80,7 +81,7 @@ def test_many_runs_are_planned_by_their_few_shapes(place, monkeypatch):
     monkeypatch.setattr(runs, "checked", lambda *given: calls.append(given) or checked(*given))
     lengths = [f"{4 * n}it" for n in range(1, 6)]
     found = planned(axes={"seed": list(range(10)), "data.subset": [30, 60], "length": lengths})
-    assert len(found) == 100 and len(calls) == 2
+    assert len(found) == 100 and len(calls) == 1
     assert sum(one.trunk is None for one in found) == 20
 
 
@@ -127,33 +128,36 @@ def test_a_study_runs_once_grows_and_leaves_out_what_failed(place):
     rates = {"rate": {"low": {"optim.lr": 1e-2}, "wild": {"optim.lr": 1e30}}, **lengths}
     with pytest.raises(RuntimeError, match=r"(?s)2 of 4 runs failed.*wild-12it: .*FloatingPoint"):
         go(axes=rates, evaluations=[KNN])
-    folder = Path("runs/study")
-    states = {
-        one.name: one for one in progress.states(study.read("study.yaml"), planned(axes=rates))
-    }
-    assert states["wild-8it"].why == "its trunk wild-12it failed" and states["low-8it"].what
+    folder, found = Path("runs/study"), study.read("study.yaml")
+    states = {one.name: one for one in progress.states(found, plan.plan(found))}
+    assert states["wild-8it"].why == "its trunk wild-12it failed"
+    assert [states[name].what for name in ("low-8it", "wild-12it")] == ["done", "failed"]
     assert trained(folder / "low-12it") == list(range(1, 13))
     assert trained(folder / "low-8it") == [7, 8]  # only what its trunk has not
-    before = {p: p.stat().st_mtime_ns for p in folder.glob("low-*/**/*") if p.is_file()}
-    # grown by seeds, and without what failed: only the new runs start
-    axes = {"rate": {"low": rates["rate"]["low"]}, "seed": [0, 1], **lengths}
-    write(axes=axes, evaluations=[KNN])
-    for old, new in (("low-12it", "low-0-12it"), ("low-8it", "low-0-8it")):
-        assert (folder / old).exists() and not (folder / new).exists()
-    commands.collect(write(axes=rates, evaluations=[KNN]), None, 1, 1)
+    commands.collect("study.yaml", None, 1, 1)
     rows = list(csv.DictReader((folder / "runs.csv").open()))
     assert [row["run"] for row in rows] == ["low-12it", "low-8it"]
-    found, left = table.read(folder / "runs.csv", metrics=("knn/colours",))
-    assert found.iterations.tolist() == [12, 8] and not left and (found.loss > 0).all()
-    with pytest.raises(RuntimeError, match="2 of 4 runs failed"):
-        go(axes=rates, evaluations=[KNN])
-    assert before == {p: p.stat().st_mtime_ns for p in before}
-    # another length, shorter than all: its trunk has ended without a checkpoint for it, so it runs alone
-    go(axes={"rate": {"low": {"optim.lr": 1e-2}}, "length": ["4it", "8it", "12it"]})
+    runs_, left = table.read(folder / "runs.csv", metrics=("knn/colours",))
+    assert runs_.iterations.tolist() == [12, 8] and not left and (runs_.loss > 0).all()
+    # it grows by a length for which the trunk, which has ended, kept nothing: that run is alone
+    low = {"rate": {"low": {"optim.lr": 1e-2}}, "length": ["4it", "8it", "12it"]}
+    before = {p: p.stat().st_mtime_ns for p in folder.glob("low-*/**/*") if p.is_file()}
+    go(axes=low, evaluations=[KNN])
     assert trained(folder / "low-4it") == [1, 2, 3, 4]
     assert before == {p: p.stat().st_mtime_ns for p in before}
     with pytest.raises(ValueError, match="(?s)was edited after.*low-12it: optim.lr: 0.01 -> 0.02"):
         go(axes={"rate": {"low": {"optim.lr": 2e-2}}, **lengths})
+
+
+def test_a_longer_length_becomes_the_trunk_of_what_has_not_begun(place):
+    for one in planned(axes={"length": ["8it", "12it"]}):
+        one.run.folder.mkdir(parents=True)
+        begun = replace(one.config, model=one.shape.plan.config.model)
+        config.write(config.plain(begun), one.run.folder / "config.yaml")
+    found = planned(axes={"length": ["8it", "12it", "24it", "20it"]})
+    trunks = {one.name: one.trunk and one.trunk.name for one in found}
+    assert trunks == {"8it": "12it", "12it": None, "20it": "24it", "24it": None}
+    assert not any(one.stale for one in found)
 
 
 def test_a_run_cut_off_is_stopped_and_goes_on(place):
