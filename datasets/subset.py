@@ -1,7 +1,7 @@
-"""Write lists of some images of a card, which the source `listed` reads: a path and a label a line.
+"""Write lists of the images of a card's most frequent classes, which the source `listed` reads: a path
+and a label a line. Random subsets need no list: data.subset=10%.
 
-python datasets/subset.py most_frequent imagenet22k --classes 5000 --val 250000 --out data/imagenet5k
-python datasets/subset.py uniform imagenet1k --shares 0.1 0.2 0.5 --out data/imagenet1k/uniform
+python datasets/subset.py imagenet22k --classes 5000 --val 250000 --out data/imagenet5k
 """
 
 import argparse
@@ -42,30 +42,6 @@ def most_frequent(source: Files, classes: int, val: int, seed: int) -> dict[str,
     }
 
 
-def uniform(source: Files, shares: list[float], seed: int) -> dict[str, Rows]:
-    """{"0.1": …}: the same share of each class, of one image at least; labels as they were.
-
-    A smaller share of the same seed lies within each larger one. ("On Data Scaling in Masked Image
-    Modeling", section 2.1: "uniformly sampled from each category"; its lists are not published.)
-    """
-    for share in shares:
-        if not 0 < share < 1:
-            raise ValueError(f"--shares {share}: must lie between 0 and 1.")
-    labels = np.array([source.label(i) for i in range(len(source))])
-    order = np.argsort(labels, kind="stable")
-    ends = np.flatnonzero(np.diff(labels[order])) + 1
-    mixed = [
-        np.random.default_rng([seed, int(labels[part[0]])]).permutation(part)
-        for part in np.split(order, ends)
-    ]
-    lists = {}
-    for share in shares:
-        kept = [part[: max(1, round(share * len(part)))] for part in mixed]
-        images = np.sort(np.concatenate(kept))
-        lists[f"{share:g}"] = [(source.key(int(i)), int(labels[i])) for i in images]
-    return lists
-
-
 def write(lists: dict[str, Rows], out: Path) -> None:
     """<out>/<name>.txt for each list; all of them, or none."""
     if out.exists():
@@ -86,24 +62,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    rules = parser.add_subparsers(dest="rule", required=True)
-    frequent = rules.add_parser("most_frequent", help="the classes with the most images, split")
-    frequent.add_argument("--classes", type=int, required=True, help="how many classes")
-    frequent.add_argument("--val", type=int, required=True, help="how many images val gets")
-    share = rules.add_parser("uniform", help="the same share of each class")
-    share.add_argument("--shares", type=float, nargs="+", required=True, help="such as 0.1 0.5")
-    for rule in (frequent, share):
-        rule.add_argument("card", help="a card, or card:split, of images in files with labels")
-        rule.add_argument("--seed", type=int, default=0)
-        rule.add_argument("--out", type=Path, required=True, help="the folder to make")
+    parser.add_argument("card", help="a card, or card:split, of images in files with labels")
+    parser.add_argument("--classes", type=int, required=True, help="how many classes")
+    parser.add_argument("--val", type=int, required=True, help="how many images val gets")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, required=True, help="the folder to make")
     args = parser.parse_args()
     source = open_data(args.card)
     if not isinstance(source, Files) or "label" not in source.fields:
         raise ValueError(f"{args.card}: a subset is chosen from image files with labels.")
-    if args.rule == "uniform":
-        lists = uniform(source, args.shares, args.seed)
-    else:
-        lists = most_frequent(source, args.classes, args.val, args.seed)
+    lists = most_frequent(source, args.classes, args.val, args.seed)
     write(lists, args.out)
     for name, rows in lists.items():
         classes = len({label for _, label in rows})

@@ -23,6 +23,8 @@ class Data:
     """What a run trains on."""
 
     train: str  # a card's name, with a split after a colon if it is not "train"
+    # a random part of it, a share (10%) or a number of images, or the options of data/subset.py
+    subset: str | dict[str, Any] | None = None
     # loading processes of each process; 0 loads in the process itself, null takes up to 4, as many as
     # there are cores for
     workers: int | None = None
@@ -225,8 +227,18 @@ def load(
     Raises ValueError naming the stage, file or key, the value, and the way out.
     """
     given = dict(overrides) if isinstance(overrides, dict) else _overrides(overrides)
-    merged = merge(_read(find(stage), bases=given.pop("base", None)), given)
+    merged = merge(stored(stage, given.pop("base", None)), given)
     merged |= {k: v for k, v in (("init", init), ("branch", branch)) if v is not None}
+    return checked(merged)
+
+
+def stored(stage: str, base: str | list[str] | None = None) -> dict[str, Any]:
+    """What a stage's file says, over its base files or over others."""
+    return _read(find(stage), bases=base)
+
+
+def checked(merged: dict[str, Any]) -> Config:
+    """The config that a mapping describes, whose sections say of what kind. Raises as `load`."""
     _check_keys(merged, "")
     kinds = {"suite": Suite, "evaluator": Evaluating}
     schema = next((kind for key, kind in kinds.items() if key in merged), Training)
@@ -304,8 +316,8 @@ def _base(name: str, path: Path) -> Path:
     raise ValueError(f"{path}: base: there is no {name} beside it or in configs/.")
 
 
-# Keys whose values are durations, with a unit.
-_DURATIONS = ("length", "every", "permanent", "warmup", "log_every")
+# Keys whose values are texts that may look like numbers: durations, which need a unit, and amounts.
+_TEXTS = ("length", "every", "permanent", "warmup", "log_every", "subset")
 
 
 def _overrides(given: list[str]) -> dict[str, Any]:
@@ -377,10 +389,7 @@ def _values(schema: type, given: dict[str, Any], where: str, known: list[str]) -
         if dataclasses.is_dataclass(hints[key]):
             values[key] = check(hints[key], value, f"{dot}{key}")
         else:
-            if key in _DURATIONS and type(value) in (
-                int,
-                float,
-            ):  # its own message says what to write
+            if key in _TEXTS and type(value) in (int, float):  # its own message says what to write
                 value = str(value)
             if schema is Evaluating and key == "data" and isinstance(value, dict):
                 raise ValueError(

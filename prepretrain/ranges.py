@@ -20,6 +20,8 @@ RANGES = {
     "data.workers": "[0, 1024]",
     "data.window": "[0, 1e9]",
     "data.max_bad": "[0, 1]",
+    "data.subset.images": _COUNT,
+    "data.subset.classes": "[1, 1e9]",
     "optim.lr": "[0, inf)",
     "optim.lr_end": "[0, inf)",
     "optim.weight_decay": "[0, inf)",

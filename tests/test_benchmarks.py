@@ -44,7 +44,10 @@ def mae_vit_base_patch16(norm_pix_loss):
 ELSEWHERE = ("timing", "checkpoint_stress", "gpu")
 TINY = {  # each benchmark's arguments; where it takes hours, that it starts
     "cifar10_evaluators": "--help",
+    "cifar10_flop_matched": "--help",
     "cifar10_masked": "--help",
+    "cifar10_rung": "--help",
+    "cifar10_scaling": "--help",
     "cifar10_two_stage": "--help",
     "average": "--steps 2 --rounds 1 --depth 1",
     "clip_step": "--batch 1 --steps 1",

@@ -603,7 +603,7 @@ def test_the_most_frequent_classes_are_split_at_random_into_lists(tmp_path, scri
     for name, count in {"ape": 3, "bee": 1, "cat": 4, "dog": 3}.items():
         put(tmp_path / "in", *(f"{name}/{i}.jpg" for i in range(count)))
     path = card(tmp_path, f"train: {{source: folder, path: {tmp_path}/in}}")
-    call = ("datasets/subset.py", "most_frequent", path, "--classes", "3", "--val", "2", "--out")
+    call = ("datasets/subset.py", path, "--classes", "3", "--val", "2", "--out")
     printed = script(*call, str(tmp_path / "a"))
     assert "train.txt: 8 of 11 images" in printed and "val.txt: 2 of 11 images" in printed
     train, val = (lines(tmp_path / "a" / f"{part}.txt") for part in ("train", "val"))
@@ -620,30 +620,15 @@ def test_the_most_frequent_classes_are_split_at_random_into_lists(tmp_path, scri
     assert [[source.key(i), str(source.label(i))] for i in range(8)] == train
 
 
-def test_uniform_shares_hold_the_same_part_of_each_class_and_nest(tmp_path, script):
-    for name, count in {"ape": 20, "bee": 10, "cat": 3}.items():
-        put(tmp_path / "in", *(f"{name}/{i}.jpg" for i in range(count)))
-    path = card(tmp_path, f"train: {{source: folder, path: {tmp_path}/in}}")
-    call = ("datasets/subset.py", "uniform", path, "--shares", "0.1", "0.5", "--out")
-    assert "0.5.txt: 17 of 33 images, 3 classes" in script(*call, str(tmp_path / "u"))
-    tenth, half = ({name for name, _ in lines(tmp_path / "u" / f)} for f in ("0.1.txt", "0.5.txt"))
-    count = lambda names: [sum(n.startswith(c) for n in names) for c in ("ape", "bee", "cat")]
-    assert count(tenth) == [2, 1, 1] and count(half) == [10, 5, 2]
-    assert tenth < half
-    script(*call, str(tmp_path / "v"), "--seed", "1")
-    assert {name for name, _ in lines(tmp_path / "v" / "0.5.txt")} != half
-
-
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (("most_frequent", "--classes", "3", "--val", "1"), "--classes 3: there are 2 classes"),
-        (("most_frequent", "--classes", "2", "--val", "3"), "--val 3: these classes hold 3 images"),
-        (("uniform", "--shares", "1.5"), "--shares 1.5: must lie between 0 and 1"),
+        (("--classes", "3", "--val", "1"), "--classes 3: there are 2 classes"),
+        (("--classes", "2", "--val", "3"), "--val 3: these classes hold 3 images"),
     ],
 )
 def test_a_subset_that_cannot_be_chosen_leaves_nothing_behind(photos, script, arguments, message):
     path = card(photos, "train: {source: folder, path: photos}")
     out = photos / "out"
-    said = script("datasets/subset.py", arguments[0], path, *arguments[1:], "--out", str(out))
+    said = script("datasets/subset.py", path, *arguments, "--out", str(out))
     assert message in said and not out.exists()

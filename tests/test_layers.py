@@ -27,7 +27,7 @@ ROWS = [
     {"scaling"},
     {"reports"},
 ]
-READERS_OF_CONFIG = {"runs"}
+READERS_OF_CONFIG = {"runs", "scaling"}
 FILES = sorted(p for p in PACKAGE.rglob("*.py") if p.name != "__init__.py")
 ROOMS = sorted(set.union(*ROWS))
 

@@ -19,6 +19,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from prepretrain.cluster import slurm
 from prepretrain.distributed import checkpoint, ports
 from prepretrain.runs.launch import launch, status
+from prepretrain.scaling import commands, progress, study
+from prepretrain.scaling import plan as plans
+from prepretrain.scaling.collect import collect
 
 pytestmark = [
     pytest.mark.slurm,
@@ -137,8 +140,12 @@ def hurry(job: str) -> None:
 
 
 def processes(job: str, rank: int) -> list[int]:
-    """The process of a job's rank, and what it started, oldest first."""
-    marks = [f"SLURM_JOB_ID={job}\0", f"SLURM_PROCID={rank}\0"]
+    """The process of a job's rank, and what it started, oldest first; the job may be one of an array."""
+    number, _, place = job.partition("_")
+    whose = f"SLURM_JOB_ID={number}\0", f"SLURM_PROCID={rank}\0"
+    if place:
+        whose = f"SLURM_ARRAY_JOB_ID={number}\0", f"SLURM_ARRAY_TASK_ID={place}\0", whose[1]
+    marks = list(whose)
     marks.append(f"SLURM_CONF={os.environ['SLURM_CONF']}\0")
     found = []
     for path in Path("/proc").glob("[0-9]*"):
@@ -445,3 +452,42 @@ def test_an_evaluation_that_is_stopped_starts_again(box, whole):
     assert finish(job) == "COMPLETED"
     assert ends(folder)[:2] == [(0, "stopped"), (0, "again")]
     assert not checkpoint.listed(folder)
+
+
+STUDY = """stage: small.yaml
+set:
+  optim: {schedule: step, milestones: [75%], warmup: 2it}
+  validation: {data: "colours:val", images: 8, every: 100%}
+  checkpoint: {every: 20it}
+axes:
+  data.subset: [50%, 100%]
+  length: [40it, 60it, 80it]
+evaluations:
+  - {stage: eval/knn, data: colours, evaluator: {k: 3, workers: 0}}
+"""
+
+
+@pytest.mark.faults
+def test_a_study_of_six_runs_of_which_one_is_killed_ends_complete(box):
+    Path("study.yaml").write_text(STUDY)
+    go = lambda: commands.run("study.yaml", None, 1, 1, jobs=1, slurm="debug", hours=1.0)
+    go()
+    found, folder = study.read("study.yaml"), Path("runs/study")
+    planned = plans.plan(found)
+    jobs = progress.jobs(found).read()
+    trunk = jobs["50pct-80it"]["train"]
+    reach(folder / "50pct-80it", 30)
+    os.kill(processes(trunk, rank=0)[0], signal.SIGKILL)
+    go()  # what is queued is not queued twice
+    assert progress.jobs(found).read() == jobs
+    every = [job for one in jobs.values() for job in one.values()]
+    for job in sorted(every):
+        assert finish(job, 900) == "COMPLETED", said()
+    assert {one.what for one in progress.states(found, planned)} == {"done"}
+    assert (0, "again") in ends(folder)
+    trained = sum(row.get("loss") is not None for one in planned for row in rows(one.run.folder))
+    assert trained == sum(one.own_steps for one in planned) == 2 * (80 + 15 + 10)
+    go()
+    assert progress.jobs(found).read() == jobs
+    paths, left = collect(found, planned, 1)
+    assert len(paths[0].read_text().splitlines()) == 7 and not left

@@ -43,8 +43,46 @@ def main() -> None:
         help="nothing is said of runs this much larger than the largest (4)",
     )
     analyse.add_argument("--out", metavar="JSON", help="to write the object to as well")
+    for name, text in (
+        ("plan", "check all runs of a study, and say what they cost"),
+        ("run", "train and measure what is not done yet"),
+        ("status", "how far each run is"),
+        ("collect", "write the table of its runs, runs.csv and runs.parquet"),
+    ):
+        command = commands.add_parser(name, help=text)
+        command.add_argument("study", metavar="STUDY.yaml")
+        command.add_argument("--out", help="the study's folder (default: runs/<the file's name>)")
+        command.add_argument("--nodes", type=int, default=1, help="machines of each run")
+        command.add_argument("--procs", type=int, default=1, help="processes on each")
+        if name == "run":
+            command.add_argument("--jobs", type=int, default=1, help="runs at a time, here")
+            command.add_argument("--slurm", metavar="PARTITION", help="submit all to SLURM")
+            command.add_argument(
+                "--hours", type=float, default=72.0, help="time limit of a SLURM job"
+            )
+        if name == "status":
+            command.add_argument("--watch", type=float, metavar="SECONDS", help="again and again")
     complete(parser)
-    asked = parser.parse_args()
+    asked = vars(parser.parse_args())
+    if asked["command"] != "analyse":
+        return _study(asked)
+    return _analyse(argparse.Namespace(**asked))
+
+
+def _study(asked: dict) -> None:
+    """One of the commands on a study."""
+    from prepretrain.scaling import commands
+    from prepretrain.training.fit import Stopped
+
+    try:
+        getattr(commands, asked.pop("command"))(**asked)
+    except Stopped as stopped:
+        sys.exit(f"scaling: {stopped}")
+    except (ValueError, OSError, RuntimeError) as error:
+        sys.exit(f"scaling: {error}")
+
+
+def _analyse(asked: argparse.Namespace) -> None:
     from prepretrain.scaling import verdict
 
     try:

@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 
 from prepretrain import plugin
-from prepretrain.data import labels
+from prepretrain.data import labels, subset
 from prepretrain.data.sources.base import Source, check_fields
 
 _TEXTS = ("description", "licence")
@@ -41,8 +41,11 @@ class Card:
 
     @property
     def images(self) -> dict[str, int | None]:
-        """The declared number of images of each split; None where it is left to the data."""
-        return {split: options.get("images") for split, options in self.splits.items()}
+        """The number of images of each split, as declared; None where it is left to the data."""
+        return {
+            split: self._subset(split).count(options.get("images"), self._where(split))
+            for split, options in self.splits.items()
+        }
 
     def open(
         self, split: str, *, corruption: str | None = None, severity: int | None = None
@@ -54,6 +57,7 @@ class Card:
         """
         where = f"{self.path}: {split}"
         options = self._options(split)
+        options.pop("subset", None)
         declared, name = options.get("images"), options.pop("source")
         if any(key in options for key in _VARIANTS) or (corruption, severity) != (None, None):
             options["path"] = self._variant(split, corruption, severity)
@@ -77,7 +81,14 @@ class Card:
         if source.classes:
             self._check_classes(where, len(source.classes))
             self._check_other_splits(where, split, source.classes)
-        return source
+        return self._subset(split).of(source, self._where(split))
+
+    def _subset(self, split: str) -> subset.Choice:
+        """Which images of its data a split holds."""
+        return subset.choice(self.splits[split].get("subset", "100%"), self._where(split))
+
+    def _where(self, split: str) -> str:
+        return f"{self.path}: {split}.subset"
 
     def corruptions(self, split: str = "val") -> dict[str, list[int]]:
         """{corruption: its severities}, which a split declares; {} for one without."""
@@ -178,6 +189,7 @@ class Card:
 
     def _class_names(self, split: str) -> list[str] | None:
         options = self._options(split)
+        options.pop("subset", None)
         kind = plugin.find("sources", options.pop("source"))
         if "images" not in plugin.options(kind):
             options.pop("images", None)
@@ -470,6 +482,7 @@ def _check_split(where: str, options: object) -> None:
         raise ValueError(f"{where}: the key {odd[0]!r} is no text. Put it in quotes.")
     plugin.check_trusted(options, where)
     _check_variants(where, options)
+    subset.choice(options.get("subset", "100%"), f"{where}.subset")
     images = options.get("images")
     if images is not None and (
         not isinstance(images, int) or isinstance(images, bool) or images < 1

@@ -17,7 +17,7 @@ from prepretrain import config as configs
 from prepretrain import jsonl
 from prepretrain.cluster import lease
 from prepretrain.cluster import slurm as clusters
-from prepretrain.config import Config, Evaluating, Suite, Training
+from prepretrain.config import Config, Evaluating, Slurm, Suite, Training
 from prepretrain.distributed import checkpoint
 from prepretrain.distributed import group as distributed
 from prepretrain.runs import doctor, plan, replay, run, suite
@@ -82,10 +82,12 @@ def launch(
         if held is not None:
             raise ValueError(held)
         if slurm is None:
-            gpus = os.environ.get("CUDA_VISIBLE_DEVICES")
-            _here(Task(config, folder, gpus), folder, procs)
+            here(config, folder, procs)
         else:
-            _queue(config, folder, slurm, nodes=nodes, procs=procs, hours=hours)
+            tasks = [Task(one, folder) for one in _jobs(config)]
+            size = {"nodes": nodes, "procs": procs, "hours": hours}
+            for job in queue(tasks, folder, slurm, config.slurm, **size):
+                logger.info("%s: job %s; its output: %s", folder, job.job_id, job.paths.stderr)
     return folder
 
 
@@ -186,22 +188,27 @@ class Task:
         return submitit.helpers.DelayedSubmission(self)
 
 
-def _here(task: Task, folder: Path, procs: int) -> None:
+def here(config: Config, folder: Path, procs: int) -> None:
+    """Runs a checked config here to its end: in this process, or in as many as asked for."""
+    if procs == 1:
+        return _start(config, folder)
     executor = submitit.AutoExecutor(folder=folder / "submitit", cluster="local")
     executor.update_parameters(nodes=1, tasks_per_node=procs, timeout_min=_FOREVER)
     # a terminal's Ctrl-C goes to all processes, and submitit's would kill the others a second later
     with deaf_children():
-        job = executor.submit(task)
+        job = executor.submit(Task(config, folder, os.environ.get("CUDA_VISIBLE_DEVICES")))
     logger.info("%s: %d processes; their output: %s", folder, procs, job.paths.stderr)
     _follow(job, procs, folder / "log.txt")
 
 
-def _queue(config: Config, folder: Path, partition: str, **size: Any) -> None:
-    tasks = [Task(one, folder) for one in _jobs(config)]
-    options = {"partition": partition, **size, **asdict(config.slurm)}
-    options["cpus"] = _cores_asked(config, partition, size["procs"])
-    for job in clusters.submit(tasks, folder, **options):
-        logger.info("%s: job %s; its output: %s", folder, job.job_id, job.paths.stderr)
+def queue(
+    tasks: list[Task], folder: Path, partition: str, asked: Slurm, **size: Any
+) -> list[submitit.Job]:
+    """Submits tasks, several as an array, whose output goes to a folder; they are alike in what they
+    need. size: nodes, procs, hours."""
+    options = {"partition": partition, **size, **asdict(asked)}
+    options["cpus"] = _cores_asked(tasks[0].config, partition, size["procs"])
+    return clusters.submit(tasks, folder, **options)
 
 
 def _cores_asked(config: Config, partition: str, procs: int) -> int:

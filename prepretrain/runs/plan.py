@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from prepretrain import config as configs
 from prepretrain import plugin
 from prepretrain.config import Training
-from prepretrain.data import card
+from prepretrain.data import card, subset
 from prepretrain.data.order import Order
 from prepretrain.data.subset import evenly_spaced
 from prepretrain.distributed import checkpoint, float8, heartbeat, shard
@@ -42,6 +42,7 @@ STATE = 1 / 3
 # not from the paper: the share of a GPU's memory that is left for CUDA's context, the workspaces of
 # NCCL and cuBLAS, and fragmentation, none of which is counted
 RESERVE = 0.1
+_SUBSET = "data.subset"
 _DURATIONS = ("log_every", "checkpoint.every", "validation.every")
 
 
@@ -123,7 +124,7 @@ class Plan:
         if self.counted is not None:
             return self.counted
         split, described = self.data
-        return described.images.get(split)
+        return subset_images(self.config, described.images.get(split))
 
     @cached_property
     def schedule(self) -> Schedule | None:
@@ -141,6 +142,10 @@ class Plan:
         source = described.open(split)
         self.objective.check(described, source)
         repeats = self.objective.repeats(source)
+        some = chosen(self.config).of(source, _SUBSET)
+        if some is not source:
+            repeats = None if repeats is None else repeats[some.indexes]
+            source = some
         images = Order(source.groups, seed=self.config.seed, repeats=repeats).length
         shards = len(source.groups), source.open_at_once or len(source.groups)
         plan = replace(self, counted=images, shards=shards)
@@ -148,30 +153,14 @@ class Plan:
 
     def schedule_of(self, length: str, where: str) -> Schedule:
         """The schedule that a run of this config has at some length."""
-        batch, given = self.config.batch_size, self.config.optim
-        total = durations.steps(length, where, batch_size=batch, images=self.images)
-        if not 1 <= total <= _STEPS:
-            raise ValueError(
-                f"{where}: {length!r} is {total} steps of {batch} images; it must be 1 to {_STEPS:,}."
-            )
-        steps = partial(durations.steps, batch_size=batch, images=self.images, total=total)
-        return Schedule(
-            per_batch(given.lr, batch),
-            total,
-            steps(given.warmup, "optim.warmup"),
-            given.schedule,
-            per_batch(given.lr_end, batch),
-            tuple(steps(m, "optim.milestones") for m in given.milestones),
-            given.decay,
-            given.power,
-        )
+        return schedule(self.config, self.images, length, where)
 
     def branches(self) -> list[int]:
         """The steps at which shorter runs will branch off this one: where each one's rate first
         falls."""
         found = [self.schedule_of(length, "branches") for length in self.config.branches]
         for length, schedule in zip(self.config.branches, found):
-            _check_trunk(self.schedule, schedule, f"branches: {length}")
+            check_trunk(self.schedule, schedule, f"branches: {length}")
         return [schedule.milestones[0] for schedule in found]
 
     def always(self) -> set[int]:
@@ -207,7 +196,7 @@ class Plan:
                 + "\nA branch continues it exactly; only length may differ."
             )
         old = Plan(before, self.world, self.counted)
-        _check_trunk(old.schedule, self.schedule, f"branch: {trunk}, length: {self.config.length}")
+        check_trunk(old.schedule, self.schedule, f"branch: {trunk}, length: {self.config.length}")
         step = self.schedule.milestones[0]
         found = checkpoint.newest(Path(trunk), step)
         if found is None:
@@ -434,7 +423,28 @@ def _time(seconds: float) -> str:
     return f"{max(1, seconds):.0f} s"
 
 
-def _check_trunk(trunk: Schedule, branch: Schedule, where: str) -> None:
+def schedule(config: Training, images: int | None, length: str, where: str) -> Schedule:
+    """The schedule that a config has at some length. images: in an epoch, if that is known."""
+    batch, given = config.batch_size, config.optim
+    total = durations.steps(length, where, batch_size=batch, images=images)
+    if not 1 <= total <= _STEPS:
+        raise ValueError(
+            f"{where}: {length!r} is {total} steps of {batch} images; it must be 1 to {_STEPS:,}."
+        )
+    steps = partial(durations.steps, batch_size=batch, images=images, total=total)
+    return Schedule(
+        per_batch(given.lr, batch),
+        total,
+        steps(given.warmup, "optim.warmup"),
+        given.schedule,
+        per_batch(given.lr_end, batch),
+        tuple(steps(m, "optim.milestones") for m in given.milestones),
+        given.decay,
+        given.power,
+    )
+
+
+def check_trunk(trunk: Schedule, branch: Schedule, where: str) -> None:
     """Raises ValueError unless a schedule follows another up to its own first milestone."""
     if not branch.milestones:
         raise ValueError(
@@ -445,7 +455,9 @@ def _check_trunk(trunk: Schedule, branch: Schedule, where: str) -> None:
         raise ValueError(
             f"{where}: would leave at step {point}, and the trunk ends at step {trunk.steps}."
         )
-    differing = next((s for s in range(point) if trunk.lr(s) != branch.lr(s)), None)
+    # between these steps, rates are constant, or rise on a line
+    steps = sorted({0, 1, trunk.warmup, branch.warmup, *trunk.milestones, point - 1})
+    differing = next((s for s in steps if s < point and trunk.lr(s) != branch.lr(s)), None)
     if differing is not None:
         raise ValueError(
             f"{where}: its rate differs from the trunk's at step {differing}, before it leaves at step "
@@ -474,6 +486,17 @@ def accumulation(batch_size: int, world: int, most: int | None, multiple: int = 
     while share % (parts * multiple):
         parts += 1
     return parts
+
+
+def chosen(config: Training) -> subset.Choice:
+    """Which of the training images are trained on."""
+    given = config.data.subset
+    return subset.choice("100%" if given is None else given, _SUBSET)
+
+
+def subset_images(config: Training, whole: int | None) -> int | None:
+    """How many of `whole` training images are trained on; None where that needs the data."""
+    return chosen(config).count(whole, _SUBSET)
 
 
 def _split(name: str) -> tuple[str, card.Card]:

@@ -339,16 +339,22 @@ def _record(config: Training, folder: Path) -> None:
 def _check_unchanged(config: Training, folder: Path) -> None:
     """Raises ValueError listing the keys that differ from what the run was started with, if it
     was."""
-    path = folder / "config.yaml"
-    if not path.exists():
-        return
-    before, now = configs.plain(configs.read_training(path, config)), configs.plain(config)
-    if changed := configs.differences(before, now):
+    if changed := changes(config, folder):
         raise ValueError(
             f"{folder}: was started with another config:\n  "
             + "\n  ".join(changed)
             + "\nUse the same, or start another run with --out."
         )
+
+
+def changes(config: Training, folder: Path) -> list[str]:
+    """'optim.lr: 0.1 -> 0.2' for every key that differs from what the run in a folder was started with;
+    [] where there is none."""
+    path = folder / "config.yaml"
+    if not path.exists():
+        return []
+    before, now = configs.plain(configs.read_training(path, config)), configs.plain(config)
+    return configs.differences(before, now)
 
 
 def check(config: Training | Evaluating, folder: Path, world: int) -> None:
@@ -384,6 +390,20 @@ def _opened(plan: Plan) -> Plan:
 _NOT_HERE = "not here, so not checked: {}"  # what a dry run says of data
 
 
+def checked(config: Training, folder: Path, world: int) -> tuple[Plan, str]:
+    """The plan of a training after all checks that a start would make, and what they say of its data.
+
+    Data that are not here are no error where the card declares how many images there are.
+    """
+    plan = _planned(config, folder, world)
+    try:
+        return _opened(plan), "checked"
+    except card.MissingData as error:
+        if plan.schedule is None:
+            raise
+        return plan, _NOT_HERE.format(error)
+
+
 def dry_run(config: Training | Evaluating, folder: Path, stage: str, world: int) -> dict[str, Any]:
     """Checks everything that a start would, on the meta device, and returns the facts of the run.
 
@@ -405,13 +425,7 @@ def dry_run(config: Training | Evaluating, folder: Path, stage: str, world: int)
             "encoder_parameters": sum(p.numel() for p in encoder.parameters()),
             "data": data,
         }
-    plan, data = _planned(config, folder, world), "checked"
-    try:
-        plan = _opened(plan)
-    except card.MissingData as error:
-        if plan.schedule is None:
-            raise
-        data = _NOT_HERE.format(error)
+    plan, data = checked(config, folder, world)
     return {
         "stage": stage,
         "encoder": plan.config.model["encoder"],

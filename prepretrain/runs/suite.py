@@ -87,6 +87,31 @@ def dry_run(config: Suite, folder: Path, world: int) -> tuple[list[Entry], list[
     return list(entries), list(found)
 
 
+def entries(config: Suite, folder: Path) -> list[Entry]:
+    """The entries, of which nothing but the config is looked at."""
+    return [
+        _entry(given, f"suite[{i}]", config.init, folder) for i, given in enumerate(config.suite)
+    ]
+
+
+def missing(config: Suite, folder: Path) -> list[str]:
+    """The results that are not there, or were asked for with other options; neither weights nor data
+    are looked at."""
+    found, known = results.measured(folder), results.asked(folder)
+    return [
+        entry.key
+        for entry in entries(config, folder)
+        if entry.key not in found or not _as_asked(entry, known.get(entry.key, {}))
+    ]
+
+
+def _as_asked(entry: Entry, known: dict[str, Any]) -> bool:
+    if isinstance(entry.config, Training):
+        return known.get("options") == _options(entry.config) and "unfinished" not in known
+    evaluator = run.evaluator_of(entry.config)[1]
+    return known.get("options") == run.request(evaluator, entry.config.model, None)["options"]
+
+
 def _each(
     config: Suite, folder: Path, look: Callable[[Entry, Model | None], Any]
 ) -> list[tuple[Entry, Any]]:
@@ -236,8 +261,11 @@ def _run(entry: Entry, folder: Path, sha256: str) -> None:
 def _asked(entry: Entry, sha256: str) -> dict[str, Any]:
     if isinstance(entry.config, Evaluating):
         return run.request(run.evaluator_of(entry.config)[1], entry.config.model, sha256)
-    options = {k: v for k, v in configs.plain(entry.config).items() if k not in ("slurm", "wandb")}
-    return {"options": options, "model": sha256}
+    return {"options": _options(entry.config), "model": sha256}
+
+
+def _options(config: Training) -> dict[str, Any]:
+    return {k: v for k, v in configs.plain(config).items() if k not in ("slurm", "wandb")}
 
 
 def _train(entry: Entry, folder: Path, asked: dict[str, Any]) -> None:
