@@ -57,14 +57,16 @@ def _interval(values: np.ndarray) -> list[float]:
     return [float(v) for v in np.nanpercentile(values, [tail, 100 - tail])]
 
 
-def groups(table: Table, metric: str) -> dict[str, dict[str, Any] | None]:
-    """Correlations of the validation loss with a metric: of runs that overfit, of the others, of
-    all (2206.04664, section 3.3: the two kinds lie on different lines)."""
-    if table.loss is None:
+def groups(
+    table: Table, metric: str, losses: np.ndarray | None
+) -> dict[str, dict[str, Any] | None]:
+    """Correlations of validation or training losses with a metric: of runs that overfit, of the
+    others, of all (2206.04664, section 3.3: the two kinds lie on different lines)."""
+    if losses is None:
         return {"overfit": None, "other": None, "all": None}
     over, values = overfit(table), table.metrics[metric]
     kinds = {"overfit": over, "other": ~over, "all": np.ones(len(table), bool)}
-    return {name: correlations(table.loss[kind], values[kind]) for name, kind in kinds.items()}
+    return {name: correlations(losses[kind], values[kind]) for name, kind in kinds.items()}
 
 
 def best(table: Table, metric: str) -> dict[str, dict[str, float]]:
@@ -74,6 +76,15 @@ def best(table: Table, metric: str) -> dict[str, dict[str, float]]:
         row = found.setdefault(str(model), {})
         row[str(data)] = max(float(value), row.get(str(data), -np.inf))
     return found
+
+
+def best_lengths(table: Table, values: np.ndarray, *, falls: bool) -> np.ndarray:
+    """The numbers of the runs that are the best over the lengths of their model and data."""
+    best: dict[tuple[str, str], int] = {}
+    for i, key in enumerate(zip(table.model.tolist(), table.data.tolist())):
+        if key not in best or (values[i] < values[best[key]]) == falls:
+            best[key] = i
+    return np.array(sorted(best.values()))
 
 
 def regret(table: Table, metric: str) -> float | None:

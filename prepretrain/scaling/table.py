@@ -12,7 +12,7 @@ import numpy as np
 
 # What a table must and may hold. A column of the file has the same name, unless it is mapped.
 NEEDED = ("model", "data", "iterations")
-OPTIONAL = ("params", "images", "cost")
+OPTIONAL = ("params", "images", "cost", "flops", "train_loss")
 UNITS = {"": 1.0, "k": 1e3, "m": 1e6, "b": 1e9, "g": 1e9}
 NUMBER = re.compile(r"\s*([-+]?[0-9][0-9,_]*\.?[0-9]*(?:e[-+]?[0-9]+)?)\s*([kmbg]?)\s*", re.I)
 SHARE = re.compile(r"(.+?)\s+([0-9.]+)\s*%")
@@ -30,6 +30,9 @@ class Table:
     params: np.ndarray | None = None
     images: np.ndarray | None = None  # in the training data, each counted once
     cost: np.ndarray | None = None  # of the run, in GPU-days
+    flops: np.ndarray | None = None  # of the run's training
+    train_loss: np.ndarray | None = None
+    cells: np.ndarray | None = None  # {column: text} of each row, as the file has it
 
     def __len__(self) -> int:
         return len(self.model)
@@ -46,7 +49,7 @@ class Table:
             self.iterations[chosen],
             cut(self.loss),
             {name: values[chosen] for name, values in self.metrics.items()},
-            *(cut(values) for values in (self.params, self.images, self.cost)),
+            *(cut(getattr(self, name)) for name in (*OPTIONAL, "cells")),
         )
 
 
@@ -58,8 +61,8 @@ def read(
 ) -> tuple[Table, list[str]]:
     """A table of runs, and what was left out of it, in words.
 
-    columns: the file's names for `model`, `data`, `iterations`, `val_loss`, `params`, `images` and
-    `cost`, where they differ. metrics: columns of which more is better. sizes: images in the data,
+    columns: the file's names for `model`, `data`, `iterations`, `val_loss`, `params`, `images`,
+    `cost`, `flops` and `train_loss`, where they differ. metrics: columns of which more is better. sizes: images in the data,
     by name; "NAME 10%" is then a tenth of NAME. Numbers may have a unit: 125k, 49M, 1.06B.
 
     Raises ValueError naming the file, the row and the column of what cannot be read.
@@ -103,9 +106,8 @@ def read(
         numbers[named["iterations"]],
         numbers.get(named["val_loss"]),
         {name: numbers[name] for name in metrics},
-        numbers.get(named["params"]),
-        images,
-        numbers.get(named["cost"]),
+        **{key: numbers.get(named[key]) for key in OPTIONAL} | {"images": images},
+        cells=np.array([row for _, row in rows], object),
     ).take(whole)
     _check(path, table)
     return table, left
@@ -176,7 +178,7 @@ def _check(path: Path, table: Table) -> None:
             f"{path}: {keys[doubled[0]]} rows are of {model}, {data}, {iterations:g} iterations. "
             "Keep one; average the seeds of a run first."
         )
-    for name in ("iterations", "params", "images", "cost"):
+    for name in ("iterations", "params", "images", "cost", "flops"):
         values = getattr(table, name)
         if values is not None and (values <= 0).any():
             raise ValueError(f"{path}: {name} must be above 0. One is {values.min():g}.")

@@ -1,6 +1,7 @@
 """The answer of a study: all of its analysis in one object, and what follows, in words."""
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -27,6 +28,18 @@ def analyse(
     columns: "model=arch" where the file calls ours otherwise. sizes: "ImageNet-1K=1281167", images
     by the name of the data. Raises ValueError naming the option, or the file, line and column.
     """
+    check_limits(budget, factor)
+    table, left_out = open_table(path, columns, (metric,), sizes)
+    found = answer(table, metric, left_out=left_out, budget=budget, factor=factor)
+    if out is not None:
+        Path(out).write_text(json.dumps(found, indent=1) + "\n")
+    return found
+
+
+def open_table(
+    path: str | Path, columns: Sequence[str], metrics: Sequence[str], sizes: Sequence[str]
+) -> tuple[Table, list[str]]:
+    """A table and what was left out of it, by the options of a command line (see `analyse`)."""
     named = dict(_pair(text, "--columns", "model=arch") for text in columns)
     counted = {}
     for text in sizes:
@@ -35,11 +48,15 @@ def analyse(
             counted[name] = number(count)
         except ValueError as error:
             raise ValueError(f"--sizes {text}: {error}") from error
-    table, left_out = read(path, named, (metric,), counted)
-    found = answer(table, metric, left_out=left_out, budget=budget, factor=factor)
-    if out is not None:
-        Path(out).write_text(json.dumps(found, indent=1) + "\n")
-    return found
+    return read(path, named, tuple(metrics), counted)
+
+
+def check_limits(budget: float | None, factor: float) -> None:
+    """Raises ValueError for a budget or a factor that no forecast can be made for."""
+    if budget is not None and not 0 < budget < math.inf:
+        raise ValueError(f"--budget: {budget:g} is no finite number above 0.")
+    if not 1 <= factor < math.inf:
+        raise ValueError(f"--factor: {factor:g} is no finite number of at least 1.")
 
 
 def _pair(text: str, option: str, example: str) -> tuple[str, str]:
@@ -74,7 +91,7 @@ def answer(
 
     targets = {} if table.loss is None else {"val_loss": (table.loss, True)}
     targets |= {metric: (table.metrics[metric], False)}
-    groups = analysis.groups(table, metric)
+    groups = analysis.groups(table, metric, table.loss)
     found: dict[str, Any] = {
         "runs": len(table),
         "overfit_runs": int(analysis.overfit(table).sum()),
@@ -82,6 +99,7 @@ def answer(
         "metric": metric,
         "pearson": {k: None if v is None else v["pearson"] for k, v in groups.items()},
         "correlations": groups,
+        "train_correlations": analysis.groups(table, metric, table.train_loss),
         "best": analysis.best(table, metric),
         "proxy": {"regret": analysis.regret(table, metric)},
         "saturation": {},
@@ -120,7 +138,7 @@ def saturation(table: Table, values: np.ndarray, *, falls: bool) -> dict[str, An
         raise laws.TooFew(
             "the images in the data are not known. Give a column `images`, or --sizes NAME=1.2M."
         )
-    chosen = _best_lengths(table, values, falls)
+    chosen = analysis.best_lengths(table, values, falls=falls)
     kept, values = table.take(chosen), values[chosen]
     change = laws.change_point(kept.images, values, kept.model)
     models = {}
@@ -135,15 +153,6 @@ def saturation(table: Table, values: np.ndarray, *, falls: bool) -> dict[str, An
         low, high = forecast.interval(gain[:, None])[:, 0]
         models[name] = {"left": float(np.median(gain)), "low": float(low), "high": float(high)}
     return {"change_point": asdict(change), "left_at_most_data": models}
-
-
-def _best_lengths(table: Table, values: np.ndarray, falls: bool) -> np.ndarray:
-    """The numbers of the runs that are the best over the lengths of their model and data."""
-    best: dict[tuple[str, str], int] = {}
-    for i, key in enumerate(zip(table.model.tolist(), table.data.tolist())):
-        if key not in best or (values[i] < values[best[key]]) == falls:
-            best[key] = i
-    return np.array(sorted(best.values()))
 
 
 def words(found: dict[str, Any], not_said: dict[str, str]) -> list[str]:
