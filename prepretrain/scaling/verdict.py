@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from prepretrain.scaling import analysis, forecast, laws
-from prepretrain.scaling.table import Table, number, read
+from prepretrain.scaling.table import Table, count, number, read
 
 
 def analyse(
@@ -157,48 +157,59 @@ def saturation(table: Table, values: np.ndarray, *, falls: bool) -> dict[str, An
 
 def words(found: dict[str, Any], not_said: dict[str, str]) -> list[str]:
     """The verdicts, a sentence or two each, with how sure they are."""
-    metric, said = found["metric"], []
-    if found["overfit_runs"]:
-        said.append(
-            f"{found['overfit_runs']} of {found['runs']} runs overfit: a shorter run of the same "
-            "model and data has a lower validation loss. There, more data come before longer training."
-        )
-    other = found["correlations"]["other"]
-    if other is not None:
-        low, high = other["spearman_interval"]
-        trust = "can" if high < -0.8 else "cannot safely"
-        said.append(
-            f"Among the {other['runs']} runs that do not overfit, the validation loss ranks {metric} "
-            f"with Spearman {other['spearman']:.2f} ({low:.2f} to {high:.2f}): checkpoints {trust} be "
-            f"chosen by it. The run of the lowest loss is {found['proxy']['regret']:.2f} below the best."
-        )
-    for name, part in found["saturation"].items():
-        if part is not None:
-            said.append(_saturates(name, part))
-    for name, part in found["forecast"].items():
-        if part is not None:
-            said.append(_graded(name, part))
-    for name, moves in found["moves"].items():
-        if moves:
-            said.append(_next(name, moves))
+    said = [text for texts in by_topic(found).values() for text in texts]
     return said + [f"No {name}: {why}" for name, why in not_said.items()]
+
+
+def by_topic(found: dict[str, Any]) -> dict[str, list[str]]:
+    """What an answer says of overfitting, of the loss as a proxy, of data, forecasts, the next run."""
+    said = {
+        "Data": [_saturates(*item) for item in found["saturation"].items() if item[1]],
+        "Forecast": [_graded(*item) for item in found["forecast"].items() if item[1]],
+        "Next": [_next(*item) for item in found["moves"].items() if item[1]],
+    }
+    return {"Overfitting": _overfits(found), "Proxy": _proxy(found)} | said
+
+
+def _overfits(found: dict[str, Any]) -> list[str]:
+    if not found["overfit_runs"]:
+        return []
+    return [
+        f"{found['overfit_runs']} of {found['runs']} runs overfit: a shorter run of the same model and "
+        "data has a lower validation loss. There, more data come before longer training."
+    ]
+
+
+def _proxy(found: dict[str, Any]) -> list[str]:
+    other = found["correlations"]["other"]
+    if other is None:
+        return []
+    low, high = other["spearman_interval"]
+    trust = "can" if high < -0.8 else "cannot safely"
+    return [
+        f"Among the {other['runs']} runs that do not overfit, the validation loss ranks "
+        f"{found['metric']} with Spearman {other['spearman']:.2f} ({low:.2f} to {high:.2f}): checkpoints "
+        f"{trust} be chosen by it. The run of the lowest loss is {found['proxy']['regret']:.2f} below "
+        "the best."
+    ]
 
 
 def _saturates(name: str, part: dict[str, Any]) -> str:
     change = part["change_point"]
     if change["p"] > 0.05:
         return (
-            f"{name} grows with the logarithm of the data as far as they go; that it stops somewhere "
-            f"is not shown (p = {change['p']:.2f})."
+            f"{name} improves with the logarithm of the data as far as they go; that it stops "
+            f"somewhere is not shown (p = {change['p']:.2f})."
         )
     left = ", ".join(
-        f"{model} {m['left']:.3g} ({m['low']:.3g} to {m['high']:.3g})"
+        f"{model} {m['left']:.2g} ({m['low']:.2g} to {m['high']:.2g})"
         for model, m in part["left_at_most_data"].items()
     )
+    at, low, high = (count(change[key]) for key in ("at", "low", "high"))
     return (
-        f"{name} stops growing with data at {change['at']:.2g} images ({change['low']:.2g} to "
-        f"{change['high']:.2g}; p = {change['p']:.3f}). Left to gain from endless data: "
-        f"{left or 'not known, as no model has enough amounts'} (80 %)."
+        f"{name} stops improving with data at {at} images ({low} to {high} at 95 %; p = "
+        f"{change['p']:.3f}). Left to gain from endless data: "
+        f"{left + ' at 80 %' if left else 'not known, as no model has enough amounts'}."
     )
 
 
