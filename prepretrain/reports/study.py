@@ -15,6 +15,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from prepretrain.reports.figure import COLOURS, INK
 from prepretrain.scaling.analysis import overfit
+from prepretrain.scaling.forecast import FACTOR
 from prepretrain.scaling.table import Table, count
 
 MARKERS = {"o": "●", "s": "■", "^": "▲", "D": "◆", "v": "▼", "P": "✚", "*": "★", "X": "✖\ufe0e"}
@@ -85,6 +86,7 @@ class Study:
     lengths: dict[float, Style]
     dark: dict[str, str]  # colours on white to those on black
     folders: list[Path | None]  # [runs] of each run, where it is here
+    factor: float  # how far beyond the largest run anything is said
 
     @property
     def targets(self) -> dict[str, tuple[np.ndarray, bool]]:
@@ -124,7 +126,12 @@ class Study:
         return {name: target for name, target in self.targets.items() if name != "val_loss"}
 
 
-def arrange(table: Table, answers: dict[str, dict[str, Any]], place: Path = Path()) -> Study:
+def arrange(
+    table: Table,
+    answers: dict[str, dict[str, Any]],
+    place: Path = Path(),
+    factor: float = FACTOR,
+) -> Study:
     """The study of a table: sizes in order, each with its colour and its marker.
 
     place: what the folders in the column `run` are relative to.
@@ -139,7 +146,7 @@ def arrange(table: Table, answers: dict[str, dict[str, Any]], place: Path = Path
         dark |= dict(zip(light, black))
         markers = [tuple(MARKERS)[i % len(MARKERS)] for i in range(len(names))]
         styles.append({name: Style(*pair) for name, *pair in zip(names, light, markers)})
-    return Study(table, answers, overfit(table), *styles, dark, _folders(table, place))
+    return Study(table, answers, overfit(table), *styles, dark, _folders(table, place), factor)
 
 
 def _folders(table: Table, place: Path) -> list[Path | None]:

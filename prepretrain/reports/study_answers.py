@@ -117,7 +117,7 @@ def forecasts(study: Study) -> Chart:
         if part is None:
             words.append(f"{target}: {_why(study, f'forecast of {target}')}")
             continue
-        held, said = forecast.predict_largest(study.table, values, falls=falls)
+        held, said = forecast.predict_largest(study.table, values, falls=falls, factor=study.factor)
         panels[target] = partial(_forecast, study, values, held, said)
         for rule in RULES:
             score = part[rule]
@@ -152,6 +152,7 @@ def _forecast(
         points(axes, study, held, values, middle, Style(colour, marker))
     ends = [truth.min(), truth.max()]
     axes.plot(ends, ends, "--", color=INK, linewidth=1, zorder=1)
+    axes.xaxis.set_major_locator(MaxNLocator(5))
     axes.set(xlabel="measured", ylabel="forecast")
 
 

@@ -57,7 +57,7 @@ def report(
         metric: verdict.answer(table, metric, left_out=left_out, budget=budget, factor=factor)
         for metric in dict.fromkeys(metrics)
     }
-    study, folder = arrange(table, answers, Path(path).parent), Path(out)
+    study, folder = arrange(table, answers, Path(path).parent, factor), Path(out)
     folder.mkdir(parents=True, exist_ok=True)
     drawn = [*study_runs.charts(study), *study_answers.charts(study)]
     compared = {}
@@ -88,13 +88,19 @@ def page(study: Study, drawn: list[Chart], found: dict[str, Any], left_out: list
     environment.filters["base64"] = lambda image: base64.b64encode(image).decode()
     environment.filters["swatch"] = _swatch
     answers = list(study.answers.values())
-    unsaid = [f"{k}: {why}" for answer in answers for k, why in answer["not_said"].items()]
-    unsaid += [f"{chart.title}: {' '.join(chart.words)}" for chart in drawn if not chart.drawn]
+    unsaid = {f"{k}: {why}": why for answer in answers for k, why in answer["not_said"].items()}
+    reasons = tuple(unsaid.values())
+    unsaid |= {
+        f"{chart.title}: {words}": words
+        for chart in drawn
+        for words in chart.words
+        if not chart.drawn and not words.endswith(reasons)
+    }
     return environment.get_template("page").render(
         study=study,
         sections=[(chart, _drawings(chart, study)) for chart in drawn if chart.drawn],
         verdicts=_verdicts(answers, list(filter(None, found["two_stage"].values()))),
-        unsaid=list(dict.fromkeys(unsaid)),
+        unsaid=list(unsaid),
         left_out=left_out,
         facts=_facts(study),
         lengths=[count(length) for length in study.lengths],

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
 
 from prepretrain.reports.study import (
     FIRST,
@@ -26,7 +27,8 @@ from prepretrain.reports.study import (
 from prepretrain.scaling.table import count
 
 HOLLOWS = (
-    "Hollow points are runs that overfit: a shorter run of the same model and data has a lower"
+    "Hollow points are runs that overfit: a shorter run of the same model and data has a lower "
+    "validation loss."
 )
 
 
@@ -112,7 +114,8 @@ def curves(study: Study, by: str) -> Chart:
             for kind, values in losses.items():
                 dash = "-" if kind == "val_loss" else ":"
                 line(axes, iterations[chosen], values[chosen], style, dash)
-                points(axes, study, chosen, iterations, values, style)
+                sizes = np.full(len(values), 24.0 if kind == "val_loss" else 8.0)
+                points(axes, study, chosen, iterations, values, style, sizes)
         logarithmic(axes, iterations)
         axes.set(xlabel="iterations", ylabel="loss")
 
@@ -236,6 +239,7 @@ def _scatter(
             ends = np.array([x[chosen].min(), x[chosen].max()])
             fitted = group["intercept"] + group["slope"] * ends
             axes.plot(ends, fitted, "-", color=colour, linewidth=1.3)
+    axes.xaxis.set_major_locator(MaxNLocator(5))
     axes.set(xlabel=loss)
 
 

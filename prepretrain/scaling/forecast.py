@@ -37,7 +37,7 @@ def largest(table: Table) -> np.ndarray:
 
 
 def predict_largest(
-    table: Table, values: np.ndarray, *, falls: bool
+    table: Table, values: np.ndarray, *, falls: bool, factor: float = FACTOR
 ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """(which runs are held out, {rule: draws [draws, runs held out]}), said by all other runs.
 
@@ -46,7 +46,7 @@ def predict_largest(
     held = largest(table)
     known, asked = table.take(~held), table.take(held)
     law = laws.fit(known, values[~held], falls=falls)
-    beyond = law.beyond(asked, FACTOR)
+    beyond = law.beyond(asked, factor)
     if beyond:
         raise laws.TooFew(f"the runs held out lie too far out: {beyond}.")
     return held, {
@@ -56,13 +56,15 @@ def predict_largest(
     }
 
 
-def grade(table: Table, values: np.ndarray, *, falls: bool) -> dict[str, Any]:
+def grade(
+    table: Table, values: np.ndarray, *, falls: bool, factor: float = FACTOR
+) -> dict[str, Any]:
     """The law's forecast of the largest model and the greatest length from all other runs, beside
     two naive rules: the next smaller run's value, and a plane in the logarithms.
 
     Raises laws.TooFew.
     """
-    held, said = predict_largest(table, values, falls=falls)
+    held, said = predict_largest(table, values, falls=falls, factor=factor)
     truth = values[held]
     scores = {}
     for name, draws in said.items():

@@ -151,7 +151,8 @@ def words(part: dict[str, Any]) -> list[str]:
         worse = sum(g["high"] is not None and g["high"] < 0 for g in gains)
         span = f"{min(g['gain'] for g in gains):+.2f} to {max(g['gain'] for g in gains):+.2f}"
         sure = (
-            f"surely better in {better}, surely worse in {worse} of {len(gains)} comparisons (95 %)"
+            f"above zero in {better} and below zero in {worse} of {len(gains)} comparisons, with all of "
+            "the 95 % interval from seeds"
             if part["noise"] is not None
             else f"how sure of that one seed cannot say ({len(gains)} comparisons)"
         )

@@ -113,7 +113,7 @@ def answer(
             f"saturation of {name}", saturation, table, values, falls=falls
         )
         found["forecast"][name] = attempt(
-            f"forecast of {name}", forecast.grade, table, values, falls=falls
+            f"forecast of {name}", forecast.grade, table, values, falls=falls, factor=factor
         )
         if budget is not None:
             found["moves"][name] = attempt(
