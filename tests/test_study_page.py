@@ -150,7 +150,10 @@ def test_pre_pretraining_is_compared_at_equal_flops_and_at_equal_lengths(tmp_pat
     (flops,), (length,) = part["equal_flops"], part["equal_length"]
     assert flops["gain"] == pytest.approx(59 - 56) and length["gain"] == pytest.approx(59 - 51)
     assert flops["times"] == pytest.approx(4**0.8 / 2)  # alone, 59 is 0.8 of the way from 51 to 61
-    assert part["beyond"] == 1 and length["low"] < 8 < length["high"]
+    assert (
+        part["beyond"] == {"equal_flops": 1, "equal_length": 1}
+        and length["low"] < 8 < length["high"]
+    )
     assert length["high"] - 8 == pytest.approx(3.182 * np.sqrt(2), rel=1e-3)  # t of 3, deviation √2
     assert "above zero in 0 and below zero in 0 of 1 comparisons" in " ".join(two_stage.words(part))
 

@@ -17,6 +17,7 @@ from prepretrain.scaling.table import numbers
 
 COLUMNS = ("images_before", "iterations", "flops")
 LEVEL = 0.95  # of the intervals
+AT = {"equal_flops": "flops", "equal_length": "iterations"}
 
 
 @dataclass(frozen=True)
@@ -76,48 +77,39 @@ def compare(runs: Runs, metric: str) -> dict[str, Any]:
     """What pre-pretraining gains at equal FLOPs and at equal lengths of stage two, with intervals of
     95 % from the seeds, and how many times its FLOPs stage two alone needs for the same value.
 
-    At equal FLOPs, the value of stage two alone is read off the line between its runs in log FLOPs;
-    beyond them nothing is said, and how many runs that concerns is. Raises TooFew.
+    The value of stage two alone is read off the lines between its runs, over the logarithm of FLOPs
+    or of the length; beyond them nothing is said, and "beyond" counts that. Raises TooFew.
     """
     of = means(runs, metric)
     alone, after = np.flatnonzero(of.before == 0), np.flatnonzero(of.before > 0)
     if not len(alone) or not len(after):
         lacking = "without" if not len(alone) else "with"
         raise TooFew(f"there is no run {lacking} pre-pretraining to compare with.")
-    alone = alone[np.argsort(of.flops[alone])]
-    equal_flops, equal_length, beyond = [], [], 0
-    for i in after:
-        matched = _at(of, alone, float(of.flops[i]))
-        if matched is None:
-            beyond += 1
-        else:
-            equal_flops.append(_gain(of, i, *matched) | {"times": _times(of, alone, i)})
-        same = alone[of.iterations[alone] == of.iterations[i]]
-        if len(same):
-            equal_length.append(_gain(of, i, float(of.value[same[0]]), 1 / of.seeds[same[0]]))
-    return {
-        "runs": len(runs.flops),
-        "metric": metric,
-        "noise": None if np.isnan(of.noise) else of.noise,
-        "equal_flops": equal_flops,
-        "equal_length": equal_length,
-        "beyond": beyond,
-    }
+    found: dict[str, Any] = {"runs": len(runs.flops), "metric": metric, "beyond": {}}
+    found["noise"] = None if np.isnan(of.noise) else of.noise
+    for name, axis in AT.items():
+        amounts = getattr(of, axis)
+        curve = alone[np.argsort(amounts[alone])]
+        matched = {i: _at(of, curve, amounts, i) for i in after}
+        found[name] = [_gain(of, i, *at) for i, at in matched.items() if at is not None]
+        found["beyond"][name] = sum(at is None for at in matched.values())
+    return found
 
 
-def _at(of: Means, alone: np.ndarray, flops: float) -> tuple[float, float] | None:
-    """(value, its variance in variances of a seed) of stage two alone at some FLOPs; None beyond its
-    runs, but for a percent, which two ways to reach one budget may differ by."""
-    x = np.log(of.flops[alone])
-    at = np.log(flops)
+def _at(of: Means, alone: np.ndarray, amounts: np.ndarray, i: int) -> tuple[float, float] | None:
+    """(value, its variance in variances of a seed) of stage two alone at the amount of run i; None
+    beyond its runs, but for a percent, which two ways to spend one budget may differ by."""
+    x, at = np.log(amounts[alone]), np.log(amounts[i])
     if not x[0] - 0.01 <= at <= x[-1] + 0.01:
         return None
     weights = np.stack([np.interp(at, x, row) for row in np.eye(len(alone))])
     return float(weights @ of.value[alone]), float((weights**2 / of.seeds[alone]).sum())
 
 
-def _times(of: Means, alone: np.ndarray, i: int) -> float | None:
+def _times(of: Means, i: int) -> float | None:
     """How many times the FLOPs of a run stage two alone needs to be as good; None if it never is."""
+    alone = np.flatnonzero(of.before == 0)
+    alone = alone[np.argsort(of.flops[alone])]
     x, y = np.log(of.flops[alone]), np.maximum.accumulate(of.value[alone])
     if of.value[i] > y[-1] or of.value[i] < y[0]:
         return None
@@ -133,19 +125,21 @@ def _gain(of: Means, i: int, other: float, variance: float) -> dict[str, Any]:
         width = float(width * np.sqrt(1 / of.seeds[i] + variance))
         low, high = gain - width, gain + width
     amounts = {"before": float(of.before[i]), "iterations": float(of.iterations[i])}
-    return amounts | {"flops": float(of.flops[i]), "gain": gain, "low": low, "high": high}
+    amounts |= {"flops": float(of.flops[i]), "times": _times(of, i)}
+    return amounts | {"gain": gain, "low": low, "high": high}
 
 
 def words(part: dict[str, Any]) -> list[str]:
     """What a comparison says, in sentences."""
     said = []
-    for name, at in (
-        ("equal_flops", "equal FLOPs"),
-        ("equal_length", "equal lengths of stage two"),
-    ):
-        gains = part[name]
+    for name, at in (("equal_flops", "FLOPs"), ("equal_length", "lengths of stage two")):
+        gains, beyond = part[name], part["beyond"][name]
+        if beyond:
+            said.append(
+                f"Of {beyond + len(gains)} amounts with pre-pretraining, {beyond} lie outside the {at} that "
+                "stage two alone was run for, and are not compared there."
+            )
         if not gains:
-            said.append(f"At {at}, nothing can be compared: no run of stage two alone is there.")
             continue
         better = sum(g["low"] is not None and g["low"] > 0 for g in gains)
         worse = sum(g["high"] is not None and g["high"] < 0 for g in gains)
@@ -156,10 +150,5 @@ def words(part: dict[str, Any]) -> list[str]:
             if part["noise"] is not None
             else f"how sure of that one seed cannot say ({len(gains)} comparisons)"
         )
-        said.append(f"At {at}, pre-pretraining changes {part['metric']} by {span}: {sure}.")
-    if part["beyond"]:
-        said.append(
-            f"Outside the FLOPs of stage two alone, and so not compared: {part['beyond']} with "
-            "pre-pretraining."
-        )
+        said.append(f"At equal {at}, pre-pretraining changes {part['metric']} by {span}: {sure}.")
     return said
