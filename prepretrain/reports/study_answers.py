@@ -2,6 +2,7 @@
 pre-pretraining gains."""
 
 from functools import partial
+from itertools import cycle
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from prepretrain.reports.figure import GRID, INK
 from prepretrain.reports.study import (
     FIRST,
     KINDS,
+    MARKERS,
     SECOND,
     THIRD,
     Chart,
@@ -204,41 +206,36 @@ def stages(runs: two_stage.Runs, metric: str) -> tuple[Chart, dict[str, Any] | N
     except laws.TooFew as error:
         return Chart(name, title, [f"Nothing is compared: {error}"]), None
     amounts = sorted(set(runs.before.tolist()))
-    styles = {b: Style(colour, m) for b, colour, m in zip(amounts, KINDS, "osDv")}
+    styles = {b: Style(*pair) for b, *pair in zip(amounts, cycle(KINDS), cycle(MARKERS))}
     of = two_stage.means(runs, metric)
-    x = {
-        "at equal FLOPs": ("flops", "FLOPs of both stages"),
-        "at equal lengths": ("iterations", "iterations of stage two"),
-    }
     panels = {
-        place: partial(_stages, runs, of, metric, styles, axis, label)
-        for place, (axis, label) in x.items()
+        "at equal FLOPs": partial(_stages, runs, of, metric, styles, "flops"),
+        "at equal lengths": partial(_stages, runs, of, metric, styles, "iterations"),
     }
     legend = [Key(_before(b), style.colour, style.marker, "-") for b, style in styles.items()]
-    rows = [["pre-pretraining", "stage two", "FLOPs", "equal FLOPs", "equal length", "alone needs"]]
-    found = {(g["before"], g["iterations"]): g for g in part["equal_length"]}
-    for i in np.flatnonzero(of.before > 0):
-        key = float(of.before[i]), float(of.iterations[i])
-        flops = next(
-            (g for g in part["equal_flops"] if (g["before"], g["iterations"]) == key), None
-        )
-        times = flops["times"] if flops else None
-        rows.append(
-            [
-                f"{count(key[0])} images",
-                f"{count(key[1])} iterations",
-                count(of.flops[i]),
-                _interval(flops),
-                _interval(found.get(key)),
-                "–" if times is None else f"{times:.2f} times the FLOPs",
-            ]
-        )
     words = [
         "Each point is a seed of stage two; lines join their means. On the left, FLOPs are those of "
         "both stages. Gains are over stage two alone, with 95 % intervals from the seeds.",
         *two_stage.words(part),
     ]
-    return Chart(name, title, words, panels, legend, rows, open=True), part
+    return Chart(name, title, words, panels, legend, _stage_rows(of, part), open=True), part
+
+
+def _stage_rows(of: two_stage.Means, part: dict[str, Any]) -> list[list[str]]:
+    """What each amount of pre-pretraining and of stage two gains."""
+    rows = [["pre-pretraining", "stage two", "FLOPs", "equal FLOPs", "equal length", "alone needs"]]
+    flops, length = (
+        {(g["before"], g["iterations"]): g for g in part[name]}
+        for name in ("equal_flops", "equal_length")
+    )
+    for i in np.flatnonzero(of.before > 0):
+        key = float(of.before[i]), float(of.iterations[i])
+        times = flops[key]["times"] if key in flops else None
+        needs = "–" if times is None else f"{times:.2f} times the FLOPs"
+        amounts = f"{count(key[0])} images", f"{count(key[1])} iterations", count(of.flops[i])
+        gains = _interval(flops.get(key)), _interval(length.get(key))
+        rows.append([*amounts, *gains, needs])
+    return rows
 
 
 def _before(images: float) -> str:
@@ -258,7 +255,6 @@ def _stages(
     metric: str,
     styles: dict[float, Style],
     axis: str,
-    label: str,
     axes: Axes,
 ) -> None:
     for before, style in styles.items():
@@ -276,4 +272,5 @@ def _stages(
         )
         line(axes, getattr(of, axis)[mean], of.value[mean], style)
     logarithmic(axes)
-    axes.set(xlabel=label, ylabel=metric)
+    labels = {"flops": "FLOPs of both stages", "iterations": "iterations of stage two"}
+    axes.set(xlabel=labels[axis], ylabel=metric)
