@@ -1,6 +1,7 @@
 """The figures of what follows from a study's runs: where data end, forecasts, the next run, and what
 pre-pretraining gains."""
 
+from dataclasses import replace
 from functools import partial
 from itertools import cycle
 from typing import Any
@@ -99,8 +100,7 @@ def _band(axes: Axes, law: laws.Law, runs: Any, style: Style) -> None:
     """Draws a law between its runs, with its 80 % interval."""
     ends = np.log([runs.images.min(), runs.images.max()])
     grid = np.exp(np.linspace(*ends, 40))
-    asked = runs.take(np.zeros(len(grid), int))
-    asked = type(asked)(**{**asked.__dict__, "images": grid})
+    asked = replace(runs.take(np.zeros(len(grid), int)), images=grid)
     low, high = forecast.interval(law.draw(asked, noise=False))
     axes.plot(grid, law.predict(asked), color=style.colour, linewidth=1.3)
     axes.fill_between(grid, low, high, color=style.colour, alpha=0.12, linewidth=0)

@@ -31,6 +31,8 @@ HOLLOWS = (
     "validation loss."
 )
 
+NAMES = {"overfit": "runs that overfit", "other": "the others", "all": "all runs"}
+
 
 def charts(study: Study) -> list[Chart]:
     """Those of this file, in the order of the page."""
@@ -201,12 +203,10 @@ def correlations(study: Study) -> Chart:
             groups = study.answers[metric][part]
             panels[f"{metric} against {loss}"] = partial(_scatter, study, groups, x, values, loss)
             for kind, group in groups.items():
-                called = {"overfit": "overfit", "other": "others", "all": "all"}[kind]
                 if group is None:
-                    few = f"Of the runs of '{called}', there are too few for {metric} and {loss}."
-                    words.append(few)
+                    words.append(f"No line of {NAMES[kind]}: fewer than 3, or all have one value.")
                     continue
-                rows.append([metric, loss, called, str(group["runs"]), *_coefficients(group)])
+                rows.append([metric, loss, NAMES[kind], str(group["runs"]), *_coefficients(group)])
     if not losses:
         return Chart(name, title, ["The table has no losses."])
     first = (
@@ -214,10 +214,10 @@ def correlations(study: Study) -> Chart:
         "each. Intervals are of a bootstrap over runs."
     )
     legend = [
-        Key("overfit", SECOND, "o", "-", hollow=True),
-        Key("others", FIRST, "o", "-"),
+        Key(NAMES["overfit"], SECOND, "o", "-", hollow=True),
+        Key(NAMES["other"], FIRST, "o", "-"),
     ]
-    return Chart(name, title, [first, *words], panels, legend, rows, open=True)
+    return Chart(name, title, [first, *dict.fromkeys(words)], panels, legend, rows, open=True)
 
 
 def _coefficients(group: dict[str, Any]) -> list[str]:

@@ -11,6 +11,7 @@ from scipy import stats
 from prepretrain.scaling.table import Table
 
 FEWEST = 3  # points below which a correlation or a line says nothing
+SAFE = 10  # runs below which a bootstrap's interval is too narrow to rely on  # not from the paper
 DRAWS = 2000  # of a bootstrap
 LEVEL = 0.95
 
@@ -67,6 +68,11 @@ def groups(
     over, values = overfit(table), table.metrics[metric]
     kinds = {"overfit": over, "other": ~over, "all": np.ones(len(table), bool)}
     return {name: correlations(losses[kind], values[kind]) for name, kind in kinds.items()}
+
+
+def bears_out(group: dict[str, Any]) -> bool:
+    """Whether correlations of a loss with a metric are strong for sure, so that one may choose by it."""
+    return group["runs"] >= SAFE and group["spearman_interval"][1] < -0.8
 
 
 def best(table: Table, metric: str) -> dict[str, dict[str, float]]:

@@ -74,12 +74,7 @@ def trust(table: Table, metric: str, gap: float | None) -> dict[str, Any]:
     the others, and of all pairs whose losses differ by at least `gap`, the share in the right order."""
     groups = analysis.groups(table, metric, table.loss)
     return {
-        "spearman": {
-            kind: group
-            and {"runs": group["runs"], "value": group["spearman"]}
-            | {"interval": group["spearman_interval"]}
-            for kind, group in groups.items()
-        },
+        "correlations": groups,
         "pairs": None if gap is None or table.loss is None else _pairs(table, metric, gap),
     }
 
@@ -106,14 +101,14 @@ def words(found: dict[str, Any]) -> list[str]:
     if trusted is None:
         return [*said, "How far to trust this order is not known: name a study's table (--csv)."]
     for kind, name in (("other", "do not overfit"), ("overfit", "overfit")):
-        group = trusted["spearman"][kind]
+        group = trusted["correlations"][kind]
         if group is None:
             said.append(f"Of runs that {name}, the study has too few to say anything.")
             continue
-        low, high = group["interval"]
+        low, high = group["spearman_interval"]
         said.append(
             f"Among the study's {group['runs']} runs that {name}, the loss ranks {metric} with Spearman "
-            f"{group['value']:.2f} ({low:.2f} to {high:.2f}): {_worth(low, high)}."
+            f"{group['spearman']:.2f} ({low:.2f} to {high:.2f}): {_worth(group)}."
         )
     pairs = trusted["pairs"]
     if pairs is not None and pairs["right"] is not None:
@@ -125,9 +120,9 @@ def words(found: dict[str, Any]) -> list[str]:
     return said
 
 
-def _worth(low: float, high: float) -> str:
-    if high < -0.8:
+def _worth(group: dict[str, Any]) -> str:
+    if analysis.bears_out(group):
         return "choose by it"
-    if high < 0:
-        return "it is a hint, no more"
-    return "it says nothing" if low > -0.8 else "it may say much or nothing"
+    if group["runs"] < analysis.SAFE:
+        return "too few to rely on"
+    return "a hint, no more" if group["spearman_interval"][1] < 0 else "it may say nothing"

@@ -185,7 +185,7 @@ def _proxy(found: dict[str, Any]) -> list[str]:
     if other is None:
         return []
     low, high = other["spearman_interval"]
-    trust = "can" if high < -0.8 else "cannot safely"
+    trust = "can" if analysis.bears_out(other) else "cannot safely"
     return [
         f"Among the {other['runs']} runs that do not overfit, the validation loss ranks "
         f"{found['metric']} with Spearman {other['spearman']:.2f} ({low:.2f} to {high:.2f}): checkpoints "
