@@ -11,7 +11,7 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import to_hex
-from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+from matplotlib.ticker import FuncFormatter, NullLocator
 
 from prepretrain.reports.figure import COLOURS, INK
 from prepretrain.scaling.analysis import overfit
@@ -213,14 +213,22 @@ def line(axes: Axes, x: np.ndarray, y: np.ndarray, style: Style, dash: str = "-"
 
 
 def logarithmic(axes: Axes, ticks: Iterable[float] | None = None) -> None:
-    """Makes x logarithmic, with ticks at the values that there are, as far as they have room."""
+    """Makes x logarithmic, with ticks at some values, by default round ones, as far as they have
+    room."""
     axes.set_xscale("log")
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: count(value)))
-    if ticks is None:
-        axes.xaxis.set_major_locator(LogLocator(subs=(1, 3), numticks=6))
-        return
-    axes.set_xticks(_apart(sorted(set(ticks))))
+    axes.set_xticks(_apart(sorted(set(_round(*axes.get_xlim()) if ticks is None else ticks))))
+
+
+def _round(low: float, high: float) -> list[float]:
+    """Round values within some limits: decades and their thirds, or more of them if these are few."""
+    decades = 10.0 ** np.arange(np.floor(np.log10(low)), np.ceil(np.log10(high)))
+    for shares in ((1, 3), (1, 2, 3, 4, 5, 6, 8)):
+        inside = [d * s for d in decades for s in shares if low <= d * s <= high]
+        if len(inside) > 2:
+            break
+    return inside or [low]
 
 
 def _apart(values: list[float], least: float = 0.14) -> list[float]:

@@ -161,12 +161,11 @@ def _forecast(
 def moves(study: Study) -> Chart:
     """What a larger model, more data or longer training would gain for the stated budget."""
     name, title = "next", "What to run next"
+    if not any(answer["moves"] for answer in study.answers.values()):
+        return Chart(name, title, ["not asked, as no budget was stated."])
     panels, words = {}, []
     rows = [["by", "move", "times as much", "expected gain", "80 % interval", "sure of a gain"]]
     for target in study.targets:
-        if not any(target in answer["moves"] for answer in study.answers.values()):
-            words.append(f"{target}: not asked, as no budget was stated.")
-            continue
         part = _any(study, "moves", target)
         if part is None:
             words.append(f"{target}: {_why(study, f'next run by {target}')}")

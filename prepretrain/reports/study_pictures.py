@@ -8,7 +8,7 @@ import numpy as np
 from prepretrain.reports import reconstructions
 from prepretrain.reports.study import Chart, Study
 
-IMAGES = 4  # of each card
+IMAGES = 3  # of each card: side by side with what becomes of them, legible on a phone
 
 
 def pictures(study: Study, cards: Sequence[str], folder: Path) -> Chart:
@@ -21,8 +21,11 @@ def pictures(study: Study, cards: Sequence[str], folder: Path) -> Chart:
     if pair is None:
         why = "of no model are there the folders of a run that overfits and of one that does not."
         return Chart(name, title, [why])
-    labels = [study.label(i) for i in pair]
-    words = [f"From left to right: the image, what the runs see of it, {' / '.join(labels)}."]
+    worse, better = (study.label(i) for i in pair)
+    words = [
+        "From left to right: an image; what the runs see of it; what the run that overfits makes of it "
+        f"({worse}); what the one that does not makes of it ({better})."
+    ]
     images = {}
     for card in cards:
         path = folder / f"reconstructions_{card.replace(':', '_')}.png"
