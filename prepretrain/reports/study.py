@@ -187,15 +187,18 @@ def points(
     x: np.ndarray,
     y: np.ndarray,
     style: Style,
-    sizes: np.ndarray | None = None,
+    size: float = 24.0,
 ) -> None:
-    """Draws some runs, each a link to its facts; those that overfit are hollow."""
+    """Draws some runs, each a link to its facts; those that overfit are hollow.
+
+    size: one for all, in points², so that an SVG holds the mark once.
+    """
     for hollow in (False, True):
         which = np.flatnonzero(chosen & (study.over == hollow))
         axes.scatter(
             x[which],
             y[which],
-            s=24 if sizes is None else sizes[which],
+            s=size,
             marker=style.marker,
             facecolors="none" if hollow else style.colour,
             edgecolors=style.colour,

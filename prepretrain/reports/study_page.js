@@ -3,7 +3,7 @@
 const tip = document.getElementById("tip");
 
 function show(point) {
-  tip.textContent = point.getAttribute("aria-label");
+  tip.textContent = document.getElementById(point.getAttribute("aria-labelledby")).textContent;
   tip.hidden = false;
   const box = point.getBoundingClientRect();
   const left = Math.min(box.left, document.documentElement.clientWidth - tip.offsetWidth - 8);

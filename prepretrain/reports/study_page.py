@@ -124,10 +124,11 @@ def _verdicts(
     return {topic: list(texts) for topic, texts in said.items() if texts}
 
 
-def _facts(study: Study) -> tuple[list[str], list[list[str]]]:
-    """(names of the columns, the cells of each run) as the file has them."""
+def _facts(study: Study) -> tuple[list[str], list[tuple[list[str], str]]]:
+    """(names of the columns, (the cells as the file has them, the facts in a line) of each run)."""
     names = list(study.table.cells[0])
-    return names, [[row[name] for name in names] for row in study.table.cells]
+    cells = [[row[name] for name in names] for row in study.table.cells]
+    return names, [(row, study.label(i)) for i, row in enumerate(cells)]
 
 
 def _swatch(key: Key) -> Markup:
@@ -176,10 +177,10 @@ def _inline(svg: bytes, title: str, study: Study) -> str:
         if element.tag == f"{SVG}g":
             element.attrib.pop("id", None)
         if element.tag == f"{SVG}a":
-            element.attrib.pop("target")
-            run = element.attrib.pop(f"{XLINK}href")
-            label = study.label(int(run.removeprefix("#run-")))
-            element.attrib |= {"href": run, "class": "run", "tabindex": "-1", "aria-label": label}
+            run = element.get(f"{XLINK}href").removeprefix("#run-")
+            element.attrib.clear()
+            element.attrib |= {"href": f"#run-{run}", "class": "run", "tabindex": "-1"}
+            element.set("aria-labelledby", f"facts-{run}")
         if "style" in element.attrib:
             element.set("style", _themed(element.get("style"), study))
         for name in ("d", "x", "y", "transform"):
@@ -192,7 +193,13 @@ def _inline(svg: bytes, title: str, study: Study) -> str:
 
 
 def _themed(style: str, study: Study) -> str:
+    """A style in the page's font and colours. What all points have in common is in the page's own,
+    as there are thousands of them."""
     style = re.sub(r"font-family: [^;]*;? ?|font: ([\d.]+px) [^;]*", r"", style)
+    style = re.sub(r"fill: (#\w+); stroke: \1; stroke-width: 1.2", r"color: \1", style)  # a point's
+    style = re.sub(
+        r"fill: none; stroke: (#\w+); stroke-width: 1.2", r"fill: none; color: \1", style
+    )
     style = style.replace(INK, "currentColor").replace(GRID, "var(--grid)")
     for colour in study.dark:
         style = style.replace(colour.lower(), f"var({_variable(colour)})")
@@ -200,6 +207,7 @@ def _themed(style: str, study: Study) -> str:
 
 
 def _rounded(text: str) -> str:
+    """Coordinates to a hundredth of a unit, without the lines' ends."""
     text = re.sub(r"-?\d+\.\d+", lambda found: f"{float(found[0]):.2f}", text)
     return re.sub(r"\s+", " ", text).strip()
 

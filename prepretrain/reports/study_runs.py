@@ -49,15 +49,13 @@ def costs(study: Study) -> Chart:
     if cost is None:
         return Chart(name, title, ["No column tells the cost: neither flops, cost nor params."])
     values = study.losses | {key: of for key, (of, _) in study.metrics().items()}
-    size = cost if study.table.params is None else study.table.params
-    sizes = 16 + 74 * np.sqrt(size / size.max())
 
     def draw(y: np.ndarray, axes: Axes) -> None:
         for data, style in study.data.items():
-            for model in study.models:
+            for place, model in enumerate(study.models, 1):
                 chosen = study.of(model, data)
                 line(axes, cost[chosen], y[chosen], style)
-                points(axes, study, chosen, cost, y, style, sizes)
+                points(axes, study, chosen, cost, y, style, 12 + 68 * place / len(study.models))
         logarithmic(axes)
         axes.set(xlabel=unit)
 
@@ -116,8 +114,8 @@ def curves(study: Study, by: str) -> Chart:
             for kind, values in losses.items():
                 dash = "-" if kind == "val_loss" else ":"
                 line(axes, iterations[chosen], values[chosen], style, dash)
-                sizes = np.full(len(values), 24.0 if kind == "val_loss" else 8.0)
-                points(axes, study, chosen, iterations, values, style, sizes)
+                size = 24 if kind == "val_loss" else 8
+                points(axes, study, chosen, iterations, values, style, size)
         logarithmic(axes, iterations)
         axes.set(xlabel="iterations", ylabel="loss")
 
