@@ -172,6 +172,10 @@ def _inline(svg: bytes, title: str, study: Study) -> str:
         root.remove(unused)
     for name in ("width", "height", "version"):
         root.attrib.pop(name, None)
+    for mark in root.iterfind(f".//{SVG}defs/{SVG}path"):
+        mark.attrib.pop(
+            "style", None
+        )  # where it is used, it is said again, and may change on focus
     root.attrib |= {"role": "group", "aria-label": title}
     for element in root.iter():
         if element.tag == f"{SVG}g":
