@@ -38,6 +38,7 @@ setup(
     package_dir={"": ".", **FOLDERS},
     package_data={
         "prepretrain": ["py.typed"],
+        "prepretrain.reports": ["*.html", "*.css", "*.js"],  # the page of a study
         "prepretrain.configs": ["*.yaml", "**/*.yaml"],
         "prepretrain.cards": ["*.yaml", "*.md"],
     },
@@ -71,6 +72,7 @@ setup(
         "filelock<5",
         "tqdm<5",
         "matplotlib<4",
+        "jinja2>=3,<4",
     ],
     extras_require={
         **FEATURES,

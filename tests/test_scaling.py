@@ -77,6 +77,20 @@ def test_numbers_have_units(text, value):
     assert number(text) == value
 
 
+@pytest.mark.parametrize(
+    "options, said",
+    [
+        ({"budget": float("nan")}, "--budget: nan is no finite number above 0"),
+        ({"budget": -1.0}, "--budget: -1 is no finite"),
+        ({"factor": float("inf")}, "--factor: inf is no finite number of at least 1"),
+        ({"factor": 0.5}, "--factor: 0.5 is no finite"),
+    ],
+)
+def test_a_limit_that_no_forecast_has_is_refused(tmp_path, options, said):
+    with pytest.raises(ValueError, match=said):
+        verdict.analyse(written(tmp_path), **options)
+
+
 def test_a_run_overfits_if_a_shorter_one_has_the_lower_loss(tmp_path):
     table, _ = read(written(tmp_path))
     assert analysis.overfit(table).tolist() == [False, False, False, True]
@@ -85,7 +99,7 @@ def test_a_run_overfits_if_a_shorter_one_has_the_lower_loss(tmp_path):
 @published
 def test_the_63_published_runs_give_their_papers_correlations_and_best_runs():
     table, left_out = read(RUNS, sizes=SIZES)
-    groups = analysis.groups(table, "top1")
+    groups = analysis.groups(table, "top1", table.loss)
     assert (len(table), int(analysis.overfit(table).sum()), left_out) == (63, 14, [])
     # arXiv 2206.04664, Tables 7 (a) and 3
     assert groups["overfit"]["pearson"] == pytest.approx(-0.79, abs=0.02)

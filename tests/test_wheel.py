@@ -48,7 +48,7 @@ def test_a_wheel_holds_every_module_config_card_and_tool(installed):
     for folder, packaged in folders.items():
         expected = {
             p.relative_to(ROOT / folder)
-            for kind in ("*.yaml", "*.py")
+            for kind in ("*.yaml", "*.py", "*.html", "*.css", "*.js")
             for p in (ROOT / folder).rglob(kind)
         }
         place = installed / "prepretrain" / packaged

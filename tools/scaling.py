@@ -1,4 +1,4 @@
-"""What more data, a larger model or longer training would buy, from a table of runs."""
+"""What more data, a larger model or longer training would buy: runs of a study, and what they say."""
 
 import argparse
 import json
@@ -12,37 +12,90 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     analyse = commands.add_parser("analyse", help="correlations, laws, a graded forecast, verdicts")
-    analyse.add_argument("--csv", required=True, metavar="FILE", help="a row a run")
-    analyse.add_argument(
+    analyse.add_argument("--out", metavar="JSON", help="to write the object to as well")
+    report = commands.add_parser("report", help="all of it as a page, and its figures as PNGs")
+    report.add_argument("--out", required=True, metavar="FOLDER")
+    report.add_argument(
+        "--two-stage",
+        metavar="FILE",
+        help="stage two with and without pre-pretraining: images_before, iterations, flops, the metric",
+    )
+    report.add_argument(
+        "--pictures",
+        nargs="+",
+        default=[],
+        metavar="CARD",
+        help="images for a run that overfits, and for another, to rebuild",
+    )
+    rank = commands.add_parser(
+        "rank", help="candidates by validation loss, and how far to trust it"
+    )
+    rank.add_argument("runs", nargs="+", metavar="RUN")
+    rank.add_argument("--data", required=True, metavar="CARD", help='held-out images: "demo:val"')
+    rank.add_argument("--batch-size", type=int, default=64)
+    rank.add_argument("--workers", type=int, default=0)
+    for command in (analyse, report, rank):
+        _table_options(command)
+    for command in (analyse, report):
+        _forecast_options(command)
+    _study_commands(commands)
+    complete(parser)
+    asked = parser.parse_args()
+    on_tables = {"analyse": _analyse, "report": _report, "rank": _rank}
+    if asked.command not in on_tables:
+        return _study(vars(asked))
+    try:
+        said, found = on_tables[asked.command](asked)
+    except (ValueError, OSError) as error:
+        sys.exit(f"scaling: {error}")
+    print(*said, sep="\n\n")
+    print(json.dumps(found))
+
+
+def _table_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--csv", required=not command.prog.endswith("rank"), metavar="FILE", help="a row a run"
+    )
+    command.add_argument(
         "--columns",
         nargs="+",
         default=[],
         metavar="OURS=THEIRS",
-        help="the file's names for model, data, iterations, val_loss, params, images, cost",
+        help="the file's names for model, data, iterations, val_loss, params, images, cost, …",
     )
-    analyse.add_argument(
-        "--metric", default="top1", metavar="COLUMN", help="of which more is better"
+    command.add_argument(
+        "--metric",
+        nargs="+" if command.prog.endswith("report") else 1,
+        default=["top1"],
+        metavar="COLUMN",
+        help="of which more is better",
     )
-    analyse.add_argument(
+    command.add_argument(
         "--sizes",
         nargs="+",
         default=[],
         metavar="DATA=IMAGES",
         help='images by the name of the data: "ImageNet-1K=1281167"; "ImageNet-1K 10%%" follows',
     )
-    analyse.add_argument(
+
+
+def _forecast_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
         "--budget",
         type=float,
         metavar="COST",
         help="of the next run: GPU-days if there is a column cost, else costs of the best run",
     )
-    analyse.add_argument(
+    command.add_argument(
         "--factor",
         type=float,
         default=4.0,
         help="nothing is said of runs this much larger than the largest (4)",
     )
-    analyse.add_argument("--out", metavar="JSON", help="to write the object to as well")
+
+
+def _study_commands(commands: argparse._SubParsersAction) -> None:
+    """Adds plan, run, status and collect."""
     for name, text in (
         ("plan", "check all runs of a study, and say what they cost"),
         ("run", "train and measure what is not done yet"),
@@ -62,11 +115,6 @@ def main() -> None:
             )
         if name == "status":
             command.add_argument("--watch", type=float, metavar="SECONDS", help="again and again")
-    complete(parser)
-    asked = vars(parser.parse_args())
-    if asked["command"] != "analyse":
-        return _study(asked)
-    return _analyse(argparse.Namespace(**asked))
 
 
 def _study(asked: dict) -> None:
@@ -82,23 +130,54 @@ def _study(asked: dict) -> None:
         sys.exit(f"scaling: {error}")
 
 
-def _analyse(asked: argparse.Namespace) -> None:
+def _analyse(asked: argparse.Namespace) -> tuple[list[str], dict]:
     from prepretrain.scaling import verdict
 
-    try:
-        found = verdict.analyse(
-            asked.csv,
-            asked.columns,
-            asked.metric,
-            asked.sizes,
-            budget=asked.budget,
-            factor=asked.factor,
-            out=asked.out,
-        )
-    except (ValueError, OSError) as error:
-        sys.exit(f"scaling: {error}")
-    print(*found["verdicts"], sep="\n\n")
-    print(json.dumps(found))
+    found = verdict.analyse(
+        asked.csv,
+        asked.columns,
+        asked.metric[0],
+        asked.sizes,
+        budget=asked.budget,
+        factor=asked.factor,
+        out=asked.out,
+    )
+    return found["verdicts"], found
+
+
+def _report(asked: argparse.Namespace) -> tuple[list[str], dict]:
+    from prepretrain.reports import study_page
+
+    found = study_page.report(
+        asked.csv,
+        asked.out,
+        asked.columns,
+        asked.metric,
+        asked.sizes,
+        budget=asked.budget,
+        factor=asked.factor,
+        stages=asked.two_stage,
+        cards=asked.pictures,
+    )
+    verdicts = [text for answer in found["metrics"].values() for text in answer["verdicts"]]
+    return list(dict.fromkeys(verdicts)), found
+
+
+def _rank(asked: argparse.Namespace) -> tuple[list[str], dict]:
+    from prepretrain.scaling import proxy, verdict
+
+    table, metric = None, asked.metric[0]
+    if asked.csv is not None:
+        table, _ = verdict.open_table(asked.csv, asked.columns, [metric], asked.sizes)
+    found = proxy.rank(
+        asked.runs,
+        asked.data,
+        table,
+        metric,
+        batch_size=asked.batch_size,
+        workers=asked.workers,
+    )
+    return found["verdicts"], found
 
 
 if __name__ == "__main__":

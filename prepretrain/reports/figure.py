@@ -19,17 +19,20 @@ def blank(width: float, height: float) -> Figure:
     return figure
 
 
-def panels(figure: Figure, count: int) -> list[Axes]:
-    """Axes side by side, drawn in the style of all."""
+def panels(figure: Figure, count: int, wide: int | None = None) -> list[Axes]:
+    """Axes in rows of `wide`, by default in one row, drawn in the style of all."""
     figure.set_layout_engine("constrained")
-    row = list(figure.subplots(1, count, squeeze=False)[0])
-    for axes in row:
+    wide = count if wide is None else wide
+    places = list(figure.subplots(-(-count // wide), wide, squeeze=False).flat)
+    for axes in places[count:]:
+        axes.remove()
+    for axes in places[:count]:
         axes.spines[["top", "right"]].set_visible(False)
         axes.spines[["left", "bottom"]].set_color(INK)
         axes.tick_params(colors=INK)
         axes.grid(color=GRID, linewidth=0.8)
         axes.set_axisbelow(True)
-    return row
+    return places[:count]
 
 
 def save(figure: Figure, path: str | Path) -> None:

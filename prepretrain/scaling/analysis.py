@@ -11,6 +11,7 @@ from scipy import stats
 from prepretrain.scaling.table import Table
 
 FEWEST = 3  # points below which a correlation or a line says nothing
+SAFE = 10  # runs below which a bootstrap's interval is too narrow to rely on  # not from the paper
 DRAWS = 2000  # of a bootstrap
 LEVEL = 0.95
 
@@ -57,14 +58,21 @@ def _interval(values: np.ndarray) -> list[float]:
     return [float(v) for v in np.nanpercentile(values, [tail, 100 - tail])]
 
 
-def groups(table: Table, metric: str) -> dict[str, dict[str, Any] | None]:
-    """Correlations of the validation loss with a metric: of runs that overfit, of the others, of
-    all (2206.04664, section 3.3: the two kinds lie on different lines)."""
-    if table.loss is None:
+def groups(
+    table: Table, metric: str, losses: np.ndarray | None
+) -> dict[str, dict[str, Any] | None]:
+    """Correlations of validation or training losses with a metric: of runs that overfit, of the
+    others, of all (2206.04664, section 3.3: the two kinds lie on different lines)."""
+    if losses is None:
         return {"overfit": None, "other": None, "all": None}
     over, values = overfit(table), table.metrics[metric]
     kinds = {"overfit": over, "other": ~over, "all": np.ones(len(table), bool)}
-    return {name: correlations(table.loss[kind], values[kind]) for name, kind in kinds.items()}
+    return {name: correlations(losses[kind], values[kind]) for name, kind in kinds.items()}
+
+
+def bears_out(group: dict[str, Any]) -> bool:
+    """Whether correlations of a loss with a metric are strong for sure, so that one may choose by it."""
+    return group["runs"] >= SAFE and group["spearman_interval"][1] < -0.8
 
 
 def best(table: Table, metric: str) -> dict[str, dict[str, float]]:
@@ -74,6 +82,15 @@ def best(table: Table, metric: str) -> dict[str, dict[str, float]]:
         row = found.setdefault(str(model), {})
         row[str(data)] = max(float(value), row.get(str(data), -np.inf))
     return found
+
+
+def best_lengths(table: Table, values: np.ndarray, *, falls: bool) -> np.ndarray:
+    """The numbers of the runs that are the best over the lengths of their model and data."""
+    best: dict[tuple[str, str], int] = {}
+    for i, key in enumerate(zip(table.model.tolist(), table.data.tolist())):
+        if key not in best or (values[i] < values[best[key]]) == falls:
+            best[key] = i
+    return np.array(sorted(best.values()))
 
 
 def regret(table: Table, metric: str) -> float | None:

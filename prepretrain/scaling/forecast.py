@@ -36,23 +36,35 @@ def largest(table: Table) -> np.ndarray:
     return held
 
 
-def grade(table: Table, values: np.ndarray, *, falls: bool) -> dict[str, Any]:
-    """The law's forecast of the largest model and the greatest length from all other runs, beside
-    two naive rules: the next smaller run's value, and a plane in the logarithms.
+def predict_largest(
+    table: Table, values: np.ndarray, *, falls: bool, factor: float = FACTOR
+) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """(which runs are held out, {rule: draws [draws, runs held out]}), said by all other runs.
 
     Raises laws.TooFew.
     """
     held = largest(table)
     known, asked = table.take(~held), table.take(held)
     law = laws.fit(known, values[~held], falls=falls)
-    beyond = law.beyond(asked, FACTOR)
+    beyond = law.beyond(asked, factor)
     if beyond:
         raise laws.TooFew(f"the runs held out lie too far out: {beyond}.")
-    said = {
+    return held, {
         "law": law.draw(asked),
         "last value": _last(known, values[~held], asked),
         "linear in logarithms": _plane(known, values[~held], asked),
     }
+
+
+def grade(
+    table: Table, values: np.ndarray, *, falls: bool, factor: float = FACTOR
+) -> dict[str, Any]:
+    """The law's forecast of the largest model and the greatest length from all other runs, beside
+    two naive rules: the next smaller run's value, and a plane in the logarithms.
+
+    Raises laws.TooFew.
+    """
+    held, said = predict_largest(table, values, falls=falls, factor=factor)
     truth = values[held]
     scores = {}
     for name, draws in said.items():

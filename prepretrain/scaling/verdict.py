@@ -1,6 +1,7 @@
 """The answer of a study: all of its analysis in one object, and what follows, in words."""
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from prepretrain.scaling import analysis, forecast, laws
-from prepretrain.scaling.table import Table, number, read
+from prepretrain.scaling.table import Table, count, number, read
 
 
 def analyse(
@@ -27,6 +28,18 @@ def analyse(
     columns: "model=arch" where the file calls ours otherwise. sizes: "ImageNet-1K=1281167", images
     by the name of the data. Raises ValueError naming the option, or the file, line and column.
     """
+    check_limits(budget, factor)
+    table, left_out = open_table(path, columns, (metric,), sizes)
+    found = answer(table, metric, left_out=left_out, budget=budget, factor=factor)
+    if out is not None:
+        Path(out).write_text(json.dumps(found, indent=1) + "\n")
+    return found
+
+
+def open_table(
+    path: str | Path, columns: Sequence[str], metrics: Sequence[str], sizes: Sequence[str]
+) -> tuple[Table, list[str]]:
+    """A table and what was left out of it, by the options of a command line (see `analyse`)."""
     named = dict(_pair(text, "--columns", "model=arch") for text in columns)
     counted = {}
     for text in sizes:
@@ -35,11 +48,15 @@ def analyse(
             counted[name] = number(count)
         except ValueError as error:
             raise ValueError(f"--sizes {text}: {error}") from error
-    table, left_out = read(path, named, (metric,), counted)
-    found = answer(table, metric, left_out=left_out, budget=budget, factor=factor)
-    if out is not None:
-        Path(out).write_text(json.dumps(found, indent=1) + "\n")
-    return found
+    return read(path, named, tuple(metrics), counted)
+
+
+def check_limits(budget: float | None, factor: float) -> None:
+    """Raises ValueError for a budget or a factor that no forecast can be made for."""
+    if budget is not None and not 0 < budget < math.inf:
+        raise ValueError(f"--budget: {budget:g} is no finite number above 0.")
+    if not 1 <= factor < math.inf:
+        raise ValueError(f"--factor: {factor:g} is no finite number of at least 1.")
 
 
 def _pair(text: str, option: str, example: str) -> tuple[str, str]:
@@ -74,7 +91,7 @@ def answer(
 
     targets = {} if table.loss is None else {"val_loss": (table.loss, True)}
     targets |= {metric: (table.metrics[metric], False)}
-    groups = analysis.groups(table, metric)
+    groups = analysis.groups(table, metric, table.loss)
     found: dict[str, Any] = {
         "runs": len(table),
         "overfit_runs": int(analysis.overfit(table).sum()),
@@ -82,6 +99,7 @@ def answer(
         "metric": metric,
         "pearson": {k: None if v is None else v["pearson"] for k, v in groups.items()},
         "correlations": groups,
+        "train_correlations": analysis.groups(table, metric, table.train_loss),
         "best": analysis.best(table, metric),
         "proxy": {"regret": analysis.regret(table, metric)},
         "saturation": {},
@@ -95,7 +113,7 @@ def answer(
             f"saturation of {name}", saturation, table, values, falls=falls
         )
         found["forecast"][name] = attempt(
-            f"forecast of {name}", forecast.grade, table, values, falls=falls
+            f"forecast of {name}", forecast.grade, table, values, falls=falls, factor=factor
         )
         if budget is not None:
             found["moves"][name] = attempt(
@@ -120,7 +138,7 @@ def saturation(table: Table, values: np.ndarray, *, falls: bool) -> dict[str, An
         raise laws.TooFew(
             "the images in the data are not known. Give a column `images`, or --sizes NAME=1.2M."
         )
-    chosen = _best_lengths(table, values, falls)
+    chosen = analysis.best_lengths(table, values, falls=falls)
     kept, values = table.take(chosen), values[chosen]
     change = laws.change_point(kept.images, values, kept.model)
     models = {}
@@ -137,59 +155,61 @@ def saturation(table: Table, values: np.ndarray, *, falls: bool) -> dict[str, An
     return {"change_point": asdict(change), "left_at_most_data": models}
 
 
-def _best_lengths(table: Table, values: np.ndarray, falls: bool) -> np.ndarray:
-    """The numbers of the runs that are the best over the lengths of their model and data."""
-    best: dict[tuple[str, str], int] = {}
-    for i, key in enumerate(zip(table.model.tolist(), table.data.tolist())):
-        if key not in best or (values[i] < values[best[key]]) == falls:
-            best[key] = i
-    return np.array(sorted(best.values()))
-
-
 def words(found: dict[str, Any], not_said: dict[str, str]) -> list[str]:
     """The verdicts, a sentence or two each, with how sure they are."""
-    metric, said = found["metric"], []
-    if found["overfit_runs"]:
-        said.append(
-            f"{found['overfit_runs']} of {found['runs']} runs overfit: a shorter run of the same "
-            "model and data has a lower validation loss. There, more data come before longer training."
-        )
-    other = found["correlations"]["other"]
-    if other is not None:
-        low, high = other["spearman_interval"]
-        trust = "can" if high < -0.8 else "cannot safely"
-        said.append(
-            f"Among the {other['runs']} runs that do not overfit, the validation loss ranks {metric} "
-            f"with Spearman {other['spearman']:.2f} ({low:.2f} to {high:.2f}): checkpoints {trust} be "
-            f"chosen by it. The run of the lowest loss is {found['proxy']['regret']:.2f} below the best."
-        )
-    for name, part in found["saturation"].items():
-        if part is not None:
-            said.append(_saturates(name, part))
-    for name, part in found["forecast"].items():
-        if part is not None:
-            said.append(_graded(name, part))
-    for name, moves in found["moves"].items():
-        if moves:
-            said.append(_next(name, moves))
+    said = [text for texts in by_topic(found).values() for text in texts]
     return said + [f"No {name}: {why}" for name, why in not_said.items()]
+
+
+def by_topic(found: dict[str, Any]) -> dict[str, list[str]]:
+    """What an answer says of overfitting, of the loss as a proxy, of data, forecasts, the next run."""
+    said = {
+        "Data": [_saturates(*item) for item in found["saturation"].items() if item[1]],
+        "Forecast": [_graded(*item) for item in found["forecast"].items() if item[1]],
+        "Next": [_next(*item) for item in found["moves"].items() if item[1]],
+    }
+    return {"Overfitting": _overfits(found), "Proxy": _proxy(found)} | said
+
+
+def _overfits(found: dict[str, Any]) -> list[str]:
+    if not found["overfit_runs"]:
+        return []
+    return [
+        f"{found['overfit_runs']} of {found['runs']} runs overfit: a shorter run of the same model and "
+        "data has a lower validation loss. There, more data come before longer training."
+    ]
+
+
+def _proxy(found: dict[str, Any]) -> list[str]:
+    other = found["correlations"]["other"]
+    if other is None:
+        return []
+    low, high = other["spearman_interval"]
+    trust = "can" if analysis.bears_out(other) else "cannot safely"
+    return [
+        f"Among the {other['runs']} runs that do not overfit, the validation loss ranks "
+        f"{found['metric']} with Spearman {other['spearman']:.2f} ({low:.2f} to {high:.2f}): checkpoints "
+        f"{trust} be chosen by it. The run of the lowest loss is {found['proxy']['regret']:.2f} below "
+        "the best."
+    ]
 
 
 def _saturates(name: str, part: dict[str, Any]) -> str:
     change = part["change_point"]
     if change["p"] > 0.05:
         return (
-            f"{name} grows with the logarithm of the data as far as they go; that it stops somewhere "
-            f"is not shown (p = {change['p']:.2f})."
+            f"{name} improves with the logarithm of the data as far as they go; that it stops "
+            f"somewhere is not shown (p = {change['p']:.2f})."
         )
     left = ", ".join(
-        f"{model} {m['left']:.3g} ({m['low']:.3g} to {m['high']:.3g})"
+        f"{model} {m['left']:.2g} ({m['low']:.2g} to {m['high']:.2g})"
         for model, m in part["left_at_most_data"].items()
     )
+    at, low, high = (count(change[key]) for key in ("at", "low", "high"))
     return (
-        f"{name} stops growing with data at {change['at']:.2g} images ({change['low']:.2g} to "
-        f"{change['high']:.2g}; p = {change['p']:.3f}). Left to gain from endless data: "
-        f"{left or 'not known, as no model has enough amounts'} (80 %)."
+        f"{name} stops improving with data at {at} images ({low} to {high} at 95 %; p = "
+        f"{change['p']:.3f}). Left to gain from endless data: "
+        f"{left + ' at 80 %' if left else 'not known, as no model has enough amounts'}."
     )
 
 
