@@ -32,10 +32,13 @@ DETECTION = [
     "candidates: [300, 150], proposals: [150, 150], sampled_anchors: 128, sampled_regions: 64}",
     "objective.scale=[1.0,1.0]",
     "data.train=few",
-    "optim.lr=32e-3",
+    "optim.lr=48e-3",
     "batch_size=4",
     f"evaluators=[{', '.join(f'{{name: detection, data: {card}, every: 100%}}' for card in READ.values())}]",
     *PLAIN,
+    "optim.warmup=5%",
+    "optim.clip=1.0",
+    "shard.precision=bf16",
     "checkpoint.every=5%",
 ]
 
@@ -49,7 +52,7 @@ def main() -> None:
     parser.add_argument("--init", type=Path, required=True, help="a run of stage one")
     parser.add_argument("--work", type=Path, default=Path("runs/coco"))
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--steps", type=int, default=1800, help="of 4 images")
+    parser.add_argument("--steps", type=int, default=1200, help="of 4 images")
     given = parser.parse_args()
     start, work, data = time.time(), given.work.resolve(), given.data.resolve()
     (work / "datasets").mkdir(parents=True, exist_ok=True)

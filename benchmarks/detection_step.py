@@ -56,8 +56,6 @@ from prepretrain.models.model import Model
 from prepretrain.objectives.detection import Detection
 from prepretrain.training import optim
 
-SCALE = (0.1, 2.0)  # of large-scale jitter
-
 
 class Maps(nn.Module):
     """Our encoder and pyramid, as torchvision's detectors take a backbone."""
@@ -148,12 +146,13 @@ def their_step(
     _ = {name: loss.item() for name, loss in losses.items()}
 
 
-def their_batches(source: Source, pixels: int, batch: int) -> Iterator[list]:
+def their_batches(asked: argparse.Namespace, source: Source) -> Iterator[list]:
     """Batches by torchvision's transforms: PIL, masks at the image's size, jitter, a crop."""
+    pixels = asked.pixels
     transform = v2.Compose(
         [
             v2.ToImage(),
-            v2.ScaleJitter((pixels, pixels), SCALE, antialias=True),
+            v2.ScaleJitter((pixels, pixels), asked.scale, antialias=True),
             v2.RandomCrop(
                 (pixels, pixels), pad_if_needed=True, fill={tv_tensors.Image: 124, "others": 0}
             ),
@@ -176,7 +175,7 @@ def their_batches(source: Source, pixels: int, batch: int) -> Iterator[list]:
             drawn = np.array([masks.bitmap(sample["masks"][i], *size) for i in single])
             target["masks"] = tv_tensors.Mask(torch.from_numpy(drawn.reshape(-1, *size)))
         rows.append(transform(Image.open(io.BytesIO(sample["image"])).convert("RGB"), target))
-        if len(rows) == batch:
+        if len(rows) == asked.batch:
             yield rows
             rows = []
 
@@ -210,7 +209,7 @@ def ours(asked: argparse.Namespace, head: dict) -> Detection:
     options = {"final_norm": False, "window": 14, "global_blocks": 2, "image_size": asked.pixels}
     with torch.device("meta"):
         model = Model(encoder=asked.encoder, positions="learned", head=head, **options)
-        objective = Detection(model, scale=SCALE)
+        objective = Detection(model, scale=tuple(asked.scale))
     shard.shard(objective, precision="fp32")
     shard.initialise(objective, 0)
     if asked.init:
@@ -241,6 +240,7 @@ def main() -> None:
     parser.add_argument("--channels", type=int, default=64)
     parser.add_argument("--anchors", type=int, nargs=5, default=[8, 16, 32, 64, 128])
     parser.add_argument("--regions", type=int, default=128, help="sampled of an image")
+    parser.add_argument("--scale", type=float, nargs=2, default=[0.1, 2.0], help="of the jitter")
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--lr", type=float, default=5e-4)
@@ -292,7 +292,7 @@ def compare(asked: argparse.Namespace, source: Source, val: Source) -> None:
     objective.train(), theirs.train()
     times = interleaved(steps, asked.steps)
     report("detection_step_fp32", times["torchvision"], times["ours"], **setting, clock="cpu")
-    peer = their_batches(fields, asked.pixels, asked.batch)
+    peer = their_batches(asked, fields)
     loaders = {"torchvision": lambda: next(peer), "ours": lambda: next(stream)}
     times = interleaved(loaders, 2 * asked.steps)
     report("detection_loader", times["torchvision"], times["ours"], **setting, clock="cpu")
