@@ -7,8 +7,8 @@ FOLDER holds coco/ (images/, annotations/instances_train.json, instances_val.jso
 record is of 123 images and 88). Boxes and masks by Mask R-CNN on the encoder of a run of stage one, here that
 of `make demo`; mirrored, but neither resized at random nor cut, so that the training images are learned by
 heart. It shows that all parts of training and evaluation fit together, and nothing else: of 80 classes a
-hundred images teach no detector that finds them elsewhere. A run that was cut off continues. No number of it
-is from a paper.
+hundred images teach no detector that finds them elsewhere. A run that was cut off continues. Beside the
+figures lies a picture of what is found in some of the training images. No number of it is from a paper.
 """
 
 import argparse
@@ -18,6 +18,7 @@ from pathlib import Path
 
 from cifar10_two_stage import record, tool
 from detection_raccoon import PLAIN
+from PIL import Image
 
 CARD = """description: some of COCO's images
 licence: CC BY 4.0 (annotations); the photos' own, from Flickr
@@ -43,6 +44,14 @@ DETECTION = [
 ]
 
 
+def shrink(sheet: Path, picture: Path) -> None:
+    """Saves a sheet as a picture that a page shows."""
+    with Image.open(sheet) as whole:
+        small = whole.convert("RGB")
+    small.thumbnail((600, 1800))
+    small.save(picture, quality=80)
+
+
 def main() -> None:
     """Trains, evaluates, prints and writes the figures."""
     parser = argparse.ArgumentParser(
@@ -66,6 +75,9 @@ def main() -> None:
     results = json.loads((work / "runs/detector/results.json").read_text())
     found = {split: results[f"detection/{card}"] for split, card in READ.items()}
     print(json.dumps(found))
+    if given.out:
+        sheet = work / "runs/detector/predictions" / f"{READ['train']}-val" / "sheet.png"
+        shrink(sheet, given.out.with_suffix(".jpg"))
     command = f"detection_coco.py --data FOLDER --init runs/demo/mae --steps {given.steps}"
     record(given.out, command, start, seed=0, found=found)
 
