@@ -11,7 +11,7 @@ large-scale jitter, of 160 pixels unless said otherwise; ours is that of `fit()`
 masks, theirs from float images and masks of uint8, with the checks and logs of its references' loop. Both
 take our AdamW, in turns in one process; so do the loaders, theirs torchvision's transforms v2 as its
 references' "lsj" has them. --train: both then learn for so many steps from the same weights, and their
-average precision on --val is measured by the same rules. Prints one JSON line a figure.
+average precision, on the images they learned from and on --val, is measured by the same rules. Prints one JSON line a figure.
 """
 
 import argparse
@@ -48,15 +48,14 @@ from prepretrain.distributed import shard
 from prepretrain.evaluation.detection_metrics import average_precision, ground_truth
 from prepretrain.evaluation.predictions import predict
 from prepretrain.files import write_json
+from prepretrain.models import weights
 from prepretrain.models.dense.layers import ChannelNorm
 from prepretrain.models.dense.masks import unpack
 from prepretrain.models.heads.base import Detections
-from prepretrain.models.load import load
+from prepretrain.models.load import fitting, open_weights
 from prepretrain.models.model import Model
 from prepretrain.objectives.detection import Detection
 from prepretrain.training import optim
-
-SCALE = (0.1, 2.0)  # of large-scale jitter
 
 
 class Maps(nn.Module):
@@ -148,12 +147,13 @@ def their_step(
     _ = {name: loss.item() for name, loss in losses.items()}
 
 
-def their_batches(source: Source, pixels: int, batch: int) -> Iterator[list]:
+def their_batches(asked: argparse.Namespace, source: Source) -> Iterator[list]:
     """Batches by torchvision's transforms: PIL, masks at the image's size, jitter, a crop."""
+    pixels = asked.pixels
     transform = v2.Compose(
         [
             v2.ToImage(),
-            v2.ScaleJitter((pixels, pixels), SCALE, antialias=True),
+            v2.ScaleJitter((pixels, pixels), asked.scale, antialias=True),
             v2.RandomCrop(
                 (pixels, pixels), pad_if_needed=True, fill={tv_tensors.Image: 124, "others": 0}
             ),
@@ -164,7 +164,9 @@ def their_batches(source: Source, pixels: int, batch: int) -> Iterator[list]:
         ]
     )
     rows: list = []
-    for index in itertools.cycle(np.random.default_rng(0).permutation(len(source)).tolist()):
+    for index in itertools.cycle(
+        np.random.default_rng(asked.seed).permutation(len(source)).tolist()
+    ):
         sample = source[index]
         single, size = np.flatnonzero(~sample["crowds"]), tuple(sample["size"])
         boxes = torch.from_numpy(sample["boxes"][single]).float()
@@ -176,7 +178,7 @@ def their_batches(source: Source, pixels: int, batch: int) -> Iterator[list]:
             drawn = np.array([masks.bitmap(sample["masks"][i], *size) for i in single])
             target["masks"] = tv_tensors.Mask(torch.from_numpy(drawn.reshape(-1, *size)))
         rows.append(transform(Image.open(io.BytesIO(sample["image"])).convert("RGB"), target))
-        if len(rows) == batch:
+        if len(rows) == asked.batch:
             yield rows
             rows = []
 
@@ -210,12 +212,11 @@ def ours(asked: argparse.Namespace, head: dict) -> Detection:
     options = {"final_norm": False, "window": 14, "global_blocks": 2, "image_size": asked.pixels}
     with torch.device("meta"):
         model = Model(encoder=asked.encoder, positions="learned", head=head, **options)
-        objective = Detection(model, scale=SCALE)
+        objective = Detection(model, scale=tuple(asked.scale))
     shard.shard(objective, precision="fp32")
-    shard.initialise(objective, 0)
+    shard.initialise(objective, asked.seed)
     if asked.init:
-        start = load(asked.init, **options)
-        model.encoder.load_state_dict(start.encoder.state_dict())
+        weights.fill(*fitting(model, open_weights(asked.init)))
     return objective
 
 
@@ -241,8 +242,10 @@ def main() -> None:
     parser.add_argument("--channels", type=int, default=64)
     parser.add_argument("--anchors", type=int, nargs=5, default=[8, 16, 32, 64, 128])
     parser.add_argument("--regions", type=int, default=128, help="sampled of an image")
+    parser.add_argument("--scale", type=float, nargs=2, default=[0.1, 2.0], help="of the jitter")
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--lr", type=float, default=5e-4)
     asked = parser.parse_args()
     torch.set_num_threads(1)
@@ -270,7 +273,7 @@ def compare(asked: argparse.Namespace, source: Source, val: Source) -> None:
         "sampled_regions": asked.regions,
     }
     objective = ours(asked, head)
-    torch.manual_seed(0)
+    torch.manual_seed(asked.seed)
     theirs = Theirs(copy.deepcopy(objective.model), head, asked.pixels)
     setting = {
         "encoder": asked.encoder,
@@ -279,7 +282,9 @@ def compare(asked: argparse.Namespace, source: Source, val: Source) -> None:
         "masks": head["masks"],
     }
     fields = source.only(objective.fields)
-    stream = Stream(fields, objective.transform(True), batch_size=asked.batch, seed=0).batches()
+    stream = Stream(
+        fields, objective.transform(True), batch_size=asked.batch, seed=asked.seed
+    ).batches()
     optimizers = [
         optim.build(one, lr=asked.lr, weight_decay=0.1) for one in (objective, theirs.detector)
     ]
@@ -292,36 +297,43 @@ def compare(asked: argparse.Namespace, source: Source, val: Source) -> None:
     objective.train(), theirs.train()
     times = interleaved(steps, asked.steps)
     report("detection_step_fp32", times["torchvision"], times["ours"], **setting, clock="cpu")
-    peer = their_batches(fields, asked.pixels, asked.batch)
+    peer = their_batches(asked, fields)
     loaders = {"torchvision": lambda: next(peer), "ours": lambda: next(stream)}
     times = interleaved(loaders, 2 * asked.steps)
     report("detection_loader", times["torchvision"], times["ours"], **setting, clock="cpu")
     rates = {name: round(asked.batch * len(t) / sum(t), 1) for name, t in times.items()}
     print(json.dumps({"figure": "detection_loader, images a second", **rates}), flush=True)
     if asked.train:
-        learned(asked, head, fields, val)
+        learned(asked, head, source, val)
 
 
-def learned(asked: argparse.Namespace, head: dict, source: Source, val: Source) -> None:
+def learned(asked: argparse.Namespace, head: dict, whole: Source, val: Source) -> None:
     """Trains both for the same steps, and prints what they find."""
     objective = ours(asked, head)
-    torch.manual_seed(0)
+    torch.manual_seed(asked.seed)
     theirs = Theirs(copy.deepcopy(objective.model), head, asked.pixels)
     optimizers = [
         optim.build(one, lr=asked.lr, weight_decay=0.1) for one in (objective, theirs.detector)
     ]
-    stream = Stream(source, objective.transform(True), batch_size=asked.batch, seed=0).batches()
+    fields = whole.only(objective.fields)
+    stream = Stream(fields, objective.transform(True), batch_size=asked.batch, seed=asked.seed)
     objective.train(), theirs.train()
-    for number, batch in enumerate(itertools.islice(stream, asked.train)):
+    for number, batch in enumerate(itertools.islice(stream.batches(), asked.train)):
         rate = asked.lr * min((number + 1) / (0.1 * asked.train), 1 - number / asked.train)
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = rate
         training_step(objective, optimizers[0], batch)
         their_step(theirs.detector, optimizers[1], *theirs.inputs(batch))
-    found = {"ours": precision(objective.model, val), "torchvision": precision(theirs, val)}
-    setting = {"steps": asked.train, "batch": asked.batch, "images": len(val)}
-    print(json.dumps({"figure": "detection_learned", **found, **setting}), flush=True)
+    setting = {
+        "steps": asked.train,
+        "batch": asked.batch,
+        "pixels": asked.pixels,
+        "seed": asked.seed,
+    }
+    for name, one in {"train": whole, "val": val}.items():
+        found = {"ours": precision(objective.model, one), "torchvision": precision(theirs, one)}
+        print(json.dumps({"figure": f"detection_learned, {name}", **found, **setting}), flush=True)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import struct
 import subprocess
 import sys
@@ -16,9 +17,10 @@ from test_text import BPE
 
 from prepretrain import config, plugin
 from prepretrain.data.vocabulary import Vocabulary
+from prepretrain.distributed import checkpoint, shard
 from prepretrain.distributed import group as distributed
-from prepretrain.distributed import shard
 from prepretrain.models.export import save
+from prepretrain.models.load import load
 from prepretrain.models.model import Model
 from prepretrain.runs import plan, run
 from prepretrain.runs.launch import launch
@@ -249,6 +251,13 @@ def trained(place) -> Path:
     run.train(config.load("small.yaml", []), Path("runs/mae"))
     distributed.shutdown()
     return Path("runs/mae")
+
+
+def test_weights_of_a_run_that_is_not_done_are_named_by_their_step(trained, caplog):
+    shutil.rmtree(trained / "export")
+    load("runs/mae")
+    step = checkpoint.newest(trained).name
+    assert f"runs/mae: is not done: its weights are those of step {step}" in caplog.text
 
 
 STAGE_TWO = ["objective={name: classify}", "model={positions: learned, head: {classes: 3}}"]

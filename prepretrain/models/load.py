@@ -1,6 +1,7 @@
 """Finds and opens the weights of a run, an export, a file or a release, and loads the Model that they
 are of."""
 
+import logging
 import re
 from collections.abc import Iterable
 from dataclasses import replace
@@ -19,6 +20,8 @@ from prepretrain.models.model import Model
 from prepretrain.models.text.base import Tower
 from prepretrain.models.weights import Weights, checked_options
 from prepretrain.zoo import releases as zoo
+
+logger = logging.getLogger(__name__)
 
 PARTS = ("encoder", "text", "joint", "head")  # of a Model, which a source may name
 # sources of weights beside runs and files: what comes before the slash, and the family that fetches
@@ -138,6 +141,7 @@ def _found(place: str, inside: str) -> Weights:
                 return weights.open_file(file)
         saved = checkpoint.newest(path)
         if saved is not None:
+            logger.warning("%s: is not done: its weights are those of step %s", place, saved.name)
             shapes, read, state = checkpoint.open_tensors(saved)
             return Weights(place, shapes, read, checked_options(state, saved)).part("model")
         if pieces := sorted(path.glob("*-of-*.safetensors")):
