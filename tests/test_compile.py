@@ -98,14 +98,17 @@ def test_masked_objectives_compile_at_depth_with_the_same_losses(graphs, build, 
     assert 0 < len(graphs) <= 12
 
 
-@pytest.mark.parametrize("encoder", [None, STAGES])
+TWO_STAGES = {**STAGES, "depths": [1, 2], "heads": [1, 1]}
+
+
+@pytest.mark.parametrize("given", [{}, {"encoder": TWO_STAGES, "anchors": [8, 16, 32]}])
 def test_recomputed_and_compiled_a_detector_has_the_same_losses_and_gradients(
-    graphs, encoder, tmp_path
+    graphs, given, tmp_path
 ):
     pytest.importorskip("faster_coco_eval")
     found = []
     for how in ({}, {"recompute": "block"}, {"compile": True}):
-        objective = Detection(detector(encoder=encoder))
+        objective = Detection(detector(**given))
         shard.shard(objective, precision="fp32", **how)
         shard.initialise(objective, 0)
         found.append(computed(objective, batch_of(objective, opened(tmp_path), 0, 1)))

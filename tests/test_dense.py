@@ -89,6 +89,10 @@ def test_patches_of_14_become_patches_of_16(tmp_path):
     larger = torch.nn.functional.interpolate(image, (16, 16), mode="bicubic", antialias=True)
     before, after = plain.encoder.patch_embed.proj(image), encoder.patch_embed.proj(larger)
     assert_close(before, after, rtol=1e-3, atol=1e-3)
+    kept = load(str(tmp_path), image_size=70, **WINDOWS).encoder  # or they stay as they are
+    assert torch.equal(kept.patch_embed.proj.weight, plain.encoder.patch_embed.proj.weight)
+    (cells,) = kept(torch.randn(1, 3, 70, 42), maps=[2])
+    assert cells.shape == (1, 32, 5, 3)
 
 
 @pytest.mark.parametrize(

@@ -54,12 +54,12 @@ OBJECTIVES = {  # name: (objective, its options, its model)
     "detection": (
         "detection",
         {"federated": 1},
-        {**VIT, "head": {"name": "cascade_mask_rcnn", "classes": 3, "loss": "sigmoid", **RCNN}},
+        {**VIT, "head": {"name": "mask_rcnn", "classes": 3, "loss": "sigmoid", **RCNN}},
     ),
     "detection by stages": (
         "detection",
         {},
-        {**STAGES, "head": {"name": "mask_rcnn", "classes": 3, **RCNN}},
+        {**STAGES, "head": {"name": "cascade_mask_rcnn", "classes": 3, **RCNN}},
     ),
     "classify, tokens": ("classify", {}, {**VIT, "head": {**HEAD, "pool": "mean"}}),
 }
