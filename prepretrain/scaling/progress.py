@@ -11,7 +11,7 @@ from prepretrain.runs import results, suite
 from prepretrain.scaling.plan import Planned
 from prepretrain.scaling.study import Study
 
-# done: trained and measured; trained: not yet measured; the rest says itself
+# done: trained and measured; trained: not measured yet; stopped: cut off between its first and last step
 STATES = ("done", "trained", "training", "queued", "stopped", "failed", "waiting")
 
 
@@ -29,7 +29,7 @@ class State:
 
 
 class Notes:
-    """A small file of a study's folder: {run: …}; what one run's entry is says the subclass's user."""
+    """A small file in a study's folder: {run: what is noted of it}."""
 
     def __init__(self, folder: Path, name: str):
         self.path = folder / name
