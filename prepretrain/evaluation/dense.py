@@ -281,5 +281,6 @@ class LabelMapEvaluator(DenseEvaluator):
             if change is not None:
                 picture = change(picture, Random(0, 0, index))
             shown = [coloured(picture, one, palette) for one in (truth, found)]
-            rows.append([coloured(picture), *shown, legend((truth, found), palette, names)])
+            said_of = legend((truth, found), palette, names, shown[0].shape[-2])
+            rows.append([coloured(picture), *shown, said_of])
         return sheet(rows, ["image", "label map", "prediction", "classes"])
