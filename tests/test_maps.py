@@ -1,5 +1,6 @@
 """Images with a map each: label maps and depth maps, and how image and map are moved together."""
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,9 @@ from prepretrain.data.sources.synthetic import Synthetic
 from prepretrain.data.transforms import BadImage
 
 CLASSES = ["left", "right"]
+_SHARED = Path(
+    os.environ.get("PREPRETRAIN_SHARED_DATA") or Path(__file__).parents[2] / "shared" / "data"
+)
 
 
 def saved(path: Path, pixels: np.ndarray) -> None:
@@ -161,6 +165,15 @@ def test_the_cards_that_we_ship_say_what_the_numbers_of_their_maps_mean(card, tm
     labels = source.table[source.table < VOID]
     assert sorted(labels[labels >= 0]) == list(range(len(made.classes)))
     assert not source.palette or len(source.palette) == len(made.classes)
+
+
+def test_camvid_is_as_its_card_says(monkeypatch):
+    if not (_SHARED / "camvid").exists():
+        pytest.skip(f"{_SHARED}/camvid is not there: set PREPRETRAIN_SHARED_DATA")
+    monkeypatch.setenv("PREPRETRAIN_DATA", str(_SHARED))
+    source = open_data("camvid:test")
+    source.check_maps()
+    assert len(source) == 233 and source[0]["label_map"].shape == (360, 480)
 
 
 def test_image_and_map_move_together_whatever_the_size(tmp_path):

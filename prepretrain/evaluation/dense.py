@@ -2,7 +2,6 @@
 several scales and mirrored, counted part by part."""
 
 import math
-from abc import abstractmethod
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -77,29 +76,29 @@ class DenseEvaluator(Evaluator):
         self.severities = tuple(severities)
         self.textures = makers.textures_of(self.corruptions, frost, kind)
 
-    @abstractmethod
     def nothing(self, model: nn.Module) -> Tensor:
         """What is counted of no picture, on the CPU."""
+        raise NotImplementedError
 
-    @abstractmethod
     def count(self, truth: Tensor, said: Tensor) -> Tensor:
         """What is counted of a picture: its map [H, W], and what `said_of` gave; on the CPU."""
+        raise NotImplementedError
 
-    @abstractmethod
     def said_of(self, values: Tensor) -> Tensor:
         """Values [C, H, W] to what is compared with the map and drawn, [H, W]."""
+        raise NotImplementedError
 
     def squash(self, values: Tensor) -> Tensor:
         """Values of one view to what a mean over views is taken of; not asked for a single view."""
         return values
 
-    @abstractmethod
     def metrics(self, total: Tensor) -> tuple[dict[str, float], dict[str, Any]]:
         """(metrics, {name of a file: its content}) of the sum of all counts."""
+        raise NotImplementedError
 
-    @abstractmethod
     def drawn(self, source: Source, said: list[Tensor], change: Any) -> Image.Image:
         """A sheet of a source's pictures, with what was said of each."""
+        raise NotImplementedError
 
     def network(self, model: nn.Module) -> Network:
         """Normalised windows [n, 3, H, W] to values [n, C, rows, columns]: what the head says."""
