@@ -254,3 +254,19 @@ def test_blocks_that_an_encoder_has_not_are_refused_before_anything_is_computed(
     ]:
         with pytest.raises(ValueError, match=f"model.head.layers: .*{said}"):
             made(layers=layers)
+
+
+@pytest.mark.parametrize(
+    "name, at", [("upernet", 4), ("linear_segmentation", 32), ("dpt_segmentation", 2)]
+)
+def test_each_head_reads_the_stages_of_a_hierarchical_encoder_at_any_size(name, at):
+    stages = {"depths": [1, 1, 1, 1], "heads": [1, 1, 1, 1], "base_width": 8, "window": 4}
+    small = {"channels": 8} if name != "linear_segmentation" else {}
+    head = {"name": name, "classes": 3, **small}
+    options = {"image_size": 64, "any_size": True, "final_norm": False, **stages}
+    with torch.device("meta"):
+        model = Model(encoder="swinv2_s", **options, head=head)
+    shard.shard(model, precision="fp32")
+    shard.initialise(model, 0)
+    image = torch.zeros(2, 3, 64, 96)
+    assert model.eval().head(model.read(image))[0].shape == (2, 3, 64 // at, 96 // at)

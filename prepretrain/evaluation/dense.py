@@ -19,6 +19,7 @@ from prepretrain.data.maps import Scaled
 from prepretrain.data.random import Random
 from prepretrain.data.sources.base import Source, fingerprint_of
 from prepretrain.data.subset import Subset, evenly, evenly_spaced
+from prepretrain.data.transforms import sides
 from prepretrain.distributed import group as distributed
 from prepretrain.evaluation import corrupted, segmentation_metrics
 from prepretrain.evaluation import corruptions as makers
@@ -75,6 +76,22 @@ class DenseEvaluator(Evaluator):
         self.corruptions = makers.chosen(kind, corruptions, severities, "imagenet")
         self.severities = tuple(severities)
         self.textures = makers.textures_of(self.corruptions, frost, kind)
+
+    def check(self, model: nn.Module) -> None:
+        """See Evaluator.check: windows must not leave out pixels between them."""
+        stride, canvas = self._stride(model), model.encoder.image_size
+        if any(step > side for step, side in zip(stride, canvas)):
+            raise ValueError(
+                f"{self.kind}.stride: {list(stride)} leaves gaps between windows of {list(canvas)} pixels "
+                f"(model.image_size). Take a smaller one."
+            )
+
+    def _stride(self, model: nn.Module) -> tuple[int, int]:
+        """Rows and columns from a window to the next."""
+        if self.stride is None:
+            height, width = model.encoder.image_size
+            return height * 2 // 3, width * 2 // 3
+        return sides(self.stride)
 
     def nothing(self, model: nn.Module) -> Tensor:
         """What is counted of no picture, on the CPU."""
@@ -203,10 +220,8 @@ class DenseEvaluator(Evaluator):
         """(number, map, what is said), both [H, W] on the CPU, of each picture of this process."""
         canvas = model.encoder.image_size
         short = None if self.whole else self.short_side or min(canvas)
-        stride = tuple(side * 2 // 3 for side in canvas) if self.stride is None else self.stride
-        stride = (stride, stride) if isinstance(stride, int) else stride
         network = partial(_together, self.network(model), self.feature_batch)
-        predict = partial(slide, network, window=canvas, stride=stride)
+        predict = partial(slide, network, window=canvas, stride=self._stride(model))
         single = len(self.scales) == 1 and not self.flip
         squash = (lambda values: values) if single else self.squash
         reader = evaluation_batches(

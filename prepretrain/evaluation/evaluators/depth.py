@@ -89,6 +89,7 @@ class Depth(DenseEvaluator):
 
     def check(self, model: nn.Module) -> None:
         """See Evaluator.check: a head that says depths is needed."""
+        super().check(model)
         if not isinstance(model.head, Depths):
             raise ValueError(
                 f"depth/{self.data}: this model says no depths. Training on depth maps makes one that does: "

@@ -70,6 +70,7 @@ class Segmentation(LabelMapEvaluator):
 
     def check(self, model: nn.Module) -> None:
         """See Evaluator.check: a head that scores the card's classes is needed."""
+        super().check(model)
         if not isinstance(model.head, Segmenter):
             raise ValueError(
                 f"segmentation/{self.data}: this model says no class of a pixel. Fine-tuning on label maps "
