@@ -35,7 +35,7 @@ HEADS = {  # of each: its stage, and what a short run on a CPU has otherwise
     "upernet": (
         "finetune/ade20k_upernet_b",
         [
-            "model.head={name: upernet, classes: 11, channels: 48, auxiliary_channels: 24}",
+            "model.head={name: upernet, classes: 11, channels: 48, auxiliary_channels: 24, layers: null}",
             "model.drop_path=0",
             "optim.lr=32e-3",
             "optim.layer_decay=1",

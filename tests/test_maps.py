@@ -1,5 +1,6 @@
 """Images with a map each: label maps and depth maps, and how image and map are moved together."""
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -7,15 +8,20 @@ import pytest
 import torch
 from PIL import Image
 
+from prepretrain.data import map_census
 from prepretrain.data.batch import collate
 from prepretrain.data.card import load_card, open_data
 from prepretrain.data.maps import VOID, Fitted, Jitter, Scaled, distorted
 from prepretrain.data.random import Random
 from prepretrain.data.sources.depth_maps import DepthMaps
 from prepretrain.data.sources.label_maps import LabelMaps
+from prepretrain.data.sources.synthetic import Synthetic
 from prepretrain.data.transforms import BadImage
 
 CLASSES = ["left", "right"]
+_SHARED = Path(
+    os.environ.get("PREPRETRAIN_SHARED_DATA") or Path(__file__).parents[2] / "shared" / "data"
+)
 
 
 def saved(path: Path, pixels: np.ndarray) -> None:
@@ -161,6 +167,15 @@ def test_the_cards_that_we_ship_say_what_the_numbers_of_their_maps_mean(card, tm
     assert not source.palette or len(source.palette) == len(made.classes)
 
 
+def test_camvid_is_as_its_card_says(monkeypatch):
+    if not (_SHARED / "camvid").exists():
+        pytest.skip(f"{_SHARED}/camvid is not there: set PREPRETRAIN_SHARED_DATA")
+    monkeypatch.setenv("PREPRETRAIN_DATA", str(_SHARED))
+    source = open_data("camvid:test")
+    source.check_maps()
+    assert len(source) == 233 and source[0]["label_map"].shape == (360, 480)
+
+
 def test_image_and_map_move_together_whatever_the_size(tmp_path):
     source = opened(furnish(tmp_path))
     for canvas in [(16, 24), (33, 21), (96, 96)]:  # the last is larger than any image
@@ -263,3 +278,25 @@ def test_a_depth_map_is_read_in_metres_and_zero_is_not_known(tmp_path):
 def test_a_depth_map_that_cannot_be_is_named_with_what_is_wrong(tmp_path, pixels, ending, said):
     with pytest.raises(BadImage, match=said):
         depths(tmp_path, pixels, ending)[0]
+
+
+def test_all_maps_of_a_card_are_counted_drawn_and_the_bad_ones_named(tmp_path, monkeypatch):
+    furnish(tmp_path, 4)
+    saved(tmp_path / "maps/2.png", np.full((33, 45), 7, "uint8"))
+    split = f"train: {{source: label_maps, path: {tmp_path}/images, maps: {tmp_path}/maps}}"
+    said = f"classes: [left, right]\nvalues: {{offset: 1, void: [0]}}\n{split}\n"
+    (tmp_path / "mine.yaml").write_text(said)
+    card = load_card(tmp_path / "mine.yaml")
+    source = card.open("train")
+    found = map_census.count(source)
+    assert [bad.key for bad in found.bad] == ["2.png"] and found.images_of[0] == 3
+    assert found.pixels[VOID] == 4 * (47 + 46 + 44)
+    lines = list(found.lines(source.classes))
+    assert "(void)" in lines[-1] and "in       3 images" in lines[0]
+    sheet = map_census.draw(card, source, [0, 3])
+    assert sheet.width > 2 * 320 and sheet.height > 2 * 200
+    pixels = np.array([[1000, 2500, 0], [9000, 0, 500]], "uint16")
+    deep = map_census.count(depths(tmp_path / "deep", pixels, scale=0.001))
+    assert next(deep.lines(None)) == "depths of 0.5 to 9 m; 66.7% of the pixels are known"
+    with pytest.raises(ValueError, match="have no maps"):
+        map_census.count(Synthetic(images=2, size=32))

@@ -1,6 +1,7 @@
 """Segmentation: heads, the objective that trains them, and runs."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -68,8 +69,32 @@ def test_upernet_on_the_stages_of_a_swinv2_has_the_published_size(size, publishe
     assert millions(model.head.pyramid, model.head.scores) == pytest.approx(published, abs=0.006)
 
 
-def _normed(rank: int, folder: str) -> None:
+def _together(rank: int, folder: str) -> None:
     distributed.init()
+    _normed(rank, folder)
+    os.chdir(folder)
+    Path(f"losses_{rank}.json").write_text(json.dumps(losses()))
+    distributed.shutdown()
+
+
+def losses() -> list[float]:
+    """Of five steps on four images, over all processes."""
+    objective, source = Segmentation(made(dropout=0.0)), load_card("sides").open("train")
+    shard.shard(objective, precision="fp32")
+    shard.initialise(objective, 0)
+    optimizer, found = torch.optim.AdamW(objective.parameters(), 1e-2), []
+    mine = torch.arange(4).tensor_split(distributed.world())[distributed.rank()]
+    batch = collate([seen(source, objective.transform(True), i) for i in mine.tolist()])
+    for _ in range(5):
+        loss = objective(batch)["loss"]
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        found.append(float(distributed.all_sum(loss.detach())) / distributed.world())
+    return found
+
+
+def _normed(rank: int, folder: str) -> None:
     norm, maps, weights = batch(folder)
     mine = maps.tensor_split(distributed.world())[distributed.rank()].requires_grad_()
     share = weights.tensor_split(distributed.world())[distributed.rank()]
@@ -78,7 +103,6 @@ def _normed(rank: int, folder: str) -> None:
     grads = [distributed.all_sum(p.grad) for p in (norm.weight, norm.bias)]
     rows = [torch.cat(distributed.all_gather_object(t)) for t in (found.detach(), mine.grad)]
     torch.save([*rows, *grads, norm.running_mean, norm.running_var], f"{folder}/{rank}.pt")
-    distributed.shutdown()
 
 
 def batch(folder: str) -> tuple[BatchNorm, torch.Tensor, torch.Tensor]:
@@ -92,8 +116,9 @@ def batch(folder: str) -> tuple[BatchNorm, torch.Tensor, torch.Tensor]:
     return norm, maps, torch.randn(4, 5, 3, 2, generator=generator)
 
 
-def test_batch_norm_is_torchs_and_that_of_all_processes_images(tmp_path, group):
-    norm, maps, weights = batch(str(tmp_path))
+def test_batch_norm_is_torchs_and_that_of_all_processes_images(place, group):
+    card_of_sides(place)
+    norm, maps, weights = batch(str(place))
     known = torch.nn.BatchNorm2d(5)
     known.load_state_dict({**norm.state_dict(), "num_batches_tracked": torch.tensor(0)})
     inputs = [maps.clone().requires_grad_() for _ in range(2)]
@@ -107,10 +132,13 @@ def test_batch_norm_is_torchs_and_that_of_all_processes_images(tmp_path, group):
     known.running_mean.zero_(), known.running_var.fill_(1)
     known(maps)
     expected += [known.running_mean, known.running_var]
-    processes(2, _normed, str(tmp_path))
+    alone = losses()
+    processes(2, _together, str(place))
     for rank in range(2):
-        for one, two in zip(torch.load(tmp_path / f"{rank}.pt"), expected):
+        for one, two in zip(torch.load(place / f"{rank}.pt"), expected):
             assert torch.allclose(one, two, atol=1e-5)
+        sharded = json.loads(Path(f"losses_{rank}.json").read_text())
+        assert sharded == pytest.approx(alone, rel=1e-5)
 
 
 def test_batch_norm_keeps_its_running_values_where_a_batch_is_not_finite_and_refuses_one_value(
@@ -216,3 +244,29 @@ def test_a_run_starts_from_stage_one_resumes_bitwise_and_saves_a_segmenter(place
     assert Path("runs/tuned/predictions").exists()
     alone = prepretrain.evaluate(again, "segmentation", data="sides", pictures=0)
     assert alone == measured
+
+
+def test_blocks_that_an_encoder_has_not_are_refused_before_anything_is_computed():
+    for layers, said in [
+        ([1, 2, 3, 9], "this encoder has 4 blocks.*layers=null"),
+        ([1, 3, 2, 4], "must be different blocks, in rising order"),
+        ([2, 4], "must be 4 blocks"),
+    ]:
+        with pytest.raises(ValueError, match=f"model.head.layers: .*{said}"):
+            made(layers=layers)
+
+
+@pytest.mark.parametrize(
+    "name, at", [("upernet", 4), ("linear_segmentation", 32), ("dpt_segmentation", 2)]
+)
+def test_each_head_reads_the_stages_of_a_hierarchical_encoder_at_any_size(name, at):
+    stages = {"depths": [1, 1, 1, 1], "heads": [1, 1, 1, 1], "base_width": 8, "window": 4}
+    small = {"channels": 8} if name != "linear_segmentation" else {}
+    head = {"name": name, "classes": 3, **small}
+    options = {"image_size": 64, "any_size": True, "final_norm": False, **stages}
+    with torch.device("meta"):
+        model = Model(encoder="swinv2_s", **options, head=head)
+    shard.shard(model, precision="fp32")
+    shard.initialise(model, 0)
+    image = torch.zeros(2, 3, 64, 96)
+    assert model.eval().head(model.read(image))[0].shape == (2, 3, 64 // at, 96 // at)

@@ -146,6 +146,10 @@ def test_what_does_not_fit_is_refused_before_anything_is_computed(tmp_path, grou
         evaluator.check(model)
     with pytest.raises(ValueError, match="segmentation.whole: .*Leave them out"):
         build("segmentation", cache=False, data=card, whole=True, stride=9)
+    with pytest.raises(
+        ValueError, match=r"segmentation.stride: \[33, 33\] leaves gaps between windows"
+    ):
+        build("segmentation", cache=False, data=card, stride=33).check(knowing())
     (tmp_path / "flat.yaml").write_text("val: {source: synthetic, images: 4, size: 32, seed: 0}\n")
     with pytest.raises(ValueError, match="flat:val has no label_map"):
         build("segmentation", cache=False, data=str(tmp_path / "flat.yaml")).open_data()

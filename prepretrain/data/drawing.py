@@ -94,16 +94,14 @@ def principal_colours(maps: Tensor) -> Tensor:
     return (255 * whole).round().to(torch.uint8).permute(0, 3, 1, 2)
 
 
-def legend(
-    maps: Sequence[Tensor], palette: list, names: Sequence[str], *, side: int = 320
-) -> Tensor:
-    """uint8 [3, side, side / 2]: the colour and the name of each class of some label maps, those with
-    the most pixels first."""
+def legend(maps: Sequence[Tensor], palette: list, names: Sequence[str], height: int) -> Tensor:
+    """uint8 [3, height, 160]: the colour and the name of each class of some label maps, as many as
+    there is room for, those with the most pixels first."""
     counts = sum(torch.bincount(one.flatten().long(), minlength=256) for one in maps)
     shown = [i for i in counts[: len(names)].argsort(descending=True).tolist() if counts[i]]
-    page = Image.new("RGB", (side // 2, side), "white")
+    page = Image.new("RGB", (160, height), "white")
     pen, font = ImageDraw.Draw(page), ImageFont.truetype(_font_file(), 11)
-    for place, label in enumerate(shown[: side // 15]):
+    for place, label in enumerate(shown[: height // 15]):
         top = 15 * place
         pen.rectangle((0, top, 16, top + 12), fill=tuple(palette[label]))
         pen.text((21, top), names[label], fill="black", font=font)

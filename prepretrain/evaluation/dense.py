@@ -2,7 +2,6 @@
 several scales and mirrored, counted part by part."""
 
 import math
-from abc import abstractmethod
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -20,6 +19,7 @@ from prepretrain.data.maps import Scaled
 from prepretrain.data.random import Random
 from prepretrain.data.sources.base import Source, fingerprint_of
 from prepretrain.data.subset import Subset, evenly, evenly_spaced
+from prepretrain.data.transforms import sides
 from prepretrain.distributed import group as distributed
 from prepretrain.evaluation import corrupted, segmentation_metrics
 from prepretrain.evaluation import corruptions as makers
@@ -77,29 +77,45 @@ class DenseEvaluator(Evaluator):
         self.severities = tuple(severities)
         self.textures = makers.textures_of(self.corruptions, frost, kind)
 
-    @abstractmethod
+    def check(self, model: nn.Module) -> None:
+        """See Evaluator.check: windows must not leave out pixels between them."""
+        stride, canvas = self._stride(model), model.encoder.image_size
+        if any(step > side for step, side in zip(stride, canvas)):
+            raise ValueError(
+                f"{self.kind}.stride: {list(stride)} leaves gaps between windows of {list(canvas)} pixels "
+                f"(model.image_size). Take a smaller one."
+            )
+
+    def _stride(self, model: nn.Module) -> tuple[int, int]:
+        """Rows and columns from a window to the next."""
+        if self.stride is None:
+            height, width = model.encoder.image_size
+            return height * 2 // 3, width * 2 // 3
+        return sides(self.stride)
+
     def nothing(self, model: nn.Module) -> Tensor:
         """What is counted of no picture, on the CPU."""
+        raise NotImplementedError
 
-    @abstractmethod
     def count(self, truth: Tensor, said: Tensor) -> Tensor:
         """What is counted of a picture: its map [H, W], and what `said_of` gave; on the CPU."""
+        raise NotImplementedError
 
-    @abstractmethod
     def said_of(self, values: Tensor) -> Tensor:
         """Values [C, H, W] to what is compared with the map and drawn, [H, W]."""
+        raise NotImplementedError
 
     def squash(self, values: Tensor) -> Tensor:
         """Values of one view to what a mean over views is taken of; not asked for a single view."""
         return values
 
-    @abstractmethod
     def metrics(self, total: Tensor) -> tuple[dict[str, float], dict[str, Any]]:
         """(metrics, {name of a file: its content}) of the sum of all counts."""
+        raise NotImplementedError
 
-    @abstractmethod
     def drawn(self, source: Source, said: list[Tensor], change: Any) -> Image.Image:
         """A sheet of a source's pictures, with what was said of each."""
+        raise NotImplementedError
 
     def network(self, model: nn.Module) -> Network:
         """Normalised windows [n, 3, H, W] to values [n, C, rows, columns]: what the head says."""
@@ -204,10 +220,8 @@ class DenseEvaluator(Evaluator):
         """(number, map, what is said), both [H, W] on the CPU, of each picture of this process."""
         canvas = model.encoder.image_size
         short = None if self.whole else self.short_side or min(canvas)
-        stride = tuple(side * 2 // 3 for side in canvas) if self.stride is None else self.stride
-        stride = (stride, stride) if isinstance(stride, int) else stride
         network = partial(_together, self.network(model), self.feature_batch)
-        predict = partial(slide, network, window=canvas, stride=stride)
+        predict = partial(slide, network, window=canvas, stride=self._stride(model))
         single = len(self.scales) == 1 and not self.flip
         squash = (lambda values: values) if single else self.squash
         reader = evaluation_batches(
@@ -281,5 +295,6 @@ class LabelMapEvaluator(DenseEvaluator):
             if change is not None:
                 picture = change(picture, Random(0, 0, index))
             shown = [coloured(picture, one, palette) for one in (truth, found)]
-            rows.append([coloured(picture), *shown, legend((truth, found), palette, names)])
+            said_of = legend((truth, found), palette, names, shown[0].shape[-2])
+            rows.append([coloured(picture), *shown, said_of])
         return sheet(rows, ["image", "label map", "prediction", "classes"])

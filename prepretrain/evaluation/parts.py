@@ -10,7 +10,7 @@ from prepretrain.data.subset import Subset
 from prepretrain.distributed import group as distributed
 from prepretrain.files import read_json, write_json
 
-_PART = 1000  # not from the paper: images of a part
+_PART = 250  # not from the paper: images of a part
 
 
 def by_parts(

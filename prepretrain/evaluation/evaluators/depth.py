@@ -70,12 +70,26 @@ class Depth(DenseEvaluator):
         feature_batch: int = 4,
         workers: int | None = None,
     ):
-        given = {key: value for key, value in locals().items() if key not in ("self", "__class__")}
-        self.cap, self.region = given.pop("cap"), given.pop("region")
-        super().__init__(**given, scales=(1.0,))
+        super().__init__(
+            data=data,
+            split=split,
+            short_side=short_side,
+            whole=whole,
+            stride=stride,
+            flip=flip,
+            images=images,
+            pictures=pictures,
+            corruptions=corruptions,
+            severities=severities,
+            frost=frost,
+            feature_batch=feature_batch,
+            workers=workers,
+        )
+        self.cap, self.region = cap, region
 
     def check(self, model: nn.Module) -> None:
         """See Evaluator.check: a head that says depths is needed."""
+        super().check(model)
         if not isinstance(model.head, Depths):
             raise ValueError(
                 f"depth/{self.data}: this model says no depths. Training on depth maps makes one that does: "

@@ -51,11 +51,26 @@ class Segmentation(LabelMapEvaluator):
         feature_batch: int = 4,
         workers: int | None = None,
     ):
-        given = {key: value for key, value in locals().items() if key not in ("self", "__class__")}
-        super().__init__(**given)
+        super().__init__(
+            data=data,
+            split=split,
+            short_side=short_side,
+            whole=whole,
+            stride=stride,
+            scales=scales,
+            flip=flip,
+            images=images,
+            pictures=pictures,
+            corruptions=corruptions,
+            severities=severities,
+            frost=frost,
+            feature_batch=feature_batch,
+            workers=workers,
+        )
 
     def check(self, model: nn.Module) -> None:
         """See Evaluator.check: a head that scores the card's classes is needed."""
+        super().check(model)
         if not isinstance(model.head, Segmenter):
             raise ValueError(
                 f"segmentation/{self.data}: this model says no class of a pixel. Fine-tuning on label maps "

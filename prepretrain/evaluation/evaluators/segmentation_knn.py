@@ -67,6 +67,7 @@ class SegmentationKnn(LabelMapEvaluator):
 
     def check(self, model: nn.Module) -> None:
         """See Evaluator.check: an encoder that gives maps is needed, no head."""
+        super().check(model)
         model.encoder.require(("maps",), f"segmentation_knn/{self.data}")
 
     def asked(self) -> list:

@@ -74,6 +74,11 @@ class Dense(Head):
             raise ValueError(
                 f"model.head.layers: {list(layers)} must be different blocks, in rising order."
             )
+        if layers[-1] > last(encoder)[0]:
+            raise ValueError(
+                f"model.head.layers: {list(layers)}: this encoder has {last(encoder)[0]} blocks (or stages). "
+                f"model.head.layers=null takes those that the head reads by default."
+            )
         self.layers, self.normed = layers, not encoder.final_norm
 
     def width_of(self, encoder: Encoder) -> int:

@@ -1,0 +1,49 @@
+"""Read every map of a card with label maps or depth maps, count what they hold, name what is bad, and draw
+some of them to look at.
+
+python datasets/maps.py ade20k:val --out sheet.png
+python datasets/maps.py nyuv2
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from prepretrain.data import map_census
+from prepretrain.data.card import load_card
+from prepretrain.data.subset import evenly
+
+
+def main() -> None:
+    """Count, print, and draw."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("card", help="a card, or card:split")
+    parser.add_argument("--out", type=Path, help="a picture to write, of images with their maps")
+    parser.add_argument("--images", type=int, default=8, help="how many are drawn")
+    args = parser.parse_args()
+    name, _, split = args.card.partition(":")
+    card = load_card(name)
+    source = card.open(split or "train")
+    found = map_census.count(source)
+    print(f"{len(source):,} images; of {len(found.bad):,} the map is bad")
+    for line in found.lines(source.classes):
+        print(line)
+    for bad in found.bad[:20]:
+        print(f"bad: {bad}")
+    if len(found.bad) > 20:
+        print(f"… and {len(found.bad) - 20:,} more")
+    if args.out is not None:
+        keys = {bad.key for bad in found.bad}
+        usable = [i for i in range(len(source)) if source.key(i) not in keys]
+        chosen = [usable[i] for i in evenly(len(usable), args.images)]
+        map_census.draw(card, source, chosen).save(args.out)
+        print(f"{args.out}: {len(chosen)} images with their maps")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except ValueError as error:
+        sys.exit(f"error: {error}")
