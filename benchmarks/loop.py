@@ -1,7 +1,9 @@
 """What the training loop itself costs: `fit()` beside bare forward, backward and optimizer, on a model so
 small that nothing else shows; CPU time of one thread.
 
-    python benchmarks/loop.py [--steps N] [--rounds N]
+    python benchmarks/loop.py [--steps N] [--rounds N] [--depth N]
+
+A deeper model has more tensors of parameters, which should cost the loop little.
 """
 
 import argparse
@@ -27,19 +29,19 @@ from prepretrain.training.schedule import Schedule
 IMAGES, WARMUP = 8, 10
 
 
-def prepared() -> tuple[nn.Module, torch.optim.Optimizer]:
+def prepared(depth: int) -> tuple[nn.Module, torch.optim.Optimizer]:
     """A small MAE and its optimizer, the same at each call."""
     with torch.device("meta"):
-        model = Model(encoder="vit_test8", positions="fixed")
+        model = Model(encoder="vit_test8", positions="fixed", depth=depth)
         objective = MAE(model, decoder_depth=1, decoder_width=32, decoder_heads=2)
     shard.shard(objective, precision="fp32")
     shard.initialise(objective, 0)
     return objective.train(), optim.build(objective, lr=1e-5, weight_decay=0.05)
 
 
-def bare(batch: dict[str, Any], steps: int) -> float:
+def bare(depth: int, batch: dict[str, Any], steps: int) -> float:
     """Seconds of a step without the loop."""
-    objective, optimizer = prepared()
+    objective, optimizer = prepared(depth)
     for number in range(WARMUP + steps):
         if number == WARMUP:
             before = time.process_time()
@@ -64,9 +66,9 @@ class Ready:
             yield {**self.batch, "key": [""] * IMAGES, "position": [0] * IMAGES, "bad": []}
 
 
-def looped(batch: dict[str, Any], steps: int, log_every: int) -> float:
+def looped(depth: int, batch: dict[str, Any], steps: int, log_every: int) -> float:
     """Seconds of a step of the loop, with a row of metrics every so many."""
-    (objective, optimizer), data = prepared(), Ready(batch)
+    (objective, optimizer), data = prepared(depth), Ready(batch)
     schedule = Schedule(1e-5, WARMUP + steps + 1)
     how = {"seed": 0, "options": {}, "save_every": None, "log_every": log_every}
     with tempfile.TemporaryDirectory() as place:
@@ -79,6 +81,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--depth", type=int, default=2, help="blocks of the encoder")
     asked = parser.parse_args()
     torch.set_num_threads(1)
     distributed.init("cpu")
@@ -87,9 +90,9 @@ def main() -> None:
         "noise": torch.rand(IMAGES, 16),
     }
     variants: dict[str, Callable[[], float]] = {
-        "bare": lambda: bare(batch, asked.steps),
-        "loop": lambda: looped(batch, asked.steps, 10 * asked.steps),
-        "logged": lambda: looped(batch, asked.steps, 1),
+        "bare": lambda: bare(asked.depth, batch, asked.steps),
+        "loop": lambda: looped(asked.depth, batch, asked.steps, 10 * asked.steps),
+        "logged": lambda: looped(asked.depth, batch, asked.steps, 1),
     }
     times: dict[str, list[float]] = {name: [] for name in variants}
     for _ in range(asked.rounds):
@@ -105,7 +108,7 @@ def main() -> None:
     }
     rounded = {name: round(value, 3) for name, value in figures.items()}
     spread = [round(quartiles[0], 3), round(quartiles[-1], 3)]
-    print(json.dumps({"figure": "loop", **rounded, "quartiles": spread, "steps": asked.steps}))
+    print(json.dumps({"figure": "loop", **rounded, "quartiles": spread, "depth": asked.depth}))
     distributed.shutdown()
 
 
