@@ -81,6 +81,8 @@ def built(name: str) -> tuple[torch.nn.Module, dict[str, torch.Tensor]]:
     """An objective on the meta device, and a batch for it on the CPU."""
     objective, options, model = OBJECTIVES[name]
     options = dict(options)
+    if objective == "detection":
+        pytest.importorskip("faster_coco_eval")
     if objective == "feature_mae":
         options |= {"decoder_depth": 1, "resample": True, **SMALL}
     with torch.device("meta"):
