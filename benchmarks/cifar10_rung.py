@@ -11,6 +11,7 @@ import argparse
 import csv
 import datetime
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,27 +20,25 @@ from prepretrain.scaling import forecast, laws, table
 
 RESULTS = Path(__file__).parent / "results"
 TARGETS = {"val_loss": True, "knn/photos": False, "linear/photos": False}  # whether less is better
-RUNG = {"w32": 1600}  # iterations, twice the longest
-DATA = ("20%", "100%")
+LARGEST, DATA = "w128", "100%"  # of the study; the rung's encoder is the next larger one
+PARAMS, LENGTHS = 2_710_080, (200, 400)
 
 
 def said(runs: table.Table) -> dict:
-    """{target: {run: {rule: [low, middle, high]}}} of the rung, at 80 %."""
+    """{target: {length: {"law": 10, 50 and 90 %, "last value", "draws"}}} of the rung."""
     found: dict = {}
     for target, falls in TARGETS.items():
         values = runs.loss if target == "val_loss" else runs.metrics[target]
         law = laws.fit(runs, values, falls=falls)
         found[target] = {}
-        for data in DATA:
-            longest = (runs.model == "w32") & (runs.data == data)
-            longest &= runs.iterations == runs.iterations[longest].max()
-            asked = runs.take(longest)
-            asked.iterations[:] = RUNG["w32"]
+        for length in LENGTHS:
+            below = (runs.model == LARGEST) & (runs.data == DATA) & (runs.iterations == length)
+            asked = replace(runs.take(below), params=np.array([float(PARAMS)]))
             draws = law.draw(asked)[:, 0]
-            found[target][data] = {
+            found[target][str(length)] = {
                 "law": np.percentile(draws, [10, 50, 90]).round(4).tolist(),
-                "last value": round(float(values[longest][0]), 4),
-                "crps_draws": np.percentile(draws, np.arange(0.5, 100)).round(5).tolist(),
+                "last value": round(float(values[below][0]), 4),
+                "draws": np.percentile(draws, np.arange(2.5, 100, 5)).round(4).tolist(),
             }
     return found
 
@@ -49,10 +48,10 @@ def graded(rung: dict, rows: list[dict]) -> dict:
     found: dict = {}
     for target in TARGETS:
         for row in rows:
-            one = rung[target][row["data"]]
+            one = rung[target][row["iterations"]]
             truth, (low, middle, high) = float(row[target]), one["law"]
-            score = forecast.crps(np.array(one["crps_draws"])[:, None], np.array([truth]))
-            found[f"{target}, {row['data']}"] = {
+            score = forecast.crps(np.array(one["draws"])[:, None], np.array([truth]))
+            found[f"{target}, {row['iterations']} iterations"] = {
                 "came_out": round(truth, 4),
                 "forecast": middle,
                 "interval": [low, high],
@@ -78,7 +77,7 @@ def main() -> None:
         metrics = tuple(t for t in TARGETS if t != "val_loss")
         runs, _ = table.read(given.results / "cifar10_scaling.csv", metrics=metrics)
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-        found = {"made": now, "from_runs": len(runs), "rung": RUNG, "said": said(runs)}
+        found = {"made": now, "from_runs": len(runs), "params": PARAMS, "said": said(runs)}
     else:
         found = json.loads(path.read_text())
         rows = list(csv.DictReader((given.results / "cifar10_rung.csv").open()))
