@@ -174,7 +174,7 @@ class DenseEvaluator(Evaluator):
         total = self.nothing(model)
         with frozen(model):
             measure = partial(self._part, model, change)
-            for _, part in by_parts(source, parts, measure, self._whole):
+            for _, part in by_parts(source, parts, measure, self._is_part):
                 part = distributed.from_main(part)
                 total = total + torch.tensor(part["counts"], dtype=total.dtype)
             found, files = self.metrics(total)
@@ -198,7 +198,7 @@ class DenseEvaluator(Evaluator):
         said = [one for part in distributed.all_gather_object(mine) for one in part]
         return self.drawn(source, said, change) if distributed.is_main() else None
 
-    def _whole(self, part: dict[str, Any], count: int) -> bool:
+    def _is_part(self, part: dict[str, Any], count: int) -> bool:
         """Whether this is what `_part` gives of so many images."""
         return part["images"] == count and bool(part["counts"])
 
