@@ -16,6 +16,7 @@ from prepretrain.data.loader import loading
 from prepretrain.distributed import group as distributed
 from prepretrain.distributed import shard
 from prepretrain.models.model import Model
+from prepretrain.objectives.clip import CLIP
 from prepretrain.objectives.mae import MAE
 from prepretrain.runs import capacity, doctor, memory, run
 from prepretrain.runs.plan import Plan, build_evaluator, build_objective
@@ -185,9 +186,25 @@ def test_a_batch_that_does_not_divide_among_the_processes_is_refused_when_a_plan
         Plan(given, 6)
 
 
+def captioned() -> CLIP:
+    """A small CLIP on the meta device."""
+    with torch.device("meta"):
+        tower = {
+            "name": "open_clip",
+            "architecture": "ViT-B-16",
+            "width": 32,
+            "layers": 1,
+            "heads": 2,
+        }
+        return CLIP(Model(encoder="vit_test8", text=tower, joint={"width": 8}))
+
+
 def state_of(rank: int, expected: dict[str, int]) -> None:
-    """Trains two real steps, and compares what this process then holds with what was simulated."""
+    """Trains two real steps, and compares what this process then holds with what was simulated; and
+    counts activations of an objective that exchanges features, as a run does that has started."""
+    before = memory.activations(captioned(), 2)
     distributed.init()
+    assert memory.activations(captioned(), 2) == before and distributed.world() == 2
     objective = build()
     shard.shard(objective, precision="fp32")
     shard.initialise(objective, 0)

@@ -1,5 +1,6 @@
 """One process group, always: the same code for one process, for eight and for a cluster."""
 
+import contextlib
 import datetime
 import json
 import logging
@@ -8,7 +9,7 @@ import os
 import re
 import socket
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,6 +27,7 @@ TIMEOUT = datetime.timedelta(minutes=30)
 
 
 _cpu_asked = False  # by init(device="cpu")
+_apart = False  # within `apart`
 
 
 def init(device: Literal["auto", "cpu"] = "auto") -> torch.device:
@@ -168,14 +170,25 @@ def memory() -> int | None:
 _device = device  # `init` has an option of this name
 
 
+@contextlib.contextmanager
+def apart() -> Iterator[None]:
+    """Within it this process is as one without a group: for steps that are counted, not taken."""
+    global _apart
+    _apart = True
+    try:
+        yield
+    finally:
+        _apart = False
+
+
 def rank() -> int:
     """This process's number; 0 without a group."""
-    return dist.get_rank() if dist.is_initialized() else 0
+    return dist.get_rank() if dist.is_initialized() and not _apart else 0
 
 
 def world() -> int:
     """The number of processes; 1 without a group."""
-    return dist.get_world_size() if dist.is_initialized() else 1
+    return dist.get_world_size() if dist.is_initialized() and not _apart else 1
 
 
 def is_main() -> bool:

@@ -30,6 +30,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
+from prepretrain.distributed import group as distributed
 from prepretrain.distributed import shard
 from prepretrain.objectives.base import Objective
 from prepretrain.training import optim
@@ -183,7 +184,7 @@ def activations(
     """
     width, kept = 4 if precision == "fp32" else 2, _Kept()
     parts = (objective, *objective.frozen())
-    with FakeTensorMode(allow_non_fake_inputs=True):
+    with distributed.apart(), FakeTensorMode(allow_non_fake_inputs=True):
         for module in parts:
             module.to_empty(device="cpu")
             shard.fill_buffers(module)
