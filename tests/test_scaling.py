@@ -157,7 +157,27 @@ def test_a_change_point_is_found_where_it_is_and_not_where_there_is_none():
     level = np.repeat([1.0, 2.0, 3.0], 6) + 0.01 * rng.standard_normal(18)
     found = laws.change_point(images, level + np.log(np.minimum(images, 1e6)) / 10, models)
     assert found.low < 1e6 < found.high and found.high / found.low < 3 and found.p < 0.01
-    assert laws.change_point(images, level + np.log(images) / 10, models).p > 0.05
+    rises = laws.change_point(images, level + np.log(images) / 10, models)
+    assert rises.p > 0.05 and rises.slope_p < 1e-9 and abs(rises.slope - 0.1) < 1e-2
+
+
+@pytest.mark.parametrize(
+    "slope, said", [(0, "That top1 changes with data is not shown"), (-1, "top1 gets worse with")]
+)
+def test_data_that_buy_nothing_are_said_to_buy_nothing(slope, said):
+    models = np.repeat(["a", "b"], 6)
+    images = np.tile(np.geomspace(1e5, 1e8, 6), 2)
+    noise = 0.3 * np.random.default_rng(2).standard_normal(12)
+    runs = Table(
+        models,
+        images.astype(str),
+        np.full(12, 100.0),
+        None,
+        {"top1": slope * np.log(images) + noise},
+        images=images,
+    )
+    words = verdict.answer(runs, "top1")["verdicts"]
+    assert any(one.startswith(said) for one in words), words
 
 
 def test_the_score_of_a_normal_forecast_is_the_closed_one():

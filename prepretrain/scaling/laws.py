@@ -224,6 +224,8 @@ class Change:
     low: float  # of the interval at 95 %
     high: float
     p: float  # of growth as large by chance if nothing ever stopped it
+    slope: float  # of the unbroken lines, their mean: for each e-fold of the data
+    slope_p: float  # of lines as steep by chance if data changed nothing
     runs: int
 
 
@@ -268,11 +270,17 @@ def change_point(
     inside = grid[squared[:, 0] <= limit]
     p = (1 + (chance >= found).sum()) / (1 + draws)
     at = grid[squared[:, 0].argmin()]
+    flat = ((values - _projection(own) @ values) ** 2).sum()
+    left, rest = ((values - straight) ** 2).sum(), len(x) - size + 1
+    steep = (flat - left) / own.shape[1] / max(left / rest, 1e-300)
+    slopes = np.linalg.lstsq(np.hstack([own, own * x[:, None]]), values, rcond=None)[0]
     return Change(
         float(np.exp(at)),
         float(np.exp(inside.min())),
         float(np.exp(inside.max())),
         float(p),
+        float(slopes[own.shape[1] :].mean()),
+        float(stats.f.sf(steep, own.shape[1], rest)),
         len(x),
     )
 

@@ -196,6 +196,16 @@ def _proxy(found: dict[str, Any]) -> list[str]:
 
 def _saturates(name: str, part: dict[str, Any]) -> str:
     change = part["change_point"]
+    if change["slope_p"] > 0.05 and change["p"] > 0.05:
+        return (
+            f"That {name} changes with data is not shown (p = {change['slope_p']:.2f}): at these "
+            "lengths, more of them bought nothing."
+        )
+    if change["p"] > 0.05 and (change["slope"] > 0) == (name == "val_loss"):
+        return (
+            f"{name} gets worse with the logarithm of the data (p = {change['slope_p']:.3f}): at these "
+            "lengths, more of them bought nothing."
+        )
     if change["p"] > 0.05:
         return (
             f"{name} improves with the logarithm of the data as far as they go; that it stops "
