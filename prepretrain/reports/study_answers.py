@@ -182,6 +182,11 @@ def moves(study: Study) -> Chart:
             "The gain over the best run, by the law of all runs, for the stated budget; to the right of "
             "zero is better. Bars are 80 % intervals.",
         )
+        if not study.over.any():
+            words.append(
+                "Where no run overfits, the law says by its shape that more of anything never hurts: how "
+                "large a gain is says something, and that it is above zero does not."
+            )
     return Chart(name, title, words, panels, [], rows if len(rows) > 1 else [], open=True)
 
 
