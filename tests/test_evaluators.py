@@ -179,6 +179,12 @@ def test_the_model_waits_in_the_hosts_memory_while_its_features_are_probed(
         assert not training.moves
 
 
+def storages(larger_than: int = 0) -> set[int]:
+    """Where the numbers of all float32 tensors lie, but for those of other tests that have none."""
+    plain = (t for t in gc.get_objects() if type(t) is torch.Tensor and t.dtype == torch.float32)
+    return {t.untyped_storage().data_ptr() for t in plain if t.numel() > larger_than}
+
+
 @pytest.mark.parametrize("protocol", ["lbfgs", "ridge", "sweep"])
 def test_a_probe_holds_one_copy_of_its_features_at_a_time(protocol, monkeypatch):
     features, labels = clouds(300, 3, 1.0, 0)
@@ -186,21 +192,14 @@ def test_a_probe_holds_one_copy_of_its_features_at_a_time(protocol, monkeypatch)
 
     def noted(compute):
         def noting(*given: object, **options: object) -> object:
-            large = {
-                t.untyped_storage().data_ptr()
-                for t in gc.get_objects()
-                if isinstance(t, torch.Tensor) and t.dtype == torch.float32 and t.numel() > 3000
-            }
-            held.append(len(large - before))
+            held.append(len(storages(larger_than=3000) - before))
             return compute(*given, **options)
 
         return noting
 
     for module, name in ((logistic, "fit"), (probes, "ridge"), (probes, "_stacked")):
         monkeypatch.setattr(module, name, noted(getattr(module, name)))
-    before = {
-        t.untyped_storage().data_ptr() for t in gc.get_objects() if isinstance(t, torch.Tensor)
-    }
+    before = storages()
     probes.fit(
         protocol,
         features,

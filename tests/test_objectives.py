@@ -346,13 +346,16 @@ DECODER = {"decoder_depth": 1, "decoder_width": 32, "decoder_heads": 2}
 OBJECTIVES = {  # options of a small model, and of the objective
     "classify": ({"head": {"classes": 3}}, {}),
     "clip": (TEXTUAL, {}),
+    "depth": ({"head": {"name": "linear_depth"}}, {"short_side": 48}),
     "detection": ({"head": {"name": "mask_rcnn", "classes": 2, "masks": False}}, {}),
     "feature_mae": ({}, {"teacher": "teacher", **DECODER}),
     "hashtag": ({}, {"vocabulary": "tags.json"}),
     "lit": (TEXTUAL, {}),
     "mae": ({}, DECODER),
+    "segmentation": ({"head": {"name": "linear_segmentation", "classes": 2}}, {}),
     "simmim": ({}, {"cell": 8}),
 }
+WHOLE = ("depth", "detection", "segmentation")  # of whose pictures nothing is cut off
 
 
 @pytest.mark.parametrize("name", plugin.names("objectives"))
@@ -367,6 +370,7 @@ def test_every_objective_trains_on_changing_crops_and_is_validated_on_the_centre
     scene = Synthetic(images=1, size=40, seed=0)[0] | {"hashtags": ["cat"], "label": 1}
     scene |= {"boxes": np.ones((0, 4)), "classes": np.ones(0, int), "crowds": np.ones(0, bool)}
     scene |= {"size": (40, 40)}
+    scene |= {"label_map": np.eye(40, dtype=np.uint8), "depth": np.ones((40, 40), np.float32)}
 
     def draws(train: bool) -> list[torch.Tensor]:
         made, randoms = objective.transform(train), [Random(0, n % 4, 0) for n in range(8)]
@@ -376,7 +380,7 @@ def test_every_objective_trains_on_changing_crops_and_is_validated_on_the_centre
     assert len({crop.numpy().tobytes() for crop in crops}) == 4
     assert all(torch.equal(crops[n], crops[n + 4]) for n in range(4))  # by the sample's randomness
     centre = resize_center_crop(decode(scene["image"]), 32)
-    if name == "detection":  # of which nothing is cut off
+    if name in WHOLE:
         centre = boxes.fit((40, 40), 32).image(decode(scene["image"]))
     assert all(torch.equal(one, centre) for one in centres)
 

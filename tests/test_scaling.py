@@ -118,6 +118,16 @@ def test_the_larger_published_runs_are_forecast_better_than_by_naive_rules():
         assert 0.7 <= scores["law"]["coverage"] <= 0.9
 
 
+def test_encoders_five_times_apart_make_no_forecast_wild_and_narrow_intervals_are_called_so():
+    table, _ = read(ROOT / "benchmarks/results/cifar10_scaling.csv", metrics=("knn/photos",))
+    scores = forecast.grade(table, table.metrics["knn/photos"], falls=False, factor=6)
+    assert scores["law"]["crps"] < scores["linear in logarithms"]["crps"] < 1.1
+    found = {"forecast": {"knn/photos": scores}, "saturation": {}, "moves": {}}
+    found |= {"overfit_runs": 0, "correlations": {"other": None}}
+    (said,) = verdict.words(found, {})
+    assert "45 % inside" in said and said.endswith("but its intervals are too narrow.")
+
+
 def test_the_published_web_data_stop_helping_below_ten_million_images():
     path = ROOT / "benchmarks/published/delving_deeper_table2.csv"
     for metric in ("top1", "linear"):

@@ -1,5 +1,6 @@
 """Saturating power laws of scaling, fitted to few runs, with what the runs leave open."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,6 +14,8 @@ AXES = ("params", "images", "iterations")
 LEVELS = 3  # different values that one axis at least must take to show a curve
 STARTS = 6
 DRAWS = 1000
+CANDIDATES, ROUNDS = 20 * DRAWS, 3  # of importance sampling
+ROBUST = 2.0  # errors of more standard deviations than this count less than squared
 # What a law is thought to be before any run is seen; wide, so that it only decides what the runs
 # leave open: exponents near 0.3, within a factor of e² twice over.  # not from the paper
 EXPONENT, SPREAD = np.log(0.3), 1.0
@@ -84,9 +87,9 @@ class Law:
     sign: int  # 1: the value falls as runs grow, as a loss; -1: it rises
     centre: np.ndarray  # [axes] logarithms that x is relative to
     parameters: np.ndarray
-    covariance: np.ndarray
     noise: float  # of one run, a standard deviation
-    freedom: int  # degrees of
+    possible: np.ndarray  # [draws, size] parameters, as likely as the runs leave them
+    heavy: np.ndarray  # [draws, 1] by how much the noise of each may be larger
     largest: dict[str, float]  # of each axis among the runs that it was fitted to
 
     def predict(self, table: Table) -> np.ndarray:
@@ -96,24 +99,15 @@ class Law:
     def draw(self, table: Table, seed: int = 0, *, noise: bool = True) -> np.ndarray:
         """[draws, runs] values that the fitted runs leave possible; noise: those of new runs, not of
         the curve."""
-        rng = np.random.default_rng(seed)
-        p, heavy = self._parameters(rng)
-        values = self.shape.values(p, self._x(table))
+        values = self.shape.values(self.possible, self._x(table))
         if noise:
-            values = values + self.noise * heavy * rng.standard_normal(values.shape)
+            normal = np.random.default_rng(seed).standard_normal(values.shape)
+            values = values + self.noise * self.heavy * normal
         return self.sign * values
 
-    def floor(self, seed: int = 0) -> np.ndarray:
+    def floor(self) -> np.ndarray:
         """[draws] what endless model, data and length would give (see Shape)."""
-        p, _ = self._parameters(np.random.default_rng(seed))
-        return self.sign * self.shape.floor(p)
-
-    def _parameters(self, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-        """(parameters [draws, size], how far out each draw lies [draws, 1])."""
-        heavy = np.sqrt(self.freedom / rng.chisquare(self.freedom, (DRAWS, 1)))
-        root = np.linalg.cholesky(self.covariance + 1e-12 * np.eye(self.shape.size))
-        normal = rng.standard_normal((DRAWS, self.shape.size))
-        return self.parameters + heavy * (normal @ root.T), heavy
+        return self.sign * self.shape.floor(self.possible)
 
     def beyond(self, table: Table, factor: float) -> str | None:
         """Says which of the runs asked for lies further out than `factor` times the largest run."""
@@ -141,7 +135,7 @@ def fit(
 
     falls: smaller is better, as of a loss. axes: by default all that vary (see `varied`).
     Overfitting has a term where runs overfit and the data are an axis. Parameters have weak priors,
-    and what is known of them is a multivariate t around the best ones (Laplace).
+    and what is known of them are draws, as likely as the runs and the priors make them.
     Raises TooFew unless there are two runs more than parameters.
     """
     axes = varied(table) if axes is None else axes
@@ -173,17 +167,62 @@ def fit(
         # with what fitting took away
         taken = np.sqrt(len(y) / max(len(y) - shape.size, 1))
         noise = max(np.sqrt((error**2).mean()) * taken, 1e-4 * np.std(y), 1e-12)
-    covariance = np.linalg.pinv(found.jac.T @ found.jac)
-    largest = {axis: float(getattr(table, axis).max()) for axis in axes}
+
+    def cost(p: np.ndarray, heavy: np.ndarray) -> np.ndarray:
+        """[draws] what `_solve` makes least, of parameters [draws, size]."""
+        errors = [(shape.values(p, x) - y) / (noise * heavy), (p - middle) / width]
+        return _soft_l1(np.concatenate(errors, 1))
+
     freedom = max(len(y) - shape.size, 1)
-    return Law(shape, sign, centre, found.x, covariance, float(noise), freedom, largest)
+    covariance = np.linalg.pinv(found.jac.T @ found.jac)
+    possible, heavy = _possible(cost, found.x, covariance, freedom, rng)
+    largest = {axis: float(getattr(table, axis).max()) for axis in axes}
+    return Law(shape, sign, centre, found.x, float(noise), possible, heavy, largest)
 
 
 def _solve(shape, x, y, middle, width, noise, start):
     def errors(p: np.ndarray) -> np.ndarray:
         return np.concatenate([(shape.values(p, x) - y) / noise, (p - middle) / width])
 
-    return least_squares(errors, start, loss="soft_l1", f_scale=2.0, max_nfev=300)
+    return least_squares(errors, start, loss="soft_l1", f_scale=ROBUST, max_nfev=300)
+
+
+def _soft_l1(errors: np.ndarray) -> np.ndarray:
+    """[draws] the cost of errors [draws, n], as least_squares counts it."""
+    return ROBUST**2 * (np.sqrt(1 + (errors / ROBUST) ** 2) - 1).sum(1)
+
+
+def _possible(
+    cost: Callable[[np.ndarray, np.ndarray], np.ndarray],
+    best: np.ndarray,
+    covariance: np.ndarray,
+    freedom: int,
+    rng: np.random.Generator,
+) -> tuple[np.ndarray, np.ndarray]:
+    """(parameters [draws, size], the factor of the noise of each [draws, 1]), as likely as their cost.
+
+    By importance sampling: candidates from a multivariate t about the best parameters (Laplace), then
+    from one with the mean and covariance of those, and again; the last are drawn by their weights.
+    Without weights some candidates fit no run: a parameter is the logarithm of a slope, and far out
+    in a t it is anything.
+    """
+    centre, size = best, len(best)
+    for _ in range(ROUNDS):
+        root = np.linalg.cholesky(covariance + 1e-12 * np.eye(size))
+        heavy = np.sqrt(freedom / rng.chisquare(freedom, (CANDIDATES, 1)))
+        normal = rng.standard_normal((CANDIDATES, size))
+        found = centre + heavy * (normal @ root.T)
+        # the powers of the factor in both densities are equal
+        proposed = -((normal**2).sum(1) + freedom / heavy[:, 0] ** 2) / 2
+        weights = -cost(found, heavy) - proposed
+        weights = np.exp(weights - weights.max())
+        weights /= weights.sum()
+        centre = weights @ found
+        covariance = ((found - centre) * weights[:, None]).T @ (found - centre)
+    evenly = (rng.random() + np.arange(DRAWS)) / DRAWS
+    chosen = np.searchsorted(weights.cumsum(), evenly).clip(max=CANDIDATES - 1)
+    chosen = rng.permutation(chosen)
+    return found[chosen], heavy[chosen]
 
 
 def _prior(shape: Shape, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from scipy import stats
 
 from prepretrain.scaling import analysis, forecast, laws
 from prepretrain.scaling.table import Table, count, number, read
@@ -228,10 +229,14 @@ def _graded(name: str, part: dict[str, Any]) -> str:
     best = min(rules, key=lambda rule: rules[rule]["crps"])
     others = ", ".join(f"{k} {v['crps']:.3g}" for k, v in rules.items() if k != "law")
     trust = "Forecasts by it can be used" if best == "law" else f"Do not use it: {best} does better"
+    runs, coverage = part["runs"], rules["law"]["coverage"]
+    narrow = stats.binom.cdf(round(coverage * runs), runs, part["level"]) < 0.05
+    if best == "law" and narrow:
+        trust += ", but its intervals are too narrow"
     return (
-        f"Forecast of {name} from {part['from_runs']} smaller runs, graded on the {part['runs']} "
+        f"Forecast of {name} from {part['from_runs']} smaller runs, graded on the {runs} "
         f"largest: CRPS {rules['law']['crps']:.3g} (naive rules: {others}), "
-        f"{100 * rules['law']['coverage']:.0f} % inside the {100 * part['level']:.0f} % intervals. "
+        f"{100 * coverage:.0f} % inside the {100 * part['level']:.0f} % intervals. "
         f"{trust}."
     )
 
