@@ -1,11 +1,11 @@
 """Does a small ViT of ours learn to find the objects of the images that it trains on? On some of COCO's.
 
-    python benchmarks/detection_coco.py --data FOLDER --init runs/demo/mae --work runs/coco --out
+    python benchmarks/detection_coco.py --data FOLDER --init runs/raccoon/runs/mae_0 --work runs/coco --out
     benchmarks/results/detection_coco.json
 
 FOLDER holds coco/ (images/, annotations/instances_train.json, instances_val.json, in COCO's format: the
 record is of 123 images and 88). Boxes and masks by Mask R-CNN on the encoder of a run of stage one, here that
-of `make demo`; mirrored, but neither resized at random nor cut, so that the training images are learned by
+of detection_raccoon.py; mirrored, but neither resized at random nor cut, so that the training images are learned by
 heart. It shows that all parts of training and evaluation fit together, and nothing else: of 80 classes a
 hundred images teach no detector that finds them elsewhere. A run that was cut off continues. Beside the
 figures lies a picture of what is found in some of the training images. No number of it is from a paper.
@@ -61,7 +61,7 @@ def main() -> None:
     parser.add_argument("--init", type=Path, required=True, help="a run of stage one")
     parser.add_argument("--work", type=Path, default=Path("runs/coco"))
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--steps", type=int, default=1200, help="of 4 images")
+    parser.add_argument("--steps", type=int, default=6000, help="of 4 images")
     given = parser.parse_args()
     start, work, data = time.time(), given.work.resolve(), given.data.resolve()
     (work / "datasets").mkdir(parents=True, exist_ok=True)
@@ -78,7 +78,9 @@ def main() -> None:
     if given.out:
         sheet = work / "runs/detector/predictions" / f"{READ['train']}-val" / "sheet.png"
         shrink(sheet, given.out.with_suffix(".jpg"))
-    command = f"detection_coco.py --data FOLDER --init runs/demo/mae --steps {given.steps}"
+    command = (
+        f"detection_coco.py --data FOLDER --init runs/raccoon/runs/mae_0 --steps {given.steps}"
+    )
     record(given.out, command, start, seed=0, found=found)
 
 

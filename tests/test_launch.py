@@ -256,7 +256,7 @@ def trained(place) -> Path:
 def test_weights_of_a_run_that_is_not_done_are_named_by_their_step(trained, caplog):
     shutil.rmtree(trained / "export")
     load("runs/mae")
-    step = checkpoint.newest(trained).name
+    step = int(checkpoint.newest(trained).name)
     assert f"runs/mae: is not done: its weights are those of step {step}" in caplog.text
 
 

@@ -141,7 +141,8 @@ def _found(place: str, inside: str) -> Weights:
                 return weights.open_file(file)
         saved = checkpoint.newest(path)
         if saved is not None:
-            logger.warning("%s: is not done: its weights are those of step %s", place, saved.name)
+            step = int(saved.name)
+            logger.warning("%s: is not done: its weights are those of step %d", place, step)
             shapes, read, state = checkpoint.open_tensors(saved)
             return Weights(place, shapes, read, checked_options(state, saved)).part("model")
         if pieces := sorted(path.glob("*-of-*.safetensors")):
