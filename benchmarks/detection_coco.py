@@ -48,8 +48,8 @@ def shrink(sheet: Path, picture: Path) -> None:
     """Saves a sheet as a picture that a page shows."""
     with Image.open(sheet) as whole:
         small = whole.convert("RGB")
-    small.thumbnail((600, 1800))
-    small.save(picture, quality=80)
+    small.thumbnail((500, 1500))
+    small.save(picture, quality=70)
 
 
 def main() -> None:
