@@ -20,11 +20,8 @@ class Subset(Source):
     def __init__(self, source: Source, indexes: Sequence[int]):
         # an array, not a list: see Files
         self.source, self.indexes = source, np.asarray(indexes, dtype=np.int64)
-        self.fields, self.classes, self.categories = (
-            source.fields,
-            source.classes,
-            source.categories,
-        )
+        self.fields, self.classes = source.fields, source.classes
+        self.categories = source.categories
         self.left_out, self.open_at_once = source.left_out, source.open_at_once
         self.stamp, self.groups = source.stamp, self._groups()
         digest = hashlib.sha256(self.indexes).hexdigest()

@@ -179,9 +179,8 @@ def _fit(
             seed_all(seed, step)
             rate = schedule.apply(optimizer, step)
             figures, replaced, seen = _gradients(objective, feed, data.accumulate)
-            failed = (
-                saver is not None and saver.problem is not None
-            )  # which the save of a stop raises
+            # a stop saves, which raises what an earlier save met
+            failed = saver is not None and saver.problem is not None
             own = {"stop": failed or asked.received is not None, "bad": len(replaced)}
             outcome = Outcome(figures, gradients.norms(), **own)
             if unread is not None:
