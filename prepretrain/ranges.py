@@ -58,6 +58,8 @@ RANGES = {
     "model.pretrained_windows": "[0, 16384]",
     "model.drop_path": "[0, 1)",
     "model.global_blocks": "[0, 1000]",
+    "model.frames": "[1, 16384]",
+    "model.tube": "[1, 16384]",
     "model.position_size": "[1, 16384]",
     "model.head.classes": "[1, 1e9]",
     "model.head.channels": "[1, 1e6]",
