@@ -16,6 +16,7 @@ from prepretrain.data.transforms import BadImage, decode
 
 FIELDS = {
     "image": "the bytes of an image file, as it lies on disk",
+    "video": "a handle whose frames are decoded when they are read: data/video.py, Clip",
     "label": "int, the number of the class",
     "hashtags": "list of str, as people wrote them",
     "text": "str, one caption",
