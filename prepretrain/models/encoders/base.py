@@ -219,7 +219,7 @@ def build(encoder: str, **options: Any) -> Encoder:
     if options.get("frames") is not None and "frames" not in plugin.options(family):
         raise ValueError(
             f"model.frames: a {family.__name__} takes images, not clips. Take one of the ViT sizes, as "
-            f"vit_b16; an encoder of images is probed on clips frame by frame (--stage eval/video_linear)."
+            f"vit_b16. --stage eval/video_linear probes any encoder of images on the frames of clips."
         )
     return family(**plugin.check(family, {**preset, **options}, "model"))
 
