@@ -1,6 +1,7 @@
 """Fine-tuning and evaluation on clips: videos of a square that moves left or right."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -8,8 +9,11 @@ import pytest
 import torch
 from conftest import processes
 from PIL import Image
+from safetensors.torch import load_file
+from test_train import rows, train
 from torch.testing import assert_close
 
+from prepretrain import config as configs
 from prepretrain.data.batch import collate
 from prepretrain.data.card import load_card
 from prepretrain.data.randaugment import RandAugment
@@ -21,9 +25,10 @@ from prepretrain.evaluation import parts
 from prepretrain.evaluation.evaluators import video
 from prepretrain.evaluation.evaluators.base import build
 from prepretrain.evaluation.features import extract
+from prepretrain.models.load import load
 from prepretrain.models.model import Model
 from prepretrain.objectives.video import Video
-from prepretrain.runs.plan import forward_flops
+from prepretrain.runs.plan import build_objective, forward_flops
 
 FRAMES = 8
 
@@ -241,3 +246,45 @@ def test_probes_read_the_mean_over_frames_and_clips(tmp_path, group, card):
     assert [2 * 4 + 1, 32] in [one["shape"] for one in kept]
     with pytest.raises(ValueError, match="views.frames: 8, and the model takes 4"):
         build("linear", cache=False, data=card, views={"frames": 8}).run(clips, tmp_path)
+
+
+TUNING = [
+    "objective={name: video, stride: 1, draws: 2, augment: rand-m7-mstd0.5-inc1, mixup: 0.8, cutmix: 1.0, "
+    "erasing: 0.25}",
+    "model={frames: 4, positions: learned, drop_path: 0.1, final_norm: false, head: {classes: 2, norm: true, "
+    "dropout: 0.3}}",
+    "batch_size=4",
+    "length=4it",
+    "optim.warmup=1it",
+    "optim.layer_decay=0.75",
+    "checkpoint.every=1it",
+    "checkpoint.keep=9",
+]
+
+
+def test_a_fine_tuning_on_clips_starts_from_an_image_run_and_resumes_bitwise(place, group, card):
+    video = [*TUNING, f"data.train={card}", "shard.recompute=block"]
+    video += [
+        f"evaluators=[{{name: video, data: {card}, every: 2it, stride: 1, clips: 1, crops: 1}}]"
+    ]
+    train("runs/mae")
+    train("runs/whole", *video, init="runs/mae")
+    shutil.copytree("runs/whole", "runs/cut")
+    for step in (3, 4):
+        shutil.rmtree(f"runs/cut/checkpoints/{step:09d}")
+    shutil.rmtree("runs/cut/export")
+    train("runs/cut", *video, init="runs/mae")
+    assert rows("runs/cut") == rows("runs/whole")
+    one, other = (load_file(f"runs/{n}/export/model.safetensors") for n in ("whole", "cut"))
+    assert all(torch.equal(one[k], other[k]) for k in one)
+    assert load("runs/whole").encoder.patch_embed.proj.weight.shape == (32, 3, 2, 8, 8)
+
+
+@pytest.mark.parametrize(
+    "stage, giga, millions", [("k400_b", 180, 87), ("k400_l", 598, 304), ("k400_h", 1193, 632)]
+)
+def test_the_stages_models_have_the_published_sizes(stage, giga, millions):
+    config = configs.load(f"finetune/{stage}", ["objective.draws=1"])
+    objective = build_objective(config)
+    assert sum(p.numel() for p in objective.parameters()) / 1e6 == pytest.approx(millions, abs=0.6)
+    assert forward_flops(objective) / 2e9 == pytest.approx(giga, rel=0.004)  # of multiply-adds
