@@ -20,6 +20,7 @@ import io
 import itertools
 import json
 import math
+import statistics
 import tempfile
 from collections import OrderedDict
 from collections.abc import Iterator
@@ -75,11 +76,11 @@ class Maps(nn.Module):
 class Theirs(nn.Module):
     """torchvision's detector, whose detections are read as ours are."""
 
-    def __init__(self, model: Model, head: dict, pixels: int):
+    def __init__(self, model: Model, head: dict, pixels: int, sampling: int):
         super().__init__()
         channels, hidden, classes = head["channels"], head["hidden"], head["classes"] + 1
         sizes = [(size,) for size in head["anchors"]]
-        pool = partial(MultiScaleRoIAlign, ["0", "1", "2", "3"], sampling_ratio=2)
+        pool = partial(MultiScaleRoIAlign, ["0", "1", "2", "3"], sampling_ratio=sampling)
         convolutions = [channels] * 4
         family, parts = faster_rcnn.FasterRCNN, {}
         if head["masks"]:
@@ -246,6 +247,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--sampling", type=int, default=2)
     parser.add_argument("--lr", type=float, default=5e-4)
     asked = parser.parse_args()
     torch.set_num_threads(1)
@@ -274,7 +276,7 @@ def compare(asked: argparse.Namespace, source: Source, val: Source) -> None:
     }
     objective = ours(asked, head)
     torch.manual_seed(asked.seed)
-    theirs = Theirs(copy.deepcopy(objective.model), head, asked.pixels)
+    theirs = Theirs(copy.deepcopy(objective.model), head, asked.pixels, asked.sampling)
     setting = {
         "encoder": asked.encoder,
         "pixels": asked.pixels,
@@ -285,8 +287,8 @@ def compare(asked: argparse.Namespace, source: Source, val: Source) -> None:
     stream = Stream(
         fields, objective.transform(True), batch_size=asked.batch, seed=asked.seed
     ).batches()
-    optimizers = [
-        optim.build(one, lr=asked.lr, weight_decay=0.1) for one in (objective, theirs.detector)
+    optimizers = [  # weights stay, so that what is proposed stays alike
+        optim.build(one, lr=0.0, weight_decay=0.1) for one in (objective, theirs.detector)
     ]
     kept = list(itertools.islice(stream, asked.steps))
     mine, its = itertools.cycle(kept), itertools.cycle([theirs.inputs(one) for one in kept])
@@ -295,7 +297,13 @@ def compare(asked: argparse.Namespace, source: Source, val: Source) -> None:
         "ours": lambda: training_step(objective, optimizers[0], next(mine)),
     }
     objective.train(), theirs.train()
+    if head["masks"]:
+        drawn: dict[str, list[int]] = {"torchvision": [], "ours": []}
+        count_regions(theirs.detector.roi_heads.mask_head, drawn["torchvision"])
+        count_regions(objective.model.head.masks, drawn["ours"])
     times = interleaved(steps, asked.steps)
+    if head["masks"]:
+        setting["drawn"] = {name: round(statistics.mean(one), 1) for name, one in drawn.items()}
     report("detection_step_fp32", times["torchvision"], times["ours"], **setting, clock="cpu")
     peer = their_batches(asked, fields)
     loaders = {"torchvision": lambda: next(peer), "ours": lambda: next(stream)}
@@ -307,11 +315,16 @@ def compare(asked: argparse.Namespace, source: Source, val: Source) -> None:
         learned(asked, head, source, val)
 
 
+def count_regions(head: nn.Module, found: list[int]) -> None:
+    """Appends how many regions a head draws, each time it does."""
+    head.register_forward_pre_hook(lambda module, given: found.append(len(given[0])))
+
+
 def learned(asked: argparse.Namespace, head: dict, whole: Source, val: Source) -> None:
     """Trains both for the same steps, and prints what they find."""
     objective = ours(asked, head)
     torch.manual_seed(asked.seed)
-    theirs = Theirs(copy.deepcopy(objective.model), head, asked.pixels)
+    theirs = Theirs(copy.deepcopy(objective.model), head, asked.pixels, asked.sampling)
     optimizers = [
         optim.build(one, lr=asked.lr, weight_decay=0.1) for one in (objective, theirs.detector)
     ]

@@ -26,7 +26,6 @@ SMALL = [
     "model.encoder=vit_mini8",
     "model.image_size=96",
     "data.train=camvid",
-    "batch_size=8",
     "optim.warmup=10%",
     "evaluators=[{name: segmentation, data: camvid, split: test, every: 100%}]",
     *COMMON,
@@ -35,16 +34,22 @@ HEADS = {  # of each: its stage, and what a short run on a CPU has otherwise
     "upernet": (
         "finetune/ade20k_upernet_b",
         [
-            "model.head={name: upernet, classes: 11, channels: 24, auxiliary_channels: 16, layers: null}",
+            "model.head={name: upernet, classes: 11, channels: 16, auxiliary_channels: 16, layers: null}",
+            "batch_size=4",
             "model.drop_path=0",
-            "optim.lr=32e-3",
+            "optim.lr=64e-3",
             "optim.layer_decay=1",
             *SMALL,
         ],
     ),
     "linear": (
         "finetune/ade20k_linear",
-        ["model.head={name: linear_segmentation, classes: 11}", "optim.lr=64e-3", *SMALL],
+        [
+            "model.head={name: linear_segmentation, classes: 11}",
+            "optim.lr=64e-3",
+            "batch_size=8",
+            *SMALL,
+        ],
     ),
 }
 
@@ -115,7 +120,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--mae", type=int, default=500, help="steps of 128 images")
     parser.add_argument("--hashtags", type=int, default=250, help="steps of 64 images")
-    parser.add_argument("--upernet", type=int, default=1500, help="steps of 8 images")
+    parser.add_argument("--upernet", type=int, default=1200, help="steps of 4 images")
     parser.add_argument("--linear", type=int, default=200, help="steps of 8 images")
     parser.add_argument("--corrupted", type=int, default=60, help="images that are corrupted")
     parser.add_argument("--jobs", type=int, default=2, help="runs side by side")
@@ -127,7 +132,7 @@ def main() -> None:
     seeds = range(given.seeds)
     with concurrent.futures.ThreadPoolExecutor(given.jobs) as pool:
         list(pool.map(lambda seed: stage_one(work, seed, given.mae), seeds))
-        asked = [(arm, seed) for arm in ARMS for seed in seeds]
+        asked = [(arm, seed) for seed in seeds for arm in ARMS]
         list(pool.map(lambda one: models(work, *one, given), asked))
     table = {}
     for arm in ARMS:
