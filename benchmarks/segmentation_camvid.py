@@ -24,7 +24,6 @@ from detection_raccoon import ARMS, COMMON, MAE, WSP, stage_one, train
 CORRUPTIONS = ("gaussian_noise", "defocus_blur", "fog", "jpeg_compression")
 SMALL = [
     "model.encoder=vit_mini8",
-    "model.image_size=96",
     "data.train=camvid",
     "optim.warmup=10%",
     "evaluators=[{name: segmentation, data: camvid, split: test, every: 100%}]",
@@ -35,6 +34,7 @@ HEADS = {  # of each: its stage, and what a short run on a CPU has otherwise
         "finetune/ade20k_upernet_b",
         [
             "model.head={name: upernet, classes: 11, channels: 16, auxiliary_channels: 16, layers: null}",
+            "model.image_size=64",
             "batch_size=4",
             "model.drop_path=0",
             "optim.lr=64e-3",
@@ -46,6 +46,7 @@ HEADS = {  # of each: its stage, and what a short run on a CPU has otherwise
         "finetune/ade20k_linear",
         [
             "model.head={name: linear_segmentation, classes: 11}",
+            "model.image_size=96",
             "optim.lr=64e-3",
             "batch_size=8",
             *SMALL,
@@ -120,7 +121,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--mae", type=int, default=500, help="steps of 128 images")
     parser.add_argument("--hashtags", type=int, default=250, help="steps of 64 images")
-    parser.add_argument("--upernet", type=int, default=1200, help="steps of 4 images")
+    parser.add_argument("--upernet", type=int, default=1000, help="steps of 4 images")
     parser.add_argument("--linear", type=int, default=200, help="steps of 8 images")
     parser.add_argument("--corrupted", type=int, default=60, help="images that are corrupted")
     parser.add_argument("--jobs", type=int, default=2, help="runs side by side")
