@@ -6,7 +6,10 @@ pyramid, on one CPU thread.
 
 Images and a file of COCO's format; without them, pictures that are made. Heads, anchors, numbers of
 proposals and of sampled boxes are alike: torchvision's are its RPN with two layers, FastRCNNConvFCHead and
-MaskRCNNHeads with our norm. Boxes alone where the file has no masks. Steps take the same batches under
+MaskRCNNHeads with our norm, and it proposes by our first weights, so that about as many regions show
+objects: "drawn" says of how many masks are drawn in a step. --sampling: how often torchvision samples a
+cell of a region along a side, 2 as in its detectors; 0 is once a place of the map, as ViTDet and ours do.
+Boxes alone where the file has no masks. Steps take the same batches under
 large-scale jitter, of 160 pixels unless said otherwise; ours is that of `fit()`, from uint8 images and packed
 masks, theirs from float images and masks of uint8, with the checks and logs of its references' loop. Both
 take our AdamW, in turns in one process; so do the loaders, theirs torchvision's transforms v2 as its
@@ -111,6 +114,9 @@ class Theirs(nn.Module):
             **parts,
         )
         self.encoder, self.colour = model.encoder, model.mean
+        proposals = self.detector.rpn.head.state_dict()  # ours, under their names
+        again = dict(zip(proposals, model.head.proposals.state_dict().values(), strict=True))
+        self.detector.rpn.head.load_state_dict(again)
 
     def inputs(self, batch: dict) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
         """One of our batches as torchvision takes it: images of 0 to 1, padded with the mean colour, and
@@ -247,7 +253,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--sampling", type=int, default=2)
+    parser.add_argument("--sampling", type=int, default=2, help="0 is as ours")
     parser.add_argument("--lr", type=float, default=5e-4)
     asked = parser.parse_args()
     torch.set_num_threads(1)
