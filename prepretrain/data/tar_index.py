@@ -16,13 +16,14 @@ from typing import Any
 
 import numpy as np
 
-from prepretrain.data.names import IMAGES, USUAL, extension, left_out
+from prepretrain.data.names import IMAGES, USUAL, VIDEOS, extension, left_out
 from prepretrain.files import draft
 
-MEMBERS = (*IMAGES, "txt", "json", "cls")
+FILMS = tuple(ending for ending in VIDEOS if ending not in IMAGES)
+MEMBERS = (*IMAGES, *FILMS, "txt", "json", "cls")
 _MEMBERS, _PICTURES = frozenset(MEMBERS), frozenset(IMAGES)
 
-_VERSION = 3  # 1 had no checksums, 2 no count of what is left out
+_VERSION = 4  # 1 had no checksums, 2 no count of what is left out, 3 no videos
 _BLOCK = 512
 _EXTENDED = 1 << 20  # not from the paper: bytes of an extended header or of a long name
 _unpack = struct.Struct("100s24x12s20xB").unpack_from  # of a header: name, size, kind
