@@ -94,6 +94,7 @@ RANGES = {
     "objective.target_window": "[1, 16384]",
     "objective.tags": _COUNT,
     "objective.resample": "(0, 1]",
+    "objective.context": "[3, 1e6]",  # a start, a token and an end
     "objective.chunk": _COUNT,
     "objective.mixup": "[0, inf)",
     "objective.cutmix": "[0, inf)",

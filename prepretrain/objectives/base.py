@@ -31,7 +31,7 @@ class Objective(nn.Module):
     """
 
     fields: tuple[str, ...] = ("image",)  # what it needs of a sample: see Source.FIELDS
-    whole_batch = False  # compares all images of a batch, so a process must take its share at once
+    whole_batch = False  # looks at all images of a batch, so a process must take its share at once
     multiple = 1  # a process takes a multiple of so many images at a time
     needs_init = False  # makes no sense without weights to start from
     # what it asks of a Model: of "encoder" ways of encoding (Encoder.takes); of "head" and "text",
@@ -145,14 +145,19 @@ def blank_images(count: int, size: Size) -> Tensor:
 
 
 def cropped_image(
-    sample: dict[str, Any], size: Size, crop_scale: tuple[float, float] | None
+    sample: dict[str, Any],
+    size: Size,
+    crop_scale: tuple[float, float] | None,
+    mirrored: bool = True,
 ) -> Tensor:
-    """A sample's image as uint8 [3, H, W] of that size: a random resized crop and flip, by the
-    sample's own randomness; with crop_scale None the fixed centre crop of validation."""
+    """A sample's image as uint8 [3, H, W] of that size: a random resized crop, mirrored or not, by the
+    sample's own randomness; with crop_scale None the fixed centre crop of validation. mirrored: whether
+    a crop may be."""
     random, image = sample["random"], decode(sample["image"])
     if crop_scale is None:
         return resize_center_crop(image, size)
-    return flip(random_resized_crop(image, size, random("crop"), scale=crop_scale), random("flip"))
+    crop = random_resized_crop(image, size, random("crop"), scale=crop_scale)
+    return flip(crop, random("flip")) if mirrored else crop
 
 
 class MaskedObjective(Objective):
