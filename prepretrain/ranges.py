@@ -129,6 +129,7 @@ RANGES = {
     "evaluator.most": _COUNT,
     "evaluator.sides": "[1, 16384]",
     "evaluator.pictures": "[0, 1000]",
+    "evaluator.reach": "[0, 100]",
     "evaluator.short_side": "[1, 16384]",
     "evaluator.stride": "[1, 16384]",
     "evaluator.scales": "(0, 100]",

@@ -2,6 +2,7 @@
 them."""
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -102,6 +103,10 @@ class Objective(nn.Module):
         """How often each image of the training data comes in an epoch on average, float64
         [len(source)], 0 for never; None for once each. All processes call it together."""
         return None
+
+    def export(self, folder: Path) -> None:
+        """Writes what a finished run gives beside its model into the export's folder. All processes call
+        it together."""
 
     def reconstruct(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         """{"original", "masked", "reconstructed"} uint8 [B, 3, H, W], where the objective predicts

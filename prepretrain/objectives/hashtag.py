@@ -3,11 +3,13 @@ recipe), with captions as labels, too (CatLIP, arXiv 2404.15653; SuperClass)."""
 
 import logging
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 from prepretrain.data import rarest
 from prepretrain.data.batch import Ragged
@@ -15,8 +17,10 @@ from prepretrain.data.card import data_folder
 from prepretrain.data.order import repeat_factor
 from prepretrain.data.transforms import BadImage, Size
 from prepretrain.data.vocabulary import Vocabulary, tags_in
+from prepretrain.distributed import group as distributed
 from prepretrain.losses.rarity import InverseFrequency
 from prepretrain.losses.sparse import sparse_binary_cross_entropy, sparse_cross_entropy
+from prepretrain.models import tagger
 from prepretrain.models.heads import base as heads
 from prepretrain.models.model import Model
 from prepretrain.models.text.base import Tokenizer
@@ -51,14 +55,14 @@ class Hashtag(Objective):
         crop_scale: tuple[float, float] = (0.08, 1.0),
         resample: float | None = None,
     ):
-        """labels: hashtags; captions: the nouns of an image's captions, as CatLIP; tokens: the different
-        tokens of one of its captions, by CLIP's tokenizer, as SuperClass. vocabulary: the file that
-        datasets/hashtags.py wrote, under the data folder (of tokens none). tags: how many it must hold,
-        which is then known before it is opened; None takes what it holds. loss: softmax over all labels,
-        or binary, each by itself. idf: weigh an image's labels by how rare they are so far (of softmax),
-        see losses/rarity.py. context: tokens that are read of a caption, with its start and end.
-        resample: the share of images below which a tag is rare, and its images are repeated: see
-        `repeats`; None repeats none."""
+        """labels: hashtags; captions, the nouns of an image's captions, as CatLIP; tokens, the different
+        tokens of one of its captions, by CLIP's tokenizer, as SuperClass.
+        vocabulary: the file that datasets/hashtags.py wrote, under the data folder; of tokens none.
+        tags: how many it must hold, which is then known before it is opened; None takes what it holds.
+        loss: softmax over all labels, or binary, each by itself. idf: weigh an image's labels by how
+        rare they are so far (of softmax), see losses/rarity.py. context: tokens that are read of a
+        caption, with its start and end. resample: the share of images below which a tag is rare, and
+        its images are repeated: see `repeats`; None repeats none."""
         super().__init__(model)
         self.labels, self.loss, self.context = labels, loss, context
         self.resample, self.crop_scale = resample, crop_scale
@@ -71,7 +75,10 @@ class Hashtag(Objective):
         if tags is None:
             self.tags = CLIP_TOKENS if labels == "tokens" else len(self.vocabulary.tags)
         options = {"name": head, "classes": self.tags, "pool": pool}
-        self.head = heads.build(model.encoder, options, "objective.head")
+        self.head, self.head_options = (
+            heads.build(model.encoder, options, "objective.head"),
+            options,
+        )
         self.weights = InverseFrequency(self.tags) if idf else None
         self.whole_batch = idf
 
@@ -162,6 +169,16 @@ class Hashtag(Objective):
             "image": blank_images(images, self.model.encoder.image_size),
             "tags": torch.empty(images, 3, dtype=torch.int64, device="meta"),
         }
+
+    def export(self, folder: Path) -> None:
+        """See Objective.export: the head with its vocabulary (models/tagger.py); of tokens, which have no
+        names, none."""
+        if self.labels == "tokens":
+            return
+        whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        state = get_model_state_dict(self.head, options=whole)
+        if distributed.is_main():
+            tagger.write(folder, self.head_options, self.loss, state, self.vocabulary)
 
     def forward(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         """{"image": uint8 [B, 3, H, W], "tags": int64 [B, T] padded with -1} to the loss and top-1
