@@ -96,6 +96,7 @@ RANGES = {
     "objective.target_window": "[1, 16384]",
     "objective.tags": _COUNT,
     "objective.resample": "(0, 1]",
+    "objective.context": "[3, 1e6]",  # a start, a token and an end
     "objective.chunk": _COUNT,
     "objective.mixup": "[0, inf)",
     "objective.cutmix": "[0, inf)",
@@ -136,6 +137,7 @@ RANGES = {
     "evaluator.most": _COUNT,
     "evaluator.sides": "[1, 16384]",
     "evaluator.pictures": "[0, 1000]",
+    "evaluator.reach": "[0, 100]",
     "evaluator.short_side": "[1, 16384]",
     "evaluator.cut": "[1, 16384]",
     "evaluator.stride": "[1, 16384]",
