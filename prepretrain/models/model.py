@@ -180,7 +180,8 @@ class Model(nn.Module):
         if self.text is None:
             raise ValueError(
                 f"{who}: this model has no text tower. Stage two with captions makes one: "
-                f"--stage wsp_clip or --stage wsp_lit, from this model with --init."
+                f"--stage wsp_clip or --stage wsp_lit, from this model with --init. One trained on hashtags "
+                f"is measured by --stage eval/zeroshot_tags."
             )
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from prepretrain import plugin
-from prepretrain.data.card import Card, load_card
+from prepretrain.data.card import Card, check_names, load_card
 from prepretrain.data.loader import loading
 from prepretrain.data.sources.base import fingerprint_of
 from prepretrain.data.views import Views
@@ -247,3 +247,27 @@ def ranks(scores: Tensor, labels: Tensor) -> Tensor:
     rank = ((scores > own) | before).sum(dim=1)
     rank[own[:, 0] == -torch.inf] = scores.shape[1]
     return rank
+
+
+def per_class(scores: Tensor, labels: Tensor) -> dict[str, float]:
+    """Top-1, top-5 and the mean over classes of top-1, in percent, of [n, classes] scores."""
+    hit = (scores.argmax(1) == labels).double()
+    count = torch.bincount(labels, minlength=scores.shape[1])
+    right = torch.bincount(labels, weights=hit, minlength=scores.shape[1])
+    shares = right[count > 0] / count[count > 0]
+    return accuracy(scores, labels) | {"mean_per_class": 100.0 * shares.mean().item()}
+
+
+def class_names(card: Card, source: Any, language: str) -> list[list[str]]:
+    """Each class's names in a language of the card. Raises ValueError if there are none, or two
+    classes share one."""
+    if language in card.names:
+        return card.names[language]
+    if language != "en" or not (card.classes or source.classes):
+        raise ValueError(
+            f"{card.path}: has no names in '{language}' to classify by. Add "
+            f"names: {{{language}: […]}}, or classes: […], in label order."
+        )
+    names = [[name] for name in card.classes or source.classes]
+    check_names(names, f"{card.path}: classes")
+    return names
