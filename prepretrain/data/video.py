@@ -120,6 +120,8 @@ class Video(Clip):
 
     def close(self) -> None:
         """Closes the file, which happens by itself when nothing refers to the video any more."""
+        if self._opened is not None:
+            self._opened.close()
         self._opened = None
 
     def _pictures(self, wanted: list[int]) -> Iterator[tuple[int, np.ndarray]]:
@@ -161,7 +163,7 @@ class Video(Clip):
     def _container(self, afresh: bool = False) -> "_OpenFile":
         opened = self._opened
         if afresh or opened is None or opened.process != os.getpid():
-            self._opened = None  # closed before the next is opened
+            self._opened = None
             try:
                 self._opened = _OpenFile(self.path, self.span)
             except _av().error.FFmpegError as error:
@@ -314,6 +316,15 @@ class _OpenFile:
             raise BadImage("too large", f"frames of {width} x {height} pixels, {limit}")
         context.options = {"max_pixels": str(MAX_PIXELS)}
         context.thread_type, context.thread_count = "NONE", 1
+
+    def __del__(self):
+        self.close()
+
+    def close(self) -> None:
+        """Frees the decoder and the file, of which PyAV's objects would hold each other."""
+        if hasattr(self, "_input"):
+            self._input.close()
+        self._file.close()
 
     def ends_with(self, data: bytes) -> bool:
         """Whether these are the file's last bytes."""
