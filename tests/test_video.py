@@ -6,7 +6,6 @@ import os
 import pickle
 import tarfile
 import tracemalloc
-import wave
 from fractions import Fraction
 from pathlib import Path
 
@@ -286,7 +285,9 @@ def test_a_file_that_breaks_off_has_the_frames_before_the_cut(tmp_path, name):
     expected, data = sequential(path), path.read_bytes()
     path.write_bytes(data[: len(data) * 3 // 4])
     video = Video(path)
-    shown = (video.times * 25).round().astype(int)  # one may be there before some that it was decoded for
+    shown = (
+        (video.times * 25).round().astype(int)
+    )  # one may be there before some that it was decoded for
     assert 3 < video.frames < 24 and (shown[:-1] == np.arange(video.frames - 1)).all()
     assert np.array_equal(video.read(range(video.frames)), expected[shown])
 
@@ -325,10 +326,219 @@ def test_a_frame_that_does_not_decode_is_bad_where_it_is_asked_for(tmp_path):
 
 
 def test_a_frame_of_too_many_pixels_is_refused_before_it_is_decoded(tmp_path, monkeypatch):
-    path = film(tmp_path / "a.mp4", frames=2)
-    data = path.read_bytes()
-    assert data.count(b"avc1") >= 1
-    place = data.rindex(b"avc1") + 28  # width and height of the sample's description
-    path.write_bytes(data[:place] + b"\xff\xff\xff\xff" + data[place + 4 :])
     monkeypatch.setattr(module, "MAX_PIXELS", 1000)
-    assert bad(film(tmp_path / "b.mp4", frames=2)).cause == "too large"
+    error = bad(film(tmp_path / "a.mp4", frames=2))
+    assert error.cause == "too large" and "48 x 32" in error.detail
+    monkeypatch.setattr(module, "MAX_PIXELS", 10**6)
+    monkeypatch.setattr(module, "MAX_FRAMES", 20)
+    assert bad(film(tmp_path / "b.mp4")).cause == "too long"
+
+
+# --- sources ---
+
+
+def furnish(folder: Path, classes: tuple[str, ...] = ("jump", "run"), each: int = 2) -> Path:
+    """A folder with a folder of videos for each class."""
+    for name in classes:
+        for number in range(each):
+            film(folder / name / f"{name}_{number}.mp4", "mpeg4", frames=4, between=0)
+    return folder
+
+
+def test_folders_give_videos_with_the_label_of_their_class(tmp_path):
+    furnish(tmp_path)
+    (tmp_path / "run" / "old.wmv").write_bytes(b"")
+    (tmp_path / "._run").write_bytes(b"")
+    source = Videos(path=str(tmp_path))
+    assert source.fields == ("video", "label") and source.classes == ["jump", "run"]
+    assert source.labels() == [0, 0, 1, 1] and source.left_out[".wmv"] == 1
+    sample = source[3]
+    assert sample["key"] == "run/run_1.mp4" and sample["label"] == 1
+    assert sample["video"].frames == 4 and sample["video"].key == sample["key"]
+    assert set(source.only(["label"])[0]) == {"key", "label"}
+    flat = Videos(path=str(tmp_path / "run"))
+    assert len(flat) == 2 and flat.fields == ("video",)
+    turned = Videos(path=str(tmp_path), classes=["run", "jump"])
+    assert turned.labels() == [0, 0, 1, 1] and turned.fingerprint != source.fingerprint
+    with pytest.raises(ValueError, match="swim: is a class of the card or a folder, and not both"):
+        Videos(path=str(tmp_path), classes=["jump", "run", "swim"])
+
+
+def test_folders_of_frames_are_videos_in_the_order_of_their_numbers(tmp_path):
+    for name in ("a/one", "b/two"):
+        (tmp_path / name).mkdir(parents=True)
+        for number in range(12):
+            shown = Image.fromarray(picture(number, 20, 30))
+            shown.save(tmp_path / name / f"img_{number}.png")
+    with pytest.raises(ValueError, match="folder of frames.*Set source.rate"):
+        Videos(path=str(tmp_path))
+    source = Videos(path=str(tmp_path), rate=5)
+    video = source[1]["video"]
+    assert source.key(1) == "b/two" and source.classes == ["a", "b"]
+    assert (video.frames, video.rate, video.seconds, video.size) == (12, 5, 2.4, (20, 30))
+    expected = np.stack([picture(number, 20, 30) for number in (10, 2)])
+    assert np.array_equal(video.read([10, 2]).permute(0, 2, 3, 1), expected)
+    Image.new("RGB", (8, 8)).save(tmp_path / "b/two/img_3.png")
+    with pytest.raises(BadImage, match="b/two: frames of several sizes"):
+        video.read([2, 3])
+    (tmp_path / "b/two/img_4.png").write_bytes(b"no image")
+    with pytest.raises(BadImage, match="b/two: unreadable: img_4.png"):
+        video.read([4])
+    with pytest.raises(BadImage, match="no frame"):
+        RawFrames(tmp_path, 5)
+
+
+def test_tar_shards_with_video_members_give_handles_that_read_within_them(tmp_path):
+    film(tmp_path / "a.mp4"), film(tmp_path / "b.webm", "libvpx-vp9", between=0)
+    with tarfile.open(tmp_path / "0.tar", "w") as shard:
+        for number, name in enumerate(("a.mp4", "b.webm")):
+            shard.add(tmp_path / name, name)
+            (tmp_path / "cls").write_text(str(number))
+            shard.add(tmp_path / "cls", f"{name[0]}.cls")
+    source = Shards(path=str(tmp_path / "0.tar"))
+    assert source.fields == ("video", "label") and source.labels() == [0, 1]
+    for number, name in enumerate(("a.mp4", "b.webm")):
+        video = source[number]["video"]
+        assert video.key == name[0] and video.frames == 24
+        assert torch.equal(video.read([20, 3]), Video(tmp_path / name).read([20, 3]))
+
+
+LISTS = {
+    "numbers": ("list.txt", "jump/jump_0.mp4 0\nrun/run_1.mp4 1\n"),
+    "numbers from 1, as UCF101": ("list.txt", "jump/jump_0.mp4 1\nrun/run_1.mp4 2\n"),
+    "commas": ("list.csv", "jump/jump_0.mp4,0\nrun/run_1.mp4,1\n"),
+    "paths alone": ("list.txt", "jump/jump_0.mp4\nrun/run_1.mp4\n"),
+}
+
+
+@pytest.mark.parametrize("form", LISTS)
+def test_a_list_of_lines_is_read(tmp_path, form):
+    furnish(tmp_path)
+    name, content = LISTS[form]
+    (tmp_path / name).write_text(content)
+    source = Videos(path=str(tmp_path), listing=str(tmp_path / name), classes=["jump", "run"])
+    assert [source.key(i) for i in range(2)] == ["jump/jump_0.mp4", "run/run_1.mp4"]
+    assert source.labels() == [0, 1]
+
+
+def test_kinetics_table_finds_its_videos_wherever_they_lie(tmp_path):
+    for place in ("flat_000003_000013.mp4", "long jump/-x_y_000010_000020.mkv"):
+        film(tmp_path / "train" / place, frames=2)
+    header = ["label", "youtube_id", "time_start", "time_end", "split", "is_cc"]
+    rows = [["run", "flat", 3, 13, "train", 0], ["long jump", "-x_y", 10, 20, "train", 0]]
+    with open(tmp_path / "train.csv", "w", newline="") as file:
+        csv.writer(file).writerows([header, *rows, ["run", "gone", 0, 10, "train", 0]])
+    given = {"path": str(tmp_path / "train"), "listing": str(tmp_path / "train.csv")}
+    given["classes"] = ["long jump", "run"]
+    with pytest.raises(ValueError, match="1 of its 3 videos are not below.*: gone_000000_000010. "):
+        Videos(**given)
+    source = Videos(**given, absent="leave_out")
+    assert [source.key(i) for i in range(2)] == [
+        "flat_000003_000013.mp4",
+        "long jump/-x_y_000010_000020.mkv",
+    ]
+    assert source.labels() == [1, 0] and sum(source.left_out.values()) == 1
+
+
+def test_something_somethings_templates_are_its_classes(tmp_path):
+    film(tmp_path / "videos/7.webm", "libvpx-vp9", frames=2, between=0)
+    row = {"id": "7", "label": "holding a box", "template": "Holding [something]"}
+    (tmp_path / "train.json").write_text(json.dumps([row]))
+    given = {"path": str(tmp_path / "videos"), "listing": str(tmp_path / "train.json")}
+    source = Videos(**given, classes=["Dropping something", "Holding something"])
+    assert source.labels() == [1] and source.key(0) == "7.webm"
+    with pytest.raises(ValueError, match="1 of its classes are not among.*: Holding something"):
+        Videos(**given, classes=["Dropping something"])
+
+
+def test_hmdb51s_lists_mark_what_is_for_training_and_what_for_the_test(tmp_path):
+    furnish(tmp_path / "videos")
+    for name in ("jump", "run"):
+        lines = f"{name}_0.mp4 1 \n{name}_1.mp4 2 \n"
+        (tmp_path / f"{name}_test_split1.txt").write_text(lines)
+    given = {"path": str(tmp_path / "videos"), "listing": str(tmp_path / "*_test_split1.txt")}
+    train, test = (Videos(**given, marked=number) for number in (1, 2))
+    assert [train.key(i) for i in range(2)] == ["jump/jump_0.mp4", "run/run_0.mp4"]
+    assert test.key(1) == "run/run_1.mp4" and test.labels() == [0, 1]
+    with pytest.raises(ValueError, match="source.marked"):
+        Videos(**given)
+
+
+WRONG = {
+    "missing files": (
+        "jump/a.mp4 0\nrun/run_1.mp4 1\nrun/b.mp4 1\n",
+        "2 of its 3.*jump/a.mp4, run/b.mp4",
+    ),
+    "labels outside": (
+        "x.mp4 0\ny.mp4 2\nz.mp4 7\n",
+        "2 of its labels.* 2 classes.*y.mp4 2, z.mp4 7",
+    ),
+    "a label that is not its folder": (
+        "jump/jump_0.mp4 0\nrun/run_1.mp4 0\n",
+        "run/run_1.mp4 0.*place",
+    ),
+    "a line without a label": ("jump/jump_0.mp4 0\nrun/run_1.mp4\n", "1 of 2 lines.*run/run_1.mp4"),
+    "a video twice": ("run/run_1.mp4 1\nrun/run_1.mp4 1\n", "'run/run_1.mp4' twice"),
+    "a path out of the folder": ("../run_1.mp4 1\n", "outside of the folder"),
+    "nothing": ("\n", "names no video"),
+}
+
+
+@pytest.mark.parametrize("fault", WRONG)
+def test_what_is_wrong_with_a_list_is_said_of_all_its_lines_at_once(tmp_path, fault):
+    content, message = WRONG[fault]
+    furnish(tmp_path / "videos")
+    (tmp_path / "list.txt").write_text(content)
+    with pytest.raises(ValueError, match=message):
+        Videos(
+            path=str(tmp_path / "videos"),
+            listing=str(tmp_path / "list.txt"),
+            classes=["jump", "run"],
+        )
+
+
+def test_a_card_gives_its_classes_to_videos(tmp_path, monkeypatch):
+    monkeypatch.setenv("PREPRETRAIN_DATA", str(tmp_path))
+    furnish(tmp_path / "films")
+    card = "classes: [run, jump]\ntrain: {source: video, path: films, images: 4}\n"
+    (tmp_path / "mine.yaml").write_text(card)
+    assert load_card(tmp_path / "mine.yaml").open("train").labels() == [0, 0, 1, 1]
+
+
+def test_without_pyav_the_source_says_how_to_install_it(tmp_path, monkeypatch):
+    furnish(tmp_path, each=1)
+    monkeypatch.setattr(module.plugin.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(
+        ValueError, match=r'needs the package av.*pip install "prepretrain\[video\]"'
+    ):
+        Videos(path=str(tmp_path))
+
+
+# --- loading ---
+
+
+def first_and_random(sample: dict) -> dict:
+    """A row of the first frame and of a random one."""
+    video = sample["video"]
+    numbers = [0, int(sample["random"]("clip").integers(video.frames))]
+    return {"clip": video.read(numbers), "label": sample["label"]}
+
+
+def test_workers_give_the_same_clips_and_a_bad_one_is_replaced_and_counted(tmp_path):
+    furnish(tmp_path, each=4)
+    (tmp_path / "run" / "run_0.mp4").write_bytes(b"")
+    source = Videos(path=str(tmp_path))
+    read = []
+    for workers in (0, 2):
+        stream = Stream(
+            source, first_and_random, batch_size=8, seed=0, workers=workers, rank=0, world=1
+        )
+        batches = stream.batches()
+        read.append([next(batches) for _ in range(2)])
+        batches.close()
+    for alone, shared in zip(*read):
+        assert alone["key"] == shared["key"] and torch.equal(alone["clip"], shared["clip"])
+    (bad,) = read[0][0]["bad"]
+    assert bad["cause"] == "unreadable" and bad["key"] == "run/run_0.mp4"
+    with pytest.raises(ValueError, match="run/run_0.mp4: unreadable"):
+        list(evaluation_batches(source, first_and_random, batch_size=8, rank=0, world=1))
