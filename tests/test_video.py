@@ -153,6 +153,7 @@ def test_frames_are_timed_by_the_containers_stamps(tmp_path):
         assert video.rate == pytest.approx(23 / stamps[-1] * 1000)
         assert video.seconds == pytest.approx(video.frames / video.rate)
         assert np.array_equal(video.read([5, 20]), sequential(video.path)[[5, 20]])
+    assert Video(film(tmp_path / "c.mp4", rate=30)).rate == 30
 
 
 def test_a_dropped_frame_of_an_avi_is_none_and_leaves_a_gap(tmp_path):
