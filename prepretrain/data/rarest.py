@@ -2,12 +2,13 @@
 
 import logging
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
 from prepretrain.data.sources.base import Source, fingerprint_of
 from prepretrain.data.transforms import BadImage
-from prepretrain.data.vocabulary import Vocabulary
+from prepretrain.data.vocabulary import Vocabulary, tags_in
 from prepretrain.distributed import group as distributed
 from prepretrain.distributed import heartbeat
 from prepretrain.files import draft
@@ -35,7 +36,7 @@ def read(path: Path, vocabulary: Vocabulary, source: Source) -> np.ndarray:
     bad: list[BadImage] = []
     for row, index in enumerate(mine.tolist()):
         heartbeat.beat("the hashtags of an image")
-        found[row] = vocabulary.rarest(tags_of(source, index, bad))
+        found[row] = vocabulary.rarest(tags_of(source, index, bad, vocabulary.of))
     say_bad(bad)
     found = np.concatenate(distributed.all_gather_object(found))
     if distributed.is_main():
@@ -43,17 +44,20 @@ def read(path: Path, vocabulary: Vocabulary, source: Source) -> np.ndarray:
     return found
 
 
-def tags_of(source: Source, index: int, bad: list[BadImage]) -> list[str]:
-    """An image's hashtags; none, and a row more in `bad`, where they cannot be read."""
+def tags_of(
+    source: Source, index: int, bad: list[BadImage], of: Literal["hashtags", "captions"]
+) -> list[str]:
+    """An image's hashtags, or its captions' words; none, and a row more in `bad`, where they cannot be
+    read."""
     try:
-        return source.hashtags(index)
+        return tags_in(source.texts(index), of) if of == "captions" else source.hashtags(index)
     except BadImage as error:
         bad.append(error)
         return []
 
 
 def say_bad(bad: list[BadImage]) -> None:
-    """Logs how many images' hashtags could not be read, and some of them."""
+    """Logs how many images' hashtags or captions could not be read, and some of them."""
     if bad:
         few = "; ".join(map(str, bad[:5])) + ("; …" if bad[5:] else "")
         logger.warning("the hashtags of %d images cannot be read, and are none: %s", len(bad), few)
