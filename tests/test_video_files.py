@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import pickle
+import runpy
 import tarfile
 import tracemalloc
 from fractions import Fraction
@@ -543,3 +544,73 @@ def test_workers_give_the_same_clips_and_a_bad_one_is_replaced_and_counted(tmp_p
     assert bad["cause"] == "unreadable" and bad["key"] == "run/run_0.mp4"
     with pytest.raises(ValueError, match="run/run_0.mp4: unreadable"):
         list(evaluation_batches(source, first_and_random, batch_size=8, rank=0, world=1))
+
+
+# --- cards ---
+
+LAYOUTS = {
+    "k400": ("abseiling/x_000001_000011.mp4", "k400/val", 0),
+    "k600": ("x_000001_000011.mp4", "k600/val", 1),
+    "k700": ("x_000001_000011.mkv", "k700/val", 699),
+    "ssv2": ("12.webm", "ssv2/20bn-something-something-v2", 173),
+    "ucf101": ("YoYo/v_YoYo_g01_c01.avi", "ucf101/UCF-101", 100),
+    "hmdb51": ("wave/a_wave_1.avi", "hmdb51/videos", 50),
+}
+
+
+def listed(folder: Path, name: str, video: str, category: str) -> None:
+    """Writes the list of a data set's split `val` in its makers' form."""
+    stem = Path(video).stem
+    if name == "ssv2":
+        row = {"id": stem, "template": category.replace("something", "[something]")}
+        path, content = "something-something-v2-validation.json", json.dumps([row])
+    elif name == "ucf101":
+        path, content = "ucfTrainTestlist/testlist01.txt", f"{video}\n"
+    elif name == "hmdb51":
+        path = f"testTrainMulti_7030_splits/{category}_test_split1.txt"
+        content = f"{Path(video).name} 2 \nanother.avi 1 \n"
+    else:
+        row = f'"{category}",{stem[:-14]},1,11,validate,0\n'
+        path = "annotations/val.csv"
+        content = "label,youtube_id,time_start,time_end,split,is_cc\n" + row
+    (folder / path).parent.mkdir(parents=True, exist_ok=True)
+    (folder / path).write_text(content)
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_a_card_opens_its_data_set_as_its_makers_lay_it(tmp_path, monkeypatch, name):
+    video, folder, label = LAYOUTS[name]
+    path = tmp_path / folder / video
+    film(path, "mpeg4" if path.suffix != ".webm" else "libvpx", frames=2, between=0)
+    card = load_card(name)
+    listed(tmp_path / folder.partition("/")[0], name, video, card.classes[label])
+    monkeypatch.setenv("PREPRETRAIN_DATA", str(tmp_path))
+    source = card.open("val")
+    assert len(source) == 1 and source[0]["label"] == label and source[0]["video"].frames == 2
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_a_cards_classes_are_those_of_the_published_list(name):
+    lists = _SHARED / "video" / "labels"
+    if not lists.is_dir():
+        pytest.skip("no ../shared/data/video")
+    published = lists / f"label_map_{'sthv2' if name == 'ssv2' else name}.txt"
+    assert (
+        load_card(name).classes == published.read_text().split("\n")[: len(load_card(name).classes)]
+    )
+
+
+def test_a_census_counts_videos_and_names_what_is_bad(tmp_path, monkeypatch, capsys):
+    furnish(tmp_path / "films")
+    (tmp_path / "films/run/run_0.mp4").write_bytes(b"")
+    (tmp_path / "mine.yaml").write_text("train: {source: video, path: films}\n")
+    monkeypatch.setenv("PREPRETRAIN_DATA", str(tmp_path))
+    script = Path(__file__).parents[1] / "datasets" / "videos.py"
+    for more in ([], ["--decode"]):
+        arguments = [str(tmp_path / "mine.yaml"), "--out", str(tmp_path / "sheet.png"), *more]
+        monkeypatch.setattr("sys.argv", [str(script), *arguments])
+        runpy.run_path(str(script), run_name="__main__")
+        said = capsys.readouterr().out
+        assert "4 videos, 1 of them bad" in said and "1 bad: unreadable" in said
+        assert "bad: run/run_0.mp4: unreadable: 0 bytes" in said and "25 frames a second" in said
+        assert Image.open(tmp_path / "sheet.png").size[0] > 200
