@@ -144,14 +144,15 @@ class Video(Clip):
     def _from_key(self, number: int, stamps: set[int]) -> Iterator[tuple[int, Any]]:
         """(number, frame) of frames from the key frame before this one on; those that no other frame is
         decoded from are left out where they are not of `stamps`."""
-        index, container = self._indexed(), self._container(afresh=self._index.in_order)
-        if index.in_order:
-            return enumerate(container.decoded(container.packets()))
-        key = index.keys[bisect_right(index.key_numbers, number) - 1]
+        index, container = self._indexed(), self._container()
+        key = index.keys[0] if index.in_order else index.keys[index.place_before(number)]
         packets = container.packets_from(key)
-        if packets is None:  # its index of places is broken or lacks
-            packets = self._container(afresh=True).packets()
-        return index.numbered(self._opened.decoded(packets, stamps))
+        if packets is None:
+            container = self._container(afresh=True)
+            packets = container.packets()
+        if index.in_order:
+            return enumerate(container.decoded(packets))
+        return index.numbered(container.decoded(packets, stamps))
 
     def _indexed(self) -> "_Index":
         if self._index is None:
@@ -241,9 +242,11 @@ class _Index:
 
     def key_before(self, number: int) -> int:
         """The number of the frame from which decoding leads to this one."""
-        if self.in_order:
-            return 0
-        return self.key_numbers[bisect_right(self.key_numbers, number) - 1]
+        return 0 if self.in_order else self.key_numbers[self.place_before(number)]
+
+    def place_before(self, number: int) -> int:
+        """Which key frame is the last before this frame, or this frame."""
+        return bisect_right(self.key_numbers, number) - 1
 
     def numbered(self, frames: Iterable[Any]) -> Iterator[tuple[int, Any]]:
         """(number, frame), without frames that have no number."""
@@ -268,8 +271,7 @@ def _scanned(container: "_OpenFile") -> tuple[np.ndarray, list[int], int, bool]:
         if not packet.size or packet.is_corrupt:
             continue
         reordered |= packet.pts != packet.dts
-        # of AVI, FFmpeg guesses when a frame is shown
-        stamp = packet.dts if container.kind == "avi" or packet.pts is None else packet.pts
+        stamp = container.stamp(packet)
         if stamp is None:
             stamp, in_order = (stamps[-1] + 1 if stamps else 0), True
         if packet.is_keyframe:
@@ -341,16 +343,23 @@ class _OpenFile:
         except _av().error.InvalidDataError:
             return
 
-    def packets_from(self, stamp: int) -> Iterator[Any] | None:
+    def stamp(self, packet: Any) -> int | None:
+        """When a packet's frame is shown; of AVI FFmpeg guesses it, and when it is decoded counts."""
+        return packet.dts if self.kind == "avi" or packet.pts is None else packet.pts
+
+    def packets_from(self, key: int) -> Iterator[Any] | None:
         """The packets from the key frame of this stamp on, or from an earlier one; None if the file
-        cannot be sought in."""
+        cannot be sought in: a gif, or one whose index is broken or lacks."""
+        if self.kind == "gif":
+            return None
         try:
-            self._input.seek(stamp, stream=self._stream)
+            self._input.seek(key, stream=self._stream)
         except _av().error.FFmpegError:
             return None
         packets = self.packets()
         first = next((one for one in packets if one.size), None)
-        if first is None or not first.is_keyframe or first.pts is None or first.pts > stamp:
+        stamp = None if first is None else self.stamp(first)
+        if stamp is None or stamp > key or not first.is_keyframe:
             return None
         return _chained(first, packets)
 
