@@ -134,7 +134,8 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("runs/zeroshot_tags"))
     parser.add_argument("--out", type=Path)
     parser.add_argument("--seeds", type=int, default=2)
-    parser.add_argument("--images", type=int, default=20000, help="of each model's training")
+    parser.add_argument("--images", type=int, default=10000, help="of each model's training")
+    parser.add_argument("--parallel", type=int, default=2, help="models that train side by side")
     given = parser.parse_args()
     start, work, data = time.time(), given.work.resolve(), given.data.resolve()
     out = given.out and given.out.resolve()
@@ -143,7 +144,7 @@ def main() -> None:
     prepare(work, data)
     os.chdir(work)  # where the cards are
     each = list(itertools.product(ENCODERS, MODELS, range(given.seeds)))
-    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+    with concurrent.futures.ThreadPoolExecutor(given.parallel) as pool:
         list(pool.map(lambda one: train(work, *one, given.images), each))
     table = {}
     for name in ENCODERS:
