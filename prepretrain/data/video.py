@@ -17,6 +17,7 @@ from prepretrain.data.names import is_image, natural_order
 from prepretrain.data.transforms import MAX_PIXELS, MAX_SIDE, BadImage, decode, header
 
 MAX_FRAMES = 10_000_000  # not from the paper: of a video, four days at 30 a second
+MAX_RUN = 50_000  # not from the paper: frames that are decoded for the sake of one
 # What FFmpeg may open: no playlists, nor other files or addresses that a file names.
 CONTAINERS = ("mov", "matroska", "avi", "gif")
 DECODERS = tuple(
@@ -133,6 +134,9 @@ class Video(Clip):
         stamps = set(index.stamps[wanted].tolist())
         frames, last, frame = iter(()), -1, None
         for number in wanted:
+            if number - index.key_before(number) > MAX_RUN:
+                detail = f"frame {number}; the limit is {MAX_RUN:,} frames"
+                raise self._bad("too far from a key frame", detail)
             if last < 0 or index.key_before(number) > last:
                 frames, last = self._from_key(number, stamps), -1
             while last < number:
@@ -177,9 +181,8 @@ class Video(Clip):
         return self._opened
 
     def _unreadable(self, error: Exception) -> BadImage:
-        """What an error of FFmpeg says of this file; an error of the machine is raised on."""
-        if isinstance(error, MemoryError):
-            raise error
+        """What an error of FFmpeg says of this file; "cannot allocate" is one, too, of sizes in it that are
+        none. Errors of the machine are those of reading it, which are no errors of FFmpeg."""
         said = getattr(error, "strerror", None) or str(error)
         read = "mp4, mov, mkv, webm, avi and gif are read"
         return self._bad("unreadable", f"{_size(self.path, self.span):,} bytes: {said} ({read})")
@@ -300,22 +303,21 @@ class _OpenFile:
         av = _av()
         self.process = os.getpid()
         self._file = _Part(path, span)
-        self._input = av.open(self._file, options=_OPTIONS, buffer_size=_BUFFER)
+        how = {"buffer_size": _BUFFER, "metadata_errors": "replace"}
+        self._input = av.open(self._file, options=_OPTIONS, **how)
         pictures = av.stream.Disposition.attached_pic  # the cover of a song
         streams = [one for one in self._input.streams.video if not one.disposition & pictures]
         if not streams:
-            raise BadImage("no video stream", f"{self._input.format.name}")
-        self._stream = max(streams, key=lambda one: (one.width * one.height, -one.index))
-        self._check()
+            raise BadImage("no video stream", self._input.format.name)
+        self._stream = max(
+            _decodable(streams), key=lambda one: (one.width * one.height, -one.index)
+        )
+        self._prepare(self._stream.codec_context)
         self.kind = self._input.format.name
         self.time_base = self._stream.time_base
         self.rate = self._stream.average_rate or _RATE
 
-    def _check(self) -> None:
-        context = self._stream.codec_context
-        if context is None or context.codec.name not in DECODERS:
-            name = self._stream.codec_tag if context is None else context.codec.name
-            raise BadImage("unreadable codec", f"{name}; read are {', '.join(DECODERS)}")
+    def _prepare(self, context: Any) -> None:
         width, height = context.width, context.height
         if width * height > MAX_PIXELS or max(width, height) > MAX_SIDE:
             limit = f"the limit is {MAX_PIXELS}, and {MAX_SIDE} a side"
@@ -328,9 +330,9 @@ class _OpenFile:
 
     def close(self) -> None:
         """Frees the decoder and the file, of which PyAV's objects would hold each other."""
-        if hasattr(self, "_input"):
-            self._input.close()
-        self._file.close()
+        for part in ("_input", "_file"):  # which are not there if it could not be opened
+            if hasattr(self, part):
+                getattr(self, part).close()
 
     def ends_with(self, data: bytes) -> bool:
         """Whether these are the file's last bytes."""
@@ -340,7 +342,7 @@ class _OpenFile:
         """The packets from here to the end, or to where the file breaks off."""
         try:
             yield from self._input.demux(self._stream)
-        except _av().error.InvalidDataError:
+        except _av().error.FFmpegError:
             return
 
     def stamp(self, packet: Any) -> int | None:
@@ -379,6 +381,18 @@ class _OpenFile:
                 continue
             except EOFError:
                 return
+
+
+def _decodable(streams: list[Any]) -> list[Any]:
+    """The streams of which a decoder is known and allowed; raises BadImage if there is none."""
+    names = {}  # FFmpeg itself does not know the codecs of some
+    for stream in streams:
+        context = stream.codec_context
+        names[stream.index] = context.codec.name if context is not None else "unknown"
+    if not (known := [stream for stream in streams if names[stream.index] in DECODERS]):
+        detail = f"{', '.join(map(str, names.values()))}; read are {', '.join(DECODERS)}"
+        raise BadImage("unreadable codec", detail)
+    return known
 
 
 def _chained(first: Any, rest: Iterable[Any]) -> Iterator[Any]:
