@@ -70,6 +70,7 @@ TINY = {  # each benchmark's arguments; where it takes hours, that it starts
     "scaling_fits": "--draws 1",
     "tar_index": "--samples 2 --rounds 1",
     "segmentation_camvid": "--help",
+    "zeroshot_tags": "--help",
 }
 
 
