@@ -16,6 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
+from prepretrain.data import container
 from prepretrain.data import video as module
 from prepretrain.data.card import load_card
 from prepretrain.data.loader import Stream, evaluation_batches
@@ -228,14 +229,14 @@ def test_of_four_hours_only_the_frames_from_a_key_frame_on_are_decoded_in_flat_m
         tmp_path / "long.mkv", "mpeg4", frames=len(stamps), stamps=stamps, size=(16, 16), gop=100,
         between=0,
     )  # fmt: skip
-    decoded, decode = [], module._OpenFile.decoded
+    decoded, decode = [], container.OpenFile.decoded
 
     def counting(*arguments):
         for frame in decode(*arguments):
             decoded.append(frame.pts)
             yield frame
 
-    monkeypatch.setattr(module._OpenFile, "decoded", counting)
+    monkeypatch.setattr(container.OpenFile, "decoded", counting)
     tracemalloc.start()
     video = Video(path)
     clip = video.read([0, 1802, 3550])
@@ -329,15 +330,15 @@ def test_a_frame_that_does_not_decode_is_bad_where_it_is_asked_for(tmp_path):
 
 
 def test_a_frame_of_too_many_pixels_is_refused_before_it_is_decoded(tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "MAX_PIXELS", 1000)
+    monkeypatch.setattr(container, "MAX_PIXELS", 1000)
     error = bad(film(tmp_path / "a.mp4", frames=2))
     assert error.cause == "too large" and "48 x 32" in error.detail
-    monkeypatch.setattr(module, "MAX_PIXELS", 10**6)
+    monkeypatch.setattr(container, "MAX_PIXELS", 10**6)
     monkeypatch.setattr(module, "MAX_RUN", 5)
     assert len(Video(film(tmp_path / "b.mp4")).read([15])) == 1
     with pytest.raises(BadImage, match="too far from a key frame: frame 18"):
         Video(tmp_path / "b.mp4").read([18])
-    monkeypatch.setattr(module, "MAX_FRAMES", 20)
+    monkeypatch.setattr(container, "MAX_FRAMES", 20)
     assert bad(tmp_path / "b.mp4").cause == "too long"
 
 
@@ -560,7 +561,7 @@ def test_a_card_gives_its_classes_to_videos(tmp_path, monkeypatch):
 
 def test_without_pyav_the_source_says_how_to_install_it(tmp_path, monkeypatch):
     furnish(tmp_path, each=1)
-    monkeypatch.setattr(module.plugin.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(container.plugin.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(
         ValueError, match=r'needs the package av.*pip install "prepretrain\[video\]"'
     ):
