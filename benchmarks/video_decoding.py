@@ -16,6 +16,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from importlib.metadata import version
+from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
 
@@ -149,7 +151,8 @@ def main() -> None:
         "command": "python benchmarks/video_decoding.py FOLDER",
         "date": datetime.date.today().isoformat(),
         "commit": subprocess.check_output(["git", "rev-parse", "--short", "HEAD"], text=True).strip(),
-        "versions": {"av": av.__version__, "ffmpeg": av.ffmpeg_version_info},
+        "versions": {"ffmpeg of av": av.ffmpeg_version_info}
+        | {name: version(name) for name in ("av", "torchcodec", "decord") if find_spec(name)},
         "equal_frames": {path.name: compared(path, by_number) for path in paths},
         "cpu_ms_a_clip": {},
         "clips_a_second": {},
