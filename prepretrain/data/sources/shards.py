@@ -12,12 +12,13 @@ from pathlib import Path
 import numpy as np
 
 from prepretrain.data import names, values
+from prepretrain.data.container import require
 from prepretrain.data.paths import find_files
 from prepretrain.data.sources.base import Source, fingerprint_of, stamp_of
 from prepretrain.data.subset import evenly
 from prepretrain.data.tar_index import FILMS, MEMBERS, Index, read_head
 from prepretrain.data.transforms import BadImage
-from prepretrain.data.video import Video, require
+from prepretrain.data.video import Video
 from prepretrain.distributed import heartbeat
 
 MAX_MEMBER = 64_000_000  # not from the paper: bytes of one member, checked before it is read
