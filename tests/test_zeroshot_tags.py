@@ -42,7 +42,8 @@ def test_a_class_is_its_own_tag_else_the_nearest_below_else_above(folder):  # no
     assert nearest("goose") == nearest("bear") == Nearest([0], 1)
     assert nearest("brown bear") == Nearest([0], 2)
     assert nearest("domestic dog", "goose") == Nearest([1], 0) and nearest("☺").ids == []
-    listed = Labels(vocabulary({"organism": 2}), Nouns.open("timm"))
+    (folder / "mine.txt").write_text("n1\torganism\nn2\tdog\n")
+    listed = Labels(vocabulary({"organism": 2}), Nouns.open(str(folder / "mine.txt")))
     assert listed.nearest(["dog"], 9) == Nearest([], None)  # no hypernyms there
 
 
