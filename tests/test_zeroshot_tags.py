@@ -43,6 +43,7 @@ def test_a_class_is_its_own_tag_else_the_nearest_below_else_above(folder):  # no
     assert nearest("domestic dog", "goose") == Nearest([1], 0) and nearest("☺").ids == []
     (folder / "mine.txt").write_text("n1\torganism\nn2\tdog\n")
     listed = Labels(vocabulary({"organism": 2}), Nouns.open(str(folder / "mine.txt")))
+    assert Labels(labels.vocabulary, listed.nouns).nearest(["dogs"], 0) == Nearest([1], 0)
     assert listed.nearest(["dog"], 9) == Nearest([], None)  # no hypernyms there
 
 
