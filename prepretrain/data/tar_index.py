@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
 from prepretrain.data.names import IMAGES, USUAL, extension, left_out
 from prepretrain.files import draft
@@ -22,8 +23,9 @@ from prepretrain.files import draft
 MEMBERS = (*IMAGES, "txt", "json", "cls")
 _MEMBERS, _PICTURES = frozenset(MEMBERS), frozenset(IMAGES)
 
-_VERSION = 3  # 1 had no checksums, 2 no count of what is left out
+_VERSION = 4  # 1 had no checksums, 2 no count of what is left out, 3 no checksum of the ends
 _BLOCK = 512
+_ENDS = 1 << 14  # not from the paper: bytes at each end of a shard, past the zeros that pad a tar
 _EXTENDED = 1 << 20  # not from the paper: bytes of an extended header or of a long name
 _unpack = struct.Struct("100s24x12s20xB").unpack_from  # of a header: name, size, kind
 _PAX, _FOLDER = b"x5"  # kinds are numbers, which are found in bytes ten times sooner than bytes are
@@ -54,6 +56,23 @@ class Index:
         self._columns = {field: i for i, field in enumerate(fields)}
         self._spans, self._ends, self._keys = _parts(_body(head["file"], head["start"]), n, fields)
 
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    def keys(self) -> pa.Array:
+        """The keys of all samples; those that are not UTF-8 are equal to no text."""
+        ends = np.append(0, self._ends)
+        parts = pa.py_buffer(ends), pa.py_buffer(self._keys)
+        return pa.LargeStringArray.from_buffers(len(self), *parts)
+
+    def spans(self, field: str) -> np.ndarray | None:
+        """int64 [samples, 2]: where this member of each sample begins and ends in the shard, (-1, -1)
+        for one without; None where no sample has it."""
+        if field not in self._columns:
+            return None
+        offsets, sizes = self._spans[:, self._columns[field]].T
+        return np.stack([offsets, np.where(offsets < 0, -1, offsets + sizes)], axis=1)
+
     def key(self, row: int) -> str:
         """The key of a sample."""
         start = self._ends[row - 1] if row else 0
@@ -72,14 +91,19 @@ class Index:
 def read_head(shard: Path) -> dict:
     """What the index says of a shard as a whole: "samples", "fields", "digest"; built if need be.
 
-    A sidecar counts while version, size and time of change of the shard are those it was built
+    A sidecar counts while version, size, time of change and ends of the shard are those it was built
     from, and its checksums are right; otherwise it is built again. It lies beside the shard as
     <shard>.index or, where that cannot be written, under $XDG_CACHE_HOME/prepretrain/index by the
     shard's absolute path.
     """
+    return kept_head(shard) or _built(shard, _asked(shard))
+
+
+def kept_head(shard: Path) -> dict | None:
+    """What `read_head` returns, where a sidecar is there and fits; None where one is to be built."""
     asked = _asked(shard)
     heads = (_valid(file, asked) for file in _sidecars(shard))
-    return next((head for head in heads if head), None) or _built(shard, asked)
+    return next((head for head in heads if head), None)
 
 
 def _sound_head(shard: Path) -> dict:
@@ -94,8 +118,16 @@ def _sound_head(shard: Path) -> dict:
 
 
 def _asked(shard: Path) -> dict:
-    stat = os.stat(shard)
-    return {"version": _VERSION, "bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns}
+    with open(shard, "rb") as file:
+        stat = os.fstat(file.fileno())
+        ends = os.pread(file.fileno(), _ENDS, 0)
+        ends += os.pread(file.fileno(), _ENDS, max(0, stat.st_size - _ENDS))
+    return {
+        "version": _VERSION,
+        "bytes": stat.st_size,
+        "mtime_ns": stat.st_mtime_ns,
+        "ends": zlib.crc32(ends),
+    }
 
 
 def _built(shard: Path, asked: dict) -> dict:

@@ -3,7 +3,7 @@
 import json
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from prepretrain.files import draft, read_json
@@ -66,13 +66,20 @@ class Vocabulary:
         for tags in tags_of_images:
             images += 1
             counter.update({canonical(tag) for tag in tags} - {""})
-        kept = sorted((-n, tag) for tag, n in counter.items() if n >= min_count)
+        return cls.of_counts(counter, source=source, images=images, min_count=min_count)
+
+    @classmethod
+    def of_counts(
+        cls, counts: Mapping[str, int], *, source: str, images: int, min_count: int
+    ) -> "Vocabulary":
+        """Keep those tags that are in at least `min_count` of `images` images."""
+        kept = sorted((-n, tag) for tag, n in counts.items() if n >= min_count)
         if not kept:
-            best = counter.most_common(1)
+            best = max(counts.items(), key=lambda pair: pair[1], default=None)
             raise ValueError(
                 f"no tag is in {min_count} of {images} images"
                 + (
-                    f"; the most frequent, '{best[0][0]}', is in {best[0][1]}. Lower min_count."
+                    f"; the most frequent, '{best[0]}', is in {best[1]}. Lower min_count."
                     if best
                     else ": they have none."
                 )
@@ -87,6 +94,10 @@ class Vocabulary:
 
     def __len__(self) -> int:
         return len(self.tags)
+
+    def id(self, tag: str) -> int:
+        """The id of a tag in its canonical spelling; -1 for one that is not in the vocabulary."""
+        return self._ids.get(tag, -1)
 
     def ids(self, tags: Iterable[str]) -> list[int]:
         """The ids of those tags that are in the vocabulary, each once, in order."""

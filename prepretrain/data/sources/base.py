@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image
 
 from prepretrain import plugin
+from prepretrain.data.tags import Tags, of_lists
 from prepretrain.data.transforms import BadImage, decode
 
 FIELDS = {
@@ -90,6 +91,21 @@ class Source:
     def hashtags(self, index: int) -> list[str]:
         """The hashtags alone, without reading the image where the source can."""
         return self[index]["hashtags"]
+
+    def tags(self, group: int) -> Tags:
+        """The hashtags of all images of a group (see `groups`), without the images."""
+        first = sum(self.groups[:group])
+        bad: list[BadImage] = []
+        return of_lists(
+            (self._tags(index, bad) for index in range(first, first + self.groups[group])), bad
+        )
+
+    def _tags(self, index: int, bad: list[BadImage]) -> list[str]:
+        try:
+            return self.hashtags(index)
+        except BadImage as error:
+            bad.append(error)
+            return []
 
     def classes_shown(self, index: int) -> list[int]:
         """The classes of an image's objects, each once and without crowds, without reading the image

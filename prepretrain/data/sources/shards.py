@@ -7,17 +7,21 @@ import sys
 from collections import Counter, OrderedDict
 from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 
-from prepretrain.data import names, values
+from prepretrain.data import img2dataset, names, values
+from prepretrain.data.indexing import read_heads
 from prepretrain.data.paths import find_files
+from prepretrain.data.shard_columns import read_column
 from prepretrain.data.sources.base import Source, fingerprint_of, stamp_of
 from prepretrain.data.subset import evenly
-from prepretrain.data.tar_index import MEMBERS, Index, read_head
+from prepretrain.data.tags import Tags, of_column
+from prepretrain.data.tar_index import MEMBERS, Index
 from prepretrain.data.transforms import BadImage
-from prepretrain.distributed import heartbeat
 
 MAX_MEMBER = 64_000_000  # not from the paper: bytes of one member, checked before it is read
 
@@ -55,12 +59,7 @@ class Shards(Source):
                     "txt, cls, json.<name>."
                 )
         self.paths = find_files(path, ".tar", ".tar shard")
-        heads = []
-        for (
-            shard
-        ) in self.paths:  # half a million take minutes, longer where indexes are to be built
-            heartbeat.beat(f"opening {shard}")
-            heads.append(read_head(shard))
+        heads = read_heads(self.paths)
         self.left_out = sum((Counter(head["left_out"]) for head in heads), Counter())
         names.say_left_out(path, self.left_out)
         self.groups = [head["samples"] for head in heads]
@@ -92,6 +91,28 @@ class Shards(Source):
 
     def hashtags(self, index: int) -> list[str]:
         return self._value(index, "hashtags")
+
+    def tags(self, group: int) -> Tags:
+        """See Source.tags: from img2dataset's Parquet file where it agrees with the shard, else in one
+        pass over the members, else one by one."""
+        column, said = self.column(group, "hashtags")
+        tags = super().tags(group) if column is None else of_column(column)
+        return replace(tags, said=said)
+
+    def column(self, group: int, field: str) -> tuple[pa.Array | None, str]:
+        """(a field of all samples of a shard, what is wrong with the file beside it): texts or lists of
+        texts as they are written; None where only reading them one by one will do."""
+        shard, place, convert = self._shard(group), self.places[field], values.CONVERT[field]
+        first = int(self._starts[group])
+        read = lambda row: self._some(first + row, (field,))[field]
+        said = ""
+        try:
+            column = img2dataset.column(shard.path, shard.index, place, read, convert)
+            if column is not None:
+                return column, ""
+        except (img2dataset.Disagrees, BadImage) as error:
+            said = str(error)
+        return read_column(shard.path, shard.index, place), said
 
     def texts(self, index: int) -> dict:
         return self._some(index, tuple(f for f in ("text", "captions") if f in self.fields))
