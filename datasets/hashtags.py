@@ -7,12 +7,8 @@ import argparse
 import sys
 from pathlib import Path
 
-import numpy as np
-
-from prepretrain.data import rarest
+from prepretrain.data import counting, rarest
 from prepretrain.data.card import open_data
-from prepretrain.data.transforms import BadImage
-from prepretrain.data.vocabulary import Vocabulary
 
 
 def main() -> None:
@@ -34,12 +30,9 @@ def main() -> None:
             f"json members, Parquet files in a column: see the options of both in datasets/README.md. Of "
             f"a folder a class, make_shards.py folder path=… --class-tags packs the names as hashtags."
         )
-    bad: list[BadImage] = []
-    tags = [rarest.tags_of(source, index, bad) for index in range(len(source))]
-    rarest.say_bad(bad)
-    vocabulary = Vocabulary.count(tags, source=source.fingerprint, min_count=args.min_count)
+    vocabulary, tag_of_images, counts = counting.count(source, args.min_count, args.out.parent)
+    counts.log()
     vocabulary.save(args.out)
-    tag_of_images = np.array([vocabulary.rarest(found) for found in tags])
     rarest.write(args.out, vocabulary, tag_of_images)
     for tag, count in list(zip(vocabulary.tags, vocabulary.counts))[: args.top]:
         print(f"{count:10d}  {tag}")

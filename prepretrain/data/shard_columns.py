@@ -39,33 +39,45 @@ def _texts(pieces: list[bytes | None]) -> pa.Array | None:
 
 def _named(pieces: list[bytes | None], name: str) -> pa.Array | None:
     """The values of a name in these json texts."""
-    texts = [b"{}" if piece is None else piece.strip(b" \t\r\n") for piece in pieces]
-    # An object can begin only where another has ended, so that as many objects as texts are one each.
-    if not all(text[:1] == b"{" and text[-1:] == b"}" for text in texts):
-        return None
-    size = sum(map(len, texts))
-    parts = np.array_split(np.arange(len(texts)), size // _AT_ONCE + 1)
+    texts = [b"{}" if piece is None else piece for piece in pieces]
+    parts = np.array_split(np.arange(len(texts)), sum(map(len, texts)) // _AT_ONCE + 1)
     for kind in _KINDS:
-        columns = [_parsed([texts[row] for row in rows], name, kind) for rows in parts]
+        columns = [parsed([texts[row] for row in rows], name, kind) for rows in parts]
         if all(column is not None for column in columns):
             return pa.chunked_array(columns, kind).combine_chunks()
     return None
 
 
-def _parsed(texts: list[bytes], name: str, kind: pa.DataType) -> pa.Array | None:
+def parsed(texts: list[bytes], name: str, kind: pa.DataType) -> pa.Array | None:
+    """The values of a name in json texts, each of which is one object; None where they are not, or
+    where a value is of another type."""
     data = b"\n".join(texts)
+    signs, sizes = np.frombuffer(data, np.uint8), np.fromiter(map(len, texts), int, len(texts))
+    ends = np.cumsum(sizes + 1) - 1
+    # An object can begin only where another has ended, so as many objects as texts are one each.
+    if not sizes.all() or (signs[ends - sizes] != ord("{")).any():
+        return None
+    if (signs[ends - 1] != ord("}")).any():
+        stripped = [text.rstrip(b" \t\r\n") for text in texts]  # some writers end with a new line
+        return None if stripped == texts else parsed(stripped, name, kind)
     try:
-        data.decode()
+        _check_text(data)
         table = arrow_json.read_json(
             pa.BufferReader(data),
             # one block, on one thread: pyarrow's pool does not survive a fork
-            arrow_json.ReadOptions(use_threads=False, block_size=max(1, len(data) + 1)),
+            arrow_json.ReadOptions(use_threads=False, block_size=len(data) + 1),
             arrow_json.ParseOptions(
                 explicit_schema=pa.schema([(name, kind)]),
                 unexpected_field_behavior="ignore",
                 newlines_in_values=True,
             ),
         )
-    except (pa.ArrowInvalid, UnicodeDecodeError):
+    except pa.ArrowInvalid:
         return None
     return table[name].combine_chunks() if len(table) == len(texts) else None
+
+
+def _check_text(data: bytes) -> None:
+    """Raises pa.ArrowInvalid for what is not UTF-8."""
+    ends = pa.py_buffer(np.array([0, len(data)], np.int64))
+    pa.LargeStringArray.from_buffers(1, ends, pa.py_buffer(data)).validate(full=True)
