@@ -3,9 +3,10 @@
 import logging
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
@@ -13,7 +14,7 @@ from prepretrain.data.on_cores import on_cores
 from prepretrain.data.sources.base import Source
 from prepretrain.data.tags import Tags
 from prepretrain.data.transforms import BadImage
-from prepretrain.data.vocabulary import Vocabulary
+from prepretrain.data.vocabulary import Merged, Vocabulary
 from prepretrain.distributed import heartbeat
 
 logger = logging.getLogger(__name__)
@@ -62,15 +63,23 @@ def count_groups(source: Source, rank: int = 0, world_size: int = 1) -> Counts:
     ranks, put together by Counts.add, are those of the source; any engine can call it on any machine."""
     total = Counts()
     for group in range(rank, len(source.groups), world_size):
-        heartbeat.beat(f"the hashtags of shard {group}")
         total.add(_counted(source.tags(group)))
     return total
 
 
 def count(
-    source: Source, min_count: int, place: Path, processes: int | None = None
+    source: Source,
+    place: Path,
+    *,
+    min_count: int,
+    most: int | None = None,
+    of: Literal["hashtags", "captions"] = "hashtags",
+    label: Callable[[str, int], str | None] | None = None,
+    merged: Callable[[set[str]], Merged | None] = lambda labels: None,
+    processes: int | None = None,
 ) -> tuple[Vocabulary, np.ndarray, Counts]:
-    """The vocabulary of a source, and int32 [images], each image's rarest tag (see rarest.read).
+    """The vocabulary of a source (see Vocabulary.count), int32 [images], the rarest label of each image
+    (see rarest.read), and the counts of its tags; `label` is called once for each tag, with its count.
 
     Shards are read once: which image has which tag lies in a folder in `place` meanwhile, three or
     four bytes for each tag of each image.
@@ -80,16 +89,26 @@ def count(
     with tempfile.TemporaryDirectory(dir=place, prefix=".tags-") as folder:
         file = lambda group: Path(folder, f"{group}.npz")
 
-        def count_one(group: int) -> Counts:
-            tags = source.tags(group)
+        def count_tags(group: int) -> Counts:
+            tags = source.tags(group, of)
             tags.save(file(group))
             return _counted(tags)
 
         total = Counts()
-        for counts in on_cores(count_one, groups, processes):
+        for counts in on_cores(count_tags, groups, processes):
             total.add(counts)
+        labels = total.tags
+        if label is not None:
+            names = {tag: label(tag, uses) for tag, uses in total.tags.items()}
+            count_labels = lambda group: Tags.load(file(group)).named(names).counts()
+            labels = sum(map(Counter, on_cores(count_labels, groups, processes)), Counter())
         vocabulary = Vocabulary.of_counts(
-            total.tags, source=source.fingerprint, images=total.images, min_count=min_count
+            labels,
+            source=source.fingerprint,
+            images=total.images,
+            min_count=min_count,
+            most=most,
+            merged=merged,
         )
         rarest = lambda group: Tags.load(file(group)).rarest(vocabulary)
         return vocabulary, _joined(on_cores(rarest, groups, processes)), total
@@ -101,7 +120,7 @@ def rank(
     """The counts of some groups, and int32, the rarest tag of each of their images."""
 
     def of_one(group: int) -> tuple[Counts, np.ndarray]:
-        tags = source.tags(group)
+        tags = source.tags(group, vocabulary.of)
         return _counted(tags), tags.rarest(vocabulary)
 
     total, ids = Counts(), []

@@ -1,9 +1,10 @@
 """The hashtags of many images as numbers, counted and looked up by whole columns at once."""
 
 import json
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pyarrow as pa
@@ -11,8 +12,9 @@ import pyarrow.compute as pc
 
 from prepretrain.data import values
 from prepretrain.data.shard_columns import parsed
+from prepretrain.data.spelling import canonical, caption_words
 from prepretrain.data.transforms import BadImage
-from prepretrain.data.vocabulary import Vocabulary, canonical
+from prepretrain.data.vocabulary import Vocabulary
 
 
 @dataclass(frozen=True)
@@ -32,10 +34,22 @@ class Tags:
         counts = np.bincount(self.ids, minlength=len(self.names))
         return dict(zip(self.names, counts.tolist()))
 
+    def named(self, names: Mapping[str, str | None]) -> "Tags":
+        """The same images with other tags: that which `names` has for each; None leaves it out."""
+        numbers: dict[str, int] = {}
+        new = [names[name] for name in self.names]
+        ids = np.array(
+            [-1 if name is None else numbers.setdefault(name, len(numbers)) for name in new], int
+        )[self.ids]
+        order = np.argsort(self.rows, kind="stable")
+        order = order[ids[order] >= 0]
+        rows, ids = _once(self.rows[order], ids[order], len(numbers))
+        return replace(self, names=list(numbers), rows=rows, ids=ids)
+
     def rarest(self, vocabulary: Vocabulary) -> np.ndarray:
         """int32 [images]: the vocabulary's id of each image's rarest tag, -1 without a known one."""
-        known = np.array([vocabulary.id(name) for name in self.names], dtype=np.int64)
-        counts = np.array([vocabulary.counts[one] if one >= 0 else 0 for one in known.tolist()])
+        known = np.array([vocabulary.id(name) for name in self.names], int)
+        counts = np.append(vocabulary.counts, 0)[known]  # -1, a tag that is not known, is the last
         # the rarest first, of two the one that the vocabulary has first, unknown ones last
         order = np.lexsort((known, counts, known < 0))
         places = np.empty_like(order)
@@ -75,17 +89,19 @@ def of_lists(lists: Iterable[list[str]], bad: list[BadImage]) -> Tags:
     return Tags(list(numbers), np.array(rows, np.int64), np.array(ids, np.int64), images, bad)
 
 
-def of_column(column: pa.Array) -> Tags:
-    """The tags of a column of texts or of lists of texts, as values.hashtags reads one of them; each
+def of_column(column: pa.Array, of: Literal["hashtags", "captions"]) -> Tags:
+    """The tags of a column of texts or of lists of texts, as data/values.py reads one of them; each
     different text is looked at once."""
+    convert: Callable[[str], list[str]] = values.hashtags
+    if of == "hashtags" and pa.types.is_string(column.type):
+        column = column if (lists := _lists(column)) is None else lists
     if pa.types.is_list(column.type):
         rows = pc.list_parent_indices(column).to_numpy()
         texts, convert = pc.list_flatten(column), lambda text: values.hashtags([text])
-    elif (lists := _lists(column)) is not None:
-        return of_column(lists)
     else:
-        rows = np.arange(len(column))
-        texts, convert = column, values.hashtags
+        rows, texts = np.arange(len(column)), column
+    if of == "captions":
+        convert = lambda text: caption_words(values.text(text))
     encoded = texts.dictionary_encode()
     there = encoded.indices.is_valid().to_numpy(zero_copy_only=False)
     which = encoded.indices.fill_null(0).to_numpy()

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from prepretrain import plugin
 from prepretrain.data.batch import Ragged
+from prepretrain.data.spelling import canonical
 from prepretrain.data.transforms import (
     BadImage,
     Size,
@@ -16,7 +17,6 @@ from prepretrain.data.transforms import (
     random_resized_crop,
     resize_center_crop,
 )
-from prepretrain.data.vocabulary import canonical
 from prepretrain.losses.contrastive import BIASED, LOSSES
 from prepretrain.models.load import open_text
 from prepretrain.models.model import Model

@@ -6,7 +6,7 @@ import io
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from PIL import Image
@@ -14,6 +14,7 @@ from PIL import Image
 from prepretrain import plugin
 from prepretrain.data.tags import Tags, of_lists
 from prepretrain.data.transforms import BadImage, decode
+from prepretrain.data.vocabulary import tags_in
 
 FIELDS = {
     "image": "the bytes of an image file, as it lies on disk",
@@ -92,17 +93,20 @@ class Source:
         """The hashtags alone, without reading the image where the source can."""
         return self[index]["hashtags"]
 
-    def tags(self, group: int) -> Tags:
-        """The hashtags of all images of a group (see `groups`), without the images."""
+    def tags(self, group: int, of: Literal["hashtags", "captions"] = "hashtags") -> Tags:
+        """The hashtags, or the words of the captions, of all images of a group (see `groups`), without
+        the images."""
         first = sum(self.groups[:group])
         bad: list[BadImage] = []
         return of_lists(
-            (self._tags(index, bad) for index in range(first, first + self.groups[group])), bad
+            (self._tags(index, of, bad) for index in range(first, first + self.groups[group])), bad
         )
 
-    def _tags(self, index: int, bad: list[BadImage]) -> list[str]:
+    def _tags(
+        self, index: int, of: Literal["hashtags", "captions"], bad: list[BadImage]
+    ) -> list[str]:
         try:
-            return self.hashtags(index)
+            return tags_in(self.texts(index), of) if of == "captions" else self.hashtags(index)
         except BadImage as error:
             bad.append(error)
             return []

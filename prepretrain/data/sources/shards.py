@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pyarrow as pa
@@ -92,11 +93,14 @@ class Shards(Source):
     def hashtags(self, index: int) -> list[str]:
         return self._value(index, "hashtags")
 
-    def tags(self, group: int) -> Tags:
+    def tags(self, group: int, of: Literal["hashtags", "captions"] = "hashtags") -> Tags:
         """See Source.tags: from img2dataset's Parquet file where it agrees with the shard, else in one
         pass over the members, else one by one."""
-        column, said = self.column(group, "hashtags")
-        tags = super().tags(group) if column is None else of_column(column)
+        fields = [f for f in ("captions", "text") if f in self.fields] if of == "captions" else [of]
+        if len(fields) > 1:  # an image's text counts where it has no captions
+            return super().tags(group, of)
+        column, said = self.column(group, fields[0])
+        tags = super().tags(group, of) if column is None else of_column(column, of)
         return replace(tags, said=said)
 
     def column(self, group: int, field: str) -> tuple[pa.Array | None, str]:
