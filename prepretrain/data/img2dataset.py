@@ -1,8 +1,7 @@
 """What img2dataset writes beside each shard: NNNNN.parquet, a row for each URL, and NNNNN_stats.json."""
 
-import logging
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +9,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from prepretrain.data.shard_files import Shard, beside
 from prepretrain.data.subset import evenly
 from prepretrain.data.tar_index import Index
 from prepretrain.files import read_json
-
-logger = logging.getLogger(__name__)
 
 _COMPARED = 8  # not from the paper: samples of each shard that are compared with their rows
 _COUNTS = ("count", "successes", "failed_to_download", "failed_to_resize")
@@ -25,18 +23,17 @@ class Disagrees(ValueError):
 
 
 def column(
-    shard: Path, index: Index, place: str, read: Callable[[int], Any], convert: Callable
+    file: Path, index: Index, place: str, read: Callable[[int], Any], convert: Callable
 ) -> pa.Array | None:
-    """The column of a place ("json.tags", or "txt", which is the column caption), in the order of the
-    shard's samples; None where there is no such file or column.
+    """The column of a place ("json.tags", or "txt", which is the column caption) of a shard's Parquet
+    file, in the order of the shard's samples; None where there is no such column.
 
     The file counts while its successful rows are the shard's samples, by their keys, and some rows,
     spread evenly, hold what the members do: convert(value) is compared with read(row). Raises
     Disagrees otherwise.
     """
-    file = shard.with_suffix(".parquet")
     name = "caption" if place == "txt" else place.partition(".")[2]
-    if not name or not file.is_file():
+    if not name:
         return None
     try:
         opened = pq.ParquetFile(file)
@@ -53,7 +50,7 @@ def column(
         written = convert(values[row].as_py())
         if (held := read(row)) != written:
             raise Disagrees(
-                f"{file}: {name} of '{index.key(row)}' is {written!r}, and in {shard.name} {held!r}"
+                f"{file}: {name} of '{index.key(row)}' is {written!r}, and in the shard {held!r}"
             )
     return values
 
@@ -84,22 +81,25 @@ def _plain(values: pa.ChunkedArray) -> pa.Array | None:
     return pa.nulls(len(values), pa.string()) if pa.types.is_null(kind) else None
 
 
-def downloads(shards: list[Path], samples: list[int]) -> tuple[Counter, list[str]]:
+def downloads(shards: Sequence[Shard], samples: Sequence[int]) -> tuple[Counter, list[str]]:
     """What img2dataset counted while it made these shards, summed ({} without its files), with each
     cause of a failure as "status: CAUSE"; and what of it is not so."""
     total: Counter[str] = Counter()
     wrong = []
     for shard, held in zip(shards, samples):
-        file = shard.with_name(f"{shard.stem}_stats.json")
-        if not file.is_file():
-            continue
-        try:
-            stats = _counted(file)
-        except ValueError as error:
-            wrong.append(str(error))
-            continue
+        name = f"{shard.stem}_stats.json"
+        with beside(shard, name) as file:
+            if file is None:
+                continue
+            try:
+                stats = _counted(file)
+            except ValueError as error:
+                wrong.append(str(error))
+                continue
         if stats["successes"] != held:
-            wrong.append(f"{file}: counts {stats['successes']:,} images; the shard has {held:,}")
+            wrong.append(
+                f"{name}: counts {stats['successes']:,} images, and {shard} holds {held:,}"
+            )
         total.update(stats)
     return total, wrong
 

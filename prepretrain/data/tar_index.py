@@ -51,7 +51,16 @@ class Index:
     """The index of one shard, mapped from its sidecar: workers and processes share its pages."""
 
     def __init__(self, shard: Path):
-        head = _sound_head(shard)
+        self._open(_sound_head(shard))
+
+    @classmethod
+    def of_head(cls, head: dict) -> "Index":
+        """The index of a shard that need not be here, by what `read_head` returned."""
+        index = cls.__new__(cls)
+        index._open(head)
+        return index
+
+    def _open(self, head: dict) -> None:
         n, fields = head["samples"], head["fields"]
         self._columns = {field: i for i, field in enumerate(fields)}
         self._spans, self._ends, self._keys = _parts(_body(head["file"], head["start"]), n, fields)
@@ -106,6 +115,31 @@ def kept_head(shard: Path) -> dict | None:
     return next((head for head in heads if head), None)
 
 
+def kept_elsewhere(file: Path, size: int, mtime_ns: int) -> dict | None:
+    """The head of a sidecar whose shard need not be here: it has this size and time of change."""
+    return _valid(file, {"version": _VERSION, "bytes": size, "mtime_ns": mtime_ns})
+
+
+def adopt(content: bytes, file: Path, size: int, mtime_ns: int, ends: bytes) -> dict | None:
+    """Keeps the content of another sidecar, which was built elsewhere from a shard of this size with
+    these ends, as `file`, for a copy of the shard with this time of change; None where it does not fit."""
+    line, _, body = content.partition(b"\n")
+    with draft(file) as place:
+        place.write_bytes(content)
+        head = _valid(place, {"version": _VERSION, "bytes": size, "ends": zlib.crc32(ends)})
+        if head is None or zlib.crc32(body) != head["crc32"]:
+            return None
+        head = json.loads(line) | {"mtime_ns": mtime_ns}
+        del head["check"]
+        place.write_bytes(_line(head) + body)
+    return kept_elsewhere(file, size, mtime_ns)
+
+
+def ends_of(size: int) -> list[tuple[int, int]]:
+    """The spans of a shard whose checksum its sidecar has."""
+    return [(0, min(_ENDS, size)), (max(0, size - _ENDS), size)]
+
+
 def _sound_head(shard: Path) -> dict:
     """The head of a sidecar whose body is sound, too; built if need be. To read the whole body
     takes a moment, which a process spends once for each shard that it opens."""
@@ -120,8 +154,8 @@ def _sound_head(shard: Path) -> dict:
 def _asked(shard: Path) -> dict:
     with open(shard, "rb") as file:
         stat = os.fstat(file.fileno())
-        ends = os.pread(file.fileno(), _ENDS, 0)
-        ends += os.pread(file.fileno(), _ENDS, max(0, stat.st_size - _ENDS))
+        spans = ends_of(stat.st_size)
+        ends = b"".join(os.pread(file.fileno(), end - start, start) for start, end in spans)
     return {
         "version": _VERSION,
         "bytes": stat.st_size,
@@ -234,9 +268,13 @@ def _packed(shard: Path, asked: dict) -> bytes:
         "crc32": zlib.crc32(body),
         "left_out": others,
     }
+    return _line(head) + body
+
+
+def _line(head: dict) -> bytes:
+    """A head as the first line of a sidecar, after which numbers of 8 bytes are aligned."""
     line = json.dumps(head | {"check": _check(head)}).encode()
-    line += b" " * (-(len(line) + 1) % 8) + b"\n"
-    return line + body
+    return line + b" " * (-(len(line) + 1) % 8) + b"\n"
 
 
 def _decoded(name: bytes) -> str:

@@ -77,6 +77,9 @@ class Source:
         narrowed.fields = tuple(name for name in self.fields if name in wanted)
         return narrowed
 
+    def read_ahead(self, indexes: np.ndarray) -> None:
+        """These images will be read soon: what lies far away may be fetched meanwhile."""
+
     def key(self, index: int) -> str:
         """The key alone, without reading the image where the source can."""
         return self[index]["key"]

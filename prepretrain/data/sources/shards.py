@@ -16,9 +16,19 @@ import pyarrow as pa
 
 from prepretrain.data import img2dataset, names, values
 from prepretrain.data.indexing import read_heads
-from prepretrain.data.paths import find_files
+from prepretrain.data.paths import find_shards
+from prepretrain.data.remote import Remote, Unreachable
+from prepretrain.data.shard_cache import CacheFull, ShardCache
 from prepretrain.data.shard_columns import read_column
-from prepretrain.data.sources.base import Source, fingerprint_of, stamp_of
+from prepretrain.data.shard_files import (
+    ReadAhead,
+    Shard,
+    beside,
+    open_shard,
+    read_members,
+    stamp,
+)
+from prepretrain.data.sources.base import Source, fingerprint_of
 from prepretrain.data.subset import evenly
 from prepretrain.data.tags import Tags, of_column
 from prepretrain.data.tar_index import MEMBERS, Index
@@ -26,6 +36,7 @@ from prepretrain.data.transforms import BadImage
 
 MAX_MEMBER = 64_000_000  # not from the paper: bytes of one member, checked before it is read
 
+_PATIENCE = 60.0  # not from the paper: seconds to wait for others who read from a full cache
 _MAPPINGS = Path("/proc/sys/vm/max_map_count")  # Linux's
 _LOOK = (16, 400)  # shards, and samples in all, that are looked at for what json members hold
 _LOOK_FOR = (100, 10_000)  # and where the options name something that these have not
@@ -59,18 +70,33 @@ class Shards(Source):
                     f"source.{option}: {place!r} is no place in a sample. There are: "
                     "txt, cls, json.<name>."
                 )
-        self.paths = find_files(path, ".tar", ".tar shard")
-        heads = read_heads(self.paths)
+        self.paths = find_shards(path)
+        try:
+            heads = read_heads(self.paths)
+            self._describe(heads)
+            found = self._present({f for head in heads for f in head["fields"]})
+            self.fields = ("image", *found)
+        except (Unreachable, CacheFull) as error:
+            raise ValueError(str(error)) from None
+
+    def _describe(self, heads: list[dict]) -> None:
+        """Takes over what the heads of all indexes say."""
         self.left_out = sum((Counter(head["left_out"]) for head in heads), Counter())
-        names.say_left_out(path, self.left_out)
+        names.say_left_out(self._where(), self.left_out)
         self.groups = [head["samples"] for head in heads]
         self.fingerprint = fingerprint_of(head["digest"] for head in heads)
-        self.stamp = stamp_of(map(os.stat, self.paths))
+        self.stamp = stamp(self.paths)
         self._starts = np.cumsum(self.groups) - self.groups
         self._length = sum(self.groups)
         self._opened: OrderedDict[int, _Shard] = OrderedDict()
         self.open_at_once = _most_open(len(self.paths))
-        self.fields = ("image", *self._present({f for head in heads for f in head["fields"]}, path))
+        far = [shard.size for shard in self.paths if isinstance(shard, Remote)]
+        if far:  # half of the cache at most: the other half is for those that come next
+            self.open_at_once = max(1, min(self.open_at_once, ShardCache().limit // max(far) // 2))
+        self._ahead = ReadAhead()
+
+    def _where(self) -> str:
+        return f"{self.paths[0]}, …" if self.paths[1:] else str(self.paths[0])
 
     def __len__(self) -> int:
         return self._length
@@ -111,7 +137,9 @@ class Shards(Source):
         read = lambda row: self._some(first + row, (field,))[field]
         said = ""
         try:
-            column = img2dataset.column(shard.path, shard.index, place, read, convert)
+            with beside(shard.place, f"{shard.place.stem}.parquet") as file:
+                args = (shard.index, place, read, convert)
+                column = None if file is None else img2dataset.column(file, *args)
             if column is not None:
                 return column, ""
         except (img2dataset.Disagrees, BadImage) as error:
@@ -132,7 +160,7 @@ class Shards(Source):
         shard, row = self._find(index)
         found = self._some(index, (field,))
         if field not in found:
-            raise BadImage(f"no {field}", f"in {shard.path}", shard.index.key(row))
+            raise BadImage(f"no {field}", f"in {shard.place}", shard.index.key(row))
         return found[field]
 
     def _find(self, index: int) -> tuple["_Shard", int]:
@@ -144,7 +172,7 @@ class Shards(Source):
     def _sample(self, key: str, shard: "_Shard", row: int) -> dict:
         image = next((field for field in names.IMAGES if shard.index.has(row, field)), None)
         if image is None:
-            raise BadImage("no image", f"{shard.path} has no jpg, png, webp, … under this key")
+            raise BadImage("no image", f"{shard.place} has no jpg, png, webp, … under this key")
         return {
             "key": key,
             "image": shard.read(row, image),
@@ -165,7 +193,7 @@ class Shards(Source):
                 found[field] = value
         return found
 
-    def _present(self, members: set[str], path: str | list[str]) -> Iterator[str]:
+    def _present(self, members: set[str]) -> Iterator[str]:
         """The fields that there are; an error for one that is named in the options and is not."""
         defaults = type(self).__init__.__kwdefaults__
         places = {field: place.partition(".")[::2] for field, place in self.places.items()}
@@ -180,7 +208,7 @@ class Shards(Source):
             elif field in asked:
                 there = [f"json.{name}" for name in sorted(seen)] if name else sorted(members)
                 raise ValueError(
-                    f"{path}: there is no {self.places[field]} (source.{field}). There are: "
+                    f"{self._where()}: there is no {self.places[field]} (source.{field}). There are: "
                     f"{', '.join(there[:20]) or 'none'}."
                 )
 
@@ -191,23 +219,48 @@ class Shards(Source):
         filled = np.flatnonzero(self.groups)
         chosen = filled[evenly(len(filled), shards)].tolist()
         for number in chosen:
-            for row in evenly(self.groups[number], -(-samples // len(chosen))):
+            rows = evenly(self.groups[number], -(-samples // len(chosen)))
+            for content in self._jsons(number, rows):
+                with suppress(BadImage):  # counted when the image itself is read
+                    seen |= values.mapping(content).keys()
                 if wanted <= seen:
                     return seen
-                shard = self._shard(number)
-                if shard.index.has(row, "json"):
-                    with suppress(BadImage):  # counted when the image itself is read
-                        seen |= values.mapping(shard.read(row, "json")).keys()
         return seen
+
+    def _jsons(self, number: int, rows: list[int]) -> Iterator[bytes]:
+        """The json members of some samples of a shard."""
+        if isinstance(place := self.paths[number], Remote):
+            yield from read_members(place, rows, "json")
+            return
+        shard = self._shard(number)
+        for row in rows:
+            if shard.index.has(row, "json"):
+                with suppress(BadImage):
+                    yield shard.read(row, "json")
 
     def _shard(self, number: int) -> "_Shard":
         if number in self._opened:
             self._opened.move_to_end(number)
         else:
-            self._opened[number] = _Shard(self.paths[number])
+            self._opened[number] = self._open(self.paths[number])
             if len(self._opened) > self.open_at_once:
                 self._opened.popitem(last=False)[1].close()
         return self._opened[number]
+
+    def _open(self, place: Shard) -> "_Shard":
+        try:
+            return _Shard(place)
+        except CacheFull:  # perhaps because of what this process holds
+            while self._opened:
+                self._opened.popitem()[1].close()
+            return _Shard(place, wait=_PATIENCE)
+
+    def read_ahead(self, indexes: np.ndarray) -> None:
+        """See Source.read_ahead."""
+        numbers = np.unique(self._starts.searchsorted(indexes, side="right") - 1)
+        places = [self.paths[number] for number in numbers.tolist()]
+        if far := [place for place in places if isinstance(place, Remote)]:
+            self._ahead.ask(far)
 
 
 def _most_open(shards: int) -> int:
@@ -229,9 +282,10 @@ def _most_open(shards: int) -> int:
 class _Shard:
     """One open shard and its index; `pread` keeps no position, so forked workers may share it."""
 
-    def __init__(self, path: Path):
-        self.path, self.index = path, Index(path)
-        self._file = os.open(path, os.O_RDONLY)
+    def __init__(self, place: Shard, *, wait: float = 0.0):
+        self.place = place
+        self.path, self._file = open_shard(place, wait=wait)
+        self.index = Index(self.path)
 
     def read(self, row: int, field: str) -> bytes:
         offset, size = self.index.span(row, field)
@@ -241,7 +295,7 @@ class _Shard:
         if len(data) != size:
             raise OSError(
                 errno.ESTALE,
-                f"{self.path}: {len(data)} of {size} bytes at offset {offset}: the file "
+                f"{self.place}: {len(data)} of {size} bytes at offset {offset}: the file "
                 "was cut since it was opened.",
             )
         return data
