@@ -24,6 +24,7 @@ from prepretrain.distributed import heartbeat
 Transform = Callable[[dict], dict]
 
 _IN_A_ROW = 100  # not from the paper: bad images in a row, after which the data itself is broken
+_AHEAD = 8  # not from the paper: batches, or a window if that is more, that are fetched ahead
 _DETAIL = 200  # characters of what was wrong with an image that are kept
 _OF_A_FILE = (  # what the system says of one file; all else it says is of the machine
     errno.ENOENT,
@@ -105,6 +106,10 @@ class _Training(Dataset):
         self.source, self.transform, self.order = source, transform, order
 
     def __getitem__(self, positions: np.ndarray) -> dict:
+        if self.source.reads_ahead:
+            window = self.order.length * self.order.window // len(self.source.groups)
+            ahead = positions + max(window, _AHEAD * len(positions))
+            self.source.read_ahead(self.order(ahead)[1])
         keys, rows, bad = [], [], []
         for place in zip(positions, *self.order(positions)):
             key, row = self._usable(*map(int, place), bad)

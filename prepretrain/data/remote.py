@@ -34,11 +34,11 @@ class Unreachable(OSError):
         super().__init__(errno.EREMOTEIO, message)
         self.lasting = lasting
 
-    def __reduce__(self) -> tuple:
-        return type(self), (self.strerror, self.lasting)
+    def __reduce__(self) -> tuple[type, tuple[str, bool]]:
+        return type(self), (str(self), self.lasting)
 
     def __str__(self) -> str:
-        return self.strerror
+        return str(self.args[1])
 
 
 @dataclass(frozen=True, repr=False)
@@ -219,6 +219,8 @@ def _ask(what: object, question: Callable[[], Any]) -> Any:
 def _failure(what: object, error: Exception) -> Unreachable:
     """What a store's refusal means, without anything secret that the error may hold."""
     name = shown(what) if isinstance(what, str) else str(what)
+    if name.startswith(_WEB) and isinstance(error, FileNotFoundError):
+        error = error.__cause__ or error  # fsspec says it of whatever a web server answers
     status = getattr(error, "status", None)
     if isinstance(error, FileNotFoundError) or status == 404:
         return Unreachable(f"{name}: there is no such file (404).", lasting=True)

@@ -30,14 +30,21 @@ _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _no_md5: set[str] = set()  # buckets whose ETags were seen to be no MD5s
 
 
-class CacheFull(OSError):
-    """All that is in the cache is in use, and what is asked for does not fit beside it."""
+class NoSpace(OSError):
+    """A shard does not fit into the cache."""
 
     def __init__(self, message: str):
         super().__init__(errno.ENOSPC, message)
 
-    def __reduce__(self) -> tuple:
-        return type(self), (self.strerror,)
+    def __str__(self) -> str:
+        return self.strerror or ""
+
+    def __reduce__(self) -> tuple[type, tuple[str]]:
+        return type(self), (str(self),)
+
+
+class CacheFull(NoSpace):
+    """All that is in the cache is in use; later there may be room."""
 
 
 class ShardCache:
@@ -56,7 +63,7 @@ class ShardCache:
         """A file descriptor of the whole shard, fetched if need be, which stays while it is open.
 
         Raises CacheFull where others take all the room for longer than `wait` seconds, Unreachable
-        for what the store does not give, OSError where nothing can be written.
+        for what the store does not give, NoSpace where it can never fit.
         """
         path, end = self.path(remote), time.monotonic() + wait
         while (handle := self._opened(path, remote.size)) is None:
@@ -91,10 +98,9 @@ class ShardCache:
 
     def _fetch(self, remote: Remote, path: Path, *, wait: bool) -> None:
         if remote.size > self.limit:
-            raise OSError(
-                errno.ENOSPC,
+            raise NoSpace(
                 f"{remote}: has {remote.size:,} bytes, and the cache {self.folder} holds "
-                f"{self.limit:,}. Raise PREPRETRAIN_CACHE_GB.",
+                f"{self.limit:,}. Raise PREPRETRAIN_CACHE_GB."
             )
         try:
             handle = self._begin(remote, path, wait)
@@ -109,18 +115,17 @@ class ShardCache:
             finally:
                 os.close(handle)
         except OSError as error:
-            if isinstance(error, (CacheFull, Unreachable)):
+            if isinstance(error, (NoSpace, Unreachable)):
                 raise
             if error.errno not in _NO_SPACE:
                 said = (
                     f"cannot be kept in {self.folder} ({error}). Name another, PREPRETRAIN_CACHE."
                 )
                 raise Unreachable(f"{remote}: {said}", lasting=True) from error
-            raise OSError(
-                error.errno,
+            raise NoSpace(
                 f"{remote}: no space for its {remote.size:,} bytes in {self.folder} "
                 f"({os.strerror(error.errno or 0)}). Make room, name another folder with "
-                f"PREPRETRAIN_CACHE, or keep less with PREPRETRAIN_CACHE_GB (now {self.limit / 1e9:g}).",
+                f"PREPRETRAIN_CACHE, or keep less with PREPRETRAIN_CACHE_GB (now {self.limit / 1e9:g})."
             ) from error
 
     def _begin(self, remote: Remote, path: Path, wait: bool) -> int | None:

@@ -23,6 +23,7 @@ class Subset(Source):
         self.fields, self.classes = source.fields, source.classes
         self.categories = source.categories
         self.left_out, self.open_at_once = source.left_out, source.open_at_once
+        self.reads_ahead = source.reads_ahead
         self.stamp, self.groups = source.stamp, self._groups()
         digest = hashlib.sha256(self.indexes).hexdigest()
         self.fingerprint = fingerprint_of([source.fingerprint, digest])
@@ -45,6 +46,9 @@ class Subset(Source):
         narrowed = super().only(wanted := tuple(fields))
         narrowed.source = self.source.only(wanted)
         return narrowed
+
+    def read_ahead(self, indexes: np.ndarray) -> None:
+        self.source.read_ahead(self.indexes[indexes])
 
     def key(self, index: int) -> str:
         return self.source.key(self._index(index))

@@ -58,6 +58,7 @@ class Source:
     open_at_once: int | None = None  # of the groups, where reading another means opening it anew
     fingerprint: str
     stamp: str = ""
+    reads_ahead: bool = False  # whether `read_ahead` does anything
 
     def __len__(self) -> int:
         return int(sum(self.groups))

@@ -18,7 +18,7 @@ from prepretrain.data import img2dataset, names, values
 from prepretrain.data.indexing import read_heads
 from prepretrain.data.paths import find_shards
 from prepretrain.data.remote import Remote, Unreachable
-from prepretrain.data.shard_cache import CacheFull, ShardCache
+from prepretrain.data.shard_cache import CacheFull, NoSpace, ShardCache
 from prepretrain.data.shard_columns import read_column
 from prepretrain.data.shard_files import (
     ReadAhead,
@@ -76,7 +76,7 @@ class Shards(Source):
             self._describe(heads)
             found = self._present({f for head in heads for f in head["fields"]})
             self.fields = ("image", *found)
-        except (Unreachable, CacheFull) as error:
+        except (Unreachable, NoSpace) as error:
             raise ValueError(str(error)) from None
 
     def _describe(self, heads: list[dict]) -> None:
@@ -93,7 +93,7 @@ class Shards(Source):
         far = [shard.size for shard in self.paths if isinstance(shard, Remote)]
         if far:  # half of the cache at most: the other half is for those that come next
             self.open_at_once = max(1, min(self.open_at_once, ShardCache().limit // max(far) // 2))
-        self._ahead = ReadAhead()
+        self.reads_ahead, self._ahead = bool(far), ReadAhead()
 
     def _where(self) -> str:
         return f"{self.paths[0]}, …" if self.paths[1:] else str(self.paths[0])
