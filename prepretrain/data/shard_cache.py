@@ -239,12 +239,16 @@ def _fill(handle: int, remote: Remote) -> None:
             if error.lasting or tries == _TRIES:
                 raise
             logger.info("%s; tries again from byte %d on", error, have)
-            time.sleep(2 ** (tries - 1))
+            _pause(tries)
             continue
         tries = 0
         for piece in pieces:
             _write(handle, piece, have)
             have += len(piece)
+
+
+def _pause(tries: int) -> None:
+    time.sleep(2 ** (tries - 1))
 
 
 def _write(handle: int, data: bytes, at: int) -> None:
