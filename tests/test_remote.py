@@ -9,7 +9,8 @@ import signal
 import sys
 import threading
 import time
-from pathlib import Path
+import traceback
+from urllib.parse import unquote
 
 import numpy as np
 import pytest
@@ -41,7 +42,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.answer(body=True)
 
     def answer(self, body):
-        file = self.server.folder / self.path.partition("?")[0].lstrip("/")
+        file = self.server.folder / unquote(self.path.partition("?")[0]).lstrip("/")
         fault = self.server.fault(self) if file.suffix == ".tar" else None
         if isinstance(fault, int) or not file.is_file():
             return self.send_error(fault or 404)
@@ -222,10 +223,16 @@ def test_shards_that_come_next_are_fetched_while_others_are_read(folder, web, ca
 
 
 def test_a_connection_that_is_cut_goes_on_where_it_was(web, cache):
-    shard, requests = shards_of(web, 1)[0], []
-    web.fault = lambda request: requests.append(0) or ("cut" if len(requests) % 3 == 1 else None)
+    shard, asked = shards_of(web, 1)[0], []
+
+    def fault(request):
+        asked.append(request.headers.get("Range"))
+        return "cut" if len(asked) % 3 == 2 else None
+
+    web.fault = fault
     assert read(ShardCache().open(shard)) == (web.folder / "00000.tar").read_bytes()
-    assert web.sent < 2 * shard.size and kept(cache) == [ShardCache().path(shard).name]
+    assert asked.count("bytes=0-4999") == 1 and len(asked) > 9
+    assert kept(cache) == [ShardCache().path(shard).name]
 
 
 def test_a_server_that_only_gives_whole_files_is_read(web):
@@ -252,8 +259,9 @@ def test_what_a_server_does_not_give_is_said_without_secrets(web, cache, fault, 
     web.fault = lambda request: fault
     with pytest.raises(Unreachable, match=message) as raised:
         ShardCache().open(shard)
-    said = "".join(map(str, (raised.value, raised.value.__cause__, shard, repr(shard))))
-    assert SECRET not in said and raised.value.__suppress_context__
+    assert SECRET not in "".join(traceback.format_exception(raised.value)) + str(shard) + repr(
+        shard
+    )
     assert not any(name.endswith(".tar") for name in kept(cache))
     web.fault = lambda request: None
     assert len(read(ShardCache().open(shard))) == shard.size
@@ -413,13 +421,12 @@ def test_no_name_leads_out_of_the_cache(cache, key):
     assert "\n" not in str(Remote(f"s3://bucket/{key}", 10, "v"))
 
 
-def test_a_key_with_dots_and_a_new_line_is_read_within_the_cache(folder, cache, s3):
-    for key in ("odd/a\nb.tar", "odd/c..tar"):
-        s3.upload_file(str(folder / "00000.tar"), "bucket", key)
-    source = open_shards("s3://bucket/odd/a*.tar")
+def test_a_name_with_dots_and_a_new_line_is_read_within_the_cache(web, cache):
+    (web.folder / "00000.tar").rename(web.folder / "a\nb..tar")
+    source = open_shards(f"{web.url}/a%0Ab..tar")
     assert source[0]["key"] == "00" and "\n" not in str(source.paths[0])
-    outside = [p for p in cache.parent.parent.rglob("*") if folder not in p.parents]
-    assert {p.parent for p in outside if p.is_file()} == {cache}
+    written = [p for p in cache.parent.parent.rglob("*") if web.folder not in p.parents]
+    assert {p.parent for p in written if p.is_file()} == {cache}
 
 
 def test_the_same_url_with_another_content_is_another_shard(web):
@@ -448,12 +455,12 @@ def test_an_address_that_is_not_read_is_refused(cache, path, message):
     "protocol, package", [("s3", "s3fs"), ("gs", "gcsfs"), ("hf", "huggingface_hub")]
 )
 def test_a_package_that_is_missing_is_named_with_the_extra(cache, monkeypatch, protocol, package):
-    import fsspec
+    from fsspec.registry import _registry
 
     for name in [name for name in sys.modules if name.partition(".")[0] == package]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, package, None)
-    monkeypatch.setattr(fsspec.registry, "_registry", {})
+    monkeypatch.delitem(_registry, protocol, raising=False)
     with pytest.raises(ValueError, match=rf"{package}, which is not installed: pip .*\[remote\]"):
         open_shards(f"{protocol}://bucket/x.tar")
 

@@ -89,7 +89,8 @@ def _in_store(url: str) -> list[remote.Remote]:
 
 
 def _is_file(url: str, ending: str) -> bool:
-    return url.partition("?")[0].endswith(ending)
+    path = url.partition("?")[0]  # which begins a query on the web, and a pattern in a store
+    return path.endswith(ending) and "*" not in path
 
 
 def _of_one(path: str, ending: str, what: str) -> list[Path]:

@@ -110,9 +110,8 @@ def is_remote(path: str) -> bool:
 
 def shown(url: str) -> str:
     """A URL as it may be printed: without user, password and query, on one line."""
-    parts = urlsplit(url)
-    plain = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
-    return "".join(sign if sign.isprintable() else ascii(sign)[1:-1] for sign in plain)
+    parts = urlsplit("".join(sign if sign.isprintable() else ascii(sign)[1:-1] for sign in url))
+    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
 
 
 def _split(url: str) -> tuple[str, str, str]:

@@ -83,7 +83,7 @@ class ShardCache:
     def _opened(self, path: Path, size: int) -> int | None:
         try:
             handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):  # of the latter more where it is written
             return None
         fcntl.flock(handle, fcntl.LOCK_SH)
         state = os.fstat(handle)
