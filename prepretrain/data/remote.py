@@ -1,5 +1,6 @@
 """Files in object stores and on web servers, through fsspec: which there are, and their bytes."""
 
+import base64
 import errno
 import re
 from collections import defaultdict
@@ -174,21 +175,19 @@ def _look(url: str) -> Remote:
     return _of(system, info | {"name": path})
 
 
-def _of(system: Any, info: dict) -> Remote:
+def _of(system: Any, info: dict[str, Any]) -> Remote:
     url = system.unstrip_protocol(info["name"])
     size = info.get("size")
     if size is None:
         raise Unreachable(f"{shown(url)}: the server does not say how large it is.", lasting=True)
-    names = ("ETag", "etag", "md5Hash", "blob_id", "Last-Modified", "LastModified", "mtime")
-    signs = [str(info[name]).strip('"') for name in names if info.get(name)]
-    is_md5 = url.startswith("s3://") and _MD5.fullmatch(signs[0] if signs else "")
-    return Remote(
-        url,
-        int(size),
-        "|".join(signs),
-        signs[0] if is_md5 else None,
-        info["lfs"]["sha256"] if info.get("lfs") else None,
-    )
+    # The first is enough: stores give times with and without fractions of a second.
+    names = ("ETag", "md5Hash", "blob_id", "etag", "Last-Modified", "LastModified", "mtime")
+    version = next((str(info[name]).strip('"') for name in names if info.get(name)), "")
+    md5 = base64.b64decode(info["md5Hash"]).hex() if info.get("md5Hash") else None
+    if url.startswith("s3://") and _MD5.fullmatch(version):
+        md5 = version
+    sha256 = info["lfs"]["sha256"] if info.get("lfs") else None
+    return Remote(url, int(size), version, md5, sha256)
 
 
 def _system(url: str) -> tuple[Any, str]:
