@@ -23,6 +23,7 @@ FEATURES = {
     "text": ["transformers>=5,<6", "sentencepiece<1"],  # XLM-R, tokenizers of Hugging Face
     "tensorboard": ["tensorboard>=2.14,<3"],  # curves beside metrics.jsonl
     "simplejpeg": ["simplejpeg>=1.7,<2"],  # the fastest JPEG decoder
+    "video": ["av>=15,<19"],  # PyAV, which brings FFmpeg
     "torchcodec": ["torchcodec"],  # the next; each release fits one of torch
     "wandb": ["wandb<1"],  # the config's `wandb:`
 }

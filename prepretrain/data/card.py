@@ -142,6 +142,8 @@ class Card:
         options = {**self.values, **self.splits[split]}
         if self.splits[split]["source"] == "label_maps":
             options["classes"] = self.classes or []
+        if self.splits[split]["source"] == "video":
+            options.setdefault("classes", self.classes)
         return options
 
     def _path(self, split: str, corruption: str, severity: int) -> str:

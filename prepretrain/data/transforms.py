@@ -247,7 +247,7 @@ def random_resized_crop(
     H, W = sides(size)
     low, high = (limit * (W / H) for limit in ratio)
     top, left, height, width = crop_box(image.shape[-2], image.shape[-1], rng, scale, (low, high))
-    return resized(image[:, top : top + height, left : left + width], H, W)
+    return resized(image[..., top : top + height, left : left + width], H, W)
 
 
 def crop_box(
@@ -291,7 +291,7 @@ def resize_center_crop(image: Tensor, size: Size, *, share: float = 0.875) -> Te
     else:
         height, width = max(H, int(least_width * height / width)), least_width
     top, left = round((height - H) / 2), round((width - W) / 2)
-    return resized(image, height, width)[:, top : top + H, left : left + W]
+    return resized(image, height, width)[..., top : top + H, left : left + W]
 
 
 def _middle(image: Tensor, least_height: int, least_width: int) -> Tensor:
@@ -310,9 +310,10 @@ def squash(image: Tensor, size: Size) -> Tensor:
 
 
 def resized(image: Tensor, height: int, width: int, mode: str = "bicubic") -> Tensor:
-    """uint8 [3, H, W] resized, with antialiasing; mode: F.interpolate's."""
+    """uint8 [3, H, W], or a clip [T, 3, H, W], resized, with antialiasing; mode: F.interpolate's."""
     if image.shape[-2:] == (height, width):
         return image
     # Only channels-last uint8 takes torch's vectorised kernel; planar input is half as fast.
-    image = image[None].contiguous(memory_format=torch.channels_last)
-    return F.interpolate(image, (height, width), mode=mode, antialias=True)[0]
+    batch = image.reshape(-1, *image.shape[-3:]).contiguous(memory_format=torch.channels_last)
+    batch = F.interpolate(batch, (height, width), mode=mode, antialias=True)
+    return batch if image.ndim == 4 else batch[0]

@@ -18,6 +18,7 @@ from prepretrain.data.vocabulary import tags_in
 
 FIELDS = {
     "image": "the bytes of an image file, as it lies on disk",
+    "video": "a handle whose frames are decoded when they are read: data/video.py, Clip",
     "label": "int, the number of the class",
     "hashtags": "list of str, as people wrote them",
     "text": "str, one caption",

@@ -1,0 +1,413 @@
+"""Handles of videos that decode only the frames that are asked for, at the container's time stamps."""
+
+import os
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from prepretrain import plugin
+from prepretrain.data.names import is_image, natural_order
+from prepretrain.data.transforms import MAX_PIXELS, MAX_SIDE, BadImage, decode, header
+
+MAX_FRAMES = 10_000_000  # not from the paper: of a video, four days at 30 a second
+# What FFmpeg may open, of what data name: neither playlists nor other files or addresses within a file.
+CONTAINERS = ("mov", "matroska", "avi", "gif")
+DECODERS = (
+    *(
+        "h264",
+        "hevc",
+        "libdav1d",
+        "av1",
+        "vp8",
+        "vp9",
+        "mpeg4",
+        "msmpeg4v1",
+        "msmpeg4v2",
+        "msmpeg4",
+    ),
+    *("mpeg1video", "mpeg2video", "h263", "mjpeg", "gif", "ffv1", "rawvideo"),
+)
+
+_OPTIONS = {
+    "format_whitelist": ",".join(CONTAINERS),
+    "codec_whitelist": ",".join(DECODERS),
+    "protocol_whitelist": "none",
+    "max_pixels": str(MAX_PIXELS),
+}
+_BUFFER = 1 << 16  # bytes that FFmpeg reads at a time
+_RATE = 30.0  # not from the paper: of a video of one frame whose container says none
+
+
+class Clip:
+    """A video of which single frames can be read.
+
+    times: float64 [frames], when each frame is shown, in seconds after the first; frames are numbered
+    in this order. seconds: from the first to the end of the last. size: (height, width), upright.
+    """
+
+    key: str
+    times: np.ndarray
+    seconds: float
+    size: tuple[int, int]
+
+    @property
+    def frames(self) -> int:
+        """How many frames there are."""
+        return len(self.times)
+
+    @property
+    def rate(self) -> float:
+        """The mean number of frames a second."""
+        return self.frames / self.seconds
+
+    def read(self, numbers: Sequence[int]) -> Tensor:
+        """The frames of these numbers, which may repeat, uint8 [T, 3, H, W]."""
+        raise NotImplementedError
+
+    def _numbers(self, numbers: Sequence[int]) -> list[int]:
+        asked = [int(number) for number in numbers]
+        if not asked or min(asked) < 0 or max(asked) >= self.frames:
+            raise ValueError(f"{self.key}: frames {asked} of {self.frames}: 0 is the first.")
+        return asked
+
+
+class Video(Clip):
+    """A video file, or a part of a file (a member of a tar); opened when it is first asked something.
+
+    Frames count that decode: packets that are damaged, that an edit list leaves out, or that come before
+    the first key frame are none. A file that breaks off has the frames before the cut; without any it is
+    bad. Rotation and mirroring by a display matrix are applied; pixels stay as wide as they are stored.
+    The copy in another process opens the file anew. All that is wrong raises BadImage.
+    """
+
+    def __init__(self, path: str | Path, *, span: tuple[int, int] | None = None, key: str = ""):
+        """span: (offset, size) in bytes, of a part of the file."""
+        self.path, self.span, self.key = Path(path), span, key or str(path)
+        self._opened: _Container | None = None
+        self._index: _Index | None = None
+        self._size: tuple[int, int] | None = None
+
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"_opened": None}
+
+    @property
+    def times(self) -> np.ndarray:
+        """See Clip."""
+        return self._indexed().times
+
+    @property
+    def seconds(self) -> float:
+        """See Clip."""
+        return self._indexed().seconds
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """See Clip; decodes a frame."""
+        if self._size is None:
+            self.read([0])
+        return self._size
+
+    def read(self, numbers: Sequence[int]) -> Tensor:
+        """See Clip. Decoding starts from the key frame before each run of frames."""
+        asked = self._numbers(numbers)
+        clip = None
+        try:
+            for number, picture in self._pictures(sorted(set(asked))):
+                if clip is None:
+                    clip = np.empty((len(asked), *picture.shape), dtype=np.uint8)
+                for place in (i for i, other in enumerate(asked) if other == number):
+                    clip[place] = picture
+        except _av().error.FFmpegError as error:
+            raise self._bad("unreadable", str(error)) from error
+        self._size = clip.shape[1:3]
+        return torch.from_numpy(clip).permute(0, 3, 1, 2)
+
+    def close(self) -> None:
+        """Closes the file, which happens by itself when nothing refers to the video any more."""
+        self._opened = None
+
+    def _pictures(self, wanted: list[int]) -> Iterator[tuple[int, np.ndarray]]:
+        """(number, uint8 [H, W, 3]) of each frame that is wanted, in rising order."""
+        index, convert = self._indexed(), _Converter()
+        frames, last, frame = iter(()), -1, None
+        for number in wanted:
+            if last < 0 or index.key_before(number) > last:
+                frames, last = self._from_key(number), -1
+            while last < number:
+                last, frame = next(frames, (index.count, None))
+            if last > number:
+                raise self._bad("undecodable frame", f"frame {number} of {index.count}")
+            yield number, convert(frame)
+
+    def _from_key(self, number: int) -> Iterator[tuple[int, Any]]:
+        """(number, frame) of each frame that the decoder gives from the key frame before this one."""
+        index, container = self._indexed(), self._container(afresh=self._index.in_order)
+        if index.in_order:
+            return enumerate(container.decoded())
+        key = index.keys[bisect_right(index.key_numbers, number) - 1]
+        packets = container.packets_from(key)
+        if packets is None:  # its index of places is broken or lacks
+            packets = self._container(afresh=True).packets()
+        return index.numbered(self._opened.decoded(packets))
+
+    def _indexed(self) -> "_Index":
+        if self._index is None:
+            try:
+                self._index = _Index(self._container())
+            except _av().error.FFmpegError as error:
+                raise self._bad("unreadable", str(error)) from error
+            except BadImage as error:
+                raise self._bad(error.cause, error.detail) from error
+        return self._index
+
+    def _container(self, afresh: bool = False) -> "_Container":
+        opened = self._opened
+        if afresh or opened is None or opened.process != os.getpid():
+            self._opened = None  # closed before the next is opened
+            try:
+                self._opened = _Container(self.path, self.span)
+            except _av().error.FFmpegError as error:
+                raise self._bad("unreadable", str(error)) from error
+            except BadImage as error:
+                raise self._bad(error.cause, error.detail) from error
+        return self._opened
+
+    def _bad(self, cause: str, detail: str) -> BadImage:
+        return BadImage(cause, detail, self.key)
+
+
+class RawFrames(Clip):
+    """A video as a folder of image files, a frame each, in the order of the numbers in their names."""
+
+    def __init__(self, path: str | Path, rate: float, *, key: str = ""):
+        """rate: frames a second, which image files do not say."""
+        self.path, self.key, self._rate = Path(path), key or str(path), rate
+        names = (entry.name for entry in os.scandir(path))
+        self._names = sorted((name for name in names if is_image(name)), key=natural_order)
+        if not self._names:
+            raise BadImage("no frame", f"{path} holds no image", self.key)
+        self.times = np.arange(len(self._names)) / rate
+        self.seconds = len(self._names) / rate
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """See Clip."""
+        width, height = header((self.path / self._names[0]).read_bytes()).size
+        return height, width
+
+    def read(self, numbers: Sequence[int]) -> Tensor:
+        """See Clip."""
+        asked = self._numbers(numbers)
+        frames = {number: self._frame(number) for number in set(asked)}
+        if len(sizes := {tuple(frame.shape) for frame in frames.values()}) > 1:
+            said = " and ".join(f"{height} x {width}" for _, height, width in sorted(sizes))
+            raise BadImage("frames of several sizes", said, self.key)
+        return torch.stack([frames[number] for number in asked])
+
+    def _frame(self, number: int) -> Tensor:
+        try:
+            return decode((self.path / self._names[number]).read_bytes())
+        except BadImage as error:
+            detail = f"{self._names[number]}: {error.detail}"
+            raise BadImage(error.cause, detail, self.key) from error
+
+
+class _Index:
+    """The time stamps of a video's frames and which of them are key frames; nothing is decoded."""
+
+    def __init__(self, container: "_Container"):
+        stamps, keys, reordered, bare, last = [], [], False, False, 0
+        for packet in container.packets():
+            if not packet.size or packet.is_corrupt:
+                continue
+            pts, dts = packet.pts, packet.dts
+            if pts is None and dts is None:
+                bare = True
+                pts = len(stamps)
+            reordered |= pts != dts and dts is not None
+            if (
+                container.kind == "avi" or pts is None
+            ):  # of AVI, FFmpeg guesses when a frame is shown
+                pts = dts
+            if packet.is_keyframe:
+                keys.append(pts)
+            if not packet.is_discard and (keys or container.kind == "gif"):
+                stamps.append(pts)
+                last = packet.duration or 0
+            if len(stamps) > MAX_FRAMES:
+                raise BadImage("too long", f"more than {MAX_FRAMES:,} frames")
+        stamps = np.sort(np.array(stamps, dtype=np.int64))
+        if keys:
+            stamps = stamps[stamps >= keys[0]]
+        if not len(stamps):
+            raise BadImage("no frame", "there is no packet from which one could be decoded")
+        # Where frames cannot be told by their stamps, or depend on all before, decoding starts at the first.
+        self.in_order = bare or container.kind == "gif" or container.kind == "avi" and reordered
+        self.stamps, self.count = stamps, len(stamps)
+        self.keys = sorted(set(keys))
+        self.key_numbers = np.searchsorted(stamps, self.keys).tolist()
+        unit = 1.0 if container.time_base is None else float(container.time_base)
+        self.times = (stamps - stamps[0]) * unit
+        self.seconds = self._seconds(last * unit, container.rate)
+
+    def _seconds(self, duration: float, rate: float) -> float:
+        """Until the end of the last frame, which lasts as long as the mean one if nothing is said."""
+        span = float(self.times[-1])
+        if self.count > 1 and span > 0:
+            return span + span / (self.count - 1)
+        return duration or self.count / rate
+
+    def key_before(self, number: int) -> int:
+        """The number of the frame from which decoding leads to this one."""
+        if self.in_order:
+            return 0
+        return self.key_numbers[bisect_right(self.key_numbers, number) - 1]
+
+    def numbered(self, frames: Iterable[Any]) -> Iterator[tuple[int, Any]]:
+        """(number, frame), without frames that have no number."""
+        last = -1
+        for frame in frames:
+            if frame.pts is None:
+                continue
+            number = int(np.searchsorted(self.stamps, frame.pts))
+            if number == last:  # two frames with one stamp
+                number += 1
+            if number < self.count and self.stamps[number] == frame.pts:
+                last = number
+                yield number, frame
+
+
+class _Container:
+    """An open file, its best video stream, and the decoder."""
+
+    def __init__(self, path: Path, span: tuple[int, int] | None):
+        av = _av()
+        self.process = os.getpid()
+        self._file = _Part(path, span)
+        self._input = av.open(self._file, options=_OPTIONS, buffer_size=_BUFFER)
+        pictures = av.stream.Disposition.attached_pic  # the cover of a song
+        streams = [one for one in self._input.streams.video if not one.disposition & pictures]
+        if not streams:
+            raise BadImage("no video stream", f"{self._input.format.name}")
+        self._stream = max(streams, key=lambda one: (one.width * one.height, -one.index))
+        self._check()
+        self.kind = self._input.format.name
+        self.time_base = self._stream.time_base
+        self.rate = float(self._stream.average_rate or _RATE)
+
+    def _check(self) -> None:
+        context = self._stream.codec_context
+        if context is None or context.codec.name not in DECODERS:
+            name = self._stream.codec_tag if context is None else context.codec.name
+            raise BadImage("unreadable codec", f"{name}; read are {', '.join(DECODERS)}")
+        width, height = context.width, context.height
+        if width * height > MAX_PIXELS or max(width, height) > MAX_SIDE:
+            limit = f"the limit is {MAX_PIXELS}, and {MAX_SIDE} a side"
+            raise BadImage("too large", f"frames of {width} x {height} pixels, {limit}")
+        context.options = {"max_pixels": str(MAX_PIXELS)}
+        context.thread_type, context.thread_count = "NONE", 1
+
+    def packets(self) -> Iterator[Any]:
+        """The packets from here to the end, or to where the file breaks off."""
+        try:
+            yield from self._input.demux(self._stream)
+        except _av().error.InvalidDataError:
+            return
+
+    def packets_from(self, stamp: int) -> Iterator[Any] | None:
+        """The packets from the key frame of this stamp on, or from an earlier one; None if the file
+        cannot be sought in."""
+        try:
+            self._input.seek(stamp, stream=self._stream)
+        except _av().error.FFmpegError:
+            return None
+        packets = self.packets()
+        first = next((one for one in packets if one.size), None)
+        if first is None or not first.is_keyframe or first.pts is None or first.pts > stamp:
+            return None
+        return _chained(first, packets)
+
+    def decoded(self, packets: Iterable[Any] | None = None) -> Iterator[Any]:
+        """The frames of packets; a packet that does not decode gives none."""
+        invalid = _av().error.InvalidDataError
+        for packet in self.packets() if packets is None else packets:
+            try:
+                yield from self._stream.decode(packet if packet.size else None)
+            except invalid:
+                continue
+            except EOFError:
+                return
+
+
+def _chained(first: Any, rest: Iterable[Any]) -> Iterator[Any]:
+    yield first
+    yield from rest
+
+
+class _Part:
+    """A file, or a part of one, as PyAV reads it."""
+
+    def __init__(self, path: Path, span: tuple[int, int] | None):
+        self._file = open(path, "rb", buffering=0)
+        self._start, self._bytes = span or (0, os.fstat(self._file.fileno()).st_size)
+        self._at = 0
+
+    def read(self, size: int) -> bytes:
+        size = min(size, self._bytes - self._at)
+        data = os.pread(self._file.fileno(), size, self._start + self._at) if size > 0 else b""
+        self._at += len(data)
+        return data
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        self._at = max(0, offset + (0, self._at, self._bytes)[whence])
+        return self._at
+
+    def tell(self) -> int:
+        return self._at
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class _Converter:
+    """Frames to upright RGB, all of the size of the first."""
+
+    def __init__(self):
+        self._reformatter, self._size = _av().video.reformatter.VideoReformatter(), None
+
+    def __call__(self, frame: Any) -> np.ndarray:
+        self._size = self._size or (frame.width, frame.height)
+        width, height = self._size
+        plain = self._reformatter.reformat(
+            frame, width=width, height=height, format="rgb24", threads=1
+        )
+        return _upright(plain.to_ndarray(), frame)
+
+
+def _upright(picture: np.ndarray, frame: Any) -> np.ndarray:
+    """Turned and mirrored as the frame's display matrix says, by quarter turns."""
+    data = frame.side_data.get("DISPLAYMATRIX")
+    if data is None:
+        return picture
+    a, b, _, c, d = np.frombuffer(bytes(data), dtype=np.int32)[:5].tolist()
+    if abs(a) + abs(d) < abs(b) + abs(c):
+        picture, a, d = picture.transpose(1, 0, 2), c, b
+    if a < 0:
+        picture = picture[:, ::-1]
+    return picture[::-1] if d < 0 else picture
+
+
+def _av() -> Any:
+    import av
+
+    return av
+
+
+def require() -> None:
+    """Raises ValueError where PyAV, which decodes, is not installed."""
+    plugin.require("av", "video", "videos")
