@@ -68,6 +68,7 @@ TINY = {  # each benchmark's arguments; where it takes hours, that it starts
     "plan_memory": "--measure hashtag vit_test8 none 1",
     "plan_tables": "--help",
     "scaling_fits": "--draws 1",
+    "tag_counting": "--samples 20 --size 10 --rounds 1",
     "tar_index": "--samples 2 --rounds 1",
     "segmentation_camvid": "--help",
 }
