@@ -12,11 +12,13 @@ is the vocabulary and each image's rarest tag; indexes are built before, and mea
 import argparse
 import io
 import json
+import os
 import statistics
 import tarfile
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from datetime import date
 from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
@@ -151,7 +153,8 @@ def main() -> None:
         }
     print(json.dumps(figures, indent=1))
     if args.out is not None:
-        args.out.write_text(json.dumps(figures, indent=1) + "\n")
+        stated = {"date": str(date.today()), "commit": os.environ.get("COMMIT", "unknown")}
+        args.out.write_text(json.dumps(figures | stated, indent=1) + "\n")
 
 
 if __name__ == "__main__":
