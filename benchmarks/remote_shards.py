@@ -112,7 +112,8 @@ def main() -> None:
     parser.add_argument("--rate", type=float, default=40.0, help="MB/s of each connection")
     parser.add_argument("--compute", type=float, default=0.02, help="seconds of each batch")
     parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--window", type=int, default=1)
+    parser.add_argument("--window", type=int, default=2)
+    parser.add_argument("--repeat", type=int, default=4, help="how often each shard is there")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
@@ -121,14 +122,16 @@ def main() -> None:
         folder.mkdir()
         if args.shards is None:
             make(folder)
-        for shard in [] if args.shards is None else args.shards.glob("*.tar"):
-            (folder / shard.name).symlink_to(shard.absolute())
+        found = [] if args.shards is None else sorted(args.shards.glob("*.tar"))
+        for number, shard in enumerate(found * args.repeat):
+            (folder / f"{number:05d}.tar").symlink_to(shard.absolute())
         shards = sorted(folder.glob("*.tar"))
         sizes = [shard.stat().st_size for shard in shards]
         os.environ["PREPRETRAIN_CACHE"] = place
         os.environ["PREPRETRAIN_CACHE_GB"] = str(max(4 * max(sizes), sum(sizes) / 2) / 1e9)
         Handler.folder, Handler.latency, Handler.rate = folder, args.latency, args.rate * 1e6
         server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        server.handle_error = lambda *_: None  # a worker that has ended reads no more
         serving = multiprocessing.get_context("fork").Process(target=server.serve_forever)
         serving.start()
         try:
@@ -149,7 +152,8 @@ def main() -> None:
             serving.join()
     figures: dict[str, Any] = {
         "command": f"python benchmarks/remote_shards.py --latency {args.latency} --rate {args.rate} "
-        f"--compute {args.compute} --batch {args.batch} --window {args.window} --rounds {args.rounds}",
+        f"--compute {args.compute} --batch {args.batch} --window {args.window} --repeat "
+        f"{args.repeat} --rounds {args.rounds}",
         "shards": len(sizes),
         "MB": round(sum(sizes) / 1e6, 1),
         "images": len(here),

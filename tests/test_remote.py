@@ -177,6 +177,16 @@ def test_shards_of_a_web_server_are_named_by_braces(folder, web):
         open_shards(f"{web.url}/*.tar")
 
 
+def test_indexes_of_shards_in_a_store_are_built_by_several_processes(folder, web, cache):
+    here = read_heads(sorted(folder.glob("*.tar")))
+    assert [head["digest"] for head in read_heads(shards_of(web), processes=2)] == [
+        head["digest"] for head in here
+    ]
+    web.fault = lambda request: 500 if request.command == "GET" else None
+    with pytest.raises(Unreachable, match="00000.tar: .*500"):
+        read_heads([Remote(shard.url, shard.size, "2") for shard in shards_of(web)], processes=2)
+
+
 def test_an_index_that_lies_in_the_store_is_taken_from_there(folder, web, cache):
     read_heads(sorted(folder.iterdir()))
     (folder / "00002.tar.index").write_bytes((folder / "00003.tar.index").read_bytes())
