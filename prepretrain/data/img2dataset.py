@@ -22,28 +22,32 @@ class Disagrees(ValueError):
     """A file beside a shard that says something else than the shard."""
 
 
+def read_rows(file: Path, index: Index, columns: Sequence[str]) -> pa.Table | None:
+    """These columns of a shard's Parquet file (sha256, width, …), a row for each of the shard's samples
+    and in their order; None for a file that is not img2dataset's or lacks one of them.
+
+    Raises Disagrees where its successful rows are not the shard's samples, by their keys.
+    """
+    wanted = {"key", "status", *columns}
+    try:
+        opened = pq.ParquetFile(file)
+        if not wanted <= set(opened.schema_arrow.names):
+            return None
+        table = opened.read(columns=sorted(wanted), use_threads=False)
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise Disagrees(f"{file}: not readable as Parquet: {error}") from error
+    return _ordered(file, table.filter(pc.equal(table["status"], "success")), index)
+
+
 def column(
     file: Path, index: Index, place: str, read: Callable[[int], Any], convert: Callable
 ) -> pa.Array | None:
     """The column of a place ("json.tags", or "txt", which is the column caption) of a shard's Parquet
-    file, in the order of the shard's samples; None where there is no such column.
-
-    The file counts while its successful rows are the shard's samples, by their keys, and some rows,
-    spread evenly, hold what the members do: convert(value) is compared with read(row). Raises
-    Disagrees otherwise.
-    """
+    file: see `read_rows`. Raises Disagrees, too, where one of some rows, spread evenly, is not what the
+    members hold: convert(value) is compared with read(row)."""
     name = "caption" if place == "txt" else place.partition(".")[2]
-    if not name:
-        return None
-    try:
-        opened = pq.ParquetFile(file)
-        if not {"key", "status", name} <= set(opened.schema_arrow.names):
-            return None
-        table = opened.read(columns=["key", "status", name], use_threads=False)
-    except (pa.ArrowException, OSError, ValueError) as error:
-        raise Disagrees(f"{file}: not readable as Parquet: {error}") from error
-    table = table.filter(pc.equal(table["status"], "success"))
-    values = _plain(_ordered(file, table, index)[name])
+    rows = read_rows(file, index, [name]) if name else None
+    values = None if rows is None else _plain(rows[name])
     if values is None:
         return None
     for row in evenly(len(values), _COMPARED):

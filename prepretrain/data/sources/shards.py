@@ -220,11 +220,11 @@ class Shards(Source):
         chosen = filled[evenly(len(filled), shards)].tolist()
         for number in chosen:
             rows = evenly(self.groups[number], -(-samples // len(chosen)))
-            for content in self._jsons(number, rows):
+            for content in [] if wanted <= seen else self._jsons(number, rows):
                 with suppress(BadImage):  # counted when the image itself is read
                     seen |= values.mapping(content).keys()
                 if wanted <= seen:
-                    return seen
+                    break
         return seen
 
     def _jsons(self, number: int, rows: list[int]) -> Iterator[bytes]:
