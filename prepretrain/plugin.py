@@ -27,7 +27,11 @@ KINDS = {  # the folder of each kind of part
 }
 TRUSTED = "PREPRETRAIN_PLUGINS"  # packages whose modules files may name, separated by commas
 NAMING = ("name", "encoder", "source")  # keys of files under which a part may stand
-SHARED = ("base", "captions")  # files in these folders that are no part, and that parts import
+SHARED = (
+    "base",
+    "captions",
+    "supervised",
+)  # files in these folders that are no part, and that parts import
 
 
 def folders(name: str, packaged: str) -> list[Path]:

@@ -17,13 +17,15 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from prepretrain.data.names import IMAGES, USUAL, extension, left_out
+from prepretrain.data.names import IMAGES, USUAL, VIDEOS, extension, left_out
 from prepretrain.files import draft
 
-MEMBERS = (*IMAGES, "txt", "json", "cls")
+FILMS = tuple(ending for ending in VIDEOS if ending not in IMAGES)
+MEMBERS = (*IMAGES, *FILMS, "txt", "json", "cls")
 _MEMBERS, _PICTURES = frozenset(MEMBERS), frozenset(IMAGES)
 
-_VERSION = 4  # 1 had no checksums, 2 no count of what is left out, 3 no checksum of the ends
+# 1 had no checksums, 2 no count of what is left out, 3 no videos, 4 no checksum of the ends
+_VERSION = 5
 _BLOCK = 512
 _ENDS = 1 << 14  # not from the paper: bytes at each end of a shard, past the zeros that pad a tar
 _EXTENDED = 1 << 20  # not from the paper: bytes of an extended header or of a long name

@@ -1,8 +1,9 @@
 """Handles of videos that decode only the frames that are asked for, at the container's time stamps."""
 
+import functools
 import os
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,24 +16,14 @@ from prepretrain.data.names import is_image, natural_order
 from prepretrain.data.transforms import MAX_PIXELS, MAX_SIDE, BadImage, decode, header
 
 MAX_FRAMES = 10_000_000  # not from the paper: of a video, four days at 30 a second
-# What FFmpeg may open, of what data name: neither playlists nor other files or addresses within a file.
+# What FFmpeg may open: no playlists, nor other files or addresses that a file names.
 CONTAINERS = ("mov", "matroska", "avi", "gif")
-DECODERS = (
-    *(
-        "h264",
-        "hevc",
-        "libdav1d",
-        "av1",
-        "vp8",
-        "vp9",
-        "mpeg4",
-        "msmpeg4v1",
-        "msmpeg4v2",
-        "msmpeg4",
-    ),
-    *("mpeg1video", "mpeg2video", "h263", "mjpeg", "gif", "ffv1", "rawvideo"),
+DECODERS = tuple(
+    "h264 hevc libdav1d av1 vp8 vp9 libvpx libvpx-vp9 mpeg4 msmpeg4v1 msmpeg4v2 msmpeg4 mpeg1video "
+    "mpeg2video h263 mjpeg gif ffv1 rawvideo".split()
 )
-
+# Of these, frames that no other one needs can be skipped, and the others come out as they would.
+_SKIPPING = ("h264", "hevc", "mpeg4", "mpeg1video", "mpeg2video")
 _OPTIONS = {
     "format_whitelist": ",".join(CONTAINERS),
     "codec_whitelist": ",".join(DECODERS),
@@ -88,7 +79,7 @@ class Video(Clip):
     def __init__(self, path: str | Path, *, span: tuple[int, int] | None = None, key: str = ""):
         """span: (offset, size) in bytes, of a part of the file."""
         self.path, self.span, self.key = Path(path), span, key or str(path)
-        self._opened: _Container | None = None
+        self._opened: _OpenFile | None = None
         self._index: _Index | None = None
         self._size: tuple[int, int] | None = None
 
@@ -123,7 +114,7 @@ class Video(Clip):
                 for place in (i for i, other in enumerate(asked) if other == number):
                     clip[place] = picture
         except _av().error.FFmpegError as error:
-            raise self._bad("unreadable", str(error)) from error
+            raise self._unreadable(error) from error
         self._size = clip.shape[1:3]
         return torch.from_numpy(clip).permute(0, 3, 1, 2)
 
@@ -134,48 +125,58 @@ class Video(Clip):
     def _pictures(self, wanted: list[int]) -> Iterator[tuple[int, np.ndarray]]:
         """(number, uint8 [H, W, 3]) of each frame that is wanted, in rising order."""
         index, convert = self._indexed(), _Converter()
+        stamps = set(index.stamps[wanted].tolist())
         frames, last, frame = iter(()), -1, None
         for number in wanted:
             if last < 0 or index.key_before(number) > last:
-                frames, last = self._from_key(number), -1
+                frames, last = self._from_key(number, stamps), -1
             while last < number:
                 last, frame = next(frames, (index.count, None))
             if last > number:
                 raise self._bad("undecodable frame", f"frame {number} of {index.count}")
             yield number, convert(frame)
 
-    def _from_key(self, number: int) -> Iterator[tuple[int, Any]]:
-        """(number, frame) of each frame that the decoder gives from the key frame before this one."""
+    def _from_key(self, number: int, stamps: set[int]) -> Iterator[tuple[int, Any]]:
+        """(number, frame) of frames from the key frame before this one on; those that no other frame is
+        decoded from are left out where they are not of `stamps`."""
         index, container = self._indexed(), self._container(afresh=self._index.in_order)
         if index.in_order:
-            return enumerate(container.decoded())
+            return enumerate(container.decoded(container.packets()))
         key = index.keys[bisect_right(index.key_numbers, number) - 1]
         packets = container.packets_from(key)
         if packets is None:  # its index of places is broken or lacks
             packets = self._container(afresh=True).packets()
-        return index.numbered(self._opened.decoded(packets))
+        return index.numbered(self._opened.decoded(packets, stamps))
 
     def _indexed(self) -> "_Index":
         if self._index is None:
             try:
                 self._index = _Index(self._container())
             except _av().error.FFmpegError as error:
-                raise self._bad("unreadable", str(error)) from error
+                raise self._unreadable(error) from error
             except BadImage as error:
                 raise self._bad(error.cause, error.detail) from error
         return self._index
 
-    def _container(self, afresh: bool = False) -> "_Container":
+    def _container(self, afresh: bool = False) -> "_OpenFile":
         opened = self._opened
         if afresh or opened is None or opened.process != os.getpid():
             self._opened = None  # closed before the next is opened
             try:
-                self._opened = _Container(self.path, self.span)
+                self._opened = _OpenFile(self.path, self.span)
             except _av().error.FFmpegError as error:
-                raise self._bad("unreadable", str(error)) from error
+                raise self._unreadable(error) from error
             except BadImage as error:
                 raise self._bad(error.cause, error.detail) from error
         return self._opened
+
+    def _unreadable(self, error: Exception) -> BadImage:
+        """What an error of FFmpeg says of this file; an error of the machine is raised on."""
+        if isinstance(error, MemoryError):
+            raise error
+        said = getattr(error, "strerror", None) or str(error)
+        read = "mp4, mov, mkv, webm, avi and gif are read"
+        return self._bad("unreadable", f"{_size(self.path, self.span):,} bytes: {said} ({read})")
 
     def _bad(self, cause: str, detail: str) -> BadImage:
         return BadImage(cause, detail, self.key)
@@ -220,7 +221,7 @@ class RawFrames(Clip):
 class _Index:
     """The time stamps of a video's frames and which of them are key frames; nothing is decoded."""
 
-    def __init__(self, container: "_Container"):
+    def __init__(self, container: "_OpenFile"):
         stamps, keys, reordered, bare, last = [], [], False, False, 0
         for packet in container.packets():
             if not packet.size or packet.is_corrupt:
@@ -241,6 +242,8 @@ class _Index:
                 last = packet.duration or 0
             if len(stamps) > MAX_FRAMES:
                 raise BadImage("too long", f"more than {MAX_FRAMES:,} frames")
+        if container.kind == "gif" and not container.ends_with(b";"):
+            del stamps[-1:]  # the file breaks off within the last frame, which GIF does not mark
         stamps = np.sort(np.array(stamps, dtype=np.int64))
         if keys:
             stamps = stamps[stamps >= keys[0]]
@@ -282,7 +285,7 @@ class _Index:
                 yield number, frame
 
 
-class _Container:
+class _OpenFile:
     """An open file, its best video stream, and the decoder."""
 
     def __init__(self, path: Path, span: tuple[int, int] | None):
@@ -312,6 +315,10 @@ class _Container:
         context.options = {"max_pixels": str(MAX_PIXELS)}
         context.thread_type, context.thread_count = "NONE", 1
 
+    def ends_with(self, data: bytes) -> bool:
+        """Whether these are the file's last bytes."""
+        return self._file.last(len(data)) == data
+
     def packets(self) -> Iterator[Any]:
         """The packets from here to the end, or to where the file breaks off."""
         try:
@@ -332,10 +339,16 @@ class _Container:
             return None
         return _chained(first, packets)
 
-    def decoded(self, packets: Iterable[Any] | None = None) -> Iterator[Any]:
-        """The frames of packets; a packet that does not decode gives none."""
-        invalid = _av().error.InvalidDataError
-        for packet in self.packets() if packets is None else packets:
+    def decoded(
+        self, packets: Iterable[Any], stamps: Container[int] | None = None
+    ) -> Iterator[Any]:
+        """The frames of packets; a packet that does not decode gives none. With `stamps`, frames that are
+        not of them may be left out: B-frames, which no other frame is decoded from."""
+        context, invalid = self._stream.codec_context, _av().error.InvalidDataError
+        skips = stamps is not None and context.codec.name in _SKIPPING
+        for packet in packets:
+            if skips:
+                context.skip_frame = "DEFAULT" if packet.pts in stamps else "NONREF"
             try:
                 yield from self._stream.decode(packet if packet.size else None)
             except invalid:
@@ -354,7 +367,7 @@ class _Part:
 
     def __init__(self, path: Path, span: tuple[int, int] | None):
         self._file = open(path, "rb", buffering=0)
-        self._start, self._bytes = span or (0, os.fstat(self._file.fileno()).st_size)
+        self._start, self._bytes = (span or (0, 0))[0], _size(path, span)
         self._at = 0
 
     def read(self, size: int) -> bytes:
@@ -362,6 +375,10 @@ class _Part:
         data = os.pread(self._file.fileno(), size, self._start + self._at) if size > 0 else b""
         self._at += len(data)
         return data
+
+    def last(self, size: int) -> bytes:
+        """The last bytes."""
+        return os.pread(self._file.fileno(), size, self._start + max(0, self._bytes - size))
 
     def seek(self, offset: int, whence: int = 0) -> int:
         self._at = max(0, offset + (0, self._at, self._bytes)[whence])
@@ -374,6 +391,11 @@ class _Part:
         self._file.close()
 
 
+def _size(path: Path, span: tuple[int, int] | None) -> int:
+    """The bytes of a file, or of a part of it."""
+    return os.stat(path).st_size if span is None else span[1]
+
+
 class _Converter:
     """Frames to upright RGB, all of the size of the first."""
 
@@ -383,8 +405,9 @@ class _Converter:
     def __call__(self, frame: Any) -> np.ndarray:
         self._size = self._size or (frame.width, frame.height)
         width, height = self._size
+        # bicubic, as FFmpeg's command and torchcodec; it makes a difference to 10 bits
         plain = self._reformatter.reformat(
-            frame, width=width, height=height, format="rgb24", threads=1
+            frame, width, height, "rgb24", interpolation="BICUBIC", threads=1
         )
         return _upright(plain.to_ndarray(), frame)
 
@@ -402,12 +425,14 @@ def _upright(picture: np.ndarray, frame: Any) -> np.ndarray:
     return picture[::-1] if d < 0 else picture
 
 
-def _av() -> Any:
-    import av
-
-    return av
-
-
 def require() -> None:
     """Raises ValueError where PyAV, which decodes, is not installed."""
     plugin.require("av", "video", "videos")
+
+
+@functools.cache
+def _av() -> Any:
+    require()
+    import av
+
+    return av

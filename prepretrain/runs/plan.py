@@ -80,7 +80,7 @@ class Plan:
             raise ValueError(
                 f"batch_per_process: {config.batch_per_process} takes a process's share of "
                 f"{config.batch_size // self.world} images in {self.accumulate} parts, and objective "
-                f"'{config.objective['name']}' compares all of a batch with each other. Leave it out; to "
+                f"'{config.objective['name']}' looks at all of a batch at once. Leave it out; to "
                 f"save memory take more processes, shard.recompute=block or a smaller batch_size."
             )
         if config.checkpoint.keep < 1:

@@ -31,8 +31,9 @@ from prepretrain.data.shard_files import (
 from prepretrain.data.sources.base import Source, fingerprint_of
 from prepretrain.data.subset import evenly
 from prepretrain.data.tags import Tags, of_column
-from prepretrain.data.tar_index import MEMBERS, Index
+from prepretrain.data.tar_index import FILMS, MEMBERS, Index
 from prepretrain.data.transforms import BadImage
+from prepretrain.data.video import Video, require
 
 MAX_MEMBER = 64_000_000  # not from the paper: bytes of one member, checked before it is read
 
@@ -47,7 +48,8 @@ class Shards(Source):
 
     A sample is a run of members with one key: the path up to the last dot, so that a.b.jpg and
     a.c.jpg are two images (webdataset would merge them under a). Members of other types than images
-    (names.IMAGES), txt, json and cls are never read. `hashtags`, `text`, `captions` and `label` say
+    (names.IMAGES), videos (tar_index.FILMS), txt, json and cls are never read. A video stays in its
+    shard: the sample holds a handle. `hashtags`, `text`, `captions` and `label` say
     where those are: a member ("txt") or a value of the json member ("json.hashtags"; see
     data/values.py for what it may be). Missing hashtags and captions are [], a missing text is "", a
     missing label is absent. What is named here must be there; the defaults are fields where a look
@@ -74,8 +76,8 @@ class Shards(Source):
         try:
             heads = read_heads(self.paths)
             self._describe(heads)
-            found = self._present({f for head in heads for f in head["fields"]})
-            self.fields = ("image", *found)
+            members = {field for head in heads for field in head["fields"]}
+            self.fields = (*_pictures(members), *self._present(members))
         except (Unreachable, NoSpace) as error:
             raise ValueError(str(error)) from None
 
@@ -170,14 +172,14 @@ class Shards(Source):
         return self._shard(number), int(index - self._starts[number])
 
     def _sample(self, key: str, shard: "_Shard", row: int) -> dict:
-        image = next((field for field in names.IMAGES if shard.index.has(row, field)), None)
-        if image is None:
-            raise BadImage("no image", f"{shard.place} has no jpg, png, webp, … under this key")
-        return {
-            "key": key,
-            "image": shard.read(row, image),
-            **self._values(shard, row, self.fields[1:]),
-        }
+        sample = {"key": key}
+        if "image" in self.fields:
+            sample["image"] = shard.read(row, _first(shard, row, names.IMAGES, "image"))
+        if "video" in self.fields:
+            span = shard.index.span(row, _first(shard, row, FILMS, "video"))
+            sample["video"] = Video(shard.path, span=span, key=key)
+        written = tuple(field for field in self.fields if field in self.places)
+        return sample | self._values(shard, row, written)
 
     def _values(self, shard: "_Shard", row: int, wanted: tuple[str, ...]) -> dict:
         places = {field: self.places[field] for field in wanted}
@@ -261,6 +263,25 @@ class Shards(Source):
         places = [self.paths[number] for number in numbers.tolist()]
         if far := [place for place in places if isinstance(place, Remote)]:
             self._ahead.ask(far)
+
+
+def _pictures(members: set[str]) -> tuple[str, ...]:
+    """The fields that shards with these members have of "image" and "video"."""
+    if members.isdisjoint(FILMS):
+        return ("image",)
+    if not members.isdisjoint(names.IMAGES):
+        return ("image", "video")
+    require()
+    return ("video",)
+
+
+def _first(shard: "_Shard", row: int, endings: tuple[str, ...], what: str) -> str:
+    """The first of these members that a sample has."""
+    ending = next((ending for ending in endings if shard.index.has(row, ending)), None)
+    if ending is None:
+        some = ", ".join(endings[:3])
+        raise BadImage(f"no {what}", f"{shard.place} has no {some}, … under this key")
+    return ending
 
 
 def _most_open(shards: int) -> int:
