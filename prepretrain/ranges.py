@@ -22,6 +22,10 @@ RANGES = {
     "data.max_bad": "[0, 1]",
     "data.subset.images": _COUNT,
     "data.subset.classes": "[1, 1e9]",
+    "data.train.share": "[0, inf)",
+    "data.resample.t": "(0, inf)",
+    "data.resample.epoch": "(0, inf)",
+    "data.resample.tail": "(0, 1)",
     "optim.lr": "[0, inf)",
     "optim.lr_end": "[0, inf)",
     "optim.weight_decay": "[0, inf)",
@@ -95,7 +99,6 @@ RANGES = {
     "objective.cell": "[1, 16384]",
     "objective.target_window": "[1, 16384]",
     "objective.tags": _COUNT,
-    "objective.resample": "(0, 1]",
     "objective.context": "[3, 1e6]",  # a start, a token and an end
     "objective.chunk": _COUNT,
     "objective.mixup": "[0, inf)",
