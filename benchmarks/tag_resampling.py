@@ -108,6 +108,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--length", default="76800img", help="of each run")
     given = parser.parse_args()
+    os.environ["PREPRETRAIN_PLUGINS"] = "captions"  # the card names its source
     start, work, table = time.time(), given.work.resolve(), {}
     prepare(work, given.data.resolve())
     for seed in range(given.seeds):
