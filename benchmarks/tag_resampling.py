@@ -28,7 +28,7 @@ train: {{source: captions.held_out, path: "{path}", part: train}}
 val: {{source: captions.held_out, path: "{path}", part: val}}
 """
 RUN = [
-    "model={encoder: vit_mini8, image_size: 64, positions: learned}",
+    "model={encoder: vit_mini8, image_size: 48, positions: learned}",
     "objective={name: hashtag, vocabulary: tags.json, tags: null, head: mlp, crop_scale: [0.5, 1.0]}",
     "data.train=fashion_titles",
     "data.window=0",
@@ -81,7 +81,7 @@ def measured(work: Path, run: str) -> dict[str, float]:
         for batch in batches:
             logits = objective.head(objective.model(batch["image"])).float()
             best, entropy = logits.topk(SCORES).indices, -logits.log_softmax(1)
-            for row in torch.flatnonzero(batch["mask"]).tolist():
+            for row in batch["mask"].nonzero().flatten().tolist():
                 own = batch["tags"][row][batch["tags"][row] >= 0]
                 found[own] += torch.isin(own, best[row]).numpy()
                 loss[own] += entropy[row, own].numpy()
@@ -106,7 +106,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("runs/tags"))
     parser.add_argument("--out", type=Path)
     parser.add_argument("--seeds", type=int, default=2)
-    parser.add_argument("--length", default="76800img", help="of each run")
+    parser.add_argument("--length", default="38400img", help="of each run")
     given = parser.parse_args()
     os.environ["PREPRETRAIN_PLUGINS"] = "captions"  # the card names its source
     start, work, table = time.time(), given.work.resolve(), {}

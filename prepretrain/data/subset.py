@@ -93,6 +93,8 @@ class Choice:
 
     def of(self, source: Source, where: str) -> Source:
         """The subset of a source; the source itself if that is all of it."""
+        if not len(source):  # which is said where it is read
+            return source
         if self.classes is None and not self.per_class:
             count = self._count(len(source), where)
             chosen = self._order(count, len(source))
