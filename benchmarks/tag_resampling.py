@@ -106,7 +106,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("runs/tags"))
     parser.add_argument("--out", type=Path)
     parser.add_argument("--seeds", type=int, default=2)
-    parser.add_argument("--length", default="38400img", help="of each run")
+    parser.add_argument("--length", default="25600img", help="of each run")
     given = parser.parse_args()
     os.environ["PREPRETRAIN_PLUGINS"] = "captions"  # the card names its source
     start, work, table = time.time(), given.work.resolve(), {}
