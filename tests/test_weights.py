@@ -510,6 +510,25 @@ def digest_of_before(source):
     return Order(source.groups, seed=0, repeats=values).parts()[-1]
 
 
+def test_stage_two_trains_on_a_mix_whose_tags_were_counted_together(place):
+    (place / "datasets/more.yaml").write_text(
+        "train: {source: synthetic, images: 60, size: 40, seed: 1}\n"
+    )
+    both = mix.open_together("scenes+more:train")
+    tags = [both.hashtags(i) for i in range(len(both))]
+    Vocabulary.count(tags, source=both.fingerprint, min_count=2).save("data/both.json")
+    asked = ["data.train=[{card: scenes, share: 1}, {card: more, share: 1}]"]
+    asked += ["objective={name: hashtag, vocabulary: both.json}", "model.positions=learned"]
+    asked += ["data.resample={law: inverse_sqrt, epoch: 1.5}"]
+    first = Plan(config.load("small.yaml", asked), 1)
+    plan, source, order = first.open_data()
+    known = sum(bool(Vocabulary.load("data/both.json").ids(one)) for one in tags)
+    assert abs(plan.images - 1.5 * known) <= 1 and plan.objective is first.objective
+    assert source.key(0).startswith("scenes/") and source.key(120).startswith("more/")
+    with pytest.raises(ValueError, match="was counted from data"):
+        Plan(config.load("small.yaml", [*asked, "objective.vocabulary=tags.json"]), 1).open_data()
+
+
 def test_stage_one_repeats_images_of_rare_tags_by_the_cards_vocabulary(place):
     (place / "datasets/scenes.yaml").write_text(
         "vocabulary: tags.json\ntrain: {source: synthetic, images: 120, size: 40, seed: 0}\n"

@@ -136,6 +136,14 @@ class Mix(Source):
         return self._of("texts", index)
 
 
+def open_together(addresses: str) -> Source:
+    """The source at "card:split", or those of several, one after another, as in web+shop:train."""
+    if addresses in card.card_names() or "+" not in addresses or addresses.endswith(".yaml"):
+        return card.open_data(addresses)
+    parts = [Part(card=address) for address in addresses.split("+")]
+    return Mix([part.name for part in parts], [part.card.open(part.split) for part in parts])
+
+
 def check_classes(parts: list[Part], sources: list[Source], fields: Iterable[str]) -> None:
     """Raises ValueError where labels that are trained on mean another thing in another part."""
     if not set(fields) & set(_MEANT):

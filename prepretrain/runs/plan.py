@@ -168,6 +168,7 @@ class Plan:
         source, order = opened.source, opened.order
         shards = len(source.groups), source.open_at_once or len(source.groups)
         plan = replace(self, counted=order.length, shards=shards, part_images=opened.part_images)
+        vars(plan)["objective"] = self.objective  # which has looked at the data
         plan._sources.update(self._sources)
         return plan, source, order
 

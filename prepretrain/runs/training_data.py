@@ -110,5 +110,5 @@ def _vocabulary(named: str | None, parts: list[mix.Part]) -> Path:
         return parts[0].card.vocabulary
     raise ValueError(
         "data.resample.vocabulary: is missing, and neither the objective nor a card names one. Make it: "
-        f"python datasets/hashtags.py {' '.join(part.address for part in parts)} --min-count 100 --out FILE."
+        f"python datasets/hashtags.py {mix.name(parts)} --min-count 100 --out FILE."
     )
