@@ -430,7 +430,8 @@ class Plan:
         config, schedule, size = self.config, self.schedule, self.size
         described = self.parts[0].card
         seen = schedule.steps * config.batch_size
-        classes = len(described.classes) if described.classes else 0
+        several = len(self.parts) > 1
+        classes = 0 if several or not described.classes else len(described.classes)
         images = "an unknown number of images"
         if self.images is not None:
             images = f"{self.images:,} images" + (
