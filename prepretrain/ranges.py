@@ -23,6 +23,7 @@ RANGES = {
     "data.subset.images": _COUNT,
     "data.subset.classes": "[1, 1e9]",
     "data.train.share": "[0, inf)",
+    "data.train.subset": _COUNT,
     "data.resample.t": "(0, inf)",
     "data.resample.epoch": "(0, inf)",
     "data.resample.tail": "(0, 1)",

@@ -1,10 +1,10 @@
 """Several data sets as one: what a config may name as its training data, and a source of all parts."""
 
+import bisect
+import itertools
 from collections.abc import Iterable
 from functools import cached_property
 from typing import Any
-
-import numpy as np
 
 from prepretrain import plugin
 from prepretrain.data import card, subset
@@ -85,7 +85,7 @@ class Mix(Source):
 
     def __init__(self, names: list[str], sources: list[Source]):
         self.names, self.sources = names, sources
-        self.firsts = np.cumsum([0, *map(len, sources)], dtype=np.int64)
+        self.firsts = [0, *itertools.accumulate(map(len, sources))]
         first, *others = sources
         common = set(first.fields).intersection(*(source.fields for source in others))
         self.fields = tuple(field for field in first.fields if field in common)
@@ -104,8 +104,8 @@ class Mix(Source):
         return narrowed
 
     def _find(self, index: int) -> tuple[int, int]:
-        number = int(np.searchsorted(self.firsts, index, side="right")) - 1
-        return number, index - int(self.firsts[number])
+        number = bisect.bisect_right(self.firsts, index) - 1
+        return number, index - self.firsts[number]
 
     def _of(self, method: str, index: int) -> Any:
         """What a method of the part's source says of an image."""
@@ -117,8 +117,9 @@ class Mix(Source):
             raise BadImage(error.cause, error.detail, key) from error
 
     def __getitem__(self, index: int) -> dict:
-        sample = self._of("__getitem__", index)
-        return sample | {"key": f"{self.names[self._find(index)[0]]}/{sample['key']}"}
+        sample = dict(self._of("__getitem__", index))
+        sample["key"] = f"{self.names[self._find(index)[0]]}/{sample['key']}"
+        return sample
 
     def key(self, index: int) -> str:
         return f"{self.names[self._find(index)[0]]}/{self._of('key', index)}"
