@@ -54,7 +54,7 @@ def replay(dump: Path) -> list[dict[str, Any]]:
             rank=one,
             world=given["world"],
         )
-        if stream.fingerprint(kept.get("position", 0)) != kept["data"]:
+        if stream.fingerprint(numerics.position_of(kept)) != kept["data"]:
             raise ValueError(f"{dump}: data.train is not what it was. Restore the data.")
         train.seed_all(config.seed, given["step"] - 1, one)
         batches = stream.batches(given["position"])
