@@ -12,7 +12,7 @@ from collections import defaultdict
 from pathlib import Path
 
 from prepretrain.data import counting, rarest
-from prepretrain.data.card import open_data
+from prepretrain.data.mix import open_together
 from prepretrain.data.synsets import Synsets
 from prepretrain.data.vocabulary import Vocabulary
 from prepretrain.data.wordnet import Nouns
@@ -21,7 +21,7 @@ from prepretrain.data.wordnet import Nouns
 def main() -> None:
     """Count, write, and show the most frequent labels and how many images are left without one."""
     args = _asked()
-    source = open_data(args.card)
+    source = open_together(args.card)
     of = "captions" if args.captions else "hashtags"
     _check_fields(args.card, source.fields, of)
     synsets = _synsets(args, of)
@@ -46,7 +46,7 @@ def _asked() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("card", help="a card, or card:split")
+    parser.add_argument("card", help="a card, or card:split; several of a mix as web+shop")
     parser.add_argument(
         "--min-count", type=int, required=True, help="how many images a tag must be in"
     )

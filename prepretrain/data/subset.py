@@ -25,6 +25,8 @@ class Subset(Source):
         self.left_out, self.open_at_once = source.left_out, source.open_at_once
         self.reads_ahead = source.reads_ahead
         self.stamp, self.groups = source.stamp, self._groups()
+        if source.weights is not None:
+            self.weights = source.weights.taken(self.indexes)
         digest = hashlib.sha256(self.indexes).hexdigest()
         self.fingerprint = fingerprint_of([source.fingerprint, digest])
 
@@ -95,6 +97,8 @@ class Choice:
 
     def of(self, source: Source, where: str) -> Source:
         """The subset of a source; the source itself if that is all of it."""
+        if not len(source):  # which is said where it is read
+            return source
         if self.classes is None and not self.per_class:
             count = self._count(len(source), where)
             chosen = self._order(count, len(source))

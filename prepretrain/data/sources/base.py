@@ -15,6 +15,7 @@ from prepretrain import plugin
 from prepretrain.data.tags import Tags, of_lists
 from prepretrain.data.transforms import BadImage, decode
 from prepretrain.data.vocabulary import tags_in
+from prepretrain.data.weights import Weights
 
 FIELDS = {
     "image": "the bytes of an image file, as it lies on disk",
@@ -46,7 +47,8 @@ class Source:
     A sample holds "key" (str) and those of `FIELDS` that the source's `fields` name. `groups` are
     the sizes of the parts that are cheap to read together (shards). `fingerprint` says what the
     data is, wherever it lies; `stamp` changes whenever a file of it is written anew, for what is kept
-    of the data between evaluations ("" where no file is read). A field of your own is a line more, as in
+    of the data between evaluations ("" where no file is read). `weights` say how often training takes
+    each sample, where a curation decided that; an evaluation reads all. A field of your own is a line more, as in
     `Source.FIELDS["normal"] = "float32 [H, W, 3], of length 1"`.
     """
 
@@ -60,6 +62,7 @@ class Source:
     fingerprint: str
     stamp: str = ""
     reads_ahead: bool = False  # whether `read_ahead` does anything
+    weights: Weights | None = None
 
     def __len__(self) -> int:
         return int(sum(self.groups))

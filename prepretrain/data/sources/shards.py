@@ -16,6 +16,7 @@ import pyarrow as pa
 
 from prepretrain.data import img2dataset, names, values
 from prepretrain.data.indexing import read_heads
+from prepretrain.data.keep import read_weights
 from prepretrain.data.paths import find_shards
 from prepretrain.data.remote import Remote, Unreachable
 from prepretrain.data.shard_cache import CacheFull, NoSpace, ShardCache
@@ -53,7 +54,7 @@ class Shards(Source):
     where those are: a member ("txt") or a value of the json member ("json.hashtags"; see
     data/values.py for what it may be). Missing hashtags and captions are [], a missing text is "", a
     missing label is absent. What is named here must be there; the defaults are fields where a look
-    at some samples, spread over all shards, finds them.
+    at some samples, spread over all shards, finds them. `keep`: a folder of weights (data/keep.py).
     """
 
     def __init__(
@@ -64,6 +65,7 @@ class Shards(Source):
         text: str = "txt",
         captions: str = "json.captions",
         label: str = "cls",
+        keep: str | None = None,
     ):
         self.places = {"label": label, "hashtags": hashtags, "text": text, "captions": captions}
         for option, place in self.places.items():
@@ -80,6 +82,8 @@ class Shards(Source):
             self.fields = (*_pictures(members), *self._present(members))
         except (Unreachable, NoSpace) as error:
             raise ValueError(str(error)) from None
+        if keep is not None:
+            self.weights = read_weights(Path(keep), self.paths, self.groups)
 
     def _describe(self, heads: list[dict]) -> None:
         """Takes over what the heads of all indexes say."""
