@@ -30,13 +30,13 @@ def described(key, content, text="a thing"):
 
 def by_one(source, of="hashtags"):
     """The tags of each image, read one by one, and whose cannot be read."""
-    tags = Source.tags(source, 0, of)
+    tags = Source.tags_of_group(source, 0, of)
     return rows_of(tags), [str(error) for error in tags.bad]
 
 
 def by_map(source, of="hashtags"):
     """The same from a map over the source's only shard."""
-    tags = source.tags(0, of)
+    tags = source.tags_of_group(0, of)
     return rows_of(tags), [str(error) for error in tags.bad]
 
 
@@ -224,7 +224,7 @@ def test_tags_come_from_the_parquet_file_alone_where_it_agrees(shards, tmp_path,
     parquet(shards[0], rows)
     monkeypatch.setattr(shards_module, "read_column", None)
     assert by_map(source)[0] == plain == [{"tag0", "all"}, {"tag1", "all"}, {"tag2", "all"}]
-    assert source.tags(0, "captions").said == ""
+    assert source.tags_of_group(0, "captions").said == ""
 
 
 @pytest.mark.parametrize(
@@ -260,7 +260,7 @@ def test_a_parquet_file_of_something_else_is_not_read(shards, tmp_path):
         pa.table({"key": ["10"], "status": ["success"]}), shards[1].with_suffix(".parquet")
     )
     source = open_shards(tmp_path)
-    assert [source.tags(group).said for group in range(2)] == ["", ""]
+    assert [source.tags_of_group(group).said for group in range(2)] == ["", ""]
 
 
 def stats(shard, **counts):

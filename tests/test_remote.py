@@ -20,6 +20,7 @@ from prepretrain.data import remote as remotes
 from prepretrain.data import shard_cache
 from prepretrain.data.indexing import read_heads
 from prepretrain.data.loader import Stream
+from prepretrain.data.mix import Mix
 from prepretrain.data.paths import find_shards
 from prepretrain.data.remote import Remote, Unreachable
 from prepretrain.data.shard_cache import CacheFull, NoSpace, ShardCache
@@ -161,7 +162,7 @@ def test_shards_of_a_bucket_are_those_of_a_folder(folder, cache, s3, path):
     here, there = open_shards(folder), open_shards(f"s3://bucket/web{path}")
     assert there.fingerprint == here.fingerprint and there.fields == here.fields
     assert [there[i] for i in (19, 0, 7)] == [here[i] for i in (19, 0, 7)]
-    assert there.tags(1).counts() == here.tags(1).counts()
+    assert there.tags_of_group(1).counts() == here.tags_of_group(1).counts()
     assert there.stamp == open_shards(f"s3://bucket/web{path}").stamp != here.stamp
 
 
@@ -491,3 +492,12 @@ def test_a_sha256_that_a_store_states_is_checked(web, monkeypatch):
     monkeypatch.setattr(remotes, "_look", stated)
     with pytest.raises(Unreachable, match="its sha256 is not the store's"):
         ShardCache().open(shards_of(web, 1)[0])
+
+
+def test_a_mix_fetches_ahead_what_each_of_its_parts_reads_next(folder, web, cache):
+    there, here = open_shards(web.url + "/{00000..00001}.tar"), open_shards(folder)
+    mix, asked = Mix(["here", "there"], [here, there]), []
+    there.read_ahead = lambda indexes: asked.extend(indexes.tolist())
+    mix.read_ahead(np.array([0, 19, 20, 29]))
+    assert mix.reads_ahead and asked == [0, 9]
+    assert mix.tags_of_group(5).counts() == there.tags_of_group(1).counts()

@@ -63,7 +63,7 @@ def count_groups(source: Source, rank: int = 0, world_size: int = 1) -> Counts:
     ranks, put together by Counts.add, are those of the source; any engine can call it on any machine."""
     total = Counts()
     for group in range(rank, len(source.groups), world_size):
-        total.add(_counted(source.tags(group)))
+        total.add(_counted(source.tags_of_group(group)))
     return total
 
 
@@ -90,7 +90,7 @@ def count(
         file = lambda group: Path(folder, f"{group}.npz")
 
         def count_tags(group: int) -> Counts:
-            tags = source.tags(group, of)
+            tags = source.tags_of_group(group, of)
             tags.save(file(group))
             return _counted(tags)
 
@@ -120,7 +120,7 @@ def rank(
     """The counts of some groups, and int32, the rarest tag of each of their images."""
 
     def of_one(group: int) -> tuple[Counts, np.ndarray]:
-        tags = source.tags(group, vocabulary.of)
+        tags = source.tags_of_group(group, vocabulary.of)
         return _counted(tags), tags.rarest(vocabulary)
 
     total, ids = Counts(), []

@@ -140,10 +140,10 @@ class Mix(Source):
     def texts(self, index: int) -> dict:
         return self._of("texts", index)
 
-    def tags(self, group: int, of: Literal["hashtags", "captions"] = "hashtags") -> Tags:
+    def tags_of_group(self, group: int, of: Literal["hashtags", "captions"] = "hashtags") -> Tags:
         for source in self.sources:
             if group < len(source.groups):
-                return source.tags(group, of)
+                return source.tags_of_group(group, of)
             group -= len(source.groups)
         raise IndexError(f"group {group} past the last")
 

@@ -101,7 +101,7 @@ class Source:
         """The hashtags alone, without reading the image where the source can."""
         return self[index]["hashtags"]
 
-    def tags(self, group: int, of: Literal["hashtags", "captions"] = "hashtags") -> Tags:
+    def tags_of_group(self, group: int, of: Literal["hashtags", "captions"] = "hashtags") -> Tags:
         """The hashtags, or the words of the captions, of all images of a group (see `groups`), without
         the images."""
         first = sum(self.groups[:group])

@@ -125,14 +125,14 @@ class Shards(Source):
     def hashtags(self, index: int) -> list[str]:
         return self._value(index, "hashtags")
 
-    def tags(self, group: int, of: Literal["hashtags", "captions"] = "hashtags") -> Tags:
-        """See Source.tags: from img2dataset's Parquet file where it agrees with the shard, else in one
+    def tags_of_group(self, group: int, of: Literal["hashtags", "captions"] = "hashtags") -> Tags:
+        """See Source.tags_of_group: from img2dataset's Parquet file where it agrees with the shard, else in one
         pass over the members, else one by one."""
         fields = [f for f in ("captions", "text") if f in self.fields] if of == "captions" else [of]
         if len(fields) > 1:  # an image's text counts where it has no captions
-            return super().tags(group, of)
+            return super().tags_of_group(group, of)
         column, said = self.column(group, fields[0])
-        tags = super().tags(group, of) if column is None else of_column(column, of)
+        tags = super().tags_of_group(group, of) if column is None else of_column(column, of)
         return replace(tags, said=said)
 
     def column(self, group: int, field: str) -> tuple[pa.Array | None, str]:
