@@ -170,6 +170,8 @@ RANGES = {
     "source.offset": "[0, 255]",
     "source.void": "[0, 255]",
     "source.palette": "[0, 255]",
+    "source.marked": "[0, 2]",  # HMDB51: of neither, to train, to test
+    "source.rate": "(0, 1000]",
     "source.scale": "(0, inf)",
     "source.range": "[0, inf)",
 }

@@ -4,6 +4,7 @@ import functools
 import os
 from bisect import bisect_right
 from collections.abc import Container, Iterable, Iterator, Sequence
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -31,30 +32,27 @@ _OPTIONS = {
     "max_pixels": str(MAX_PIXELS),
 }
 _BUFFER = 1 << 16  # bytes that FFmpeg reads at a time
-_RATE = 30.0  # not from the paper: of a video of one frame whose container says none
+_RATE = 30  # not from the paper: of a video of one frame whose container says none
 
 
 class Clip:
     """A video of which single frames can be read.
 
     times: float64 [frames], when each frame is shown, in seconds after the first; frames are numbered
-    in this order. seconds: from the first to the end of the last. size: (height, width), upright.
+    in this order. seconds: from the first to the end of the last. rate: the mean number of frames a
+    second. size: (height, width), upright.
     """
 
     key: str
     times: np.ndarray
     seconds: float
+    rate: float
     size: tuple[int, int]
 
     @property
     def frames(self) -> int:
         """How many frames there are."""
         return len(self.times)
-
-    @property
-    def rate(self) -> float:
-        """The mean number of frames a second."""
-        return self.frames / self.seconds
 
     def read(self, numbers: Sequence[int]) -> Tensor:
         """The frames of these numbers, which may repeat, uint8 [T, 3, H, W]."""
@@ -97,6 +95,11 @@ class Video(Clip):
         return self._indexed().seconds
 
     @property
+    def rate(self) -> float:
+        """See Clip."""
+        return self._indexed().rate
+
+    @property
     def size(self) -> tuple[int, int]:
         """See Clip; decodes a frame."""
         if self._size is None:
@@ -120,6 +123,8 @@ class Video(Clip):
 
     def close(self) -> None:
         """Closes the file, which happens by itself when nothing refers to the video any more."""
+        if self._opened is not None:
+            self._opened.close()
         self._opened = None
 
     def _pictures(self, wanted: list[int]) -> Iterator[tuple[int, np.ndarray]]:
@@ -139,14 +144,15 @@ class Video(Clip):
     def _from_key(self, number: int, stamps: set[int]) -> Iterator[tuple[int, Any]]:
         """(number, frame) of frames from the key frame before this one on; those that no other frame is
         decoded from are left out where they are not of `stamps`."""
-        index, container = self._indexed(), self._container(afresh=self._index.in_order)
-        if index.in_order:
-            return enumerate(container.decoded(container.packets()))
-        key = index.keys[bisect_right(index.key_numbers, number) - 1]
+        index, container = self._indexed(), self._container()
+        key = index.keys[0] if index.in_order else index.keys[index.place_before(number)]
         packets = container.packets_from(key)
-        if packets is None:  # its index of places is broken or lacks
-            packets = self._container(afresh=True).packets()
-        return index.numbered(self._opened.decoded(packets, stamps))
+        if packets is None:
+            container = self._container(afresh=True)
+            packets = container.packets()
+        if index.in_order:
+            return enumerate(container.decoded(packets))
+        return index.numbered(container.decoded(packets, stamps))
 
     def _indexed(self) -> "_Index":
         if self._index is None:
@@ -161,7 +167,7 @@ class Video(Clip):
     def _container(self, afresh: bool = False) -> "_OpenFile":
         opened = self._opened
         if afresh or opened is None or opened.process != os.getpid():
-            self._opened = None  # closed before the next is opened
+            self._opened = None
             try:
                 self._opened = _OpenFile(self.path, self.span)
             except _av().error.FFmpegError as error:
@@ -187,7 +193,7 @@ class RawFrames(Clip):
 
     def __init__(self, path: str | Path, rate: float, *, key: str = ""):
         """rate: frames a second, which image files do not say."""
-        self.path, self.key, self._rate = Path(path), key or str(path), rate
+        self.path, self.key, self.rate = Path(path), key or str(path), rate
         names = (entry.name for entry in os.scandir(path))
         self._names = sorted((name for name in names if is_image(name)), key=natural_order)
         if not self._names:
@@ -222,54 +228,25 @@ class _Index:
     """The time stamps of a video's frames and which of them are key frames; nothing is decoded."""
 
     def __init__(self, container: "_OpenFile"):
-        stamps, keys, reordered, bare, last = [], [], False, False, 0
-        for packet in container.packets():
-            if not packet.size or packet.is_corrupt:
-                continue
-            pts, dts = packet.pts, packet.dts
-            if pts is None and dts is None:
-                bare = True
-                pts = len(stamps)
-            reordered |= pts != dts and dts is not None
-            if (
-                container.kind == "avi" or pts is None
-            ):  # of AVI, FFmpeg guesses when a frame is shown
-                pts = dts
-            if packet.is_keyframe:
-                keys.append(pts)
-            if not packet.is_discard and (keys or container.kind == "gif"):
-                stamps.append(pts)
-                last = packet.duration or 0
-            if len(stamps) > MAX_FRAMES:
-                raise BadImage("too long", f"more than {MAX_FRAMES:,} frames")
-        if container.kind == "gif" and not container.ends_with(b";"):
-            del stamps[-1:]  # the file breaks off within the last frame, which GIF does not mark
-        stamps = np.sort(np.array(stamps, dtype=np.int64))
-        if keys:
-            stamps = stamps[stamps >= keys[0]]
+        stamps, keys, last, self.in_order = _scanned(container)
         if not len(stamps):
             raise BadImage("no frame", "there is no packet from which one could be decoded")
-        # Where frames cannot be told by their stamps, or depend on all before, decoding starts at the first.
-        self.in_order = bare or container.kind == "gif" or container.kind == "avi" and reordered
-        self.stamps, self.count = stamps, len(stamps)
-        self.keys = sorted(set(keys))
-        self.key_numbers = np.searchsorted(stamps, self.keys).tolist()
-        unit = 1.0 if container.time_base is None else float(container.time_base)
-        self.times = (stamps - stamps[0]) * unit
-        self.seconds = self._seconds(last * unit, container.rate)
-
-    def _seconds(self, duration: float, rate: float) -> float:
-        """Until the end of the last frame, which lasts as long as the mean one if nothing is said."""
-        span = float(self.times[-1])
-        if self.count > 1 and span > 0:
-            return span + span / (self.count - 1)
-        return duration or self.count / rate
+        self.stamps, self.count, self.keys = stamps, len(stamps), keys
+        self.key_numbers = np.searchsorted(stamps, keys).tolist()
+        # of fractions, so that 30 frames a second are exactly 30: sampling rounds multiples of it down
+        unit = container.time_base or 1 / Fraction(container.rate)
+        span = int(stamps[-1] - stamps[0]) * unit
+        rate = (self.count - 1) / span if span else 1 / (last * unit) if last else container.rate
+        self.times = (stamps - stamps[0]) * float(unit)
+        self.rate, self.seconds = float(rate), float(self.count / Fraction(rate))
 
     def key_before(self, number: int) -> int:
         """The number of the frame from which decoding leads to this one."""
-        if self.in_order:
-            return 0
-        return self.key_numbers[bisect_right(self.key_numbers, number) - 1]
+        return 0 if self.in_order else self.key_numbers[self.place_before(number)]
+
+    def place_before(self, number: int) -> int:
+        """Which key frame is the last before this frame, or this frame."""
+        return bisect_right(self.key_numbers, number) - 1
 
     def numbered(self, frames: Iterable[Any]) -> Iterator[tuple[int, Any]]:
         """(number, frame), without frames that have no number."""
@@ -283,6 +260,37 @@ class _Index:
             if number < self.count and self.stamps[number] == frame.pts:
                 last = number
                 yield number, frame
+
+
+def _scanned(container: "_OpenFile") -> tuple[np.ndarray, list[int], int, bool]:
+    """(sorted stamps of the frames, of the key frames, duration of the last, whether frames must be
+    counted from the first, because no stamps tell them apart or each depends on all before)."""
+    stamps, keys, last = [], [], 0
+    in_order, reordered = container.kind == "gif", False
+    for packet in container.packets():
+        if not packet.size or packet.is_corrupt:
+            continue
+        reordered |= packet.pts != packet.dts
+        stamp = container.stamp(packet)
+        if stamp is None:
+            stamp, in_order = (stamps[-1] + 1 if stamps else 0), True
+        if packet.is_keyframe:
+            keys.append(stamp)
+        if not packet.is_discard and (keys or container.kind == "gif"):
+            stamps.append(stamp)
+            last = packet.duration or 0
+        if len(stamps) > MAX_FRAMES:
+            raise BadImage("too long", f"more than {MAX_FRAMES:,} frames")
+    if container.kind == "gif" and not container.ends_with(b";"):
+        del stamps[-1:]  # the file breaks off within the last frame, which GIF does not mark
+    stamps = np.sort(np.array(stamps, dtype=np.int64))
+    first = keys[0] if keys else 0  # what is shown before cannot be decoded
+    return (
+        stamps if container.kind == "gif" else stamps[stamps >= first],
+        sorted(set(keys)),
+        last,
+        in_order or container.kind == "avi" and reordered,
+    )
 
 
 class _OpenFile:
@@ -301,7 +309,7 @@ class _OpenFile:
         self._check()
         self.kind = self._input.format.name
         self.time_base = self._stream.time_base
-        self.rate = float(self._stream.average_rate or _RATE)
+        self.rate = self._stream.average_rate or _RATE
 
     def _check(self) -> None:
         context = self._stream.codec_context
@@ -315,6 +323,15 @@ class _OpenFile:
         context.options = {"max_pixels": str(MAX_PIXELS)}
         context.thread_type, context.thread_count = "NONE", 1
 
+    def __del__(self):
+        self.close()
+
+    def close(self) -> None:
+        """Frees the decoder and the file, of which PyAV's objects would hold each other."""
+        if hasattr(self, "_input"):
+            self._input.close()
+        self._file.close()
+
     def ends_with(self, data: bytes) -> bool:
         """Whether these are the file's last bytes."""
         return self._file.last(len(data)) == data
@@ -326,16 +343,23 @@ class _OpenFile:
         except _av().error.InvalidDataError:
             return
 
-    def packets_from(self, stamp: int) -> Iterator[Any] | None:
+    def stamp(self, packet: Any) -> int | None:
+        """When a packet's frame is shown; of AVI FFmpeg guesses it, and when it is decoded counts."""
+        return packet.dts if self.kind == "avi" or packet.pts is None else packet.pts
+
+    def packets_from(self, key: int) -> Iterator[Any] | None:
         """The packets from the key frame of this stamp on, or from an earlier one; None if the file
-        cannot be sought in."""
+        cannot be sought in: a gif, or one whose index is broken or lacks."""
+        if self.kind == "gif":
+            return None
         try:
-            self._input.seek(stamp, stream=self._stream)
+            self._input.seek(key, stream=self._stream)
         except _av().error.FFmpegError:
             return None
         packets = self.packets()
         first = next((one for one in packets if one.size), None)
-        if first is None or not first.is_keyframe or first.pts is None or first.pts > stamp:
+        stamp = None if first is None else self.stamp(first)
+        if stamp is None or stamp > key or not first.is_keyframe:
             return None
         return _chained(first, packets)
 

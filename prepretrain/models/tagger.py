@@ -95,8 +95,9 @@ def located(source: str) -> Path:
         if (place / _OPTIONS).is_file():
             return place
     raise ValueError(
-        f"{source}: holds no labels. Give a finished run of --stage wsp or wsp_catlip, or its export; of "
-        f"a run that was finished before it wrote them: prepretrain-export {source} --labels."
+        f"{source}: holds no labels. Give a finished run of --stage wsp or wsp_catlip, or its export, as in "
+        f"evaluator.tags=runs/wsp; of a run that was finished before it wrote them: prepretrain-export "
+        f"{source} --labels."
     )
 
 

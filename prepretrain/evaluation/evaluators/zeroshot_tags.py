@@ -36,7 +36,7 @@ class ZeroshotTags(Evaluator):
     not published.
 
     data           the card
-    tags           the run that the head and its vocabulary are of, or its export
+    tags           the run that the head and its vocabulary are of, or its export; null: the one measured
     split          its split
     synsets        by which names and tags are matched: `wordnet`, a folder with its files, a file of
                    your own, or `timm`, which knows no hypernyms: there only a class's own tag counts
@@ -63,7 +63,7 @@ class ZeroshotTags(Evaluator):
         self,
         *,
         data: str,
-        tags: str,
+        tags: str | None = None,
         split: str = "val",
         synsets: str = "wordnet",
         reach: int = 3,
@@ -88,17 +88,18 @@ class ZeroshotTags(Evaluator):
         self.feature_batch, self.workers = feature_batch, decoding(workers)
 
     def check(self, model: nn.Module) -> None:
-        """See Evaluator.check: a run with labels is needed, and the list of synsets."""
-        tagger.located(self.tags)
-        Nouns.open(self.synsets)
+        """See Evaluator.check: a run with labels is needed."""
+        if self.tags is not None:
+            tagger.located(self.tags)
 
     def data_state(self) -> dict[str, Any]:
-        """See Evaluator.data_state; with the head that is read."""
-        return super().data_state() | {"tags": tagger.fingerprint(self.tags)}
+        """See Evaluator.data_state; with the head that is read, where it is not the model's own."""
+        own = {} if self.tags is None else {"tags": tagger.fingerprint(self.tags)}
+        return super().data_state() | own
 
     def run(self, model: nn.Module, folder: Path) -> dict[str, float]:
         """Accuracies on the split, each image counted once."""
-        found = Tagger.open(self.tags, model.encoder)
+        found = Tagger.open(self.tags or str(folder), model.encoder)
         classes = self.nearest(found)
         features, labels = labelled_features(
             self.card,
@@ -132,7 +133,7 @@ class ZeroshotTags(Evaluator):
             few = ", ".join(without[:8]) + (", …" if len(without) > 8 else "")
             raise ValueError(
                 f"zeroshot_tags: {len(without)} of {len(classes)} classes of '{self.card.name}' have no tag "
-                f"within {self.reach} steps in the vocabulary of {self.tags}: {few}. Name them by other words "
+                f"within {self.reach} steps in the vocabulary: {few}. Name them by other words "
                 f"(the card's names), raise evaluator.reach, or take evaluator.missing=last: they are never "
                 f"predicted then, and count as wrong."
             )

@@ -10,16 +10,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import roi_align
 
-from prepretrain.models.dense.boxes import counts_freely
+from prepretrain.models.dense import boxes
 from prepretrain.models.dense.layers import kaiming, normed_conv
 
 BOX_CELLS, MASK_CELLS = 7, 14  # along a side of a pooled region
 
 
-def levels(boxes: Tensor, count: int) -> Tensor:
+def levels(regions: Tensor, count: int) -> Tensor:
     """[R], which of the maps from stride 4 on each region is pooled from: by its area, 224 x 224
     pixels being of the third (FPN, arXiv 1612.03144, equation 1)."""
-    side = ((boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])).sqrt()
+    side = ((regions[:, 2] - regions[:, 0]) * (regions[:, 3] - regions[:, 1])).sqrt()
     return (2 + (side / 224 + 1e-8).log2()).floor().clamp(0, count - 1).long()
 
 
@@ -33,7 +33,7 @@ def pool(maps: list[Tensor], regions: list[Tensor], strides: list[float], cells:
     def aligned(number: int, rows: Tensor) -> Tensor:
         return roi_align(maps[number].float(), rows, cells, 1 / strides[number], 0, True)
 
-    if counts_freely(found):
+    if boxes.counts_freely(found):
         order = level.argsort(stable=True)
         counts = level.bincount(minlength=len(maps)).tolist()
         rows = torch.cat([image, found], 1)[order].split(counts)
