@@ -529,6 +529,12 @@ def test_stage_two_trains_on_a_mix_whose_tags_were_counted_together(place):
         Plan(config.load("small.yaml", [*asked, "objective.vocabulary=tags.json"]), 1).open_data()
 
 
+def test_a_mix_of_parts_without_what_an_objective_needs_is_refused(place):
+    with pytest.raises(ValueError, match="data.train=scenes.colours: has no hashtags.* image"):
+        mixed = "data.train=[{card: scenes, share: 1}, {card: colours, share: 1}]"
+        Plan(config.load("small.yaml", [mixed, TAGGED, "model.positions=learned"]), 1).open_data()
+
+
 def test_stage_one_repeats_images_of_rare_tags_by_the_cards_vocabulary(place):
     (place / "datasets/scenes.yaml").write_text(
         "vocabulary: tags.json\ntrain: {source: synthetic, images: 120, size: 40, seed: 0}\n"

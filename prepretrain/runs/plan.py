@@ -17,6 +17,7 @@ from prepretrain.data import card, mix
 from prepretrain.data.loader import Change
 from prepretrain.data.order import Interleaved, Order
 from prepretrain.data.random import Random
+from prepretrain.data.resample import resample
 from prepretrain.data.sources.base import Source
 from prepretrain.data.subset import evenly_spaced
 from prepretrain.distributed import checkpoint, float8, heartbeat, shard
@@ -101,6 +102,8 @@ class Plan:
             plugin.require("torchao", "fp8", "shard.precision: fp8")
             float8.check(shard.blocks(self.objective))
         check_shape(config.optim.schedule)
+        if config.data.resample is not None:
+            resample(config.data.resample, "data.resample")
         _ = self.policy, self.state_tensors, self.schedule
 
     @cached_property
