@@ -193,7 +193,6 @@ def test_nouns_of_all_captions_of_an_image_are_its_labels(tmp_path, monkeypatch)
     [
         ({"labels": "captions"}, "objective.vocabulary: is missing"),
         ({"labels": "tokens", "vocabulary": "x.json"}, "objective.vocabulary: 'x.json' is not for"),
-        ({"labels": "tokens", "resample": 0.1}, "objective.resample: 0.1 is not for labels=tokens"),
         ({"labels": "tokens", "idf": True, "loss": "binary"}, "objective.idf: weighs"),
     ],
 )
