@@ -23,6 +23,7 @@ KINDS = {  # the folder of each kind of part
     "objectives": "prepretrain.objectives",
     "optimizers": "prepretrain.training.optimizers",
     "sources": "prepretrain.data.sources",
+    "stages": "prepretrain.curation.stages",
     "towers": "prepretrain.models.text",
 }
 TRUSTED = "PREPRETRAIN_PLUGINS"  # packages whose modules files may name, separated by commas

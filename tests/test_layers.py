@@ -23,7 +23,7 @@ ROWS = [
     {"losses"},
     {"objectives"},
     {"evaluation"},
-    {"runs"},
+    {"runs", "curation"},
     {"scaling"},
     {"reports"},
 ]
@@ -112,6 +112,10 @@ def test_only_its_encoder_the_text_towers_and_zero_shot_import_open_clip():
     allowed = ("models.encoders.", "models.text.", "evaluation.evaluators.zeroshot")
     for name in users("open_clip"):
         assert name.removeprefix("prepretrain.").startswith(allowed), name
+
+
+def test_only_the_engine_of_curation_imports_datatrove_and_duckdb():
+    assert users("datatrove") | users("duckdb") == {"prepretrain.curation.engine"}
 
 
 def test_nothing_imports_the_tools():

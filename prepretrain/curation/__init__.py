@@ -1,0 +1,1 @@
+"""Curates a split's shards: measures each image and text, finds copies, and decides what is kept."""

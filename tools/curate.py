@@ -1,0 +1,54 @@
+"""Curates a split of a card: measures its samples, finds copies, and decides what is kept.
+
+prepretrain-curate plan web --recipe web --out curated/web
+prepretrain-curate run web --recipe web --out curated/web --workers 16
+prepretrain-curate run web --recipe configs/curate/web.yaml --out curated/web --slurm cpu
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from prepretrain.runs.completion import complete
+
+
+def main() -> None:
+    """Reads the command line, and runs one command."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, text in (
+        ("plan", "say what would be done, and about how long it takes"),
+        ("run", "do what is missing, and say what is kept"),
+    ):
+        command = commands.add_parser(name, help=text)
+        command.add_argument("data", metavar="CARD[:SPLIT]", help="of the source shards; train")
+        command.add_argument("--recipe", required=True, help="a file, or a name in configs/curate")
+        command.add_argument("--out", required=True, type=Path, help="the folder of the tables")
+        command.add_argument("--tasks", type=int, help="into how many the shards are divided, once")
+        command.add_argument("--workers", type=int, default=1, help="tasks at a time")
+        command.add_argument("--slurm", metavar="PARTITION", help="run the tasks as arrays of jobs")
+        command.add_argument("--ray", action="store_true", help="run the tasks on a cluster of Ray")
+        command.add_argument("--hours", type=float, default=24.0, help="limit of a job of SLURM")
+        command.add_argument("--memory", type=int, default=2, help="GB of a task")
+        if name == "run":
+            command.add_argument(
+                "--again", action="store_true", help="make anew what other options made"
+            )
+    complete(parser)
+    asked = vars(parser.parse_args())
+
+    from prepretrain.curation import commands as curation
+    from prepretrain.curation.engine import Machines
+
+    machines = Machines(**{k: asked.pop(k) for k in ("workers", "slurm", "ray", "hours", "memory")})
+    command, data, named = asked.pop("command"), asked.pop("data"), asked.pop("recipe")
+    try:
+        getattr(curation, command)(data, named, machines=machines, **asked)
+    except (ValueError, OSError, RuntimeError) as error:
+        sys.exit(f"curate: {error}")
+
+
+if __name__ == "__main__":
+    main()
