@@ -1,1 +1,1 @@
-"""Curates a split's shards: measures each image and text, finds copies, and decides what is kept."""
+"""Curates web data: what is in it, what is twice in it, and what is kept."""

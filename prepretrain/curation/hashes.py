@@ -1,0 +1,64 @@
+"""Perceptual hashes: bits of a picture that stay nearly the same when it is scaled, encoded anew or
+made brighter, so that near-copies are found without comparing pixels."""
+
+import hashlib
+
+import numpy as np
+import pyarrow as pa
+from torch import Tensor
+
+from prepretrain.data.transforms import resized
+
+SIDE = 64  # pixels of the thumbnail that all hashes are of, as PDQ has it (facebook/ThreatExchange)
+COARSE, FINE = 8, 16  # frequencies a side: 64 and 256 bits
+WORDS = tuple(f"fine{i}" for i in range(FINE * FINE // 64))
+
+SCHEMA = pa.schema(
+    [("thumb", pa.uint64())]
+    + [(f"{name}{way}", pa.uint64()) for way in ("", "_flipped") for name in ("coarse", *WORDS)]
+)
+
+_LUMA = np.array([0.299, 0.587, 0.114])  # ITU-R BT.601
+
+
+def hashes(image: Tensor) -> dict[str, int]:
+    """The hashes of a picture, uint8 [3, H, W], as SCHEMA names them, each of 64 bits.
+
+    thumb: equal for equal pixels, whatever the file (a checksum of the size and a thumbnail).
+    coarse: signs of 8 x 8 low frequencies, each above the median or not (pHash); near-copies differ
+    in few bits, and so do pictures of one kind. fine0 … fine3: the same of 16 x 16 frequencies (as
+    in PDQ), by which near-copies are told from what only looks alike. …_flipped: those of its mirror
+    image.
+    """
+    small = resized(image, SIDE, SIDE).permute(1, 2, 0).contiguous().numpy()
+    spectrum = _BASIS @ (small @ _LUMA) @ _BASIS.T
+    digest = hashlib.sha256(f"{tuple(image.shape)}".encode() + small.tobytes()).digest()
+    found = {"thumb": int.from_bytes(digest[:8], "little")}
+    for way, signs in (("", 1.0), ("_flipped", _MIRROR)):
+        seen = spectrum * signs
+        words = [*_words(seen[:COARSE, :COARSE]), *_words(seen[1:, 1:])]
+        found |= {f"{name}{way}": word for name, word in zip(("coarse", *WORDS), words)}
+    return found
+
+
+def distance(one: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """How many bits differ between hashes uint64 [..., words]."""
+    return np.bitwise_count(one ^ other).sum(-1, dtype=np.int64)
+
+
+def _words(spectrum: np.ndarray) -> list[int]:
+    """A bit for each frequency that is above the median, in words of 64."""
+    bits = np.packbits((spectrum > np.median(spectrum)).ravel())
+    return [int(word) for word in bits.view("<u8")]
+
+
+def _cosines() -> np.ndarray:
+    """[FINE + 1, SIDE]: the first rows of the discrete cosine transform (DCT-II)."""
+    row, column = np.arange(FINE + 1)[:, None], np.arange(SIDE)[None]
+    return np.cos(np.pi * row * (2 * column + 1) / (2 * SIDE))
+
+
+_BASIS = _cosines()
+_MIRROR = np.where(
+    np.arange(FINE + 1) % 2, -1.0, 1.0
+)  # a mirror image's odd frequencies change sign
