@@ -7,6 +7,7 @@ prepretrain-curate run web --recipe configs/curate/web.yaml --out curated/web --
 
 import argparse
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 from prepretrain.runs.completion import complete
@@ -27,11 +28,16 @@ def main() -> None:
         command.add_argument("--recipe", required=True, help="a file, or a name in configs/curate")
         command.add_argument("--out", required=True, type=Path, help="the folder of the tables")
         command.add_argument("--tasks", type=int, help="into how many the shards are divided, once")
-        command.add_argument("--workers", type=int, default=1, help="tasks at a time")
+        command.add_argument("--workers", type=int, help="tasks at a time (1; elsewhere all)")
         command.add_argument("--slurm", metavar="PARTITION", help="run the tasks as arrays of jobs")
         command.add_argument("--ray", action="store_true", help="run the tasks on a cluster of Ray")
         command.add_argument("--hours", type=float, default=24.0, help="limit of a job of SLURM")
-        command.add_argument("--memory", type=int, default=2, help="GB of a task")
+        command.add_argument("--cpus", type=int, default=1, help="of a task, on SLURM and Ray")
+        command.add_argument("--memory", type=int, default=2, help="GB a CPU, there")
+        command.add_argument("--gpus", type=int, default=0, help="of a task that uses one, there")
+        command.add_argument(
+            "--sbatch", nargs="+", default=[], metavar="KEY=VALUE", help="as account=x"
+        )
         if name == "run":
             command.add_argument(
                 "--again", action="store_true", help="make anew what other options made"
@@ -42,7 +48,8 @@ def main() -> None:
     from prepretrain.curation import commands as curation
     from prepretrain.curation.engine import Machines
 
-    machines = Machines(**{k: asked.pop(k) for k in ("workers", "slurm", "ray", "hours", "memory")})
+    asked["sbatch"] = tuple(asked["sbatch"])
+    machines = Machines(**{field.name: asked.pop(field.name) for field in fields(Machines)})
     command, data, named = asked.pop("command"), asked.pop("data"), asked.pop("recipe")
     try:
         getattr(curation, command)(data, named, machines=machines, **asked)

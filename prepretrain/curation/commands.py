@@ -1,5 +1,6 @@
 """Plans and runs a recipe on a split: stage after stage, and in each only what is missing."""
 
+import json
 import os
 import shutil
 from collections.abc import Sequence
@@ -10,7 +11,7 @@ import pyarrow as pa
 import yaml
 
 from prepretrain import plugin
-from prepretrain.curation import engine, recipe
+from prepretrain.curation import engine, recipe, summary
 from prepretrain.curation.engine import Machines, Tables
 from prepretrain.curation.folder import Folder, Manifest, fingerprint, make_manifest
 from prepretrain.curation.recipe import Recipe
@@ -24,12 +25,13 @@ from prepretrain.files import draft, read_json, write_json
 def plan(data: str, named: str, out: Path, tasks: int | None, machines: Machines) -> None:
     """Prints what a run would do, and about how long it takes; writes nothing."""
     engine.check_packages()
+    machines.check(out)
     chosen, manifest = recipe.load(named), _manifest(data, out, tasks)
     samples = sum(shard.samples for shard in manifest.shards)
     size = sum(shard.bytes for shard in manifest.shards)
     print(
         f"{manifest.data}: {samples:,} samples in {len(manifest.shards):,} shards, {size / 1e9:,.2f} GB; "
-        f"{manifest.tasks:,} tasks on {machines.workers} workers; {out}"
+        f"{manifest.tasks:,} tasks, {_at_once(machines, manifest)} at a time; {out}"
     )
     folder = Folder(out)
     for table, stage in chosen.stages.items():
@@ -48,10 +50,14 @@ def _expected(stage: Stage, manifest: Manifest, there: int, machines: Machines) 
     if stage.images_a_second is None:
         return left
     samples = sum(shard.samples for shard in manifest.shards) * (shards - there) / shards
-    minutes = samples / stage.images_a_second / min(machines.workers, manifest.tasks) / 60
-    return (
-        f"{left}, about {minutes:,.1f} minutes at {stage.images_a_second:,.0f} samples/s a worker"
-    )
+    minutes = samples / stage.images_a_second / _at_once(machines, manifest) / 60
+    return f"{left}, about {minutes:,.1f} minutes at {stage.images_a_second:,.0f} samples/s a task"
+
+
+def _at_once(machines: Machines, manifest: Manifest) -> int:
+    """How many tasks run at a time: where nothing is said, one here, and all elsewhere."""
+    everywhere = machines.slurm is not None or machines.ray
+    return min(machines.workers or (manifest.tasks if everywhere else 1), manifest.tasks)
 
 
 def run(
@@ -63,6 +69,7 @@ def run(
     with are run anew; without it they are an error. Raises ValueError for what the user can mend.
     """
     engine.check_packages()
+    machines.check(out)
     chosen, manifest = recipe.load(named), _manifest(data, out, tasks)
     folder = Folder(out)
     folder.begin(manifest)
@@ -81,7 +88,11 @@ def run(
     for table, stage in chosen.stages.items():
         (out / table).mkdir(exist_ok=True)
         write_json(folder.stage_file(table), {"mark": marks[table], **chosen.options[table]})
-        _run_stage(folder, table, stage, machines)
+        run_stage(folder, table, stage, machines)
+    if "keep" in chosen.stages:
+        counts = summary.summary(out)
+        print(summary.as_text(counts))
+        print(json.dumps(counts))
 
 
 def _manifest(data: str, out: Path, tasks: int | None) -> Manifest:
@@ -119,18 +130,19 @@ def _logs(folder: Folder, table: str) -> Path:
     return folder.path / "tasks" / table
 
 
-def _run_stage(folder: Folder, table: str, stage: Stage, machines: Machines) -> None:
+def run_stage(folder: Folder, table: str, stage: Stage, machines: Machines) -> None:
+    """Makes the tables of one stage that are not there."""
     manifest = folder.manifest
     missing = set(range(len(manifest.shards))) - folder.there(table)
     count = manifest.tasks if stage.kind == "map" else 1
-    kinds = {"map": _Map, "reduce": _Reduce}
+    kinds = {"map": MapTask, "reduce": ReduceTask}
     task = kinds[stage.kind](folder.path.absolute(), table, stage)
     engine.forget(_logs(folder, table), {number % count for number in missing})
-    engine.run(task, count, _logs(folder, table), machines, table)
+    engine.run(task, count, _logs(folder, table), machines, table, stage.gpu)
     folder.clear_drafts(table)
 
 
-class _Map:
+class MapTask:
     """Makes the tables of one task's shards, as far as they are not there."""
 
     def __init__(self, out: Path, table: str, stage: Stage):
@@ -166,7 +178,7 @@ class _Map:
         return pa.table([rows, *arrays], schema=_schema(self.stage))
 
 
-class _Reduce:
+class ReduceTask:
     """Makes the tables of all shards from earlier ones."""
 
     def __init__(self, out: Path, table: str, stage: Stage):

@@ -8,8 +8,12 @@ somebody else made must never be run.
 """
 
 import contextlib
+import errno
+import importlib.util
 import multiprocessing
-import signal
+import os
+import shlex
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -20,6 +24,7 @@ from typing import Any
 import pyarrow as pa
 from tqdm import tqdm
 
+from prepretrain.cluster import slurm as clusters
 from prepretrain.curation.folder import Folder
 from prepretrain.plugin import require
 
@@ -100,20 +105,52 @@ class Tables:
 
 @dataclass(frozen=True)
 class Machines:
-    """Where tasks run: in processes here, on SLURM's partition or on a cluster of Ray."""
+    """Where tasks run: in processes here, as arrays of jobs on a partition of SLURM, or on a cluster of
+    Ray."""
 
-    workers: int = 1
+    workers: int | None = None  # tasks at a time; None: one here, as many as there are elsewhere
     slurm: str | None = None
     ray: bool = False
-    hours: float = 24.0
-    memory: int = 2  # GB a core
+    hours: float = 24.0  # of a job of SLURM
+    cpus: int = 1  # of a task, on SLURM and Ray
+    memory: int = 2  # GB a CPU, there
+    gpus: int = 0  # of a task whose stage uses one, there
+    sbatch: tuple[str, ...] = ()  # more options of a job of SLURM, as account=vision
+
+    def check(self, folder: Path) -> None:
+        """Raises ValueError for what cannot be had."""
+        if self.workers is not None and self.workers < 1:
+            raise ValueError(f"--workers {self.workers}: must be at least 1.")
+        if odd := [option for option in self.sbatch if "=" not in option]:
+            raise ValueError(f"--sbatch: {odd[0]!r} is not KEY=VALUE, as account=vision.")
+        if self.slurm is not None and self.ray:
+            raise ValueError("--slurm and --ray: name one of them.")
+        if self.slurm is not None:
+            clusters.check(self.slurm, folder, hours=self.hours, requeues=0, extra=())
+        if self.ray and importlib.util.find_spec("ray") is None:
+            raise ValueError("--ray: needs the package ray: pip install ray")
 
 
-def run(task: Task, count: int, logs: Path, machines: Machines, name: str) -> None:
-    """Runs those of `count` tasks that are not done. Raises ValueError or RuntimeError, with the
-    cause of one, if some could not be; those that ended well stay done."""
-    check_packages()
-    _local(task, count, logs, machines.workers, name)
+def run(task: Task, count: int, logs: Path, machines: Machines, name: str, gpu: bool) -> None:
+    """Runs those of `count` tasks that are not done. Raises ValueError, with the cause of the first,
+    if some could not be; those that ended well stay done.
+
+    gpu: whether each is to have machines.gpus.
+    """
+    task, gpus = _Noted(task, logs), machines.gpus if gpu else 0
+    logs.mkdir(parents=True, exist_ok=True)
+    if _missing(logs, count):
+        if machines.slurm is not None:
+            _on_slurm(task, count, logs, machines, name, gpus)
+        elif machines.ray:
+            _on_ray(task, count, logs, machines, gpus)
+        else:
+            _here(task, count, logs, machines.workers or 1, name)
+    if missing := _missing(logs, count):
+        raise ValueError(
+            f"{name}: {_cause(logs, missing)} ({len(missing)} of {count} tasks are not done; their logs are "
+            f"in {logs}. The same command runs only these.)"
+        )
 
 
 def forget(logs: Path, tasks: Iterable[int]) -> None:
@@ -122,82 +159,157 @@ def forget(logs: Path, tasks: Iterable[int]) -> None:
         (logs / "completions" / f"{number:05d}").unlink(missing_ok=True)
 
 
-def _executor(task: Task, count: int, logs: Path, first: int, some: int) -> Any:
-    from datatrove.executor.local import LocalPipelineExecutor
-
-    return LocalPipelineExecutor(
-        [task],
-        tasks=count,
-        workers=1,
-        logging_dir=str(logs),
-        local_tasks=some,
-        local_rank_offset=first,
-    )
+def _missing(logs: Path, count: int) -> list[int]:
+    done = {file.name for file in (logs / "completions").glob("*")}
+    return [number for number in range(count) if f"{number:05d}" not in done]
 
 
-def _local(task: Task, count: int, logs: Path, workers: int, name: str) -> None:
-    """Gives each process a range of the tasks: LocalPipelineExecutor's own pool waits for ever for a
-    process that the system has killed, as it does where memory runs out."""
-    missing = _executor(task, count, logs, 0, count).get_incomplete_ranks()
-    if not missing:
-        return
-    workers = min(workers, len(missing))
-    ends = [len(missing) * n // workers for n in range(workers + 1)]
-    ranges = [
-        (missing[a], missing[b - 1] + 1 - missing[a]) for a, b in zip(ends, ends[1:], strict=False)
-    ]
-    logs.mkdir(parents=True, exist_ok=True)
-    _PROCESSES.set_forkserver_preload(["prepretrain.curation.commands"])
-    if workers == 1:
-        return _work(task, count, logs, *ranges[0], logs / "worker0.log")
-    errors = _PROCESSES.SimpleQueue()
-    processes = []
-    for n, (first, some) in enumerate(ranges):
-        given = (task, count, logs, first, some, logs / f"worker{n}.log", errors)
-        processes.append(_PROCESSES.Process(target=_reporting, args=given))
-    for process in processes:
-        process.start()
+class _Noted:
+    """A task that leaves behind why it failed."""
+
+    def __init__(self, task: Task, logs: Path):
+        self.task, self.logs = task, logs.absolute()
+
+    def __call__(self, data: Any, number: int, count: int) -> None:
+        note = _note(self.logs, number)
+        note.unlink(missing_ok=True)
+        try:
+            self.task(data, number, count)
+        except Exception as error:
+            expected = isinstance(error, (ValueError, OSError))
+            with contextlib.suppress(OSError):  # no space left
+                note.parent.mkdir(exist_ok=True)
+                note.write_text(str(error) if expected else f"{type(error).__name__}: {error}")
+            raise
+
+
+def _note(logs: Path, number: int) -> Path:
+    return logs / "failures" / f"{number:05d}"
+
+
+def _cause(logs: Path, missing: list[int]) -> str:
+    """Why the first of the tasks that failed did."""
+    notes = [_note(logs, number) for number in missing]
+    text = next((note.read_text() for note in notes if note.exists()), "")
+    return text or "tasks ended without a word: killed, perhaps as memory ran out?"
+
+
+def _watch(logs: Path, count: int, name: str, goes_on: Callable[[], bool], pause: float) -> None:
+    """Shows how many tasks are done for as long as they go on."""
     with tqdm(total=count, desc=name, unit="task", disable=None) as bar:
-        while any(process.is_alive() for process in processes):
-            time.sleep(0.1)
-            bar.update(sum(1 for _ in (logs / "completions").glob("*")) - bar.n)
-    _raise_failures(processes, errors, logs)
+        while True:
+            last = not goes_on()
+            bar.update(count - len(_missing(logs, count)) - bar.n)
+            if last:
+                return
+            time.sleep(pause)
 
 
-def _raise_failures(processes: list, errors: Any, logs: Path) -> None:
-    for process in processes:
-        process.join()
-    if not errors.empty():
-        raise errors.get()
-    for process in processes:
-        if process.exitcode:
-            cause = (
-                f"was ended by {signal.Signals(-process.exitcode).name}"
-                if process.exitcode < 0
-                else f"ended with status {process.exitcode}"
-            )
-            raise RuntimeError(
-                f"a worker {cause}; its log is in {logs}. What was done stays done: start the same command "
-                f"again, with fewer --workers if memory ran out."
-            )
+def _here(task: Task, count: int, logs: Path, workers: int, name: str) -> None:
+    """Runs the tasks in this process, or in several.
 
-
-def _reporting(*given: Any) -> None:
-    *given, errors = given
+    Not by LocalPipelineExecutor's own pool, which waits for ever for a process that the system has
+    killed, as it does where memory runs out.
+    """
+    missing = _missing(logs, count)
+    workers = min(workers, len(missing))
+    shares = [missing[n::workers] for n in range(workers)]
+    if workers == 1:
+        return _check_status(_work(task, count, logs, shares[0], 0))
+    _PROCESSES.set_forkserver_preload(["prepretrain.curation.commands", "datatrove.executor.local"])
+    processes = [
+        _PROCESSES.Process(target=_worker, args=(task, count, logs, share, n))
+        for n, share in enumerate(shares)
+    ]
     try:
-        _work(*given)
-    except (ValueError, OSError) as error:
-        errors.put(error)
-        sys.exit(1)
+        for process in processes:
+            process.start()
+        _watch(logs, count, name, lambda: any(p.is_alive() for p in processes), 0.1)
+    finally:
+        for process in processes:
+            process.terminate()  # where this one was interrupted
+            process.join()
+    _check_status(max(process.exitcode or 0 for process in processes))
 
 
-def _work(task: Task, count: int, logs: Path, first: int, some: int, log: Path) -> None:
-    """Runs a range of tasks in this process; what datatrove says goes to a file."""
+def _check_status(status: int) -> None:
+    if status == errno.ENOSPC:  # nobody could write it down
+        raise OSError(status, f"{os.strerror(status)}; what is done stays done")
+
+
+def _worker(*given: Any) -> None:
+    sys.exit(_work(*given))
+
+
+def _work(task: Task, count: int, logs: Path, numbers: list[int], worker: int) -> int:
+    """Runs some tasks in this process, one after another, also after one that failed; returns ENOSPC
+    where the disk is full, else 0. What datatrove says goes to a file."""
+    from datatrove.executor.local import LocalPipelineExecutor
     from loguru import logger
 
-    with open(log, "a") as file, contextlib.redirect_stderr(file):
+    executor = LocalPipelineExecutor([task], tasks=count, logging_dir=str(logs))
+    with open(logs / f"worker{worker}.log", "w") as file, contextlib.redirect_stderr(file):
         logger.remove()
         try:
-            _executor(task, count, logs, first, some).run()
+            for number in numbers:
+                try:
+                    executor._run_for_rank(number)
+                except OSError as error:
+                    if error.errno == errno.ENOSPC:
+                        return errno.ENOSPC
+                except Exception:  # which is in the task's log, and its cause in `failures`
+                    continue
         finally:
             logger.remove()  # datatrove's handler would write to the file that is closed now
+    return 0
+
+
+def _on_slurm(task: Task, count: int, logs: Path, machines: Machines, name: str, gpus: int) -> None:
+    """Submits the missing tasks as an array, and waits until all have ended."""
+    from datatrove.executor.slurm import SlurmPipelineExecutor
+
+    minutes = max(1, round(machines.hours * 60))
+    executor = SlurmPipelineExecutor(
+        [task],
+        tasks=count,
+        time=f"{minutes // 60}:{minutes % 60:02d}:00",
+        partition=machines.slurm,
+        cpus_per_task=machines.cpus,
+        mem_per_cpu_gb=machines.memory,
+        gpus_per_task=gpus,
+        workers=machines.workers or -1,
+        job_name=f"curate-{name}",
+        qos=None,
+        env_command=f"export PATH={shlex.quote(str(Path(sys.executable).parent))}:$PATH",
+        sbatch_args=dict(option.split("=", 1) for option in machines.sbatch),
+        logging_dir=str(logs.absolute()),
+    )
+    executor.launch_merge_stats = _nothing  # a job more, which would wait for ever for failed tasks
+    with open(logs / "submit.log", "w") as file, contextlib.redirect_stderr(file):
+        try:
+            executor.run()
+        except subprocess.CalledProcessError as error:
+            raise ValueError(
+                f"--slurm {machines.slurm}: sbatch refused; see {logs}/submit.log."
+            ) from error
+    _watch(logs, count, name, lambda: clusters.is_active(executor.job_id), 2)
+
+
+def _nothing() -> None:
+    pass
+
+
+def _on_ray(task: Task, count: int, logs: Path, machines: Machines, gpus: int) -> None:
+    """Runs the missing tasks on the cluster of Ray that RAY_ADDRESS names, or on one of its own."""
+    from datatrove.executor.ray import RayPipelineExecutor
+
+    executor = RayPipelineExecutor(
+        [task],
+        tasks=count,
+        workers=machines.workers or -1,
+        cpus_per_task=machines.cpus,
+        mem_per_cpu_gb=machines.memory,
+        gpus_per_task=gpus,
+        logging_dir=str(logs.absolute()),
+    )
+    executor.run()

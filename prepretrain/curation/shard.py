@@ -1,6 +1,7 @@
 """One shard of a curation, opened: its samples, and what earlier stages found out about them."""
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,9 @@ import pyarrow as pa
 
 from prepretrain.curation.folder import Folder, checksum
 from prepretrain.data.sources.shards import Shards
+from prepretrain.data.tar_index import MEMBERS
 from prepretrain.data.transforms import BadImage
+from prepretrain.files import draft
 
 
 class Shard:
@@ -63,6 +66,15 @@ class Shard:
             except BadImage as error:
                 yield error
 
+    def members(self, row: int) -> dict[str, bytes]:
+        """The files of a row that are read, by their endings, as they are."""
+        return self._source.members(row)
+
+    def draft(self, name: str, ending: str) -> AbstractContextManager[Path]:
+        """A file beside the table `name` that takes the shard's number as its name once the block has
+        ended well."""
+        return draft(self._folder.table(name, self.number).with_suffix(f".{ending}"))
+
     def table(self, name: str) -> pa.Table:
         """What an earlier stage found: a row for each sample, in order."""
         return self._folder.read(name, self.number, list(self._reads[name]))
@@ -74,6 +86,11 @@ class _OneShard(Shards):
     def __init__(self, path: Path, fields: list[str], options: dict[str, Any]):
         self._of_split = fields[1:]  # all but the image
         super().__init__(path=[str(path)], **options)
+
+    def members(self, row: int) -> dict[str, bytes]:
+        """The files of a row, by their endings, as they are."""
+        shard = self._shard(0)
+        return {f: shard.read(row, f) for f in MEMBERS if shard.index.has(row, f)}
 
     def _present(self, members: set[str], path: str | list[str]) -> Iterator[str]:
         return iter(self._of_split)

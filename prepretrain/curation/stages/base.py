@@ -28,6 +28,7 @@ class Stage:
     columns: dict[str, pa.DataType]
     reads: dict[str, tuple[str, ...]] = {}
     table: ClassVar[str | None] = None  # its folder, where that is not called as the stage is
+    gpu: ClassVar[bool] = False  # whether a task is given one where there are any
     images_a_second: ClassVar[float | None] = None  # of one core, for `plan`; measured
 
     def shard(self, shard: Shard) -> dict[str, Sequence[Any]]:

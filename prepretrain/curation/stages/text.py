@@ -17,7 +17,8 @@ from prepretrain.plugin import require
 _URL = re.compile(r"(?:https?://|www\.)\S+", re.IGNORECASE)
 _HANDLE = re.compile(r"(?<![\w.])@\w+")
 _SPACES = re.compile(r"\s+")
-_MARKS = re.compile(r"([,.;:?!`])")  # MetaCLIP puts spaces around these (substr_matching.py)
+_MARKS, _APART = re.compile(r"([,.;:?!`])"), r" \1 "  # as MetaCLIP does (substr_matching.py)
+_BREAKS = re.compile(r"[\t\n\r]")
 # Scripts written without spaces: Thai, Lao, Tibetan, Burmese, Khmer, and Chinese characters.
 _SPACELESS = ("\u0e00-\u0eff", "\u0f00-\u0fff", "\u1000-\u109f", "\u1780-\u17ff", "\u3400-\u9fff")
 _EDGE = re.compile(f"[{''.join(_SPACELESS)}{re.escape(string.punctuation)}]")
@@ -118,5 +119,5 @@ def _is_edge(sign: str) -> bool:
 
 def matches(automaton: Any, text: str) -> list[int]:
     """The numbers of the entries in a text, each once, in order."""
-    spaced = " " + _MARKS.sub(r" \1 ", text) + " "
+    spaced = f" {_BREAKS.sub(' ', _MARKS.sub(_APART, text.strip()))} "
     return sorted({number for _, number in automaton.iter(spaced)})
