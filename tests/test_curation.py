@@ -51,8 +51,7 @@ def write_yaml(path: Path, content: dict) -> str:
     return str(path)
 
 
-@pytest.fixture
-def card(tmp_path) -> str:
+def make_card(tmp_path: Path) -> str:
     """A card of three shards of four images; the last image of each shard is the same."""
     for shard in range(3):
         samples = [
@@ -62,6 +61,11 @@ def card(tmp_path) -> str:
         write_shard(tmp_path / "shards" / f"{shard:05d}.tar", samples)
     split = {"source": "shards", "path": str(tmp_path / "shards")}
     return write_yaml(tmp_path / "card.yaml", {"train": split})
+
+
+@pytest.fixture
+def card(tmp_path) -> str:
+    return make_card(tmp_path)
 
 
 def recipe(folder: Path, **stages: dict) -> str:
