@@ -1,0 +1,137 @@
+"""Does curation pay? 10,000 photos with as much junk among them: MAE and then hashtags on all, on what
+tools/curate.py keeps, and on the photos alone, with as many images seen.
+
+    python benchmarks/cifar10_curation.py --data FOLDER --work runs/curation --out
+    benchmarks/results/cifar10_curation.json
+
+FOLDER holds train.parquet and val.parquet of CIFAR-10. Everything runs through the commands of tools/;
+the junk is cifar10/junk.py's. Prints one JSON line per model and seed. What is done is not done again.
+"""
+
+import argparse
+import concurrent.futures
+import json
+import time
+from collections import Counter
+from pathlib import Path
+
+import pyarrow.parquet as parquet
+from cifar10.junk import Junk
+from cifar10_two_stage import EVALUATORS, MAE, PHOTOS, WSP, over_seeds, record, tool
+
+SETS = ("all", "curated", "clean")
+# Thresholds are read off the histograms of what came in, as a user would.
+RECIPE = """
+meta:
+look:
+duplicates:
+filter:
+  rules:
+    look.error: {'null': true}
+    look.entropy: {above: 6}  # blanks and most text pictures
+    meta.bytes: {at_most: 1100}  # noise, which JPEG cannot make smaller
+keep: {name: decide, reasons: [duplicates, filter]}
+write:
+"""
+CARD = "description: {0}\nlicence: as the photos\ntrain: {{source: shards, path: {0}}}\n"
+
+
+def prepare(work: Path, data: Path) -> dict:
+    """The three sets, their cards and vocabularies; says what of which kind was kept."""
+    (work / "datasets").mkdir(parents=True, exist_ok=True)
+    for name in SETS:
+        (work / f"datasets/{name}.yaml").write_text(CARD.format(name))
+    (work / "datasets/photos.yaml").write_text(PHOTOS % data)
+    (work / "recipe.yaml").write_text(RECIPE)
+    if not (work / "data/clean.json").exists():
+        (work / "data").mkdir(exist_ok=True)
+        table = parquet.read_table(data / "train.parquet")
+        probe = table.take(list(range(0, len(table), 5)))
+        parquet.write_table(probe, work / "data/probe.parquet")
+        made = ("cifar10.junk", f"path={data}/train.parquet")
+        tool(work, "datasets/make_shards.py", *made, "--out", "data/all")
+        tool(work, "datasets/make_shards.py", *made, "junk=false", "--out", "data/clean")
+        asked = ("run", "all", "--recipe", "recipe.yaml", "--out", "curated", "--workers", "2")
+        tool(work, "tools/curate.py", *asked)
+        (work / "data/curated").symlink_to(work / "curated/write")
+        for name in SETS:
+            count = ("--min-count", "50", "--out", f"data/{name}.json")
+            tool(work, "datasets/hashtags.py", name, *count)
+    return kept(work, data)
+
+
+def kept(work: Path, data: Path) -> dict[str, dict[str, int]]:
+    """{kind: {reason or "kept": images}} of what went in."""
+    source = Junk(path=str(data / "train.parquet"))
+    files = sorted((work / "curated/keep").glob("*.parquet"))
+    reasons = [r for file in files for r in parquet.read_table(file)["reason"].to_pylist()]
+    kinds = [
+        source[n]["key"].split("/")[0] if n >= source.count else "photo" for n in range(len(source))
+    ]
+    found: dict[str, dict[str, int]] = {}
+    for (kind, reason), number in sorted(Counter(zip(kinds, map(str, reasons))).items()):
+        found.setdefault(kind, {})["kept" if reason == "None" else reason] = number
+    return found
+
+
+def runs(work: Path, seed: int, mae: int, wsp: int) -> None:
+    """Both stages of one seed on each set."""
+    for name in SETS:
+        first, second = f"{name}_mae_{seed}", f"{name}_wsp_{seed}"
+        train(work, first, "mae", MAE, name, mae, "mean", seed)
+        train(work, second, "wsp", WSP, name, wsp, "class", seed, "--init", f"runs/{first}")
+
+
+def train(
+    work: Path, run: str, stage: str, keys: list[str], name: str, steps: int, pool: str, seed: int,
+    *more: str,
+) -> None:  # fmt: skip
+    """One model, unless it is there already."""
+    if (work / "runs" / run / "export").exists():
+        return
+    keys = [key.replace("hashtags.json", f"{name}.json") for key in keys if "data.train" not in key]
+    keys += [f"data.train={name}", f"length={steps}it", f"seed={seed}", EVALUATORS % (pool, pool)]
+    tool(work, "tools/launch.py", "--stage", stage, "--out", f"runs/{run}", *more, *keys)
+
+
+def main() -> None:
+    """Trains, evaluates, prints and writes the table."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--work", type=Path, default=Path("runs/curation"))
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--mae-steps", type=int, default=400)
+    parser.add_argument("--wsp-steps", type=int, default=300)
+    given = parser.parse_args()
+    start, work, data = time.time(), given.work.resolve(), given.data.resolve()
+    counts = prepare(work, data)
+    print(json.dumps(counts), flush=True)
+    with concurrent.futures.ThreadPoolExecutor(given.seeds) as pool:
+        jobs = [
+            pool.submit(runs, work, seed, given.mae_steps, given.wsp_steps)
+            for seed in range(given.seeds)
+        ]
+        for job in jobs:
+            job.result()
+    table = {}
+    for name in (f"{kind}_{stage}" for stage in ("mae", "wsp") for kind in SETS):
+        rows = []
+        for seed in range(given.seeds):
+            results = json.loads((work / f"runs/{name}_{seed}/results.json").read_text())
+            shots = {k: v for k, v in results["lowshot/photos"].items() if k.startswith("top1")}
+            row = {"linear": results["linear/photos"]["top1"]}
+            rows.append(row | {k: v for k, v in shots.items() if "std" not in k})
+            print(json.dumps({"model": name, "seed": seed, **rows[-1]}), flush=True)
+        table[name] = over_seeds(rows)
+    command = (
+        f"cifar10_curation.py --data FOLDER --mae-steps {given.mae_steps} "
+        f"--wsp-steps {given.wsp_steps} --seeds {given.seeds}"
+    )
+    record(given.out, command, start, kept=counts, table=table)
+
+
+if __name__ == "__main__":
+    main()
