@@ -43,10 +43,10 @@ class Tables:
     """The tables of all shards, for a reduction."""
 
     def __init__(self, folder: Folder, reads: dict[str, tuple[str, ...]], spill: Path):
-        """spill: where DuckDB puts what does not fit into memory."""
+        """spill: a folder for what does not fit into memory, removed afterwards."""
         import duckdb
 
-        self.folder, self.reads = folder, reads
+        self.folder, self.reads, self.spill = folder, reads, spill
         self.numbers = range(len(folder.manifest.shards))
         self.database = duckdb.connect(config={"temp_directory": str(spill)})
         for name, columns in reads.items():
