@@ -160,6 +160,21 @@ def test_mirror_images_are_told_apart_where_that_is_asked_for(curated):
     assert column(folder / "turned", "duplicates", "reason")[5] is None
 
 
+def test_what_an_earlier_stage_drops_is_kept_in_favour_of_nothing(curated):
+    folder, card = curated
+    rules = {"meta.bytes": {"below": len(encoded(picture(11), quality=90)) - 1}}
+    stages = {
+        "meta": {},
+        "look": {},
+        "filter": {"rules": rules},
+        "duplicates": {"after": ["filter"]},
+    }
+    commands.run(card, recipe(folder, **stages), folder / "after", None, HERE)
+    reason = column(folder / "after", "duplicates", "reason")
+    assert reason[:4] == ["mirrored near-copy", None, None, None] and reason[4] is reason[6] is None
+    assert column(folder / "after", "duplicates", "kept_row")[0] == 1  # the mirrored one
+
+
 def test_a_distance_that_no_hash_has_is_refused(curated):
     folder, card = curated
     stages = {"meta": {}, "look": {}, "duplicates": {"coarse": 65}}

@@ -1,7 +1,6 @@
 """Encoders, heads, objectives and exports, against closed forms and peers."""
 
 import json
-import math
 import os
 from pathlib import Path
 

@@ -72,6 +72,14 @@ class Tables:
         and the columns that it named; and `shards` (shard, samples)."""
         return self.database.sql(text)
 
+    def left(self, name: str, after: Iterable[str]) -> str:
+        """A part of a query: the rows of a table against which none of the tables `after` has a
+        reason."""
+        dropped = (
+            f"ANTI JOIN (FROM {one} WHERE reason IS NOT NULL) USING (shard, row)" for one in after
+        )
+        return " ".join([f"(FROM {name}", *dropped]) + ")"
+
     def read(self, name: str, number: int) -> pa.Table:
         """One shard's table, with the columns that the stage named."""
         return self.folder.read(name, number, list(self.reads[name]))

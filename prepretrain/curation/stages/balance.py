@@ -83,14 +83,11 @@ class Balance(Stage):
         if self.language is not None:
             said = f'l."{self.language[1]}"'
             joined = f"JOIN {self.language[0]} l USING (shard, row)"
-        kept = "".join(
-            f" ANTI JOIN (FROM {n} WHERE reason IS NOT NULL) USING (shard, row)" for n in self.after
-        )
         found = tables.query(
             f"""SELECT language, entry, count(*) AS count FROM (
                 SELECT shard, row, {said} AS language, unnest(list_distinct(b."{column}")) AS entry
-                FROM {table} b {joined}
-            ) {kept} WHERE language IS NOT NULL GROUP BY ALL ORDER BY ALL"""
+                FROM {tables.left(table, self.after)} b {joined}
+            ) WHERE language IS NOT NULL GROUP BY ALL ORDER BY ALL"""
         ).to_arrow_table()
         counts = {}
         for language in found["language"].unique().to_pylist():

@@ -24,6 +24,7 @@ class Duplicates(Stage):
               of one kind, as of a shop's goods, what only looks alike comes with it
     colour    how many levels of 255 the colours of parts may differ; 255 takes a grey copy for one
     mirrored  whether mirror images are copies, too
+    after     tables with a column `reason`: what they drop is no copy and has none
 
     Of equal files and pixels the first is kept; of near-copies the largest picture, then the largest
     file, then the first, and every one that has no copy among those that are kept. `group`
@@ -34,10 +35,6 @@ class Duplicates(Stage):
     """
 
     kind = "reduce"
-    reads = {
-        "meta": ("key", "bytes", "width", "height", "sha256"),
-        "look": tuple(SCHEMA.names),
-    }
     columns = {
         "reason": pa.string(),
         "group": pa.int64(),
@@ -54,15 +51,21 @@ class Duplicates(Stage):
         fine: int = Alike.fine,
         colour: int = Alike.colour,
         mirrored: bool = True,
+        after: tuple[str, ...] = (),
     ):
-        self.alike, self.mirrored = Alike(coarse, fine, colour), mirrored
+        self.alike, self.mirrored, self.after = Alike(coarse, fine, colour), mirrored, after
+        self.reads = {
+            "meta": ("key", "bytes", "width", "height", "sha256"),
+            "look": tuple(SCHEMA.names),
+            **{name: ("reason",) for name in after},
+        }
 
     def reduce(self, tables: Tables) -> Any:
         database = tables.database
-        database.sql(
-            f"CREATE TEMP TABLE dropped AS {_equal('meta', 'sha256', FILE)} ORDER BY number"
-        )
-        database.sql(f"INSERT INTO dropped {_equal('look', 'thumb', PIXELS)} ORDER BY number")
+        meta, look = tables.left("meta", self.after), tables.left("look", self.after)
+        database.sql(f"CREATE TEMP TABLE dropped AS {_equal(meta, 'sha256', FILE)}")
+        left = f"{look} ANTI JOIN dropped ON {NUMBER} = number"
+        database.sql(f"INSERT INTO dropped {_equal(left, 'thumb', PIXELS)}")
         found, groups = self._near(tables)
         database.register("near_found", found)
         database.sql("INSERT INTO dropped FROM near_found")
@@ -72,9 +75,7 @@ class Duplicates(Stage):
     def _near(self, tables: Tables) -> tuple[pa.Table, pa.Table]:
         """(what near-copies make superfluous, the group of each of them and of those that are kept)."""
         database = tables.database
-        left = (
-            f"FROM look WHERE coarse IS NOT NULL AND {NUMBER} NOT IN (SELECT number FROM dropped)"
-        )
+        left = f"FROM {tables.left('look', self.after)} ANTI JOIN dropped ON {NUMBER} = number WHERE coarse IS NOT NULL"
         database.sql(f"CREATE TEMP TABLE hashed AS {with_hashes(left)}")
         turned = f"UNION ALL {with_hashes(left, flipped=True)}" if self.mirrored else ""
         database.sql(f"CREATE TEMP TABLE turned AS SELECT *, false AS flipped FROM hashed {turned}")
@@ -107,15 +108,13 @@ class Duplicates(Stage):
         return np.lexsort((images, -np.asarray(about["bytes"]), -np.asarray(about["pixels"])))
 
 
-def _equal(table: str, column: str, reason: str) -> str:
-    """A query of those rows of a table that have the value of an earlier one, in SQL."""
-    left = "WHERE number NOT IN (SELECT number FROM dropped)" if table != "meta" else ""
+def _equal(rows: str, column: str, reason: str) -> str:
+    """A query of those rows that have the value of an earlier one, in SQL."""
     return f"""
         SELECT number, first AS kept, '{reason}' AS reason, 0 AS distance FROM (
-            SELECT number, min(number) OVER (PARTITION BY value) AS first FROM (
-                SELECT {NUMBER} AS number, {column} AS value FROM {table} WHERE value IS NOT NULL
-            ) {left}
-        ) WHERE number != first"""
+            SELECT {NUMBER} AS number, min({NUMBER}) OVER (PARTITION BY {column}) AS first
+            FROM {rows} WHERE {column} IS NOT NULL
+        ) WHERE number != first ORDER BY number"""
 
 
 # An image in whose favour another is dropped may itself be dropped by a later step, of which there are
