@@ -21,9 +21,10 @@ from prepretrain.curation.folder import Folder
 from prepretrain.curation.hashes import SCHEMA
 from prepretrain.curation.shard import Shard
 from prepretrain.curation.summary import summary
-from prepretrain.data.card import open_data
+from prepretrain.data.card import load_card
 from prepretrain.data.transforms import BadImage, header
 from prepretrain.evaluation import leaks
+from prepretrain.files import read_json
 
 PICTURES = 20  # of each reason
 _REASONS, _GROUPS, _MEMBERS, _LEAKS = 30, 12, 8, 12  # that pictures are drawn of, at most
@@ -285,6 +286,8 @@ def _groups(tables: Tables, drawer: "_Drawer", name: str) -> dict[str, Any]:
 def _leaks(tables: Tables, drawer: "_Drawer") -> dict[str, Any]:
     """What was found of each evaluation set, and some pairs of an image of it and its near-copy."""
     sets = leaks.content_of(tables.folder.path)["sets"]
+    against = read_json(tables.folder.stage_file("leaks"))["against"]
+    addresses = dict(zip(sets, against, strict=True))  # a card may be named by its file
     rows = tables.query(
         f"""SELECT shard, "row", m.set, m.number, m.key, m.distance, m.mirrored FROM (
             SELECT shard, "row", matches[1] AS m FROM leaks WHERE matches IS NOT NULL
@@ -293,14 +296,21 @@ def _leaks(tables: Tables, drawer: "_Drawer") -> dict[str, Any]:
     pairs = []
     for shard, row, name, number, key, distance, mirrored in rows:
         words = f"{name}, {distance} of 256 bits{', mirrored' if mirrored else ''}"
-        pairs.append((drawer.picture(shard, row, "in the data"), _of_set(name, number, key), words))
+        pairs.append(
+            (
+                drawer.picture(shard, row, "in the data"),
+                _of_set(addresses[name], number, key),
+                words,
+            )
+        )
     return {"sets": sets, "pairs": pairs}
 
 
 def _of_set(address: str, number: int, key: str) -> Picture:
     """An image of an evaluation set, if the set is there to be looked at."""
+    name, _, split = address.rpartition(":")
     try:
-        image = _small(open_data(address)[number]["image"])
+        image = _small(load_card(name).open(split)[number]["image"])
     except (ValueError, OSError, IndexError):
         image = None
     return Picture(_clean(key), "", image, "in the evaluation")
