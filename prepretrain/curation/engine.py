@@ -223,7 +223,15 @@ def _here(task: Task, count: int, logs: Path, workers: int, name: str) -> None:
     workers = min(workers, len(missing))
     shares = [missing[n::workers] for n in range(workers)]
     if workers == 1:
-        return _check_status(_work(task, count, logs, shares[0], 0))
+        bar = tqdm(
+            shares[0],
+            desc=name,
+            unit="task",
+            initial=count - len(missing),
+            total=count,
+            disable=None,
+        )
+        return _check_status(_work(task, count, logs, bar, 0))
     _PROCESSES.set_forkserver_preload(["prepretrain.curation.commands", "datatrove.executor.local"])
     processes = [
         _PROCESSES.Process(target=_worker, args=(task, count, logs, share, n))
@@ -249,7 +257,7 @@ def _worker(*given: Any) -> None:
     sys.exit(_work(*given))
 
 
-def _work(task: Task, count: int, logs: Path, numbers: list[int], worker: int) -> int:
+def _work(task: Task, count: int, logs: Path, numbers: Iterable[int], worker: int) -> int:
     """Runs some tasks in this process, one after another, also after one that failed; returns ENOSPC
     where the disk is full, else 0. What datatrove says goes to a file."""
     from datatrove.executor.local import LocalPipelineExecutor

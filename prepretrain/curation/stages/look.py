@@ -25,15 +25,15 @@ class Look(Stage):
     }
 
     def shard(self, shard: Shard) -> dict[str, list[Any]]:
-        rows = [_looked_at(sample) for sample in shard.samples()]
+        rows = [_looked_at(data) for data in shard.images()]
         return {name: [row.get(name) for row in rows] for name in self.columns}
 
 
-def _looked_at(sample: dict[str, Any] | BadImage) -> dict[str, Any]:
+def _looked_at(data: bytes | BadImage) -> dict[str, Any]:
     try:
-        if isinstance(sample, BadImage):
-            raise sample
-        image, aspect = thumbnail(sample["image"])
+        if isinstance(data, BadImage):
+            raise data
+        image, aspect = thumbnail(data)
     except BadImage as error:
         return {"error": str(error)}
     picture = image.permute(1, 2, 0).numpy()
