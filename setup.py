@@ -19,7 +19,7 @@ FOLDERS = {
 FEATURES = {
     # curation: its engine, and what its stages measure with
     "data": [
-        *("datatrove>=0.10,<0.11", "duckdb>=2,<3"),
+        *("datatrove>=0.10,<0.11", "duckdb>=2,<3", "faiss-cpu>=1.9,<2"),
         *("ftfy>=6,<7", "py3langid<0.5", "pyahocorasick>=2,<3"),
     ],
     "completion": ["argcomplete>=3,<4"],  # of the commands, by the shell

@@ -7,6 +7,7 @@ import importlib.util
 import inspect
 import os
 import pkgutil
+import re
 import sys
 import types
 import typing
@@ -29,6 +30,9 @@ KINDS = {  # the folder of each kind of part
 TRUSTED = "PREPRETRAIN_PLUGINS"  # packages whose modules files may name, separated by commas
 NAMING = ("name", "encoder", "source")  # keys of files under which a part may stand
 SHARED = ("base", "captions")  # files in these folders that are no part, and that parts import
+
+
+_INDEX = re.compile(r"\[\d+\]")  # of an entry of a list, in a key
 
 
 def folders(name: str, packaged: str) -> list[Path]:
@@ -160,7 +164,7 @@ def check(factory: Any, given: dict[str, Any], where: str) -> dict[str, Any]:
         )
     values = {k: coerce(v, hints.get(k, Any), f"{where}.{k}") for k, v in given.items()}
     # parts of others may give our names another meaning
-    section = where if factory.__module__.startswith("prepretrain.") else ""
+    section = _INDEX.sub("", where) if factory.__module__.startswith("prepretrain.") else ""
     for key, value in values.items():
         ranges.check(section, key, value, f"{where}.{key}")
     return values

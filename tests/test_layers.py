@@ -23,8 +23,8 @@ ROWS = [
     {"losses"},
     {"objectives"},
     {"evaluation"},
-    {"runs", "curation"},
-    {"scaling"},
+    {"runs"},
+    {"scaling", "curation"},
     {"reports"},
 ]
 READERS_OF_CONFIG = {"runs", "scaling"}

@@ -1,14 +1,16 @@
-"""Curates a split of a card: measures its samples, finds copies, and decides what is kept.
+"""Curates a split of a card: measures its samples, finds copies, decides what is kept, and shows it.
 
 prepretrain-curate plan web --recipe web --out curated/web
 prepretrain-curate run web --recipe web --out curated/web --workers 16
 prepretrain-curate run web --recipe configs/curate/web.yaml --out curated/web --slurm cpu
+prepretrain-curate report curated/web
 """
 
 import argparse
 import sys
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 from prepretrain.runs.completion import complete
 
@@ -42,19 +44,34 @@ def main() -> None:
             command.add_argument(
                 "--again", action="store_true", help="make anew what other options made"
             )
+    page = commands.add_parser("report", help="show what became of the samples, as a page of HTML")
+    page.add_argument("out", type=Path, metavar="OUT", help="the folder of the tables")
+    page.add_argument("--page", type=Path, help="the file to write (OUT/report.html)")
+    page.add_argument("--pictures", type=int, default=20, help="of each reason (20)")
     complete(parser)
     asked = vars(parser.parse_args())
 
+    command = asked.pop("command")
+    try:
+        _report(**asked) if command == "report" else _curate(command, asked)
+    except (ValueError, OSError, RuntimeError) as error:
+        sys.exit(f"curate: {error}")
+
+
+def _report(**asked: Any) -> None:
+    from prepretrain.reports.curation_page import report
+
+    print(report(**asked))
+
+
+def _curate(command: str, asked: dict[str, Any]) -> None:
     from prepretrain.curation import commands as curation
     from prepretrain.curation.engine import Machines
 
     asked["sbatch"] = tuple(asked["sbatch"])
     machines = Machines(**{field.name: asked.pop(field.name) for field in fields(Machines)})
-    command, data, named = asked.pop("command"), asked.pop("data"), asked.pop("recipe")
-    try:
-        getattr(curation, command)(data, named, machines=machines, **asked)
-    except (ValueError, OSError, RuntimeError) as error:
-        sys.exit(f"curate: {error}")
+    data, named = asked.pop("data"), asked.pop("recipe")
+    getattr(curation, command)(data, named, machines=machines, **asked)
 
 
 if __name__ == "__main__":

@@ -71,6 +71,8 @@ def run(
     engine.check_packages()
     machines.check(out)
     chosen, manifest = recipe.load(named), _manifest(data, out, tasks)
+    for stage in chosen.stages.values():
+        stage.check()
     folder = Folder(out)
     folder.begin(manifest)
     marks = _fingerprints(chosen, manifest)

@@ -43,10 +43,10 @@ class Tables:
     """The tables of all shards, for a reduction."""
 
     def __init__(self, folder: Folder, reads: dict[str, tuple[str, ...]], spill: Path):
-        """spill: where DuckDB puts what does not fit into memory."""
+        """spill: a folder for what does not fit into memory, removed afterwards."""
         import duckdb
 
-        self.folder, self.reads = folder, reads
+        self.folder, self.reads, self.spill = folder, reads, spill
         self.numbers = range(len(folder.manifest.shards))
         self.database = duckdb.connect(config={"temp_directory": str(spill)})
         for name, columns in reads.items():
@@ -71,6 +71,14 @@ class Tables:
         """A query in SQL over the views: one for each table that the stage reads, with `shard`, `row`
         and the columns that it named; and `shards` (shard, samples)."""
         return self.database.sql(text)
+
+    def left(self, name: str, after: Iterable[str]) -> str:
+        """A part of a query: the rows of a table against which none of the tables `after` has a
+        reason."""
+        dropped = (
+            f"ANTI JOIN (FROM {one} WHERE reason IS NOT NULL) USING (shard, row)" for one in after
+        )
+        return " ".join([f"(FROM {name}", *dropped]) + ")"
 
     def read(self, name: str, number: int) -> pa.Table:
         """One shard's table, with the columns that the stage named."""

@@ -42,6 +42,11 @@ class Shard:
         """What samples of the split may hold, of `Source.FIELDS`."""
         return self._source.fields
 
+    @property
+    def source(self) -> Shards:
+        """Its samples, for the loader."""
+        return self._source
+
     def key(self, row: int) -> str:
         """A sample's key, which may be any text: never part of a path."""
         return self._source.key(row)

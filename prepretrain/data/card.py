@@ -13,7 +13,7 @@ from prepretrain.data.sources.base import Source, check_fields
 
 _TEXTS = ("description", "licence")
 _PATTERN = "*?[{"
-_PATHS = ("path", "maps", "listing")  # options of sources that start at the data folder
+_PATHS = ("path", "maps", "listing", "keep")  # options of sources that start at the data folder
 _VARIANTS = ("corruption", "severity")
 _REPEATED = 10_000  # not from the paper: values that a card's aliases stand for, in all
 

@@ -73,8 +73,13 @@ def write(path: Path, vocabulary: Vocabulary, rarest: np.ndarray) -> None:
 
 
 def _file(path: Path, vocabulary: Vocabulary) -> Path:
-    key = fingerprint_of([vocabulary.source, *vocabulary.tags, *vocabulary.counts])
+    key = fingerprint_of(identity(vocabulary))
     return path.with_name(f"{path.name}.rarest-{key}.npy")
+
+
+def identity(vocabulary: Vocabulary) -> list[object]:
+    """What says which ids `read` returns."""
+    return [vocabulary.source, *vocabulary.tags, *vocabulary.counts]
 
 
 def _kept(file: Path, images: int, tags: int) -> np.ndarray | None:

@@ -24,6 +24,8 @@ class Subset(Source):
         self.categories = source.categories
         self.left_out, self.open_at_once = source.left_out, source.open_at_once
         self.stamp, self.groups = source.stamp, self._groups()
+        if source.weights is not None:
+            self.weights = source.weights.taken(self.indexes)
         digest = hashlib.sha256(self.indexes).hexdigest()
         self.fingerprint = fingerprint_of([source.fingerprint, digest])
 

@@ -89,7 +89,7 @@ def extract(
         )
     source = source.only(("image", "label") if labelled else ("image",))
     image_size = image_size or model.encoder.image_size
-    centre = _Centre(image_size, share, resize, change, labelled and cache is None)
+    centre = Centre(image_size, share, resize, change, labelled and cache is None)
 
     def passed(some: Any) -> Iterator[_Part]:
         batches = evaluation_batches(some, centre, batch_size=batch_size, workers=workers)
@@ -369,12 +369,17 @@ def set_aside(model: nn.Module) -> Iterator[None]:
             model.to(device)
 
 
-class _Centre:
+class Centre:
     """The transform of an evaluation: decode and take the centre; a class, so that workers can
     pickle it."""
 
     def __init__(
-        self, size: Size, share: float, resize: str, change: Change | None, labelled: bool
+        self,
+        size: Size,
+        share: float,
+        resize: str = "crop",
+        change: Change | None = None,
+        labelled: bool = False,
     ):
         self.size, self.share, self.resize = size, share, resize
         self.change, self.labelled = change, labelled

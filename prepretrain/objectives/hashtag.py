@@ -5,16 +5,16 @@ import logging
 from collections.abc import Callable
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from prepretrain.data import rarest
 from prepretrain.data.batch import Ragged
 from prepretrain.data.card import data_folder
-from prepretrain.data.order import repeat_factor
+from prepretrain.data.sources.base import fingerprint_of
 from prepretrain.data.transforms import BadImage, Size
 from prepretrain.data.vocabulary import Vocabulary
+from prepretrain.data.weights import Weights
 from prepretrain.losses.sparse import sparse_cross_entropy
 from prepretrain.models.heads import base as heads
 from prepretrain.models.model import Model
@@ -41,16 +41,10 @@ class Hashtag(Objective):
         head: Literal["linear", "mlp"] = "mlp",
         pool: Literal["class", "mean"] = "class",
         crop_scale: tuple[float, float] = (0.08, 1.0),
-        resample: float | None = None,
     ):
         """vocabulary: the file that datasets/hashtags.py wrote, under the data folder. tags: how
-        many it must hold, which is then known before it is opened; None takes what it holds.
-        resample: the share of images below which a tag is rare, and its images are repeated: see
-        `repeats`; None repeats none."""
+        many it must hold, which is then known before it is opened; None takes what it holds."""
         super().__init__(model)
-        if resample is not None and not 0 < resample <= 1:
-            raise ValueError(f"objective.resample: {resample} must be above 0 and at most 1.")
-        self.resample = resample
         self.path, self.crop_scale = data_folder() / vocabulary, crop_scale
         self._vocabulary: Vocabulary | None = None
         self.tags = len(self.vocabulary.tags) if tags is None else tags
@@ -76,22 +70,21 @@ class Hashtag(Objective):
         super().check(card, source)
         self.vocabulary.check(source)
 
-    def repeats(self, source: Any) -> np.ndarray | None:
-        """Never for an image without a known tag. With `resample` t, the most that one of its tags
-        c asks for: max(1, sqrt(t / f(c))), where a share f(c) of all images has it.
-
-        This is the repeat factor of LVIS, which is in the spirit of SWAG's resampling; MAWS's own law is not published. The tags are read from the data once.
-        """
+    def repeats(self, source: Any) -> Weights | None:
+        """Never for an image without a known tag. The tags are read from the data once."""
         tags = rarest.read(self.path, self.vocabulary, source)
-        known = tags >= 0
-        if not known.any():
+        known = Weights(
+            len(tags),
+            fingerprint_of(["known", *rarest.identity(self.vocabulary)]),
+            lambda where: tags[where] >= 0,
+        )
+        untagged = len(tags) - int(sum(some.sum() for some in known.chunks()))
+        if untagged == len(tags):
             raise ValueError(f"data.train: no image has a tag that is in {self.path}.")
-        if untagged := len(tags) - int(known.sum()):
-            logger.info("%d of %d images have no known tag: left out", untagged, len(tags))
-        if self.resample is None:
-            return known.astype(np.float64) if untagged else None
-        share = np.array(self.vocabulary.counts) / self.vocabulary.images
-        return np.where(known, repeat_factor(share, self.resample)[tags], 0)
+        if not untagged:
+            return None
+        logger.info("%d of %d images have no known tag: left out", untagged, len(tags))
+        return known
 
     def transform(self, train: bool) -> Callable[[dict[str, Any]], dict[str, Any]]:
         """A random resized crop and flip (a centre crop for validation), and the ids of the known

@@ -135,8 +135,10 @@ def _fit(
     def state(step: int) -> dict[str, Any]:
         ledger.share_bad(step)
         kept = {"step": step, "images": step * data.batch_size, "bad": dict(bad)}
+        position = guard.position(step, data.batch_size)
         return kept | {
-            "data": data.fingerprint,
+            "position": position,
+            "data": data.fingerprint(position),
             "options": options,
             "numerics": guard.state(),
         }
@@ -307,10 +309,13 @@ def _resume(
     if saved is None:
         return 0, Counter()
     state = checkpoint.state(saved)
-    if state.get("data") != data.fingerprint:
+    # older checkpoints have no position, and no data that could have changed
+    now = data.fingerprint(state.get("position", 0))
+    if state.get("data") != now:
         raise ValueError(
-            f"data.train: is not what {saved} was trained on (fingerprint {data.fingerprint}, and "
-            f"{state.get('data')} then). Restore the data, or start another run with --out."
+            f"data.train: is not what {saved} was trained on (fingerprint {now}, and "
+            f"{state.get('data')} then). Restore the data, declare the change, as in "
+            f"data.changes=[{{from: {state['step']}it, …}}], or start another run with --out."
         )
     checkpoint.restore(saved, objective, optimizer)
     logger.info("continues from %s", saved)

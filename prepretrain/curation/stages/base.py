@@ -31,6 +31,9 @@ class Stage:
     gpu: ClassVar[bool] = False  # whether a task is given one where there are any
     images_a_second: ClassVar[float | None] = None  # of one core, for `plan`; measured
 
+    def check(self) -> None:
+        """Raises ValueError for what would keep it from running, before any stage runs."""
+
     def shard(self, shard: Shard) -> dict[str, Sequence[Any]]:
         """The columns of one shard, a value for each sample."""
         raise NotImplementedError

@@ -13,6 +13,7 @@ from PIL import Image
 
 from prepretrain import plugin
 from prepretrain.data.transforms import BadImage, decode
+from prepretrain.data.weights import Weights
 
 FIELDS = {
     "image": "the bytes of an image file, as it lies on disk",
@@ -44,7 +45,8 @@ class Source:
     A sample holds "key" (str) and those of `FIELDS` that the source's `fields` name. `groups` are
     the sizes of the parts that are cheap to read together (shards). `fingerprint` says what the
     data is, wherever it lies; `stamp` changes whenever a file of it is written anew, for what is kept
-    of the data between evaluations ("" where no file is read). A field of your own is a line more, as in
+    of the data between evaluations ("" where no file is read). `weights` say how often training takes
+    each sample, where a curation decided that; an evaluation reads all. A field of your own is a line more, as in
     `Source.FIELDS["normal"] = "float32 [H, W, 3], of length 1"`.
     """
 
@@ -57,6 +59,7 @@ class Source:
     open_at_once: int | None = None  # of the groups, where reading another means opening it anew
     fingerprint: str
     stamp: str = ""
+    weights: Weights | None = None
 
     def __len__(self) -> int:
         return int(sum(self.groups))

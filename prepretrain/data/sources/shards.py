@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from prepretrain.data import names, values
+from prepretrain.data.keep import read_weights
 from prepretrain.data.paths import find_files
 from prepretrain.data.sources.base import Source, fingerprint_of, stamp_of
 from prepretrain.data.subset import evenly
@@ -35,7 +36,7 @@ class Shards(Source):
     where those are: a member ("txt") or a value of the json member ("json.hashtags"; see
     data/values.py for what it may be). Missing hashtags and captions are [], a missing text is "", a
     missing label is absent. What is named here must be there; the defaults are fields where a look
-    at some samples, spread over all shards, finds them.
+    at some samples, spread over all shards, finds them. `keep`: a folder of weights (data/keep.py).
     """
 
     def __init__(
@@ -46,6 +47,7 @@ class Shards(Source):
         text: str = "txt",
         captions: str = "json.captions",
         label: str = "cls",
+        keep: str | None = None,
     ):
         self.places = {"label": label, "hashtags": hashtags, "text": text, "captions": captions}
         for option, place in self.places.items():
@@ -68,6 +70,8 @@ class Shards(Source):
         self.stamp = stamp_of(map(os.stat, self.paths))
         self._starts = np.cumsum(self.groups) - self.groups
         self._length = sum(self.groups)
+        if keep is not None:
+            self.weights = read_weights(Path(keep), self.paths, self.groups)
         self._opened: OrderedDict[int, _Shard] = OrderedDict()
         self.open_at_once = _most_open(len(self.paths))
         self.fields = ("image", *self._present({f for head in heads for f in head["fields"]}, path))

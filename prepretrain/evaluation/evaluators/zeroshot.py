@@ -54,6 +54,7 @@ class Zeroshot(ContrastiveEvaluator):
         super().__init__(
             data=data, split=split, share=share, feature_batch=feature_batch, workers=workers
         )
+        self.certified = split
         known = sorted({"en", *self.card.names, *self.card.templates})
         require(language in known, "zeroshot.language", language, f"is one of {', '.join(known)}")
         self.names, self.templates, self.language = names, templates, language
@@ -69,7 +70,7 @@ class Zeroshot(ContrastiveEvaluator):
                 f"zeroshot.names: '{self.names}' names {len(weight)} classes, and the labels of "
                 f"{self.card.name}:{self.split} go to {int(labels.max())}."
             )
-        found = measure(features @ weight.T, labels)
+        found = self.measured(features @ weight.T, labels, measure=measure)
         return distributed.from_main(found | {"images": len(labels), "cut_prompts": cut})
 
     def weight(self, model: nn.Module, source: Any) -> tuple[Tensor, int]:
