@@ -1,5 +1,6 @@
 """Curation: a table for each shard and stage, the same bytes whoever makes them."""
 
+import importlib.util
 import io
 import json
 import tarfile
@@ -385,6 +386,9 @@ def test_plan_says_what_is_left_and_writes_nothing(card, tmp_path, capsys):
     commands.run(card, recipe(tmp_path, meta={}), out, None, HERE)
     commands.plan(card, recipe(tmp_path, meta={}, look={}), out, None, HERE)
     said = capsys.readouterr().out
+    commands.run(card, recipe(tmp_path, text={}), out, None, HERE)
+    commands.plan(card, recipe(tmp_path, text={"languages": ["en"]}), out, None, HERE)
+    assert "text: was made with other options" in capsys.readouterr().out
     assert "12 samples in 3 shards" in said and "meta: done" in said
     assert "look: 3 of 3 shards" in said
 
@@ -412,3 +416,13 @@ def test_entries_are_matched_as_metaclip_does():
         automaton = text.matcher(language["entries"])
         for row in language["texts"]:
             assert text.matches(automaton, row["text"]) == row["v2"], row["text"]
+
+
+@pytest.mark.parametrize("package", ["datatrove", "duckdb", "py3langid"])
+def test_a_missing_package_is_named_with_the_extra(card, tmp_path, monkeypatch, package):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == package else find(name)
+    )
+    with pytest.raises(ValueError, match=rf"needs the package {package}.*prepretrain\[data\]"):
+        commands.run(card, recipe(tmp_path, text={}), tmp_path / "out", None, HERE)

@@ -33,10 +33,15 @@ def plan(data: str, named: str, out: Path, tasks: int | None, machines: Machines
         f"{manifest.data}: {samples:,} samples in {len(manifest.shards):,} shards, {size / 1e9:,.2f} GB; "
         f"{manifest.tasks:,} tasks, {_at_once(machines, manifest)} at a time; {out}"
     )
-    folder = Folder(out)
+    folder, marks = Folder(out), _fingerprints(chosen, manifest)
+    if folder.exists:
+        folder.check(manifest)
     for table, stage in chosen.stages.items():
-        there = len(folder.there(table)) if out.exists() else 0
-        print(f"{table:>12}: {_expected(stage, manifest, there, machines)}")
+        there = len(folder.there(table))
+        expected = _expected(stage, manifest, there, machines)
+        if _mark(folder, table) not in (None, marks[table]):
+            expected = "was made with other options; --again makes it anew"
+        print(f"{table:>12}: {expected}")
 
 
 def _expected(stage: Stage, manifest: Manifest, there: int, machines: Machines) -> str:
@@ -107,7 +112,7 @@ def _manifest(data: str, out: Path, tasks: int | None) -> Manifest:
             f"{data}: its source is {type(source).__name__}, and only shards are curated, as a whole. "
             f"Pack others with datasets/make_shards.py."
         )
-    if tasks is None and (out / "manifest.json").exists():
+    if tasks is None and Folder(out).exists:
         tasks = Folder(out).manifest.tasks
     return make_manifest(f"{card.name}:{split}", source, source.places, tasks)
 

@@ -106,13 +106,20 @@ class Folder:
         except (TypeError, KeyError, AttributeError) as error:
             raise ValueError(f"{file}: is damaged: {error}.") from error
 
+    @property
+    def exists(self) -> bool:
+        """Whether it was begun."""
+        return (self.path / "manifest.json").exists()
+
     def begin(self, manifest: Manifest) -> None:
         """Writes the manifest, or checks that it is the one that is there."""
-        file = self.path / "manifest.json"
-        if not file.exists():
-            self.path.mkdir(parents=True, exist_ok=True)
-            write_json(file, asdict(manifest))
-            return
+        if self.exists:
+            return self.check(manifest)
+        self.path.mkdir(parents=True, exist_ok=True)
+        write_json(self.path / "manifest.json", asdict(manifest))
+
+    def check(self, manifest: Manifest) -> None:
+        """Raises ValueError if another manifest is there."""
         there = self.manifest
         way_out = "Name another --out, or remove this folder."
         if there.data != manifest.data or there.options != manifest.options:
