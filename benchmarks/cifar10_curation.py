@@ -74,23 +74,23 @@ def kept(work: Path, data: Path) -> dict[str, dict[str, int]]:
     return found
 
 
-def runs(work: Path, seed: int, mae: int, wsp: int) -> None:
-    """Both stages of one seed on each set."""
-    for name in SETS:
-        first, second = f"{name}_mae_{seed}", f"{name}_wsp_{seed}"
-        train(work, first, "mae", MAE, name, mae, "mean", seed)
-        train(work, second, "wsp", WSP, name, wsp, "class", seed, "--init", f"runs/{first}")
+def runs(work: Path, name: str, seed: int, mae: int, wsp: int) -> None:
+    """Both stages of one set and seed; what stage two makes is probed."""
+    first = f"{name}_mae_{seed}"
+    keys = [*MAE, f"length={mae}it", "evaluators=[]"]
+    train(work, first, "mae", keys, name, seed)
+    keys = [*WSP, f"length={wsp}it", EVALUATORS % ("class", "class")]
+    train(work, f"{name}_wsp_{seed}", "wsp", keys, name, seed, "--init", f"runs/{first}")
 
 
 def train(
-    work: Path, run: str, stage: str, keys: list[str], name: str, steps: int, pool: str, seed: int,
-    *more: str,
-) -> None:  # fmt: skip
+    work: Path, run: str, stage: str, keys: list[str], name: str, seed: int, *more: str
+) -> None:
     """One model, unless it is there already."""
     if (work / "runs" / run / "export").exists():
         return
     keys = [key.replace("hashtags.json", f"{name}.json") for key in keys if "data.train" not in key]
-    keys += [f"data.train={name}", f"length={steps}it", f"seed={seed}", EVALUATORS % (pool, pool)]
+    keys += [f"data.train={name}", f"seed={seed}"]
     tool(work, "tools/launch.py", "--stage", stage, "--out", f"runs/{run}", *more, *keys)
 
 
@@ -103,24 +103,26 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("runs/curation"))
     parser.add_argument("--out", type=Path)
     parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--jobs", type=int, default=2, help="models at a time, one thread each")
     parser.add_argument("--mae-steps", type=int, default=400)
     parser.add_argument("--wsp-steps", type=int, default=300)
     given = parser.parse_args()
     start, work, data = time.time(), given.work.resolve(), given.data.resolve()
     counts = prepare(work, data)
     print(json.dumps(counts), flush=True)
-    with concurrent.futures.ThreadPoolExecutor(given.seeds) as pool:
+    with concurrent.futures.ThreadPoolExecutor(given.jobs) as pool:
         jobs = [
-            pool.submit(runs, work, seed, given.mae_steps, given.wsp_steps)
+            pool.submit(runs, work, name, seed, given.mae_steps, given.wsp_steps)
             for seed in range(given.seeds)
+            for name in SETS
         ]
         for job in jobs:
             job.result()
     table = {}
-    for name in (f"{kind}_{stage}" for stage in ("mae", "wsp") for kind in SETS):
+    for name in SETS:
         rows = []
         for seed in range(given.seeds):
-            results = json.loads((work / f"runs/{name}_{seed}/results.json").read_text())
+            results = json.loads((work / f"runs/{name}_wsp_{seed}/results.json").read_text())
             shots = {k: v for k, v in results["lowshot/photos"].items() if k.startswith("top1")}
             row = {"linear": results["linear/photos"]["top1"]}
             rows.append(row | {k: v for k, v in shots.items() if "std" not in k})
