@@ -1,12 +1,14 @@
 """Finds planted copies among real pictures, and counts a set's own near-copies between two splits.
 
     python benchmarks/duplicates.py planted web.yaml shop.yaml --out benchmarks/results/duplicates.json
+    python benchmarks/duplicates.py scale 1000000 --out benchmarks/results/duplicates_scale.json
     python benchmarks/duplicates.py leaks cifar10 --out benchmarks/results/duplicates_cifar10.json
 
 planted: of each card's train some pictures are changed (encoded anew, scaled, cropped, mirrored,
 brighter) and put beside all. Recall is the share of changed pictures that are near-copies of their own
 original; false pairs are those of a changed picture and an image that is not its original, nor a copy
 of it by file. The set's own near-copies are among them, so precision is a lower bound.
+scale: near-copies among so many random hashes (cards: 1000000) with a hundredth of them planted.
 leaks: pairs of an image of `train` and one of `val`, by how far their hashes are apart, and a sheet
 of some of them.
 """
@@ -15,6 +17,7 @@ import argparse
 import datetime
 import io
 import json
+import resource
 import subprocess
 import sys
 import time
@@ -26,8 +29,8 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image, ImageDraw, ImageOps
 
-from prepretrain.curation.copies import Alike, near_pairs, with_hashes
-from prepretrain.curation.hashes import SCHEMA, hashes
+from prepretrain.curation.copies import Alike, masks, near_pairs, with_hashes
+from prepretrain.curation.hashes import COLOURS, SCHEMA, hashes
 from prepretrain.curation.thumbnail import thumbnail
 from prepretrain.data.card import load_card
 from prepretrain.data.sources.base import Source
@@ -141,6 +144,37 @@ def planted(source: Source, changed: int, seed: int) -> dict[str, Any]:
     return found
 
 
+def scale(count: int, seed: int) -> dict[str, Any]:
+    """CPU seconds, memory and pairs found among random hashes, by how many coarse bits may differ."""
+    random = np.random.default_rng(seed)
+    words = random.integers(0, 2**64, (count, 5), dtype=np.uint64)
+    copies = random.choice(count // 2, count // 100, replace=False)
+    words[count // 2 + copies] = words[copies]
+    for _ in range(3):  # at most three bits of each word differ
+        flips = random.integers(0, 64, (len(copies), 5), dtype=np.uint64)
+        words[count // 2 + copies] ^= np.uint64(1) << flips
+    names = [name for name in SCHEMA.names if name.startswith(("coarse", "fine"))][:5]
+    columns = {name: words[:, place] for place, name in enumerate(names)}
+    columns |= {name: np.zeros(count, np.uint64) for name in COLOURS}
+    table = pa.table({"number": np.arange(count), **columns})
+    found: dict[str, Any] = {"planted": len(copies)}
+    for coarse in (3, 4, 8):
+        config = {"memory_limit": "2GB", "threads": 1}
+        database = duckdb.connect(config=config)
+        database.register("hashes", table)
+        database.sql("CREATE TABLE plain AS FROM hashes")
+        database.sql("CREATE TABLE others AS SELECT *, false AS flipped FROM hashes")
+        start = time.process_time()
+        pairs = near_pairs(database, "plain", "others", Alike(coarse=coarse), ordered=True)
+        found[f"{coarse} of 64 bits"] = {
+            "cpu_seconds": round(time.process_time() - start, 1),
+            "masks": len(masks(coarse, count)),
+            "pairs": len(pairs["one"]),
+        }
+    found["peak_memory_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+    return found
+
+
 def leaks(card: str, sheet: Path, shown: int) -> dict[str, Any]:
     """How many images of val have near-copies in train, by distance; some are drawn."""
     opened = load_card(card)
@@ -194,7 +228,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("what", choices=("planted", "leaks"))
+    parser.add_argument("what", choices=("planted", "scale", "leaks"))
     parser.add_argument("cards", nargs="+")
     parser.add_argument("--changed", type=int, default=200)
     parser.add_argument("--shown", type=int, default=48)
@@ -203,6 +237,9 @@ def main() -> None:
     asked = parser.parse_args()
     found: dict[str, Any] = {}
     for card in asked.cards:
+        if asked.what == "scale":
+            found[card] = scale(int(card), asked.seed)
+            continue
         name = load_card(card).name
         if asked.what == "planted":
             source = load_card(card).open("train").only(("image",))
