@@ -61,7 +61,7 @@ def evaluator(curated, **options):
 def test_a_result_says_how_many_images_leaked_and_what_is_right_without_them(curated):
     protocol = evaluator(curated, leaks=str(curated / "out"))
     scores = torch.eye(2)[torch.tensor([0, 0, 1, 0, 1, 1])]  # wrong: 2 and 3, the leaked ones
-    found = protocol.measured(scores, torch.tensor([0, 0, 0, 1, 1, 1]))
+    found = protocol.metrics_of(scores, torch.tensor([0, 0, 0, 1, 1, 1]))
     assert found == {
         "top1": pytest.approx(400 / 6),
         "leaked_images": 2,

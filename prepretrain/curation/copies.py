@@ -21,8 +21,8 @@ NUMBER = "shard::BIGINT * 4294967296 + row"  # of an image, in SQL
 def masks(distance: int, images: int) -> list[int]:
     """Parts of the coarse hash such that images with at most `distance` different bits agree in all
     bits of one of them: all ways to choose `agree` of distance + agree blocks of bits, for the bits
-    that differ lie in `distance` blocks at most. `agree` is such that few of so many images agree by
-    chance: it changes the time that a search takes, and nothing that it finds."""
+    that differ lie in `distance` blocks at most. `agree` is such that an image agrees with few of so
+    many by chance: it changes the time that a search takes, and nothing that it finds."""
     agree = 1
     while agree < 6 and BITS * agree / (distance + agree) < np.log2(max(images, 1)) - 3:
         agree += 1
@@ -76,8 +76,7 @@ def near_pairs(
     Both tables have number and the hashes; `other` also has flipped: whether these are those of the
     mirror image. ordered: only pairs whose first number is the lower.
     """
-    counts = f"SELECT count(*) FROM {one} UNION ALL SELECT count(*) FROM {other}"
-    images = max(count for (count,) in database.sql(counts).fetchall())
+    ((images,),) = database.sql(f"SELECT count(*) FROM {other}").fetchall()
     far = " + ".join(f"bit_count(xor(a.{word}, b.{word}))::INTEGER" for word in WORDS)
     database.sql(
         "CREATE OR REPLACE TEMP TABLE pairs (one BIGINT, other BIGINT, flipped BOOL, distance INTEGER)"

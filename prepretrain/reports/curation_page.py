@@ -136,14 +136,15 @@ def _by_stage(
     how many it is the reason that counts, by reason."""
     found = []
     for name, kinds in columns.items():
-        first = {r: n for r, n in counts["reasons"].items() if r.partition(": ")[0] == name}
+        # decide's own draw is named by its column, as in "embed.loss: not drawn"
+        first = {
+            reason: number
+            for reason, number in counts["reasons"].items()
+            if reason.partition(": ")[0].partition(".")[0] == name
+        }
         against = 0
         if "reason" in kinds and name != "keep":
             ((against,),) = tables.query(f"SELECT count(reason) FROM {name}").fetchall()
-        others = {
-            r: n for r, n in counts["reasons"].items() if r.startswith(f"{name}.")
-        }  # what decide itself has drawn
-        first |= others
         if against or first:
             found.append({"name": name, "against": against, "first": first})
     return found

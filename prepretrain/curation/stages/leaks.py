@@ -85,14 +85,15 @@ class Leaks(Stage):
         database.register("near", pa.table(pairs))
         self._record(tables, sets, unreadable)
         return database.sql(
-            """SELECT one >> 32 AS shard, one & 4294967295 AS row, any_value(matches) AS matches,
-                'near-copy of ' || any_value(matches[1].set) AS reason
-            FROM (
+            """WITH matched AS (
                 SELECT one, list(
                     {'set': set, 'number': number, 'key': key, 'distance': distance, 'mirrored': flipped}
                     ORDER BY distance, place
                 ) AS matches FROM near JOIN hashed_sets ON other = place GROUP BY one
-            ) GROUP BY one"""
+            )
+            SELECT one >> 32 AS shard, one & 4294967295 AS row, matches,
+                'near-copy of ' || matches[1].set AS reason
+            FROM matched"""
         )
 
     def _record(

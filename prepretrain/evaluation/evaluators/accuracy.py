@@ -69,4 +69,4 @@ class Accuracy(Evaluator):
                 f"{self.card.name}:{self.split}: labels run from {int(labels.min())} to "
                 f"{int(labels.max())}, and the model's classifier has {scores.shape[1]} classes."
             )
-        return self.measured(scores, labels) | {"images": len(scores)}
+        return self.metrics_of(scores, labels) | {"images": len(scores)}

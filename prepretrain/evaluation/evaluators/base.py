@@ -25,7 +25,7 @@ class Evaluator:
     `headline` is the metric that tables quote; `splits` are those of the card that it reads, so
     that missing data are known before any time is spent. `variant` is appended to the result's
     name, so that two settings of one protocol can be reported together. `certified` is the split of
-    which `measured` gives the results, where a protocol counts images one by one. A subclass's constructor is
+    which `metrics_of` gives the results, where a protocol counts images one by one. A subclass's constructor is
     keyword-only, typed and checked; its signature is the option list, and its docstring documents
     each option.
     """
@@ -62,7 +62,7 @@ class Evaluator:
         address = f"{self.card.name}:{self.certified}"
         return leaks.read(self.leaks, address, self.card.open(self.certified))
 
-    def measured(
+    def metrics_of(
         self,
         scores: Tensor,
         labels: Tensor,

@@ -80,7 +80,7 @@ class Knn(ProbeEvaluator):
             votes = self.votes(train, train_labels, mine, classes)
         votes = torch.cat(distributed.all_gather_object(votes))
         votes[votes == 0] = -torch.inf  # no neighbour's class is no guess, whatever its number
-        found = self.measured(votes, val_labels)
+        found = self.metrics_of(votes, val_labels)
         return distributed.from_main(found | {"images": len(val), "train_images": len(train)})
 
     def votes(self, train: Tensor, labels: Tensor, val: Tensor, classes: int) -> Tensor:

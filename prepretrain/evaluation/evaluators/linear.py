@@ -107,7 +107,7 @@ class Linear(ProbeEvaluator):
         classes = class_count(self.card, train_labels, val_labels)
         with set_aside(model):
             head = self.fit(train, train_labels, classes)
-            found = self.measured(probes.scores(head, val), val_labels)
+            found = self.metrics_of(probes.scores(head, val), val_labels)
         return distributed.from_main(found | {"images": len(val), "train_images": len(train)})
 
     def fit(self, features: Tensor, labels: Tensor, classes: int) -> nn.Module:

@@ -70,7 +70,7 @@ class Zeroshot(ContrastiveEvaluator):
                 f"zeroshot.names: '{self.names}' names {len(weight)} classes, and the labels of "
                 f"{self.card.name}:{self.split} go to {int(labels.max())}."
             )
-        found = self.measured(features @ weight.T, labels, measure=measure)
+        found = self.metrics_of(features @ weight.T, labels, measure=measure)
         return distributed.from_main(found | {"images": len(labels), "cut_prompts": cut})
 
     def weight(self, model: nn.Module, source: Any) -> tuple[Tensor, int]:
