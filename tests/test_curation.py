@@ -408,6 +408,17 @@ def test_what_img2dataset_says_is_taken_over(card, tmp_path):
     assert column(tmp_path / "out", "meta", "width") == [48] * 12
 
 
+def test_the_nouns_of_a_text_are_synsets_by_catlips_rule(tmp_path):
+    if not Path("/usr/share/wordnet").is_dir():
+        pytest.skip("no wordnet-base")
+    stages = {"text": {"synsets": "wordnet"}}
+    commands.run(junk(tmp_path), recipe(tmp_path, **stages), tmp_path / "out", None, HERE)
+    assert "n02084071" in column(tmp_path / "out", "text", "synsets")[3]  # dogs
+    with pytest.raises(ValueError, match="text.synsets: timm does not say which sense"):
+        chosen = recipe(tmp_path, text={"synsets": "timm"})
+        commands.run(junk(tmp_path), chosen, tmp_path / "other", None, HERE)
+
+
 def test_entries_are_matched_as_metaclip_does():
     golden = Path(__file__).parents[1] / "../shared/golden/metaclip_balance.json"
     if not golden.exists():

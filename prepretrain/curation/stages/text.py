@@ -11,7 +11,9 @@ import pyarrow as pa
 
 from prepretrain.curation.shard import Shard
 from prepretrain.curation.stages.base import Stage
+from prepretrain.data.spelling import caption_words
 from prepretrain.data.transforms import BadImage
+from prepretrain.data.wordnet import Nouns
 from prepretrain.plugin import require
 
 _URL = re.compile(r"(?:https?://|www\.)\S+", re.IGNORECASE)
@@ -33,6 +35,8 @@ class Text(Stage):
     entries: a file, an entry a line, matched as MetaCLIP does: between spaces, case counts; an entry
     that begins or ends with a punctuation mark or in a script without spaces needs none there.
     languages: the only ones that are taken into account, as [en, de]; all by default.
+    synsets: a list of WordNet's nouns with the order of senses (data/wordnet.py), as wordnet; the
+    column `synsets` then has the synset of each noun, each once, by CatLIP's rule.
     """
 
     columns = {
@@ -43,19 +47,39 @@ class Text(Stage):
         "language_p": pa.float32(),
         "matches": pa.list_(pa.int32()),
         "matched": pa.int32(),
+        "synsets": pa.list_(pa.string()),
         "error": pa.string(),
     }
     images_a_second = 6_000  # curate_speed.json: captions of a sentence
 
-    def __init__(self, *, entries: str | None = None, languages: list[str] | None = None):
+    def __init__(
+        self,
+        *,
+        entries: str | None = None,
+        languages: list[str] | None = None,
+        synsets: str | None = None,
+    ):
         for package in ("ftfy", "py3langid", "ahocorasick"):
             require(package, "data", "text")
-        self.entries, self.languages = entries, languages
+        self.entries, self.languages, self.synsets = entries, languages, synsets
         if entries is not None and not Path(entries).is_file():
             raise ValueError(f"text.entries: there is no file {entries}.")
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"entries": self.entries, "languages": self.languages}
+        options = ("entries", "languages", "synsets")
+        return {name: vars(self)[name] for name in options}
+
+    def check(self) -> None:
+        """See Stage.check: the list of synsets is there, and says which sense of a word is the first."""
+        if self._nouns is not None and not self._nouns.ordered:
+            raise ValueError(
+                f"text.synsets: {self.synsets} does not say which sense of a word is the first. Take "
+                f"wordnet (apt install wordnet-base)."
+            )
+
+    @cached_property
+    def _nouns(self) -> Nouns | None:
+        return None if self.synsets is None else Nouns.open(self.synsets)
 
     @cached_property
     def _identifier(self) -> Any:
@@ -83,6 +107,9 @@ class Text(Stage):
         if self._matcher is not None:
             found["matches"] = matches(self._matcher, clean)
             found["matched"] = len(found["matches"])
+        if self._nouns is not None:
+            synsets = map(self._nouns.of_word, caption_words(clean))
+            found["synsets"] = [synset for synset in dict.fromkeys(synsets) if synset]
         if any(map(str.isalpha, clean)):
             found["language"], found["language_p"] = self._identifier.classify(clean)
         return found
