@@ -63,6 +63,8 @@ def make_manifest(
     data: str, source: Shards, options: dict[str, Any], tasks: int | None
 ) -> Manifest:
     """The manifest of a split's shards as they are now."""
+    if far := [path for path in source.paths if not isinstance(path, Path)]:
+        raise ValueError(f"{far[0]}: shards are curated on disks of their own. Copy them there.")
     count = len(source.paths)
     tasks = min(count, _TASKS) if tasks is None else tasks
     if not 1 <= tasks <= count:

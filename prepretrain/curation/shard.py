@@ -98,5 +98,5 @@ class _OneShard(Shards):
         shard = self._shard(0)
         return {f: shard.read(row, f) for f in MEMBERS if shard.index.has(row, f)}
 
-    def _present(self, members: set[str], path: str | list[str]) -> Iterator[str]:
+    def _present(self, *_: Any) -> Iterator[str]:
         return iter(self._of_split)

@@ -8,8 +8,8 @@ from prepretrain.curation.folder import Folder
 
 
 def summary(out: Path) -> dict[str, Any]:
-    """{"samples", "kept", "weight": their sum, "reasons": {reason: samples}}, in the order in which
-    `decide` asks; samples are kept + reasons, in each shard, or ValueError is raised."""
+    """{"samples", "kept", "weight": their sum, "reasons": {reason: samples}}, the
+    most frequent first; samples are kept + reasons, in each shard, or ValueError is raised."""
     folder = Folder(out)
     tables = Tables(folder, {"keep": ("keep", "reason", "weight")}, out / "tasks" / "spill")
     wrong = tables.query(

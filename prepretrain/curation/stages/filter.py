@@ -14,7 +14,7 @@ _TESTS = {
     "at_least": (pc.greater_equal, "< {}"),
     "below": (pc.less, ">= {}"),
     "at_most": (pc.less_equal, "> {}"),
-    "among": (lambda values, among: pc.is_in(values, pa.array(among)), "not {}"),
+    "among": (lambda values, among: pc.is_in(values, pa.array(among, values.type)), "not {}"),
 }
 
 
