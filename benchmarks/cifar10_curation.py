@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pyarrow.parquet as parquet
 from cifar10.junk import Junk
-from cifar10_two_stage import EVALUATORS, MAE, PHOTOS, WSP, over_seeds, record, tool
+from cifar10_two_stage import EVALUATORS, MAE, WSP, over_seeds, record, tool
 
 SETS = ("all", "curated", "clean")
 # Thresholds are read off the histograms of what came in, as a user would.
@@ -33,6 +33,13 @@ filter:
 keep: {name: decide, reasons: [duplicates, filter]}
 write:
 """
+ENCODER = "vit_mini8"  # 16 tokens of 32 pixels
+PROBED = """description: CIFAR-10
+licence: as the photos
+classes: [airplane, automobile, bird, cat, deer, dog, frog, horse, ship, truck]
+train: {source: parquet, path: probe.parquet, subset: 5000}
+val: {source: parquet, path: "%s/val.parquet", subset: 5000}
+"""
 CARD = "description: {0}\nlicence: as the photos\ntrain: {{source: shards, path: {0}}}\n"
 
 
@@ -41,7 +48,7 @@ def prepare(work: Path, data: Path) -> dict:
     (work / "datasets").mkdir(parents=True, exist_ok=True)
     for name in SETS:
         (work / f"datasets/{name}.yaml").write_text(CARD.format(name))
-    (work / "datasets/photos.yaml").write_text(PHOTOS % data)
+    (work / "datasets/photos.yaml").write_text(PROBED % data)
     (work / "recipe.yaml").write_text(RECIPE)
     if not (work / "data/clean.json").exists():
         (work / "data").mkdir(exist_ok=True)
@@ -90,6 +97,7 @@ def train(
     if (work / "runs" / run / "export").exists():
         return
     keys = [key.replace("hashtags.json", f"{name}.json") for key in keys if "data.train" not in key]
+    keys = [key.replace("vit_mini4", ENCODER) for key in keys]
     keys += [f"data.train={name}", f"seed={seed}"]
     tool(work, "tools/launch.py", "--stage", stage, "--out", f"runs/{run}", *more, *keys)
 

@@ -437,3 +437,11 @@ def test_a_missing_package_is_named_with_the_extra(card, tmp_path, monkeypatch, 
     )
     with pytest.raises(ValueError, match=rf"needs the package {package}.*prepretrain\[data\]"):
         commands.run(card, recipe(tmp_path, text={}), tmp_path / "out", None, HERE)
+
+
+def test_training_on_what_is_kept_reads_its_weights(card, tmp_path):
+    rules = {"rules": {"meta.key": {"among": ["0001", "0003"]}}}
+    out = tmp_path / "out"
+    commands.run(card, recipe(tmp_path, meta={}, filter=rules, keep=KEEP), out, None, HERE)
+    source = Shards(path=str(tmp_path / "shards"), keep=str(out / "keep"))
+    assert source.weights[:].tolist() == [0, 1, 0, 1] * 3
