@@ -216,8 +216,9 @@ def _watch(logs: Path, count: int, name: str, goes_on: Callable[[], bool], pause
 def _here(task: Task, count: int, logs: Path, workers: int, name: str) -> None:
     """Runs the tasks in this process, or in several.
 
-    Not by LocalPipelineExecutor's own pool, which waits for ever for a process that the system has
-    killed, as it does where memory runs out.
+    LocalPipelineExecutor.run's own pool would wait for ever for a process that the system has killed,
+    as it does where memory runs out; so only its `_run_for_rank` is called, as datatrove's other
+    executors do.
     """
     missing = _missing(logs, count)
     workers = min(workers, len(missing))
@@ -240,7 +241,7 @@ def _here(task: Task, count: int, logs: Path, workers: int, name: str) -> None:
     try:
         for process in processes:
             process.start()
-        _watch(logs, count, name, lambda: any(p.is_alive() for p in processes), 0.1)
+        _watch(logs, count, name, lambda: any(p.is_alive() for p in processes), 0.2)
     finally:
         for process in processes:
             process.terminate()  # where this one was interrupted
@@ -306,7 +307,7 @@ def _on_slurm(task: Task, count: int, logs: Path, machines: Machines, name: str,
             executor.run()
         except subprocess.CalledProcessError as error:
             raise ValueError(
-                f"--slurm {machines.slurm}: sbatch refused; see {logs}/submit.log."
+                f"--slurm {machines.slurm}: sbatch refused {logs}/launch_script.slurm, for the reason above."
             ) from error
     _watch(logs, count, name, lambda: clusters.is_active(executor.job_id), 2)
 
