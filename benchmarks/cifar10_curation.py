@@ -4,20 +4,22 @@ tools/curate.py keeps, and on the photos alone, with as many images seen.
     python benchmarks/cifar10_curation.py --data FOLDER --work runs/curation --out
     benchmarks/results/cifar10_curation.json
 
-FOLDER holds train.parquet and val.parquet of CIFAR-10. Everything runs through the commands of tools/;
-the junk is cifar10/junk.py's. Prints one JSON line per model and seed. What is done is not done again.
+FOLDER holds train.parquet and val.parquet of CIFAR-10; the junk is cifar10/junk.py's. Prints one JSON line per model and seed. What is done is not done again.
 """
 
 import argparse
-import concurrent.futures
 import json
+import os
 import time
 from collections import Counter
 from pathlib import Path
 
 import pyarrow.parquet as parquet
+import torch
 from cifar10.junk import Junk
 from cifar10_two_stage import EVALUATORS, MAE, WSP, over_seeds, record, tool
+
+from prepretrain import launch
 
 SETS = ("all", "curated", "clean")
 # Thresholds are read off the histograms of what came in, as a user would.
@@ -33,7 +35,7 @@ filter:
 keep: {name: decide, reasons: [duplicates, filter]}
 write:
 """
-ENCODER = "vit_mini8"  # 16 tokens of 32 pixels
+ENCODER = "vit_test8"  # 2 blocks of width 32, 16 tokens of 32 pixels
 PROBED = """description: CIFAR-10
 licence: as the photos
 classes: [airplane, automobile, bird, cat, deer, dog, frog, horse, ship, truck]
@@ -81,25 +83,21 @@ def kept(work: Path, data: Path) -> dict[str, dict[str, int]]:
     return found
 
 
-def runs(work: Path, name: str, seed: int, mae: int, wsp: int) -> None:
-    """Both stages of one set and seed; what stage two makes is probed."""
-    first = f"{name}_mae_{seed}"
-    keys = [*MAE, f"length={mae}it", "evaluators=[]"]
-    train(work, first, "mae", keys, name, seed)
-    keys = [*WSP, f"length={wsp}it", EVALUATORS % ("class", "class")]
-    train(work, f"{name}_wsp_{seed}", "wsp", keys, name, seed, "--init", f"runs/{first}")
+def train(name: str, seed: int, mae: int, wsp: int) -> None:
+    """Both stages on one set, in this process; what stage two makes is probed. What is done is kept."""
+    own = [f"data.train={name}", f"seed={seed}", f"model.encoder={ENCODER}"]
+    first, second = f"runs/{name}_mae_{seed}", f"runs/{name}_wsp_{seed}"
+    if not Path(first, "export").exists():
+        launch("mae", [*_without(MAE), *own, f"length={mae}it"], out=first)
+    if not Path(second, "export").exists():
+        keys = [key.replace("hashtags.json", f"{name}.json") for key in _without(WSP)]
+        keys = [key.replace("encoder: vit_mini4, ", "") for key in keys]
+        keys += [*own, f"length={wsp}it", EVALUATORS % ("class", "class")]
+        launch("wsp", keys, out=second, init=first)
 
 
-def train(
-    work: Path, run: str, stage: str, keys: list[str], name: str, seed: int, *more: str
-) -> None:
-    """One model, unless it is there already."""
-    if (work / "runs" / run / "export").exists():
-        return
-    keys = [key.replace("hashtags.json", f"{name}.json") for key in keys if "data.train" not in key]
-    keys = [key.replace("vit_mini4", ENCODER) for key in keys]
-    keys += [f"data.train={name}", f"seed={seed}"]
-    tool(work, "tools/launch.py", "--stage", stage, "--out", f"runs/{run}", *more, *keys)
+def _without(keys: list[str]) -> list[str]:
+    return [key for key in keys if not key.startswith(("data.train=", "model.encoder="))]
 
 
 def main() -> None:
@@ -111,21 +109,19 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("runs/curation"))
     parser.add_argument("--out", type=Path)
     parser.add_argument("--seeds", type=int, default=2)
-    parser.add_argument("--jobs", type=int, default=2, help="models at a time, one thread each")
     parser.add_argument("--mae-steps", type=int, default=400)
     parser.add_argument("--wsp-steps", type=int, default=300)
     given = parser.parse_args()
+    torch.set_num_threads(1)
     start, work, data = time.time(), given.work.resolve(), given.data.resolve()
+    out = given.out and given.out.resolve()
     counts = prepare(work, data)
     print(json.dumps(counts), flush=True)
-    with concurrent.futures.ThreadPoolExecutor(given.jobs) as pool:
-        jobs = [
-            pool.submit(runs, work, name, seed, given.mae_steps, given.wsp_steps)
-            for seed in range(given.seeds)
-            for name in SETS
-        ]
-        for job in jobs:
-            job.result()
+    os.environ["PREPRETRAIN_DATA"] = "data"
+    os.chdir(work)
+    for seed in range(given.seeds):
+        for name in SETS:
+            train(name, seed, given.mae_steps, given.wsp_steps)
     table = {}
     for name in SETS:
         rows = []
@@ -140,7 +136,7 @@ def main() -> None:
         f"cifar10_curation.py --data FOLDER --mae-steps {given.mae_steps} "
         f"--wsp-steps {given.wsp_steps} --seeds {given.seeds}"
     )
-    record(given.out, command, start, kept=counts, table=table)
+    record(out, command, start, kept=counts, table=table)
 
 
 if __name__ == "__main__":
