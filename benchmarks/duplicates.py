@@ -199,6 +199,10 @@ def leaks(card: str, sheet: Path, shown: int) -> dict[str, Any]:
         }
         if name == "defaults":
             draw(train, val, pairs, sheet, shown)
+        if name == "fine 60":
+            further = pairs["distance"] > Alike.fine
+            others = {column: values[further] for column, values in pairs.items()}
+            draw(train, val, others, sheet.with_stem(f"{sheet.stem}_60"), shown)
     return found
 
 

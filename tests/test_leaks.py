@@ -78,7 +78,7 @@ def test_an_evaluation_writes_the_certificate_beside_its_result(curated, tmp_pat
     assert plain == {name: found[name] for name in plain}
     assert set(found) - set(plain) == {"leaked_images", "top1_without_leaks"}
     assert protocol.options["leaks"] == str(curated / "out")
-    assert protocol.data_state()["leaks"]["data"] == "web:train"
+    assert protocol.data_state()["leaks"][0] == "web:train"
 
 
 def test_a_set_that_was_not_searched_or_has_changed_has_no_certificate(curated):

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prepretrain.data.sources.base import Source
+from prepretrain.data.sources.base import Source, fingerprint_of
 from prepretrain.files import read_json, write_json
 
 
@@ -52,6 +52,12 @@ def read(folder: Path, address: str, source: Source) -> Tensor:
     mask = torch.zeros(found.images, dtype=torch.bool)
     mask[found.leaked] = True
     return mask
+
+
+def state(folder: Path) -> list[str]:
+    """Of which data it is, and a digest of what was found: a certificate holds as long as they do."""
+    content = content_of(folder)
+    return [content["data"], fingerprint_of([content["sets"]])]
 
 
 def content_of(folder: Path) -> dict[str, Any]:

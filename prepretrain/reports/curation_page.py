@@ -272,8 +272,8 @@ def _groups(tables: Tables, drawer: "_Drawer", name: str) -> dict[str, Any]:
         f"""SELECT c."group", c.size, d.shard, d."row", d.reason, d.distance
         FROM ({chosen}) c JOIN {name} d USING ("group")
         QUALIFY row_number() OVER (
-            PARTITION BY c."group" ORDER BY d.reason NULLS FIRST, d.distance, d.shard, d."row"
-        ) <= {_MEMBERS}
+            PARTITION BY c."group", d.reason IS NULL ORDER BY d.distance, d.shard, d."row"
+        ) <= {_MEMBERS // 2}
         ORDER BY c.size DESC, c."group", d.reason NULLS FIRST, d.distance, d.shard, d."row" """
     ).fetchall()
     groups: dict[tuple[int, int], list[Picture]] = {}

@@ -96,7 +96,7 @@ class Evaluator:
             answers = card.answers.read_bytes() if card.answers is not None else b""
             found[card.name] = fingerprint_of([*said, answers])
             found |= {f"{card.name}:{split}": state(card.open(split)) for split in splits}
-        return found if self.leaks is None else found | {"leaks": leaks.content_of(self.leaks)}
+        return found if self.leaks is None else found | {"leaks": leaks.state(self.leaks)}
 
     @classmethod
     def quoted(cls, results: dict[str, float]) -> str:
