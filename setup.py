@@ -17,6 +17,11 @@ FOLDERS = {
 
 # What one feature each needs; without it, that feature says which extra to install.
 FEATURES = {
+    # curation: its engine, and what its stages measure with
+    "data": [
+        *("datatrove>=0.10,<0.11", "duckdb>=2,<3", "faiss-cpu>=1.9,<2"),
+        *("ftfy>=6,<7", "py3langid<0.5", "pyahocorasick>=2,<3"),
+    ],
     "completion": ["argcomplete>=3,<4"],  # of the commands, by the shell
     "detection": ["faster-coco-eval>=1.8,<2"],  # COCO's and LVIS's metrics; polygons to pixels
     "fp8": ["torchao>=0.18,<1"],  # shard.precision=fp8
@@ -54,6 +59,7 @@ setup(
             "prepretrain-report = prepretrain.command:report",
             "prepretrain-scaling = prepretrain.command:scaling",
             "prepretrain-export = prepretrain.command:export",
+            "prepretrain-curate = prepretrain.command:curate",
         ]
     },
     python_requires=">=3.10",

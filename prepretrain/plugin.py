@@ -24,6 +24,7 @@ KINDS = {  # the folder of each kind of part
     "objectives": "prepretrain.objectives",
     "optimizers": "prepretrain.training.optimizers",
     "sources": "prepretrain.data.sources",
+    "stages": "prepretrain.curation.stages",
     "towers": "prepretrain.models.text",
 }
 TRUSTED = "PREPRETRAIN_PLUGINS"  # packages whose modules files may name, separated by commas
@@ -33,6 +34,9 @@ SHARED = (
     "captions",
     "supervised",
 )  # files in these folders that are no part, and that parts import
+
+
+_INDEX = re.compile(r"\[\d+\]")  # of an entry of a list, in a key
 
 
 _INDEX = re.compile(r"\[\d+\]")  # of an entry of a list, in a key

@@ -52,6 +52,8 @@ TINY = {  # each benchmark's arguments; where it takes hours, that it starts
     "average": "--steps 2 --rounds 1 --depth 1",
     "clip_step": "--batch 1 --steps 1",
     "detection_coco": "--help",
+    "cifar10_curation": "--help",
+    "curate_speed": "--help",
     "detection_raccoon": "--help",
     "detection_step": "--encoder vit_test8 --pixels 64 --channels 8 --regions 8 --batch 1 --steps 1 --train 1",
     "demo_seeds": "--show benchmarks/results/demo_seeds.json",
