@@ -125,6 +125,21 @@ def measured(name: str, kind: str, run: Path) -> dict[str, float]:
     return found
 
 
+def told(table: dict[str, dict]) -> str:
+    """The table in Markdown: top-1 and its mean over classes, in percent."""
+    lines = ["| set | trained on | asked by | top-1 | mean per class |", "|---|---|---|--:|--:|"]
+    for model, found in table.items():
+        for key in found:
+            if key.endswith(" top1"):
+                way = key.removesuffix(" top1")
+                figures = (found[f"{way} {name}"]["mean"] for name in ("top1", "mean_per_class"))
+                name, kind = model.split()
+                lines.append(
+                    " | ".join([f"| {name}", kind, way, *(f"{n:.1f}" for n in figures)]) + " |"
+                )
+    return "\n".join(lines)
+
+
 def main() -> None:
     """Trains, evaluates, prints and writes the table."""
     parser = argparse.ArgumentParser(
@@ -157,6 +172,7 @@ def main() -> None:
                     json.dumps({"set": name, "model": kind, "seed": seed, **rows[-1]}), flush=True
                 )
             table[f"{name} {kind}"] = over_seeds(rows)
+    print(told(table))
     command = f"zeroshot_tags.py --data FOLDER --images {given.images} --seeds {given.seeds}"
     record(out, command, start, table=table)
 

@@ -72,11 +72,8 @@ class Hashtag(Objective):
         self.tags = tags
         if tags is None:
             self.tags = CLIP_TOKENS if labels == "tokens" else len(self.vocabulary.tags)
-        options = {"name": head, "classes": self.tags, "pool": pool}
-        self.head, self.head_options = (
-            heads.build(model.encoder, options, "objective.head"),
-            options,
-        )
+        self.head_options = {"name": head, "classes": self.tags, "pool": pool}
+        self.head = heads.build(model.encoder, self.head_options, "objective.head")
         self.weights = InverseFrequency(self.tags) if idf else None
         self.whole_batch = idf
 
@@ -86,13 +83,12 @@ class Hashtag(Objective):
                 "objective.idf: weighs an image's labels against each other, which the binary loss does "
                 "not do. Take objective.loss=softmax, or idf=false."
             )
-        of_tokens = {"vocabulary": vocabulary, "tags": tags}
         if self.labels != "tokens" and vocabulary is None:
             raise ValueError(
                 "objective.vocabulary: is missing. It is the file, under the data folder, that "
                 "datasets/hashtags.py CARD --min-count 100 --out FILE writes."
             )
-        for name, value in of_tokens.items():
+        for name, value in {"vocabulary": vocabulary, "tags": tags}.items():
             if self.labels == "tokens" and value is not None:
                 raise ValueError(
                     f"objective.{name}: {value!r} is not for labels=tokens, which are the tokenizer's "
@@ -105,8 +101,7 @@ class Hashtag(Objective):
         stated size, or of other labels."""
         if self._vocabulary is None:
             found = Vocabulary.load(self.path)
-            tags = getattr(self, "tags", None)
-            if tags is not None and tags != len(found.tags):
+            if self.tags is not None and self.tags != len(found.tags):
                 raise ValueError(
                     f"objective.tags: {self.tags}, and {self.path} holds {len(found.tags)}. With "
                     f"objective.tags=null it may hold any number."
