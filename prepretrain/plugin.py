@@ -7,6 +7,7 @@ import importlib.util
 import inspect
 import os
 import pkgutil
+import re
 import sys
 import types
 import typing
@@ -32,6 +33,9 @@ SHARED = (
     "captions",
     "supervised",
 )  # files in these folders that are no part, and that parts import
+
+
+_INDEX = re.compile(r"\[\d+\]")  # of an entry of a list, in a key
 
 
 def folders(name: str, packaged: str) -> list[Path]:
@@ -163,7 +167,7 @@ def check(factory: Any, given: dict[str, Any], where: str) -> dict[str, Any]:
         )
     values = {k: coerce(v, hints.get(k, Any), f"{where}.{k}") for k, v in given.items()}
     # parts of others may give our names another meaning
-    section = where if factory.__module__.startswith("prepretrain.") else ""
+    section = _INDEX.sub("", where) if factory.__module__.startswith("prepretrain.") else ""
     for key, value in values.items():
         ranges.check(section, key, value, f"{where}.{key}")
     return values
