@@ -538,6 +538,25 @@ WRONG = {
 }
 
 
+HEADER = "label,youtube_id,time_start,time_end\n"
+BROKEN = {
+    "no time": ("list.csv", HEADER + "run,x,1,11\nrun,y,1\n", "line 3 has no numbers"),
+    "no label": ("list.csv", HEADER + ",x,1,11\n", "line 2 has no label"),
+    "other letters": ("list.csv", HEADER.encode() + b"\xff,x,1,11\n", "not readable as CSV"),
+    "no list": ("list.json", '{"id": 3}', "no list of id and template"),
+    "no json": ("list.json", "[", "no list of id and template"),
+    "no template": ("list.json", '[{"id": "3"}]', "no list of id and template.*KeyError"),
+}
+
+
+@pytest.mark.parametrize("fault", BROKEN)
+def test_a_broken_table_is_an_error_that_names_the_file(tmp_path, fault):
+    name, content, message = BROKEN[fault]
+    (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(ValueError, match=f"{name}: .*{message}"):
+        Videos(path=str(tmp_path), listing=str(tmp_path / name))
+
+
 @pytest.mark.parametrize("fault", WRONG)
 def test_what_is_wrong_with_a_list_is_said_of_all_its_lines_at_once(tmp_path, fault):
     content, message = WRONG[fault]
