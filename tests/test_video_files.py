@@ -195,15 +195,31 @@ def test_a_telephones_rotation_is_applied(tmp_path, turn):
     assert np.array_equal(video.read([2])[0].permute(1, 2, 0), expected)
 
 
+def painted(path: Path, colour: tuple[int, int, int], matrix: str, **colours: int) -> Path:
+    """A video of 10 bits whose frames are of one colour, by the matrix that it names."""
+    with av.open(str(path), "w") as out:
+        stream = out.add_stream("ffv1", rate=25)
+        stream.height, stream.width, stream.pix_fmt = 32, 48, "yuv420p10le"
+        for name, value in colours.items():
+            setattr(stream.codec_context, name, value)
+        pixels = np.full((32, 48, 3), colour, dtype="uint8")
+        frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
+        how = {"format": "yuv420p10le", "dst_colorspace": matrix}
+        frame = frame.reformat(**how)
+        out.mux(stream.encode(frame))
+        out.mux(stream.encode())
+    return path
+
+
 def test_ten_bits_and_hdr_are_read_with_the_matrix_that_the_file_names(tmp_path):
-    grey = np.full((32, 48, 3), 128, dtype="uint8")
-    for name, matrix in (("sdr.mkv", 1), ("hdr.mkv", 9)):  # BT.709, BT.2020
-        path = film(
-            tmp_path / name, "ffv1", pixels="yuv420p10le", colorspace=matrix, frames=2, between=0
-        )
-        video = Video(path)
-        assert np.array_equal(video.read([0, 1]), sequential(path))
-        assert np.abs(video.read([1]).float().mean() - picture(1, *grey.shape[:2]).mean()) < 20
+    colour = (200, 60, 30)
+    hdr = {"color_primaries": 9, "color_trc": 16}  # BT.2020, PQ
+    for name, matrix, colours in (
+        ("709.mkv", "ITU709", {"colorspace": 1}),
+        ("2020.mkv", "BT2020", {"colorspace": 9, **hdr}),
+    ):
+        shown = Video(painted(tmp_path / name, colour, matrix, **colours)).read([0])
+        assert np.abs(shown[0, :, 8, 8].numpy().astype(int) - colour).max() <= 2
 
 
 def test_a_video_goes_to_another_process_and_closes_its_file(tmp_path):
@@ -536,6 +552,25 @@ WRONG = {
     "a path out of the folder": ("../run_1.mp4 1\n", "outside of the folder"),
     "nothing": ("\n", "names no video"),
 }
+
+
+HEADER = "label,youtube_id,time_start,time_end\n"
+BROKEN = {
+    "no time": ("list.csv", HEADER + "run,x,1,11\nrun,y,1\n", "line 3 has no numbers"),
+    "no label": ("list.csv", HEADER + ",x,1,11\n", "line 2 has no label"),
+    "other letters": ("list.csv", HEADER.encode() + b"\xff,x,1,11\n", "not readable as CSV"),
+    "no list": ("list.json", '{"id": 3}', "no list of id and template"),
+    "no json": ("list.json", "[", "no list of id and template"),
+    "no template": ("list.json", '[{"id": "3"}]', "no list of id and template.*KeyError"),
+}
+
+
+@pytest.mark.parametrize("fault", BROKEN)
+def test_a_broken_table_is_an_error_that_names_the_file(tmp_path, fault):
+    name, content, message = BROKEN[fault]
+    (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(ValueError, match=f"{name}: .*{message}"):
+        Videos(path=str(tmp_path), listing=str(tmp_path / name))
 
 
 @pytest.mark.parametrize("fault", WRONG)
