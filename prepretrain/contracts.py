@@ -72,11 +72,11 @@ class Adapts(Protocol):
 
 
 @runtime_checkable
-class ZeroIfMissing(Protocol):
-    """Names parameters that compute nothing at zero, and start so from weights that hold none of
-    them."""
+class MayBeMissing(Protocol):
+    """Names groups of parameters, each of which has its first values (`initialise`) where weights hold
+    none of the group: positions that compute nothing at zero."""
 
-    def zero_if_missing(self) -> set[str]: ...
+    def may_be_missing(self) -> list[set[str]]: ...
 
 
 @runtime_checkable
@@ -109,7 +109,7 @@ class DropsPaths(Protocol):
 
 
 _ALL = (Container, Precise, Initialises, FillsBuffers, NoWeightDecay, Layered)
-_ALL += (Adapts, ZeroIfMissing, ReadsReleased, WritesReleased, FusedAttention, DropsPaths)
+_ALL += (Adapts, MayBeMissing, ReadsReleased, WritesReleased, FusedAttention, DropsPaths)
 NAMES = {name for contract in _ALL for name in _declared(contract)}
 
 

@@ -69,9 +69,12 @@ TINY = {  # each benchmark's arguments; where it takes hours, that it starts
     "memory": "--encoder vit_test8 --batch 1",
     "plan_memory": "--measure hashtag vit_test8 none 1",
     "plan_tables": "--help",
+    "remote_shards": "--latency 0 --rate 999 --compute 0 --batch 2 --rounds 1",
     "scaling_fits": "--draws 1",
+    "tag_counting": "--samples 20 --size 10 --rounds 1",
     "tar_index": "--samples 2 --rounds 1",
     "segmentation_camvid": "--help",
+    "zeroshot_tags": "--help",
 }
 
 

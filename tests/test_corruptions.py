@@ -5,6 +5,7 @@ import io
 import math
 import os
 from pathlib import Path
+from statistics import fmean
 
 import numpy as np
 import pytest
@@ -22,6 +23,7 @@ from prepretrain.evaluation.corruptions import (
     corrupt,
     frost_textures,
 )
+from prepretrain.evaluation.evaluators.robustness import Robustness
 
 _SHARED = os.environ.get("PREPRETRAIN_SHARED_DATA") or Path(__file__).parents[2] / "shared" / "data"
 FROST = Path(_SHARED, "robustness", "frost")
@@ -290,6 +292,28 @@ def test_the_published_textures_of_frost_are_read():
     random = np.random.default_rng(0)
     found = corrupt(image, "frost", 3, random, table="imagenet", textures=textures)
     assert (found.double() - 0.7 * image.double()).min() > -1
+
+
+@pytest.mark.skipif(not FROST.is_dir(), reason=f"no published textures of frost at {FROST}")
+def test_tables_of_classifiers_detectors_and_segmenters_have_frost_with_its_folder(
+    place, tmp_path, group
+):
+    from test_detection_evaluator import evaluated, furnish
+    from test_robustness import classifier
+    from test_segmentation_evaluator import card_of
+    from test_segmentation_evaluator import evaluated as segmented
+
+    how = {"corruptions": ["frost", "contrast"], "severities": [5], "images": 2}
+    how["frost"] = str(FROST)
+    for name in ("boxes", "maps"):
+        (tmp_path / name).mkdir()
+    boxes, maps = furnish(tmp_path / "boxes", 2), card_of(tmp_path / "maps", 2)
+    found = evaluated(tmp_path / "boxes", boxes, **how)
+    assert found["corruption/frost/5/box_AP"] < found["box_AP"]
+    found = segmented(tmp_path / "maps", maps, pictures=0, **how)
+    assert found["mPC"] == fmean(found[f"corruption/{one}/mIoU"] for one in how["corruptions"])
+    found = Robustness(data="colours", classifier="own", **how).run(classifier(), tmp_path)
+    assert {f"corruption/{one}/top1" for one in how["corruptions"]} <= set(found)
 
 
 def test_snow_whitens_and_is_its_own_mirror():

@@ -1,6 +1,7 @@
 """Monocular depth: heads, loss, metrics against closed forms, and runs; segmentation by nearest patches,
 and pictures of features."""
 
+import io
 import json
 import math
 from pathlib import Path
@@ -16,6 +17,9 @@ from test_train import rows, train
 
 import prepretrain
 from prepretrain.data.drawing import heights, principal_colours
+from prepretrain.data.maps import Fitted, Jitter, Scaled, pair
+from prepretrain.data.random import Random
+from prepretrain.data.transforms import BadImage
 from prepretrain.distributed import group as distributed
 from prepretrain.evaluation.evaluators.base import build
 from prepretrain.evaluation.evaluators.depth import errors, inside
@@ -46,6 +50,24 @@ def test_the_part_that_is_measured_is_that_of_each_protocol():
     assert eigen.nonzero().amin(0).tolist() == [124, 44]
     with pytest.raises(ValueError, match="'nyu' is of 480 x 640 pixels, not 100 x 200"):
         inside("nyu", (100, 200))
+
+
+def test_pictures_are_cut_to_kittis_benchmark_with_their_maps():
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(0, 255, (375, 1242, 3)).astype("uint8")
+    depth = rng.uniform(1, 80, (375, 1242)).astype("float32")
+    sample = {"image": png(pixels), "depth": depth, "random": Random(0, 0, 0)}
+    row = Scaled("depth", short=352, canvas=(352, 352), cut=(352, 1216))(sample)
+    assert torch.equal(row["depth"].tensor, torch.from_numpy(depth[23:, 13:1229].copy()))
+    assert torch.equal(
+        row["image_0"].tensor.permute(1, 2, 0), torch.from_numpy(pixels[23:, 13:1229].copy())
+    )
+    part = Jitter("depth", (352, 704), short=352, scale=(1, 1), cut=(352, 1216))(sample)
+    columns = np.unique(part["depth"].numpy()[:1])
+    assert part["size"].tolist() == [352, 704] and np.isin(columns, depth[23, 13:1229]).all()
+    assert Fitted("depth", (88, 304), (352, 1216))(sample)["size"].tolist() == [88, 304]
+    with pytest.raises(BadImage, match="1242 x 375 pixels, of which 1216 x 400 are to be cut out"):
+        pair(sample, "depth", (400, 1216))
 
 
 def test_the_loss_is_that_of_a_ratio_and_leaves_out_what_is_not_known():
@@ -128,10 +150,20 @@ def test_depth_on_frozen_features_is_learnt_and_measured_and_resumes(place, grou
         model, "depth", data="rooms", pictures=0, cap=[0.5, 10], flip=True, feature_batch=1
     )
     assert alone == pytest.approx(found, rel=1e-4)
+    how = {"data": "rooms", "cap": [0.5, 10], "flip": True, "pictures": 1}
+    cut = prepretrain.evaluate(model, "depth", **how, cut=[24, 32])
+    assert cut["measured"] == 6 and cut["AbsRel"] != found["AbsRel"]
     with pytest.raises(ValueError, match="no depth of val lies within depth.cap"):
         prepretrain.evaluate(model, "depth", data="rooms", pictures=0, cap=[20, 30])
     with pytest.raises(ValueError, match="this model says no depths"):
         build("depth", cache=False, data="rooms").check(prepretrain.load("runs/mae"))
+
+
+def png(pixels: np.ndarray) -> bytes:
+    """An image file."""
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "png", compress_level=0)
+    return file.getvalue()
 
 
 def _neighbours(rank: int, folder: str) -> None:

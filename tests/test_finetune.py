@@ -18,12 +18,13 @@ from timm.data.auto_augment import rand_augment_transform
 from torch.testing import assert_close
 
 import prepretrain
+from prepretrain.data.randaugment import RandAugment
 from prepretrain.distributed import group as distributed
 from prepretrain.distributed import shard
 from prepretrain.evaluation.evaluators.accuracy import Accuracy
 from prepretrain.models.export import save
 from prepretrain.models.model import Model
-from prepretrain.objectives.classify import Classify, RandAugment
+from prepretrain.objectives.classify import Classify
 from prepretrain.runs.launch import launch
 from prepretrain.training import optim
 
@@ -154,7 +155,7 @@ def test_weight_decay_spares_one_dimensional_parameters_and_positions(layer_deca
 
 def test_randaugment_is_timms_drawn_by_the_samples_own_randomness():
     model = Model(encoder="vit_test8", head={"classes": 3})
-    augment = RandAugment("rand-m9-mstd0.5-inc1", model)
+    augment = RandAugment("rand-m9-mstd0.5-inc1", model.mean, model.encoder.image_size)
     image = images(1)[0]
     random.seed(5)
     np.random.seed(5)
@@ -180,7 +181,9 @@ def test_every_operation_of_randaugment_takes_every_magnitude(description):
     picture = Image.fromarray(images(1)[0].permute(1, 2, 0).numpy())
     seen = set()
     for magnitude in range(21 if "mmax20" in description else 11):
-        for operation in RandAugment(description.format(magnitude), model).apply.ops:
+        for operation in RandAugment(
+            description.format(magnitude), model.mean, model.encoder.image_size
+        ).apply.ops:
             operation.prob = 1.0
             changed = operation(picture)
             assert (changed.size, changed.mode) == (picture.size, picture.mode)
@@ -190,7 +193,7 @@ def test_every_operation_of_randaugment_takes_every_magnitude(description):
 
 def test_randaugment_at_magnitude_10_posterizes_to_black():
     model = Model(encoder="vit_test8", head={"classes": 3})
-    operations = RandAugment("rand-m10-inc1", model).apply.ops
+    operations = RandAugment("rand-m10-inc1", model.mean, model.encoder.image_size).apply.ops
     (last,) = [operation for operation in operations if operation.name == "PosterizeIncreasing"]
     last.prob = 1.0
     picture = Image.fromarray(images(1)[0].permute(1, 2, 0).numpy())

@@ -5,11 +5,11 @@ from types import SimpleNamespace
 
 import pytest
 
-from prepretrain.data import rarest
-from prepretrain.data import vocabulary as vocabularies
+from prepretrain.data import rarest, spelling
 from prepretrain.data.sources.base import Source
+from prepretrain.data.spelling import canonical
 from prepretrain.data.transforms import BadImage
-from prepretrain.data.vocabulary import Vocabulary, canonical
+from prepretrain.data.vocabulary import Vocabulary
 
 
 @pytest.mark.parametrize(
@@ -46,7 +46,7 @@ def test_ascii_tags_are_spelt_as_any_others_are():
     tags = [a + b for a in signs for b in signs]
     generator = random.Random(0)
     tags += ["".join(generator.choices(signs, k=9)) for _ in range(5000)]
-    assert [canonical(tag) for tag in tags] == [vocabularies._canonical(tag) for tag in tags]
+    assert [canonical(tag) for tag in tags] == [spelling._canonical(tag) for tag in tags]
 
 
 def vocabulary(min_count=2):

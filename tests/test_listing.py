@@ -36,7 +36,7 @@ def test_a_kind_lists_each_of_its_parts(kind):
 def test_a_part_shows_its_options_with_their_defaults():
     text = listing("hashtag")
     assert text.startswith("objectives: hashtag\n  Softmax cross-entropy")
-    assert "  vocabulary: str (required)\n" in text
+    assert "  vocabulary: str | None = None\n" in text and "(required)" in listing("upernet")
     assert "  tags: int | None = None\n" in text
     assert "vocabulary: the file that datasets/hashtags.py wrote" in text
 

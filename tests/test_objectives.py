@@ -336,7 +336,7 @@ def test_evaluation_neither_mixes_nor_erases_nor_smooths_and_pairs_need_an_even_
 
 TEXTUAL = {"text": BPE, "joint": {"width": 16}}
 DECODER = {"decoder_depth": 1, "decoder_width": 32, "decoder_heads": 2}
-OBJECTIVES = {  # options of a small model, and of the objective
+OBJECTIVES = {  # of images: options of a small model, and of the objective
     "classify": ({"head": {"classes": 3}}, {}),
     "clip": (TEXTUAL, {}),
     "depth": ({"head": {"name": "linear_depth"}}, {"short_side": 48}),
@@ -351,7 +351,7 @@ OBJECTIVES = {  # options of a small model, and of the objective
 WHOLE = ("depth", "detection", "segmentation")  # of whose pictures nothing is cut off
 
 
-@pytest.mark.parametrize("name", plugin.names("objectives"))
+@pytest.mark.parametrize("name", sorted(OBJECTIVES))
 def test_every_objective_trains_on_changing_crops_and_is_validated_on_the_centre(
     name, vocabulary, tmp_path, monkeypatch
 ):
@@ -395,7 +395,7 @@ def test_reconstructions_show_the_visible_patches_untouched():
 @pytest.mark.parametrize("name", plugin.names("objectives"))
 def test_every_objective_is_described_and_names_its_fields_and_its_options_types(name):
     found = plugin.find("objectives", name)
-    assert found.__doc__ and "image" in found.fields
+    assert found.__doc__ and {"image", "video"} & set(found.fields)
     assert all(p.annotation is not p.empty for p in plugin.options(found).values())
 
 

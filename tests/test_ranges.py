@@ -15,6 +15,7 @@ from prepretrain import config, plugin, ranges
 from prepretrain.data.mix import Part
 from prepretrain.data.resample import Resample
 from prepretrain.data.subset import Choice
+from prepretrain.data.views import Views
 from prepretrain.evaluation.probing.adapters import ADAPTERS
 from prepretrain.models.encoders.vit import ViT
 from prepretrain.models.joint import Joint
@@ -48,7 +49,7 @@ def declared() -> Iterator[tuple[str, str]]:
             elif numeric(hint):
                 yield section, name
     parts = [(s, plugin.find(k, n)) for k, s in SECTIONS.items() for n in plugin.names(k)]
-    parts += [("model", Model), ("model.joint", Joint), ("data.subset", Choice)]
+    parts += [("model", Model), ("model.joint", Joint), ("data.subset", Choice), ("views", Views)]
     parts += [("data.resample", Resample), ("data.train", Part)]
     for section, factory in [*parts, *(("adapter", one) for one in ADAPTERS.values())]:
         hints = typing.get_type_hints(factory.__init__)

@@ -16,8 +16,9 @@ from test_text import BPE, small
 from prepretrain.data.card import load_card
 from prepretrain.distributed import group as distributed
 from prepretrain.distributed import shard
+from prepretrain.evaluation.evaluators.base import per_class
 from prepretrain.evaluation.evaluators.retrieval import Retrieval, recalls
-from prepretrain.evaluation.evaluators.zeroshot import Zeroshot, classifier, measure, probabilities
+from prepretrain.evaluation.evaluators.zeroshot import Zeroshot, classifier, probabilities
 from prepretrain.evaluation.features import extract, extract_texts
 from prepretrain.models.export import save
 from prepretrain.models.model import Model
@@ -115,7 +116,7 @@ def test_text_features_are_in_the_order_of_the_texts_whatever_the_batch():
 
 def test_the_mean_per_class_counts_classes_and_not_images():
     scores = torch.eye(3)[torch.tensor([0, 0, 0, 1])]
-    found = measure(scores, torch.tensor([0, 0, 0, 2]))
+    found = per_class(scores, torch.tensor([0, 0, 0, 2]))
     assert found["top1"] == 75 and found["mean_per_class"] == 50
 
 

@@ -17,12 +17,17 @@ def main() -> None:
         action="store_true",
         help="a SimMIM run's file under the released files' names, decoder included",
     )
+    parser.add_argument(
+        "--labels",
+        action="store_true",
+        help="a hashtag run's head and vocabulary, as runs write at their end, below the folder",
+    )
     complete(parser)
     asked = parser.parse_args()
     # here and not above, as importing torch takes seconds, which --help does not need
-    from prepretrain.runs.export import export, export_released
+    from prepretrain.runs.export import export, export_labels, export_released
 
-    write = export_released if asked.released else export
+    write = export_released if asked.released else export_labels if asked.labels else export
     try:
         print(write(asked.source, asked.out or Path(asked.source) / "export"))
     except (ValueError, OSError) as error:

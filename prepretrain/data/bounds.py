@@ -215,6 +215,8 @@ def _locked(file: Path) -> Iterator[None]:
             except BlockingIOError:
                 heartbeat.beat("the weights that another process computes")
                 time.sleep(0.1)
+            except OSError:  # a file system without locks: several processes may write the same
+                break
         yield
     finally:
         os.close(handle)

@@ -30,7 +30,7 @@ def draw_objects(
     masks bool [n, H, W] drawn over it. A class has one colour everywhere; a box without area is not drawn.
     """
     ratio = side / max(picture.shape[-2:])
-    picture = _at_side(picture, side)
+    picture = at_side(picture, side)
     size = picture.shape[-2:]
     wide = ((boxes[:, 2:] - boxes[:, :2]) > 0).all(1).nonzero()[:, 0].tolist()
     if not wide:
@@ -60,7 +60,7 @@ def coloured(
 ) -> Tensor:
     """A picture uint8 [3, H, W], resized to a longer side of `side`; with labels [H, W] over it in the
     colours of a palette. Pixels without a class stay as they are, darker."""
-    picture = _at_side(picture, side)
+    picture = at_side(picture, side)
     if labels is None:
         return picture
     small = F.interpolate(labels[None, None].to(torch.uint8), picture.shape[-2:])[0, 0].long()
@@ -108,13 +108,23 @@ def legend(maps: Sequence[Tensor], palette: list, names: Sequence[str], height: 
     return torch.from_numpy(np.array(page)).permute(2, 0, 1)
 
 
+def lines_of_text(lines: Sequence[tuple[str, str]], height: int, width: int = 160) -> Tensor:
+    """uint8 [3, height, width]: lines of (text, colour), cut where there is no room."""
+    page = Image.new("RGB", (width, height), "white")
+    pen, font = ImageDraw.Draw(page), ImageFont.truetype(_font_file(), 12)
+    for place, (text, colour) in enumerate(lines):
+        pen.text((0, 18 * place), text, fill=colour, font=font)
+    return torch.from_numpy(np.array(page)).permute(2, 0, 1)
+
+
 def palette_of(card: Any) -> list[list[int]]:
     """The colours of a card's classes: those that it says, else bright ones."""
     said = card.values.get("palette")
     return said or [list(colour_of(label)) for label in range(len(card.classes))]
 
 
-def _at_side(picture: Tensor, side: int) -> Tensor:
+def at_side(picture: Tensor, side: int) -> Tensor:
+    """A picture uint8 [3, H, W] with a longer side of `side`."""
     resized = F.interpolate(picture[None], _size_at(picture, side), mode="bilinear", antialias=True)
     return resized[0].contiguous()
 

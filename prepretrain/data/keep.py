@@ -8,6 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from prepretrain.data import bounds
+from prepretrain.data.shard_files import Shard, size
 from prepretrain.data.sources.base import fingerprint_of
 from prepretrain.data.weights import Weights
 from prepretrain.distributed import heartbeat
@@ -16,7 +17,7 @@ from prepretrain.files import read_json
 MANIFEST = "manifest.json"  # of a curation, above the folder of its files
 
 
-def read_weights(folder: Path, shards: list[Path], samples: list[int]) -> Weights:
+def read_weights(folder: Path, shards: list[Shard], samples: list[int]) -> Weights:
     """The weights of all samples of these shards, 0 for those that are not kept.
 
     The folder holds a Parquet file for each shard, whose rows are the shard's samples in order, with
@@ -40,7 +41,7 @@ def read_weights(folder: Path, shards: list[Path], samples: list[int]) -> Weight
     return Weights(images, key, lambda where: values[where])
 
 
-def _files(folder: Path, shards: list[Path], samples: list[int]) -> list[Path]:
+def _files(folder: Path, shards: list[Shard], samples: list[int]) -> list[Path]:
     """The file of each shard."""
     if not (folder.parent / MANIFEST).exists():
         files = [folder / f"{shard.stem}.parquet" for shard in shards]
@@ -56,7 +57,7 @@ def _files(folder: Path, shards: list[Path], samples: list[int]) -> list[Path]:
     return files
 
 
-def _check_manifest(file: Path, shards: list[Path], samples: list[int]) -> None:
+def _check_manifest(file: Path, shards: list[Shard], samples: list[int]) -> None:
     """Raises ValueError unless a manifest names these shards."""
     try:
         named = [
@@ -64,7 +65,7 @@ def _check_manifest(file: Path, shards: list[Path], samples: list[int]) -> None:
         ]
     except (KeyError, TypeError) as error:
         raise ValueError(f"{file}: is damaged: {error!r} is no shard.") from error
-    there = [(shard.name, os.stat(shard).st_size, n) for shard, n in zip(shards, samples)]
+    there = [(shard.name, size(shard), n) for shard, n in zip(shards, samples)]
     said = "is another's: it was made from {} (name, bytes, samples), and the data has {}. Curate again."
     if len(named) != len(there):
         raise ValueError(f"{file}: {said.format(f'{len(named)} shards', len(there))}")

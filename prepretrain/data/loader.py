@@ -25,6 +25,7 @@ from prepretrain.distributed import heartbeat
 Transform = Callable[[dict], dict]
 
 _IN_A_ROW = 100  # not from the paper: bad images in a row, after which the data itself is broken
+_AHEAD = 8  # not from the paper: batches, or a window if that is more, that are fetched ahead
 _DETAIL = 200  # characters of what was wrong with an image that are kept
 _OF_A_FILE = (  # what the system says of one file; all else it says is of the machine
     errno.ENOENT,
@@ -132,7 +133,11 @@ class _Training(Dataset):
     def __getitem__(self, positions: np.ndarray) -> dict:
         keys, rows, bad = [], [], []
         part = next(part for part in reversed(self.parts) if part.position <= positions[0])
-        for place in zip(positions, *part.order(positions - part.position)):
+        own = positions - part.position
+        if part.source.reads_ahead:
+            ahead = max(part.order.in_window, _AHEAD * len(own))
+            part.source.read_ahead(part.order(own + ahead)[1])
+        for place in zip(positions, *part.order(own)):
             key, row = self._usable(part, *map(int, place), bad)
             keys.append(key)
             rows.append(row)

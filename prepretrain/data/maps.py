@@ -11,7 +11,7 @@ from torch import Tensor
 
 from prepretrain.data.batch import Ragged
 from prepretrain.data.boxes import Change, Placement, fit, upright
-from prepretrain.data.transforms import resized
+from prepretrain.data.transforms import BadImage, resized
 
 VOID = 255  # in a label map: a pixel without a class
 FILL = {"label_map": VOID, "depth": 0}  # what a map says where there is no picture
@@ -27,7 +27,7 @@ class Jitter:
     canvas's size, padded where it is smaller, and mirrored in half of the cases.
 
     most: the largest share that one class may have of a part's pixels; ten parts are tried. distort:
-    also changes brightness, contrast, saturation and hue.
+    also changes brightness, contrast, saturation and hue. cut: see `pair`.
     """
 
     def __init__(
@@ -39,14 +39,16 @@ class Jitter:
         scale: tuple[float, float],
         most: float = 1.0,
         distort: bool = False,
+        cut: tuple[int, int] | None = None,
     ):
         self.field, self.canvas, self.short = field, canvas, short
-        self.scale, self.most, self.distort = scale, most, distort
+        self.scale, self.most, self.distort, self.cut = scale, most, distort, cut
 
     def __call__(self, sample: dict) -> dict:
-        found, random = sample[self.field], sample["random"]
+        random = sample["random"]
+        whole, found = pair(sample, self.field, self.cut)
         placement = self.placement(found, random)
-        picture = placement.image(upright(sample["image"], found.shape))
+        picture = placement.image(whole)
         if self.distort:
             height, width = placement.extent  # what pads stays as it is
             seen = picture[:, :height, :width]
@@ -68,23 +70,22 @@ class Jitter:
 
 
 class Fitted:
-    """A sample to a row: the whole picture, as large as the canvas takes it."""
+    """A sample to a row: the whole picture, as large as the canvas takes it. cut: see `pair`."""
 
-    def __init__(self, field: str, canvas: tuple[int, int]):
-        self.field, self.canvas = field, canvas
+    def __init__(self, field: str, canvas: tuple[int, int], cut: tuple[int, int] | None = None):
+        self.field, self.canvas, self.cut = field, canvas, cut
 
     def __call__(self, sample: dict) -> dict:
-        found = sample[self.field]
+        picture, found = pair(sample, self.field, self.cut)
         placement = fit(found.shape, self.canvas)
-        picture = placement.image(upright(sample["image"], found.shape))
-        return _row(self.field, picture, placement, found)
+        return _row(self.field, placement.image(picture), placement, found)
 
 
 class Scaled:
     """A sample to a row for a test: the whole picture at several `scales` of a short side of `short`,
     "image_0", "image_1", … as Ragged uint8 [3, h, w] with "size_0", …; and the map as it is, Ragged.
 
-    short None: as large as fits into `canvas`. change: is done to the picture before.
+    short None: as large as fits into `canvas`. change: is done to the picture before. cut: see `pair`.
     """
 
     def __init__(
@@ -95,13 +96,13 @@ class Scaled:
         canvas: tuple[int, int],
         scales: tuple[float, ...] = (1.0,),
         change: Change | None = None,
+        cut: tuple[int, int] | None = None,
     ):
         self.field, self.short, self.canvas = field, short, canvas
-        self.scales, self.change = scales, change
+        self.scales, self.change, self.cut = scales, change, cut
 
     def __call__(self, sample: dict) -> dict:
-        found = sample[self.field]
-        picture = upright(sample["image"], found.shape)
+        picture, found = pair(sample, self.field, self.cut)
         if self.change is not None:
             picture = self.change(picture, sample["random"])
         row = {
@@ -115,6 +116,25 @@ class Scaled:
             row[f"image_{number}"] = Ragged(resized(picture, *size, mode="bilinear"), 0)
             row[f"size_{number}"] = torch.tensor(size)
         return row
+
+
+def pair(sample: dict, field: str, cut: tuple[int, int] | None = None) -> tuple[Tensor, np.ndarray]:
+    """The picture of a sample, uint8 [3, H, W], and its map [H, W].
+
+    cut: of both so many rows, the lowest, and columns, those in the middle, as KITTI's benchmark has.
+    Raises BadImage for a picture that has fewer.
+    """
+    found = sample[field]
+    picture = upright(sample["image"], found.shape)
+    if cut is None:
+        return picture, found
+    (height, width), (rows, columns) = found.shape, cut
+    if height < rows or width < columns:
+        detail = f"{width} x {height} pixels, of which {columns} x {rows} are to be cut out"
+        raise BadImage("smaller than the cut", detail)
+    left = (width - columns) // 2
+    part = np.s_[..., height - rows :, left : left + columns]
+    return picture[part], found[part]
 
 
 def at_short_side(size: tuple[int, int], short: int, scale: float = 1.0) -> tuple[int, int]:

@@ -1,14 +1,17 @@
 """Several data sets as one: what a config may name as its training data, and a source of all parts."""
 
+import bisect
+import itertools
 from collections.abc import Iterable
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from prepretrain import plugin
 from prepretrain.data import card, subset
 from prepretrain.data.sources.base import Source, fingerprint_of
+from prepretrain.data.tags import Tags
 from prepretrain.data.transforms import BadImage
 from prepretrain.data.weights import joined
 
@@ -85,7 +88,7 @@ class Mix(Source):
 
     def __init__(self, names: list[str], sources: list[Source]):
         self.names, self.sources = names, sources
-        self.firsts = np.cumsum([0, *map(len, sources)], dtype=np.int64)
+        self.firsts = [0, *itertools.accumulate(map(len, sources))]
         first, *others = sources
         common = set(first.fields).intersection(*(source.fields for source in others))
         self.fields = tuple(field for field in first.fields if field in common)
@@ -93,6 +96,7 @@ class Mix(Source):
         self.groups = [size for source in sources for size in source.groups]
         self.fingerprint = fingerprint_of(source.fingerprint for source in sources)
         self.stamp = fingerprint_of(source.stamp for source in sources)
+        self.reads_ahead = any(source.reads_ahead for source in sources)
         self.weights = joined([source.weights for source in sources], [*map(len, sources)])
         if all(source.open_at_once is not None for source in sources):
             self.open_at_once = sum(source.open_at_once or 0 for source in sources)
@@ -104,8 +108,8 @@ class Mix(Source):
         return narrowed
 
     def _find(self, index: int) -> tuple[int, int]:
-        number = int(np.searchsorted(self.firsts, index, side="right")) - 1
-        return number, index - int(self.firsts[number])
+        number = bisect.bisect_right(self.firsts, index) - 1
+        return number, index - self.firsts[number]
 
     def _of(self, method: str, index: int) -> Any:
         """What a method of the part's source says of an image."""
@@ -117,8 +121,9 @@ class Mix(Source):
             raise BadImage(error.cause, error.detail, key) from error
 
     def __getitem__(self, index: int) -> dict:
-        sample = self._of("__getitem__", index)
-        return sample | {"key": f"{self.names[self._find(index)[0]]}/{sample['key']}"}
+        sample = dict(self._of("__getitem__", index))
+        sample["key"] = f"{self.names[self._find(index)[0]]}/{sample['key']}"
+        return sample
 
     def key(self, index: int) -> str:
         return f"{self.names[self._find(index)[0]]}/{self._of('key', index)}"
@@ -134,6 +139,27 @@ class Mix(Source):
 
     def texts(self, index: int) -> dict:
         return self._of("texts", index)
+
+    def tags_of_group(self, group: int, of: Literal["hashtags", "captions"] = "hashtags") -> Tags:
+        for source in self.sources:
+            if group < len(source.groups):
+                return source.tags_of_group(group, of)
+            group -= len(source.groups)
+        raise IndexError(f"group {group} past the last")
+
+    def read_ahead(self, indexes: np.ndarray) -> None:
+        for source, first in zip(self.sources, self.firsts):
+            inside = (first <= indexes) & (indexes < first + len(source))
+            if source.reads_ahead and inside.any():
+                source.read_ahead(indexes[inside] - first)
+
+
+def open_together(addresses: str) -> Source:
+    """The source at "card:split", or those of several, one after another, as in web+shop:train."""
+    if addresses in card.card_names() or "+" not in addresses or addresses.endswith(".yaml"):
+        return card.open_data(addresses)
+    parts = [Part(card=address) for address in addresses.split("+")]
+    return Mix([part.name for part in parts], [part.card.open(part.split) for part in parts])
 
 
 def check_classes(parts: list[Part], sources: list[Source], fields: Iterable[str]) -> None:

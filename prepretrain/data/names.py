@@ -9,6 +9,7 @@ logger = logging.getLogger(__name__)
 # The first four are what shards are made of; where a sample has one of them, others are previews.
 USUAL = ("jpg", "jpeg", "png", "webp")
 IMAGES = (*USUAL, "jpe", "jfif", "gif", "bmp", "tif", "tiff", "avif", "ppm", "pgm")
+# A gif is an image in shards, and among videos a video.
 VIDEOS = ("mp4", "m4v", "mov", "avi", "mkv", "webm", "gif")
 _UNREAD_VIDEOS = {"mpg", "mpeg", "wmv", "flv", "ts", "m2ts", "3gp", "ogv", "vob", "rm", "rmvb"}
 _UNREAD = {"heic", "heif", "jxl", "jp2", "svg", "psd", "ico", "tga", "dng", "cr2", "nef", "arw"}

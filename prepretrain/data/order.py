@@ -45,6 +45,11 @@ class Order:
         self.length = images if self._bounds is None else self._bounds.length
         self._shuffled: tuple[int, tuple] = (-1, ())
 
+    @property
+    def in_window(self) -> int:
+        """How many positions a window has on average; 0 without windows."""
+        return self.length * self.window // (len(self._groups) - 1)
+
     def parts(self) -> list[object]:
         """What a fingerprint of this order is made of, beside the data's own."""
         if self._bounds is None:
@@ -133,6 +138,13 @@ class Interleaved:
         self._ends = (np.cumsum(self.counts) + remainders[:, None]) // _BLOCKS
         self._sizes = np.diff(self._ends, axis=1, prepend=0)
         self._before = np.cumsum(self._sizes, axis=0) - self._sizes
+
+    @property
+    def in_window(self) -> int:
+        """See Order.in_window; of the set whose windows take the most positions."""
+        shares = self.counts / self.counts.sum()
+        windows = (order.in_window / share for order, share in zip(self.orders, shares) if share)
+        return int(max(windows))
 
     def parts(self) -> list[object]:
         """See Order.parts."""

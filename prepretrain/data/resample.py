@@ -25,8 +25,8 @@ def repeat_factor(shares: np.ndarray, threshold: float) -> np.ndarray:
 
 
 def inverse_sqrt(shares: np.ndarray, threshold: float) -> np.ndarray:
-    """sqrt(threshold / share), as SWAG (arXiv 2201.08371) says of its data that rare tags come more
-    often, and frequent ones less often; its own threshold is not published."""
+    """sqrt(threshold / share): images of rare tags come more often, those of frequent ones less often.
+    SWAG (arXiv 2201.08371) is thought to draw so; its law is not published in full."""
     return np.sqrt(threshold / shares)
 
 

@@ -1,8 +1,7 @@
 """Handles of videos that decode only the frames that are asked for, at the container's time stamps."""
 
 import os
-from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,60 +9,31 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from prepretrain import plugin
+from prepretrain.data.container import Index, OpenFile, pyav, size_of
 from prepretrain.data.names import is_image, natural_order
-from prepretrain.data.transforms import MAX_PIXELS, MAX_SIDE, BadImage, decode, header
+from prepretrain.data.transforms import BadImage, decode, header
 
-MAX_FRAMES = 10_000_000  # not from the paper: of a video, four days at 30 a second
-# What FFmpeg may open, of what data name: neither playlists nor other files or addresses within a file.
-CONTAINERS = ("mov", "matroska", "avi", "gif")
-DECODERS = (
-    *(
-        "h264",
-        "hevc",
-        "libdav1d",
-        "av1",
-        "vp8",
-        "vp9",
-        "mpeg4",
-        "msmpeg4v1",
-        "msmpeg4v2",
-        "msmpeg4",
-    ),
-    *("mpeg1video", "mpeg2video", "h263", "mjpeg", "gif", "ffv1", "rawvideo"),
-)
-
-_OPTIONS = {
-    "format_whitelist": ",".join(CONTAINERS),
-    "codec_whitelist": ",".join(DECODERS),
-    "protocol_whitelist": "none",
-    "max_pixels": str(MAX_PIXELS),
-}
-_BUFFER = 1 << 16  # bytes that FFmpeg reads at a time
-_RATE = 30.0  # not from the paper: of a video of one frame whose container says none
+MAX_RUN = 50_000  # not from the paper: frames that are decoded for the sake of one
 
 
 class Clip:
     """A video of which single frames can be read.
 
     times: float64 [frames], when each frame is shown, in seconds after the first; frames are numbered
-    in this order. seconds: from the first to the end of the last. size: (height, width), upright.
+    in this order. seconds: from the first to the end of the last. rate: the mean number of frames a
+    second. size: (height, width), upright.
     """
 
     key: str
     times: np.ndarray
     seconds: float
+    rate: float
     size: tuple[int, int]
 
     @property
     def frames(self) -> int:
         """How many frames there are."""
         return len(self.times)
-
-    @property
-    def rate(self) -> float:
-        """The mean number of frames a second."""
-        return self.frames / self.seconds
 
     def read(self, numbers: Sequence[int]) -> Tensor:
         """The frames of these numbers, which may repeat, uint8 [T, 3, H, W]."""
@@ -88,8 +58,8 @@ class Video(Clip):
     def __init__(self, path: str | Path, *, span: tuple[int, int] | None = None, key: str = ""):
         """span: (offset, size) in bytes, of a part of the file."""
         self.path, self.span, self.key = Path(path), span, key or str(path)
-        self._opened: _Container | None = None
-        self._index: _Index | None = None
+        self._opened: OpenFile | None = None
+        self._index: Index | None = None
         self._size: tuple[int, int] | None = None
 
     def __getstate__(self) -> dict:
@@ -104,6 +74,11 @@ class Video(Clip):
     def seconds(self) -> float:
         """See Clip."""
         return self._indexed().seconds
+
+    @property
+    def rate(self) -> float:
+        """See Clip."""
+        return self._indexed().rate
 
     @property
     def size(self) -> tuple[int, int]:
@@ -122,60 +97,75 @@ class Video(Clip):
                     clip = np.empty((len(asked), *picture.shape), dtype=np.uint8)
                 for place in (i for i, other in enumerate(asked) if other == number):
                     clip[place] = picture
-        except _av().error.FFmpegError as error:
-            raise self._bad("unreadable", str(error)) from error
+        except pyav().error.FFmpegError as error:
+            raise self._unreadable(error) from error
         self._size = clip.shape[1:3]
         return torch.from_numpy(clip).permute(0, 3, 1, 2)
 
     def close(self) -> None:
         """Closes the file, which happens by itself when nothing refers to the video any more."""
+        if self._opened is not None:
+            self._opened.close()
         self._opened = None
 
     def _pictures(self, wanted: list[int]) -> Iterator[tuple[int, np.ndarray]]:
         """(number, uint8 [H, W, 3]) of each frame that is wanted, in rising order."""
         index, convert = self._indexed(), _Converter()
+        stamps = set(index.stamps[wanted].tolist())
         frames, last, frame = iter(()), -1, None
         for number in wanted:
+            if number - index.key_before(number) > MAX_RUN:
+                detail = f"frame {number}; the limit is {MAX_RUN:,} frames"
+                raise self._bad("too far from a key frame", detail)
             if last < 0 or index.key_before(number) > last:
-                frames, last = self._from_key(number), -1
+                frames, last = self._from_key(number, stamps), -1
             while last < number:
                 last, frame = next(frames, (index.count, None))
             if last > number:
                 raise self._bad("undecodable frame", f"frame {number} of {index.count}")
             yield number, convert(frame)
 
-    def _from_key(self, number: int) -> Iterator[tuple[int, Any]]:
-        """(number, frame) of each frame that the decoder gives from the key frame before this one."""
-        index, container = self._indexed(), self._container(afresh=self._index.in_order)
-        if index.in_order:
-            return enumerate(container.decoded())
-        key = index.keys[bisect_right(index.key_numbers, number) - 1]
+    def _from_key(self, number: int, stamps: set[int]) -> Iterator[tuple[int, Any]]:
+        """(number, frame) of frames from the key frame before this one on; those that no other frame is
+        decoded from are left out where they are not of `stamps`."""
+        index, container = self._indexed(), self._container()
+        key = index.keys[0] if index.in_order else index.keys[index.place_before(number)]
         packets = container.packets_from(key)
-        if packets is None:  # its index of places is broken or lacks
-            packets = self._container(afresh=True).packets()
-        return index.numbered(self._opened.decoded(packets))
+        if packets is None:
+            container = self._container(afresh=True)
+            packets = container.packets()
+        if index.in_order:
+            return enumerate(container.decoded(packets))
+        return index.numbered(container.decoded(packets, stamps))
 
-    def _indexed(self) -> "_Index":
+    def _indexed(self) -> "Index":
         if self._index is None:
             try:
-                self._index = _Index(self._container())
-            except _av().error.FFmpegError as error:
-                raise self._bad("unreadable", str(error)) from error
+                self._index = Index(self._container())
+            except pyav().error.FFmpegError as error:
+                raise self._unreadable(error) from error
             except BadImage as error:
                 raise self._bad(error.cause, error.detail) from error
         return self._index
 
-    def _container(self, afresh: bool = False) -> "_Container":
+    def _container(self, afresh: bool = False) -> "OpenFile":
         opened = self._opened
         if afresh or opened is None or opened.process != os.getpid():
-            self._opened = None  # closed before the next is opened
+            self._opened = None
             try:
-                self._opened = _Container(self.path, self.span)
-            except _av().error.FFmpegError as error:
-                raise self._bad("unreadable", str(error)) from error
+                self._opened = OpenFile(self.path, self.span)
+            except pyav().error.FFmpegError as error:
+                raise self._unreadable(error) from error
             except BadImage as error:
                 raise self._bad(error.cause, error.detail) from error
         return self._opened
+
+    def _unreadable(self, error: Exception) -> BadImage:
+        """What an error of FFmpeg says of this file; "cannot allocate" is one, too, of sizes in it that are
+        none. Errors of the machine are those of reading it, which are no errors of FFmpeg."""
+        said = getattr(error, "strerror", None) or str(error)
+        read = "mp4, mov, mkv, webm, avi and gif are read"
+        return self._bad("unreadable", f"{size_of(self.path, self.span):,} bytes: {said} ({read})")
 
     def _bad(self, cause: str, detail: str) -> BadImage:
         return BadImage(cause, detail, self.key)
@@ -186,7 +176,7 @@ class RawFrames(Clip):
 
     def __init__(self, path: str | Path, rate: float, *, key: str = ""):
         """rate: frames a second, which image files do not say."""
-        self.path, self.key, self._rate = Path(path), key or str(path), rate
+        self.path, self.key, self.rate = Path(path), key or str(path), rate
         names = (entry.name for entry in os.scandir(path))
         self._names = sorted((name for name in names if is_image(name)), key=natural_order)
         if not self._names:
@@ -217,174 +207,18 @@ class RawFrames(Clip):
             raise BadImage(error.cause, detail, self.key) from error
 
 
-class _Index:
-    """The time stamps of a video's frames and which of them are key frames; nothing is decoded."""
-
-    def __init__(self, container: "_Container"):
-        stamps, keys, reordered, bare, last = [], [], False, False, 0
-        for packet in container.packets():
-            if not packet.size or packet.is_corrupt:
-                continue
-            pts, dts = packet.pts, packet.dts
-            if pts is None and dts is None:
-                bare = True
-                pts = len(stamps)
-            reordered |= pts != dts and dts is not None
-            if (
-                container.kind == "avi" or pts is None
-            ):  # of AVI, FFmpeg guesses when a frame is shown
-                pts = dts
-            if packet.is_keyframe:
-                keys.append(pts)
-            if not packet.is_discard and (keys or container.kind == "gif"):
-                stamps.append(pts)
-                last = packet.duration or 0
-            if len(stamps) > MAX_FRAMES:
-                raise BadImage("too long", f"more than {MAX_FRAMES:,} frames")
-        stamps = np.sort(np.array(stamps, dtype=np.int64))
-        if keys:
-            stamps = stamps[stamps >= keys[0]]
-        if not len(stamps):
-            raise BadImage("no frame", "there is no packet from which one could be decoded")
-        # Where frames cannot be told by their stamps, or depend on all before, decoding starts at the first.
-        self.in_order = bare or container.kind == "gif" or container.kind == "avi" and reordered
-        self.stamps, self.count = stamps, len(stamps)
-        self.keys = sorted(set(keys))
-        self.key_numbers = np.searchsorted(stamps, self.keys).tolist()
-        unit = 1.0 if container.time_base is None else float(container.time_base)
-        self.times = (stamps - stamps[0]) * unit
-        self.seconds = self._seconds(last * unit, container.rate)
-
-    def _seconds(self, duration: float, rate: float) -> float:
-        """Until the end of the last frame, which lasts as long as the mean one if nothing is said."""
-        span = float(self.times[-1])
-        if self.count > 1 and span > 0:
-            return span + span / (self.count - 1)
-        return duration or self.count / rate
-
-    def key_before(self, number: int) -> int:
-        """The number of the frame from which decoding leads to this one."""
-        if self.in_order:
-            return 0
-        return self.key_numbers[bisect_right(self.key_numbers, number) - 1]
-
-    def numbered(self, frames: Iterable[Any]) -> Iterator[tuple[int, Any]]:
-        """(number, frame), without frames that have no number."""
-        last = -1
-        for frame in frames:
-            if frame.pts is None:
-                continue
-            number = int(np.searchsorted(self.stamps, frame.pts))
-            if number == last:  # two frames with one stamp
-                number += 1
-            if number < self.count and self.stamps[number] == frame.pts:
-                last = number
-                yield number, frame
-
-
-class _Container:
-    """An open file, its best video stream, and the decoder."""
-
-    def __init__(self, path: Path, span: tuple[int, int] | None):
-        av = _av()
-        self.process = os.getpid()
-        self._file = _Part(path, span)
-        self._input = av.open(self._file, options=_OPTIONS, buffer_size=_BUFFER)
-        pictures = av.stream.Disposition.attached_pic  # the cover of a song
-        streams = [one for one in self._input.streams.video if not one.disposition & pictures]
-        if not streams:
-            raise BadImage("no video stream", f"{self._input.format.name}")
-        self._stream = max(streams, key=lambda one: (one.width * one.height, -one.index))
-        self._check()
-        self.kind = self._input.format.name
-        self.time_base = self._stream.time_base
-        self.rate = float(self._stream.average_rate or _RATE)
-
-    def _check(self) -> None:
-        context = self._stream.codec_context
-        if context is None or context.codec.name not in DECODERS:
-            name = self._stream.codec_tag if context is None else context.codec.name
-            raise BadImage("unreadable codec", f"{name}; read are {', '.join(DECODERS)}")
-        width, height = context.width, context.height
-        if width * height > MAX_PIXELS or max(width, height) > MAX_SIDE:
-            limit = f"the limit is {MAX_PIXELS}, and {MAX_SIDE} a side"
-            raise BadImage("too large", f"frames of {width} x {height} pixels, {limit}")
-        context.options = {"max_pixels": str(MAX_PIXELS)}
-        context.thread_type, context.thread_count = "NONE", 1
-
-    def packets(self) -> Iterator[Any]:
-        """The packets from here to the end, or to where the file breaks off."""
-        try:
-            yield from self._input.demux(self._stream)
-        except _av().error.InvalidDataError:
-            return
-
-    def packets_from(self, stamp: int) -> Iterator[Any] | None:
-        """The packets from the key frame of this stamp on, or from an earlier one; None if the file
-        cannot be sought in."""
-        try:
-            self._input.seek(stamp, stream=self._stream)
-        except _av().error.FFmpegError:
-            return None
-        packets = self.packets()
-        first = next((one for one in packets if one.size), None)
-        if first is None or not first.is_keyframe or first.pts is None or first.pts > stamp:
-            return None
-        return _chained(first, packets)
-
-    def decoded(self, packets: Iterable[Any] | None = None) -> Iterator[Any]:
-        """The frames of packets; a packet that does not decode gives none."""
-        invalid = _av().error.InvalidDataError
-        for packet in self.packets() if packets is None else packets:
-            try:
-                yield from self._stream.decode(packet if packet.size else None)
-            except invalid:
-                continue
-            except EOFError:
-                return
-
-
-def _chained(first: Any, rest: Iterable[Any]) -> Iterator[Any]:
-    yield first
-    yield from rest
-
-
-class _Part:
-    """A file, or a part of one, as PyAV reads it."""
-
-    def __init__(self, path: Path, span: tuple[int, int] | None):
-        self._file = open(path, "rb", buffering=0)
-        self._start, self._bytes = span or (0, os.fstat(self._file.fileno()).st_size)
-        self._at = 0
-
-    def read(self, size: int) -> bytes:
-        size = min(size, self._bytes - self._at)
-        data = os.pread(self._file.fileno(), size, self._start + self._at) if size > 0 else b""
-        self._at += len(data)
-        return data
-
-    def seek(self, offset: int, whence: int = 0) -> int:
-        self._at = max(0, offset + (0, self._at, self._bytes)[whence])
-        return self._at
-
-    def tell(self) -> int:
-        return self._at
-
-    def close(self) -> None:
-        self._file.close()
-
-
 class _Converter:
     """Frames to upright RGB, all of the size of the first."""
 
     def __init__(self):
-        self._reformatter, self._size = _av().video.reformatter.VideoReformatter(), None
+        self._reformatter, self._size = pyav().video.reformatter.VideoReformatter(), None
 
     def __call__(self, frame: Any) -> np.ndarray:
         self._size = self._size or (frame.width, frame.height)
         width, height = self._size
+        # bicubic, as FFmpeg's command and torchcodec; it makes a difference to 10 bits
         plain = self._reformatter.reformat(
-            frame, width=width, height=height, format="rgb24", threads=1
+            frame, width, height, "rgb24", interpolation="BICUBIC", threads=1
         )
         return _upright(plain.to_ndarray(), frame)
 
@@ -400,14 +234,3 @@ def _upright(picture: np.ndarray, frame: Any) -> np.ndarray:
     if a < 0:
         picture = picture[:, ::-1]
     return picture[::-1] if d < 0 else picture
-
-
-def _av() -> Any:
-    import av
-
-    return av
-
-
-def require() -> None:
-    """Raises ValueError where PyAV, which decodes, is not installed."""
-    plugin.require("av", "video", "videos")

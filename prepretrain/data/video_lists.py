@@ -32,7 +32,7 @@ def read_list(
     of lists like HMDB51's. Raises ValueError, which names all entries that are wrong.
     """
     stems = True
-    if glob.has_magic(listing) and not os.path.exists(listing):
+    if glob.has_magic(os.path.basename(listing)) and not os.path.exists(listing):
         entries = _marked(listing, marked)
     elif not os.path.isfile(listing):
         raise ValueError(f"{listing}: is no file.")
@@ -121,7 +121,8 @@ def _marked(listing: str, marked: int | None) -> Entries:
             f"{listing}: source.marked must say which lines are read: 1 for training, 2 for the test."
         )
     entries: Entries = []
-    for file in sorted(glob.glob(listing)):
+    folder, pattern = os.path.split(listing)
+    for file in sorted(glob.glob(os.path.join(glob.escape(folder), pattern))):
         match = _PART.fullmatch(os.path.basename(file))
         if match is None:
             raise ValueError(f"{file}: is not called <class>_test_split<number>.txt.")

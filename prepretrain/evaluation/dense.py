@@ -12,10 +12,9 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from prepretrain.data.boxes import upright
 from prepretrain.data.drawing import coloured, legend, palette_of, sheet
 from prepretrain.data.loader import evaluation_batches, to_device
-from prepretrain.data.maps import Scaled
+from prepretrain.data.maps import Scaled, pair
 from prepretrain.data.random import Random
 from prepretrain.data.sources.base import Source, fingerprint_of
 from prepretrain.data.subset import Subset, evenly, evenly_spaced
@@ -42,6 +41,7 @@ class DenseEvaluator(Evaluator):
     """
 
     field: str  # of the samples, what a picture is compared with
+    cut: tuple[int, int] | None = None  # of picture and map, before all else: see data/maps.py
 
     def __init__(
         self,
@@ -225,7 +225,14 @@ class DenseEvaluator(Evaluator):
         squash = (lambda values: values) if single else self.squash
         reader = evaluation_batches(
             source.only(["image", self.field]),
-            Scaled(self.field, short=short, canvas=canvas, scales=self.scales, change=change),
+            Scaled(
+                self.field,
+                short=short,
+                canvas=canvas,
+                scales=self.scales,
+                change=change,
+                cut=self.cut,
+            ),
             batch_size=1,  # pictures differ in size, so windows are what a batch is made of
             workers=self.workers,
         )
@@ -289,8 +296,8 @@ class LabelMapEvaluator(DenseEvaluator):
         rows = []
         for index, found in enumerate(said):
             sample = source[index]
-            truth = torch.from_numpy(sample["label_map"])
-            picture = upright(sample["image"], truth.shape)
+            picture, labels = pair(sample, "label_map")
+            truth = torch.from_numpy(labels)
             if change is not None:
                 picture = change(picture, Random(0, 0, index))
             shown = [coloured(picture, one, palette) for one in (truth, found)]

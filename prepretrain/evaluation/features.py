@@ -27,6 +27,7 @@ from prepretrain.data.transforms import (
     sides,
     squash,
 )
+from prepretrain.data.views import Views
 from prepretrain.distributed import group as distributed
 from prepretrain.distributed.shared import SharedRows
 from prepretrain.evaluation.feature_store import Store, file_name, size
@@ -55,6 +56,7 @@ def extract(
     share: float = 0.875,
     resize: Literal["crop", "squash"] = "crop",
     change: Change | None = None,
+    views: Views | None = None,
     labelled: bool = True,
     cache: Path | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -64,7 +66,9 @@ def extract(
     Model.features', and pool "tokens": all tokens, float16 [n, T, D], only with a cache; `name` is
     what errors call the source; `share` is how much of the short side is seen, where `resize` is
     "crop": the centre ("squash" shows all, without keeping the aspect); `change` is done to each
-    image then; not `labelled` needs no labels, and gives zeros.
+    image then; not `labelled` needs no labels, and gives zeros. views: of a source of videos, what is
+    seen of each, in place of share and resize: the mean over its views, and over the frames of a model
+    of images; `batch_size` then counts videos.
 
     cache: a folder that all ranks see, in which features are kept under a hash of the weights, the
     model's options, the data's fingerprint and stamp, and how they are read; what is returned is then
@@ -87,13 +91,18 @@ def extract(
             f"{name}: all tokens of all images are kept on disk only. Give extract a cache; an "
             "evaluator has none within a run, so use --stage eval/… there."
         )
-    source = source.only(("image", "label") if labelled else ("image",))
+    field = "image" if views is None else "video"
+    source = source.only((field, "label") if labelled else (field,))
     image_size = image_size or model.encoder.image_size
-    centre = Centre(image_size, share, resize, change, labelled and cache is None)
+    seen, compute = labelled and cache is None, _features
+    if views is None:
+        centre = Centre(image_size, share, resize, change, seen)
+    else:
+        centre, compute = views.of(model.encoder, seen), _clip_features
 
     def passed(some: Any) -> Iterator[_Part]:
         batches = evaluation_batches(some, centre, batch_size=batch_size, workers=workers)
-        return _parts(batches, partial(_features, model, pool=pool, layer=layer), len(some), name)
+        return _parts(batches, partial(compute, model, pool=pool, layer=layer), len(some), name)
 
     with frozen(model):
         if cache is None:
@@ -101,9 +110,12 @@ def extract(
         height, width = sides(image_size)
         data = [*state(source), len(source)]
         reading = [_VERSION, pool, layer, plain_size((height, width)), share, resize]
+        shape = [1, 3, height, width]
+        if views is not None:
+            reading += views.asked()
+            shape = [1, views.count, 3, views.length(model.encoder), height, width]
         key = fingerprint_of([fingerprint(model), *data, *reading])
-        example = torch.zeros(1, 3, height, width, dtype=torch.uint8)
-        row = partial(_features, model, example, pool, layer)
+        row = partial(compute, model, torch.zeros(shape, dtype=torch.uint8), pool, layer)
         labels = labels_of(source) if labelled else torch.zeros(len(source), dtype=torch.int64)
         path = cache / f"{file_name(name)}-{key}"
         return _cached(path, source, row, passed, batch_size, name), labels
@@ -140,6 +152,16 @@ def _features(model: nn.Module, image: Tensor, pool: str, layer: int | None) -> 
     return model.features(image, pool, layer).float()
 
 
+def _clip_features(model: nn.Module, clips: Tensor, pool: str, layer: int | None) -> Tensor:
+    """uint8 [B, views, 3, T, H, W] to [B, D], or with pool "tokens" to those of all views [B, L, D]."""
+    B, views = clips.shape[:2]
+    seen = clips.flatten(0, 1)
+    if model.encoder.frames is None:  # its frames one by one
+        seen = seen.transpose(1, 2).flatten(0, 1)
+    features = _features(model, seen, pool, layer).unflatten(0, (B, -1))
+    return features.flatten(1, 2) if pool == "tokens" else features.mean(1)
+
+
 def _parts(
     batches: Iterator[dict], compute: Callable[[Tensor], Tensor], count: int, name: str
 ) -> Iterator[_Part]:
@@ -149,7 +171,7 @@ def _parts(
     """
     seen = torch.zeros(count, dtype=torch.int64)
     for batch in batches:
-        features = compute(batch["image"])
+        features = compute(batch["image"] if "image" in batch else batch["clip"])
         # a row that only fills the batch has the position -1
         about = torch.stack([torch.tensor(batch["position"]), batch["label"]], dim=1)
         row = features[0].numel() * features.element_size() * distributed.world()

@@ -80,16 +80,20 @@ class Model(nn.Module):
             buffer.copy_((torch.tensor(colour, device="cpu") * 255).view(3, 1, 1))
 
     def normalise(self, image: Tensor) -> Tensor:
-        """[B, 3, H, W] of 0 to 255 to float32, by mean and std, on the model's device."""
-        return (image.float() - self.shift) / self.scale
+        """[B, 3, H, W], or clips [B, 3, T, H, W], of 0 to 255 to float32, by mean and std, on the
+        model's device."""
+        shift, scale = self.shift, self.scale
+        if image.ndim == 5:
+            shift, scale = shift[:, None], scale[:, None]
+        return (image.float() - shift) / scale
 
     def denormalise(self, image: Tensor) -> Tensor:
         """float [B, 3, H, W] back to uint8, clipped to what a picture can show."""
         return (image.float() * self.scale + self.shift).round().clamp(0, 255).to(torch.uint8)
 
     def forward(self, image: Tensor, **how: Any) -> Tensor:
-        """uint8 [B, 3, H, W] to tokens [B, prefix + N, D]; how: keep, hide and layer, as
-        Encoder.forward's."""
+        """uint8 [B, 3, H, W], of clips [B, 3, T, H, W], to tokens [B, prefix + N, D]; how: keep, hide
+        and layer, as Encoder.forward's."""
         return self.encode(self.normalise(image), **how)
 
     def encode(self, image: Tensor, **how: Any) -> Tensor:
@@ -176,7 +180,8 @@ class Model(nn.Module):
         if self.text is None:
             raise ValueError(
                 f"{who}: this model has no text tower. Stage two with captions makes one: "
-                f"--stage wsp_clip or --stage wsp_lit, from this model with --init."
+                f"--stage wsp_clip or --stage wsp_lit, from this model with --init. One trained on hashtags "
+                f"is measured by --stage eval/zeroshot_tags."
             )
 
 

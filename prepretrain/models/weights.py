@@ -184,10 +184,10 @@ def fill(module: nn.Module, weights: Weights) -> None:
     weights = _renamed(module, weights)
     _check(module, weights)
     targets = module.state_dict(keep_vars=True)
-    zero = _zero_if_missing(module, weights)
+    missing = _may_be_missing(module, weights)
     for name, target in targets.items():
-        if name in zero:
-            put(target, torch.zeros(target.shape))
+        if name in missing:
+            put(target, _first_values(*missing[name], target))
             continue
         put(target, _adapted(module, name, weights.read(name), weights.options or {}))
     left = [k for k in weights.shapes if k not in targets]
@@ -230,7 +230,7 @@ def _check(module: nn.Module, weights: Weights) -> None:
         shape = tuple(_adapted(module, name, given, weights.options or {}).shape)
         if shape != tuple(targets[name].shape):
             problems.append(f"{name} is {shape} and must be {tuple(targets[name].shape)}")
-    known = weights.shapes.keys() | _zero_if_missing(module, weights)
+    known = weights.shapes.keys() | _may_be_missing(module, weights).keys()
     problems += [f"missing {k}" for k in targets if k not in known]
     if problems:
         more = f"\n  … and {len(problems) - 20} more" if len(problems) > 20 else ""
@@ -242,15 +242,23 @@ def _check(module: nn.Module, weights: Weights) -> None:
         )
 
 
-def _zero_if_missing(module: nn.Module, weights: Weights) -> set[str]:
-    """The parameters that are zero, since the weights hold none of their kind: see
-    contracts.ZeroIfMissing."""
-    found = set()
+def _may_be_missing(module: nn.Module, weights: Weights) -> dict[str, tuple[nn.Module, str]]:
+    """(owner, its name there) of each parameter of which the weights hold no group: see
+    contracts.MayBeMissing."""
+    found: dict[str, tuple[nn.Module, str]] = {}
     for place, owner in module.named_modules():
-        if isinstance(owner, contracts.ZeroIfMissing):
-            names = {f"{place}.{name}".lstrip(".") for name in owner.zero_if_missing()}
-            found |= set() if names & weights.shapes.keys() else names
+        if isinstance(owner, contracts.MayBeMissing):
+            for group in owner.may_be_missing():
+                names = {f"{place}.{name}".lstrip("."): (owner, name) for name in group}
+                found |= {} if names.keys() & weights.shapes.keys() else names
     return found
+
+
+def _first_values(owner: nn.Module, name: str, target: Tensor) -> Tensor:
+    """What a parameter starts with, the same at each call."""
+    values = torch.empty(target.shape)
+    owner.initialise(name, values, torch.Generator().manual_seed(0))
+    return values
 
 
 def _owner(name: str) -> str:

@@ -2,6 +2,7 @@
 them."""
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from prepretrain.data.transforms import (
     resize_center_crop,
     sides,
 )
+from prepretrain.data.weights import Weights as ImageWeights
 from prepretrain.models.model import Model
 from prepretrain.models.weights import Weights
 
@@ -31,7 +33,7 @@ class Objective(nn.Module):
     """
 
     fields: tuple[str, ...] = ("image",)  # what it needs of a sample: see Source.FIELDS
-    whole_batch = False  # compares all images of a batch, so a process must take its share at once
+    whole_batch = False  # looks at all images of a batch, so a process must take its share at once
     multiple = 1  # a process takes a multiple of so many images at a time
     needs_init = False  # makes no sense without weights to start from
     # what it asks of a Model: of "encoder" ways of encoding (Encoder.takes); of "head" and "text",
@@ -98,10 +100,14 @@ class Objective(nn.Module):
                 f"labels; hashtags and captions are read from shards and Parquet (datasets/README.md)."
             )
 
-    def repeats(self, source: Any) -> np.ndarray | None:
+    def repeats(self, source: Any) -> np.ndarray | ImageWeights | None:
         """How often each image of the training data comes in an epoch on average, float64
         [len(source)], 0 for never; None for once each. All processes call it together."""
         return None
+
+    def export(self, folder: Path) -> None:
+        """Writes what a finished run gives beside its model into the export's folder. All processes call
+        it together."""
 
     def reconstruct(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         """{"original", "masked", "reconstructed"} uint8 [B, 3, H, W], where the objective predicts
@@ -145,14 +151,19 @@ def blank_images(count: int, size: Size) -> Tensor:
 
 
 def cropped_image(
-    sample: dict[str, Any], size: Size, crop_scale: tuple[float, float] | None
+    sample: dict[str, Any],
+    size: Size,
+    crop_scale: tuple[float, float] | None,
+    mirrored: bool = True,
 ) -> Tensor:
-    """A sample's image as uint8 [3, H, W] of that size: a random resized crop and flip, by the
-    sample's own randomness; with crop_scale None the fixed centre crop of validation."""
+    """A sample's image as uint8 [3, H, W] of that size: a random resized crop, mirrored or not, by the
+    sample's own randomness; with crop_scale None the fixed centre crop of validation. mirrored: whether
+    a crop may be."""
     random, image = sample["random"], decode(sample["image"])
     if crop_scale is None:
         return resize_center_crop(image, size)
-    return flip(random_resized_crop(image, size, random("crop"), scale=crop_scale), random("flip"))
+    crop = random_resized_crop(image, size, random("crop"), scale=crop_scale)
+    return flip(crop, random("flip")) if mirrored else crop
 
 
 class MaskedObjective(Objective):

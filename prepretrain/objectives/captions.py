@@ -9,20 +9,14 @@ from torch import Tensor, nn
 
 from prepretrain import plugin
 from prepretrain.data.batch import Ragged
-from prepretrain.data.transforms import (
-    BadImage,
-    Size,
-    decode,
-    random_resized_crop,
-    resize_center_crop,
-)
-from prepretrain.data.vocabulary import canonical
+from prepretrain.data.spelling import canonical
+from prepretrain.data.transforms import BadImage, Size
 from prepretrain.losses.contrastive import BIASED, LOSSES
 from prepretrain.models.load import open_text
 from prepretrain.models.model import Model
 from prepretrain.models.text.base import Tokenizer, Tower
 from prepretrain.models.weights import Weights
-from prepretrain.objectives.base import Objective, blank_images
+from prepretrain.objectives.base import Objective, blank_images, cropped_image
 
 MULTIPLE = 16  # of texts' lengths in tokens: where blocks are compiled, each length is a graph
 
@@ -47,23 +41,12 @@ class Captioned:
     def __call__(self, sample: dict[str, Any]) -> dict[str, Any]:
         """Raises BadImage("no caption"), or "bad metadata" for one that is no Unicode text, which the
         loader substitutes and counts."""
-        found = captions(sample, self.hashtags)
-        if not found:
-            raise BadImage("no caption")
-        train, random = self.crop_scale is not None, sample["random"]
-        caption = found[int(random("caption").integers(len(found))) if train else 0]
-        try:
-            caption.encode()  # json may hold halves of a sign, which no tokenizer takes
-        except UnicodeEncodeError as error:
-            raise BadImage("bad metadata", f"caption: {error}") from error
+        caption = drawn_caption(sample, self.crop_scale is not None, self.hashtags)
         count = self.tokenizer.count(caption)
         if count == 0:
             raise BadImage("no caption", f"{caption[:40]!r} has no token")
-        image = decode(sample["image"])
-        if train:  # not mirrored: left and right are words
-            image = random_resized_crop(image, self.size, random("crop"), scale=self.crop_scale)
-        else:
-            image = resize_center_crop(image, self.size)
+        # not mirrored: left and right are words
+        image = cropped_image(sample, self.size, self.crop_scale, mirrored=False)
         cut = int(count > self.tokenizer.room)
         tokens = self.tokenizer([caption])[0]
         if self.padding is not None:
@@ -75,6 +58,20 @@ def _trimmed(tokens: Tensor, padding: int) -> Tensor:
     """Tokens [L] without the padding at their end, but for what makes their number a MULTIPLE."""
     length = int((tokens != padding).nonzero()[-1]) + 1
     return tokens[: -(-length // MULTIPLE) * MULTIPLE]
+
+
+def drawn_caption(sample: dict[str, Any], train: bool, hashtags: bool = False) -> str:
+    """One of a sample's captions by its own randomness, in validation the first. Raises
+    BadImage("no caption"), or "bad metadata" for one that is no Unicode text."""
+    found = captions(sample, hashtags)
+    if not found:
+        raise BadImage("no caption")
+    caption = found[int(sample["random"]("caption").integers(len(found))) if train else 0]
+    try:
+        caption.encode()  # json may hold halves of a sign, which no tokenizer takes
+    except UnicodeEncodeError as error:
+        raise BadImage("bad metadata", f"caption: {error}") from error
+    return caption
 
 
 def captions(sample: dict[str, Any], hashtags: bool = False) -> list[str]:

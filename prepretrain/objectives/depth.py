@@ -26,17 +26,21 @@ class Depth(DenseObjective):
         model: Model,
         *,
         short_side: int | None = None,
+        cut: tuple[int, int] | None = None,
         distort: bool = False,
         freeze: bool = False,
     ):
         """short_side: what a picture is resized to; null: the smaller one of model.image_size, the size
-        of the part that is taken. distort: brightness, contrast, saturation and hue. freeze: the
-        encoder keeps its weights, and the head alone is trained."""
+        of the part that is taken. cut: before that, so many rows, the lowest, and columns, those in
+        the middle ([352, 1216] is KITTI's benchmark); null: all. distort: brightness, contrast,
+        saturation and hue. freeze: the encoder keeps its weights, and the head alone is trained."""
         super().__init__(model, freeze=freeze)
         canvas = model.encoder.image_size
         short = short_side or min(canvas)
         # of one scale: a picture that is resized shows things nearer than they were
-        self.jitter = maps.Jitter("depth", canvas, short=short, scale=(1.0, 1.0), distort=distort)
+        self.jitter = maps.Jitter(
+            "depth", canvas, short=short, scale=(1.0, 1.0), distort=distort, cut=cut
+        )
 
     def check(self, card: Any, source: Any) -> None:
         """Also refuses maps that are not as the card says."""
@@ -45,7 +49,8 @@ class Depth(DenseObjective):
 
     def transform(self, train: bool) -> Callable[[dict[str, Any]], dict[str, Any]]:
         """A random part of picture and map, or all of both."""
-        return self.jitter if train else maps.Fitted("depth", self.jitter.canvas)
+        whole = maps.Fitted("depth", self.jitter.canvas, self.jitter.cut)
+        return self.jitter if train else whole
 
     def example(self, images: int) -> dict[str, Tensor]:
         """See Objective.example."""

@@ -8,7 +8,7 @@ from prepretrain import config as configs
 from prepretrain import contracts
 from prepretrain.distributed import checkpoint, shard
 from prepretrain.files import draft
-from prepretrain.models import weights
+from prepretrain.models import tagger, weights
 from prepretrain.models.export import save
 from prepretrain.models.load import load
 from prepretrain.objectives.base import Objective
@@ -45,3 +45,12 @@ def export_released(run: Path, folder: Path) -> Path:
     with draft(path) as place:
         torch.save({"model": objective.release()}, place)
     return path
+
+
+def export_labels(run: str, folder: Path) -> Path:
+    """Writes what a run predicts beside features, of its newest checkpoint; returns the folder. Raises
+    ValueError for an objective that predicts no named labels."""
+    load_objective(Path(run)).export(folder)
+    if not (folder / tagger.FOLDER).is_dir():
+        raise ValueError(f"--labels: {run} is of an objective without labels that have names.")
+    return folder / tagger.FOLDER

@@ -17,6 +17,7 @@ from prepretrain.data import card, mix
 from prepretrain.data.loader import Change
 from prepretrain.data.order import Interleaved, Order
 from prepretrain.data.random import Random
+from prepretrain.data.resample import resample
 from prepretrain.data.sources.base import Source
 from prepretrain.data.subset import evenly_spaced
 from prepretrain.distributed import checkpoint, float8, heartbeat, shard
@@ -87,7 +88,7 @@ class Plan:
             raise ValueError(
                 f"batch_per_process: {config.batch_per_process} takes a process's share of "
                 f"{config.batch_size // self.world} images in {self.accumulate} parts, and objective "
-                f"'{config.objective['name']}' compares all of a batch with each other. Leave it out; to "
+                f"'{config.objective['name']}' looks at all of a batch at once. Leave it out; to "
                 f"save memory take more processes, shard.recompute=block or a smaller batch_size."
             )
         if config.checkpoint.keep < 1:
@@ -101,6 +102,8 @@ class Plan:
             plugin.require("torchao", "fp8", "shard.precision: fp8")
             float8.check(shard.blocks(self.objective))
         check_shape(config.optim.schedule)
+        if config.data.resample is not None:
+            resample(config.data.resample, "data.resample")
         _ = self.policy, self.state_tensors, self.schedule
 
     @cached_property
@@ -168,6 +171,7 @@ class Plan:
         source, order = opened.source, opened.order
         shards = len(source.groups), source.open_at_once or len(source.groups)
         plan = replace(self, counted=order.length, shards=shards, part_images=opened.part_images)
+        vars(plan)["objective"] = self.objective  # which has looked at the data
         plan._sources.update(self._sources)
         return plan, source, order
 
@@ -429,7 +433,8 @@ class Plan:
         config, schedule, size = self.config, self.schedule, self.size
         described = self.parts[0].card
         seen = schedule.steps * config.batch_size
-        classes = len(described.classes) if described.classes else 0
+        several = len(self.parts) > 1
+        classes = 0 if several or not described.classes else len(described.classes)
         images = "an unknown number of images"
         if self.images is not None:
             images = f"{self.images:,} images" + (

@@ -29,8 +29,8 @@ def replay(dump: Path) -> list[dict[str, Any]]:
     ranks = range(given["world"]) if distributed.world() == 1 else [rank]
     if objective.whole_batch and distributed.world() != given["world"]:
         raise ValueError(
-            f"--procs {distributed.world()}: objective '{config.objective['name']}' compares all images "
-            f"of a batch, so all {given['world']} processes are needed: --procs {given['world']}."
+            f"--procs {distributed.world()}: objective '{config.objective['name']}' looks at all images "
+            f"of a batch at once, so all {given['world']} processes are needed: --procs {given['world']}."
         )
     how = plan.sharding(*distributed.machine())
     mesh_options = {"group": how.group, "reshard": how.reshard}
@@ -54,7 +54,7 @@ def replay(dump: Path) -> list[dict[str, Any]]:
             rank=one,
             world=given["world"],
         )
-        if stream.fingerprint(kept.get("position", 0)) != kept["data"]:
+        if stream.fingerprint(numerics.position_of(kept)) != kept["data"]:
             raise ValueError(f"{dump}: data.train is not what it was. Restore the data.")
         train.seed_all(config.seed, given["step"] - 1, one)
         batches = stream.batches(given["position"])

@@ -257,6 +257,7 @@ def _export(model: Model, folder: Path, name: str) -> None:
 
 def _finish(plan: Plan, folder: Path) -> None:
     _export(plan.objective.model, folder, "export")
+    plan.objective.export(folder / "export")
     results.add(folder, {"images": plan.schedule.steps * plan.config.batch_size, **plan.size})
     logger.info("%s: done. Its weights: %s", folder, folder / "export" / "model.safetensors")
 

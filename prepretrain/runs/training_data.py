@@ -1,6 +1,6 @@
 """Opens what a run trains on: its parts as one source, and the order in which images come."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from prepretrain.config import Data
@@ -36,12 +36,12 @@ def open_parts(
     vocabulary: the objective's, if it has one. opened: the sources by address, to which those that
     are opened here are added.
     """
-    sources = [_opened(part, objective, opened, len(parts) > 1) for part in parts]
+    sources = [_opened(part, opened, len(parts) > 1) for part in parts]
     mix.check_classes(parts, sources, objective.fields)
     names = [part.name for part in parts]
     source = sources[0] if len(parts) == 1 else mix.Mix(names, sources)
     for part in parts:
-        objective.check(part.card, source)
+        objective.check(replace(part.card, name=mix.name(parts)), source)
     repeats = _repeats(data, parts, objective, source, vocabulary)
     chosen, orders, first = [], [], 0
     for part, own in zip(parts, sources):
@@ -69,19 +69,13 @@ def open_parts(
     return TrainingData(mix.Mix(names, chosen).only(objective.fields), order, lengths)
 
 
-def _opened(part: mix.Part, objective: Objective, opened: dict, mixed: bool) -> Source:
-    """A part's source, which holds images and, in a mix, what the objective needs."""
+def _opened(part: mix.Part, opened: dict[str, Source], mixed: bool) -> Source:
+    """A part's source, which holds images."""
     if part.address not in opened:
         opened[part.address] = part.card.open(part.split)
     source = opened[part.address]
     if mixed and not len(source):
         raise ValueError(f"{part.where}.card: {part.address} holds no image. Check its path.")
-    lacking = [field for field in objective.fields if field not in source.fields]
-    if mixed and lacking:
-        raise ValueError(
-            f"{part.where}.card: {part.address} has no {', '.join(lacking)}, which objective "
-            f"'{objective.name()}' needs. It has: {', '.join(source.fields)}."
-        )
     return source
 
 
@@ -110,5 +104,5 @@ def _vocabulary(named: str | None, parts: list[mix.Part]) -> Path:
         return parts[0].card.vocabulary
     raise ValueError(
         "data.resample.vocabulary: is missing, and neither the objective nor a card names one. Make it: "
-        f"python datasets/hashtags.py {' '.join(part.address for part in parts)} --min-count 100 --out FILE."
+        f"python datasets/hashtags.py {mix.name(parts)} --min-count 100 --out FILE."
     )

@@ -135,10 +135,8 @@ def _fit(
     def state(step: int) -> dict[str, Any]:
         ledger.share_bad(step)
         kept = {"step": step, "images": step * data.batch_size, "bad": dict(bad)}
-        position = guard.position(step, data.batch_size)
         return kept | {
-            "position": position,
-            "data": data.fingerprint(position),
+            "data": data.fingerprint(guard.position(step, data.batch_size)),
             "options": options,
             "numerics": guard.state(),
         }
@@ -309,8 +307,7 @@ def _resume(
     if saved is None:
         return 0, Counter()
     state = checkpoint.state(saved)
-    # older checkpoints have no position, and no data that could have changed
-    now = data.fingerprint(state.get("position", 0))
+    now = data.fingerprint(numerics.position_of(state))
     if state.get("data") != now:
         raise ValueError(
             f"data.train: is not what {saved} was trained on (fingerprint {now}, and "

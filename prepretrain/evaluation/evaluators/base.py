@@ -9,13 +9,16 @@ import torch
 from torch import Tensor, nn
 
 from prepretrain import plugin
-from prepretrain.data.card import Card, load_card
+from prepretrain.data.card import Card, check_names, load_card
 from prepretrain.data.loader import loading
 from prepretrain.data.sources.base import Source, fingerprint_of
+from prepretrain.data.views import Views
 from prepretrain.evaluation import leaks
 from prepretrain.evaluation.features import extract, state
 
-_ONE_BY_ONE = "whose result is no mean over images: accuracy, knn, linear and zeroshot take it"
+_ONE_BY_ONE = (
+    "whose result is no mean over images: accuracy, knn, linear, zeroshot and zeroshot_tags take it"
+)
 SPEED = ("feature_batch", "workers")  # options that change no result but for rounding
 
 
@@ -114,6 +117,7 @@ class ProbeEvaluator(Evaluator):
 
     data           the card
     pool, layer, share, resize: as features.extract's
+    views          of a card of videos, the options of data/views.py's Views
     feature_batch  images at once a process, while features are computed;  workers: as data.workers
     """
 
@@ -125,11 +129,13 @@ class ProbeEvaluator(Evaluator):
         layer: int | None = None,
         share: float = 0.875,
         resize: Literal["crop", "squash"] = "crop",
+        views: dict[str, Any] | None = None,
         feature_batch: int = 256,
         workers: int | None = None,
     ):
         super().__init__(data=data)
         kind = type(self).__module__.rpartition(".")[2]
+        self.views = Views(**plugin.check(Views, views or {}, "views"))
         require(resize in ("crop", "squash"), f"{kind}.resize", resize, "is 'crop' or 'squash'")
         require(0 < share <= 1, f"{kind}.share", share, "must lie above 0 and up to 1")
         require(feature_batch >= 1, f"{kind}.feature_batch", feature_batch, "must be at least 1")
@@ -146,16 +152,22 @@ class ProbeEvaluator(Evaluator):
 
     def features(self, model: nn.Module, split: str, folder: Path | None) -> tuple[Tensor, Tensor]:
         """Features and labels of a split of the card, from the folder's cache if they are there."""
+        videos = "video" in self.card.open(split).fields
+        batch_size = self.feature_batch
+        if videos:  # as many frames as there are images of others
+            frames = self.views.count * self.views.length(model.encoder)
+            batch_size = max(1, batch_size // frames)
         return labelled_features(
             self.card,
             split,
             model,
             pool=self.pool,
             layer=self.layer,
-            batch_size=self.feature_batch,
+            batch_size=batch_size,
             workers=self.workers,
             share=self.share,
             resize=self.resize,
+            views=self.views if videos else None,
             cache=self.features_folder(folder),
         )
 
@@ -262,11 +274,40 @@ def accuracy(scores: Tensor, labels: Tensor) -> dict[str, float]:
 
     Raises RuntimeError for scores that are NaN.
     """
+    rank, tops = ranks(scores, labels), (1, 5) if scores.shape[1] > 5 else (1,)
+    return {f"top{k}": 100.0 * (rank < k).sum().item() / len(labels) for k in tops}
+
+
+def ranks(scores: Tensor, labels: Tensor) -> Tensor:
+    """How many classes come before the right one, int64 [n]; see `accuracy`."""
     if scores.isnan().any():
         raise RuntimeError("scores are NaN, which has no rank. Did the training stay finite?")
     own, classes = scores.gather(1, labels[:, None]), torch.arange(scores.shape[1])
     before = (scores == own) & (classes.to(labels.device) < labels[:, None])
     rank = ((scores > own) | before).sum(dim=1)
     rank[own[:, 0] == -torch.inf] = scores.shape[1]
-    ranks = (1, 5) if scores.shape[1] > 5 else (1,)
-    return {f"top{k}": 100.0 * (rank < k).sum().item() / len(labels) for k in ranks}
+    return rank
+
+
+def per_class(scores: Tensor, labels: Tensor) -> dict[str, float]:
+    """Top-1, top-5 and the mean over classes of top-1, in percent, of [n, classes] scores."""
+    hit = (scores.argmax(1) == labels).double()
+    count = torch.bincount(labels, minlength=scores.shape[1])
+    right = torch.bincount(labels, weights=hit, minlength=scores.shape[1])
+    shares = right[count > 0] / count[count > 0]
+    return accuracy(scores, labels) | {"mean_per_class": 100.0 * shares.mean().item()}
+
+
+def class_names(card: Card, source: Any, language: str) -> list[list[str]]:
+    """Each class's names in a language of the card. Raises ValueError if there are none, or two
+    classes share one."""
+    if language in card.names:
+        return card.names[language]
+    if language != "en" or not (card.classes or source.classes):
+        raise ValueError(
+            f"{card.path}: has no names in '{language}' to classify by. Add "
+            f"names: {{{language}: […]}}, or classes: […], in label order."
+        )
+    names = [[name] for name in card.classes or source.classes]
+    check_names(names, f"{card.path}: classes")
+    return names

@@ -6,8 +6,8 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from prepretrain.data.boxes import upright
 from prepretrain.data.drawing import coloured, heights, sheet
+from prepretrain.data.maps import pair
 from prepretrain.data.random import Random
 from prepretrain.data.sources.base import Source
 from prepretrain.evaluation import corruptions as makers
@@ -33,6 +33,8 @@ class Depth(DenseEvaluator):
     cap            least and largest depth in metres that is measured; what is said is cut to it
     region         "nyu": the part of 480 x 640 that Eigen's protocol measures; "garg", "eigen": those of
                    KITTI; "all" of the image
+    cut            of an image and its map so many rows, the lowest, and columns, those in the middle, are
+                   seen and measured, and of these the region; [352, 1216] is KITTI's benchmark; null: all
     short_side     an image is resized to; null is the smaller side of model.image_size
     whole          true: it is resized to fit into model.image_size instead, and seen at once
     stride         pixels between windows of model.image_size; null is two thirds of it
@@ -58,6 +60,7 @@ class Depth(DenseEvaluator):
         split: str = "val",
         cap: tuple[float, float] = (0.001, 10.0),
         region: Region = "all",
+        cut: tuple[int, int] | None = None,
         short_side: int | None = None,
         whole: bool = False,
         stride: int | tuple[int, int] | None = None,
@@ -85,7 +88,7 @@ class Depth(DenseEvaluator):
             feature_batch=feature_batch,
             workers=workers,
         )
-        self.cap, self.region = cap, region
+        self.cap, self.region, self.cut = cap, region, cut
 
     def check(self, model: nn.Module) -> None:
         """See Evaluator.check: a head that says depths is needed."""
@@ -98,7 +101,7 @@ class Depth(DenseEvaluator):
 
     def asked(self) -> list[Any]:
         """See DenseEvaluator."""
-        return [*super().asked(), self.cap, self.region]
+        return [*super().asked(), self.cap, self.region, self.cut]
 
     def nothing(self, model: nn.Module) -> Tensor:
         """See DenseEvaluator: sums over images of the three metrics, and how many images."""
@@ -132,8 +135,8 @@ class Depth(DenseEvaluator):
         rows = []
         for index, found in enumerate(said):
             sample = source[index]
-            truth = torch.from_numpy(sample["depth"])
-            picture = upright(sample["image"], truth.shape)
+            picture, known = pair(sample, "depth", self.cut)
+            truth = torch.from_numpy(known)
             if change is not None:
                 picture = change(picture, Random(0, 0, index))
             limits = float(truth[truth > 0].min()), float(truth.max())

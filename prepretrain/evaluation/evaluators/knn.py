@@ -1,7 +1,7 @@
 """Weighted k-nearest neighbours: what a model's features say without any training."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,9 @@ class Knn(ProbeEvaluator):
     temperature    of the weights (0.07: eval_knn.py's)
     share          of the image's short side that the centre crop shows
     resize         "crop": that centre; "squash": all, without keeping the aspect
+    views          of a card of videos, what is seen of each, in place of share and resize: {sampling,
+                   stride, span, clips, crops, short_side, frames}, data/views.py's. Features are the mean
+                   over clips, and over the frames (by default 8 of them) of a model of images
     feature_batch  images at once a process, while features are computed;  workers: as data.workers
     """
 
@@ -42,6 +45,7 @@ class Knn(ProbeEvaluator):
         temperature: float = 0.07,
         share: float = 0.875,
         resize: Literal["crop", "squash"] = "crop",
+        views: dict[str, Any] | None = None,
         feature_batch: int = 256,
         workers: int | None = None,
     ):
@@ -51,6 +55,7 @@ class Knn(ProbeEvaluator):
             layer=layer,
             share=share,
             resize=resize,
+            views=views,
             feature_batch=feature_batch,
             workers=workers,
         )

@@ -1,7 +1,7 @@
 """Linear probe: how much of a dataset's classes a linear map reads from frozen features."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
@@ -40,6 +40,9 @@ class Linear(ProbeEvaluator):
     share          of the image's short side that the centre crop shows
     resize         "crop": that centre; "squash": all, without keeping the aspect (so do the released
                    scripts of fine-tuned models)
+    views          of a card of videos, what is seen of each, in place of share and resize: {sampling,
+                   stride, span, clips, crops, short_side, frames}, data/views.py's. Features are the mean
+                   over clips, and over the frames (by default 8 of them) of a model of images
     feature_batch  images at once a process, while features are computed;  workers: as data.workers
     seed           of the head's first weights, the order of images, and the held-out tenth
     """
@@ -60,6 +63,7 @@ class Linear(ProbeEvaluator):
         weight_decay: float | None = None,
         share: float = 0.875,
         resize: Literal["crop", "squash"] = "crop",
+        views: dict[str, Any] | None = None,
         feature_batch: int = 256,
         workers: int | None = None,
         seed: int = 0,
@@ -70,6 +74,7 @@ class Linear(ProbeEvaluator):
             layer=layer,
             share=share,
             resize=resize,
+            views=views,
             feature_batch=feature_batch,
             workers=workers,
         )

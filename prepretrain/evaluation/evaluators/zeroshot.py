@@ -11,8 +11,9 @@ from prepretrain.data.card import check_names, check_templates
 from prepretrain.distributed import group as distributed
 from prepretrain.evaluation.evaluators.base import (
     ContrastiveEvaluator,
-    accuracy,
     class_count,
+    class_names,
+    per_class,
     require,
 )
 from prepretrain.evaluation.features import extract_texts
@@ -70,7 +71,7 @@ class Zeroshot(ContrastiveEvaluator):
                 f"zeroshot.names: '{self.names}' names {len(weight)} classes, and the labels of "
                 f"{self.card.name}:{self.split} go to {int(labels.max())}."
             )
-        found = self.metrics_of(features @ weight.T, labels, measure=measure)
+        found = self.metrics_of(features @ weight.T, labels, measure=per_class)
         return distributed.from_main(found | {"images": len(labels), "cut_prompts": cut})
 
     def weight(self, model: nn.Module, source: Any) -> tuple[Tensor, int]:
@@ -84,16 +85,7 @@ class Zeroshot(ContrastiveEvaluator):
             from open_clip import IMAGENET_CLASSNAMES  # has two pairs of equal names, as published
 
             return [[name] for name in IMAGENET_CLASSNAMES]
-        if self.language in self.card.names:
-            return self.card.names[self.language]
-        if self.language != "en" or not (self.card.classes or source.classes):
-            raise ValueError(
-                f"{self.card.path}: has no names in '{self.language}' to classify by. Add "
-                f"names: {{{self.language}: […]}}, or classes: […], in label order."
-            )
-        names = [[name] for name in self.card.classes or source.classes]
-        check_names(names, f"{self.card.path}: classes")
-        return names
+        return class_names(self.card, source, self.language)
 
     def prompts(self) -> Sequence[str]:
         """The templates, each with {} for a name."""
@@ -128,15 +120,6 @@ def classifier(
     sizes = [len(row) * len(templates) for row in names]
     means = torch.stack([part.mean(0) for part in features.split(sizes)])
     return nn.functional.normalize(means, dim=1), cut
-
-
-def measure(scores: Tensor, labels: Tensor) -> dict[str, float]:
-    """Top-1, top-5 and the mean over classes of top-1, in percent, of [n, classes] scores."""
-    hit = (scores.argmax(1) == labels).double()
-    count = torch.bincount(labels, minlength=scores.shape[1])
-    right = torch.bincount(labels, weights=hit, minlength=scores.shape[1])
-    per_class = right[count > 0] / count[count > 0]
-    return accuracy(scores, labels) | {"mean_per_class": 100.0 * per_class.mean().item()}
 
 
 def probabilities(

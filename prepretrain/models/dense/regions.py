@@ -3,35 +3,44 @@
 R regions of a batch, C channels, K classes.
 """
 
+from functools import reduce
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import roi_align
 
+from prepretrain.models.dense import boxes
 from prepretrain.models.dense.layers import kaiming, normed_conv
 
 BOX_CELLS, MASK_CELLS = 7, 14  # along a side of a pooled region
 
 
-def levels(boxes: Tensor, count: int) -> Tensor:
+def levels(regions: Tensor, count: int) -> Tensor:
     """[R], which of the maps from stride 4 on each region is pooled from: by its area, 224 x 224
     pixels being of the third (FPN, arXiv 1612.03144, equation 1)."""
-    side = ((boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])).sqrt()
+    side = ((regions[:, 2] - regions[:, 0]) * (regions[:, 3] - regions[:, 1])).sqrt()
     return (2 + (side / 224 + 1e-8).log2()).floor().clamp(0, count - 1).long()
 
 
 def pool(maps: list[Tensor], regions: list[Tensor], strides: list[float], cells: int) -> Tensor:
     """Each region [n, 4] of each image out of the map that is for its size: float32 [R, C, cells,
     cells]. Aligned, with as many samples a cell as it has places."""
-    boxes = torch.cat(regions)
+    found = torch.cat(regions)
     image = torch.cat([torch.full_like(one[:, :1], i) for i, one in enumerate(regions)])
-    level = levels(boxes, len(maps))[:, None]
-    pooled: Tensor | int = 0
-    for number, (one, stride) in enumerate(zip(maps, strides)):
-        # what is of another map is a region without an area there, which is no work and gives zeros
-        rows = torch.cat([image, boxes * (level == number)], 1)
-        pooled = pooled + roi_align(one.float(), rows, cells, 1 / stride, 0, True)
-    return pooled
+    level, numbers = levels(found, len(maps)), range(len(maps))
+
+    def aligned(number: int, rows: Tensor) -> Tensor:
+        return roi_align(maps[number].float(), rows, cells, 1 / strides[number], 0, True)
+
+    if boxes.counts_freely(found):
+        order = level.argsort(stable=True)
+        counts = level.bincount(minlength=len(maps)).tolist()
+        rows = torch.cat([image, found], 1)[order].split(counts)
+        return torch.cat(list(map(aligned, numbers, rows))).index_select(0, order.argsort())
+    # what is of another map is a region without an area there, which is no work and gives zeros
+    empty = (torch.cat([image, found * (level == n)[:, None]], 1) for n in numbers)
+    return reduce(torch.add, map(aligned, numbers, empty))
 
 
 class BoxHead(nn.Module):

@@ -12,26 +12,20 @@ import torch.nn.functional as F
 from timm.layers import DropPath, Mlp
 from torch import Tensor, nn
 
+DISTANCES = ("rel_pos_t", "rel_pos_h", "rel_pos_w")  # tables of relative positions, MViT's names
+
 
 class WindowBlock(nn.Module):
     """A pre-norm block on [B, rows, columns, D], with the parameter names of timm's Block."""
 
-    def __init__(
-        self,
-        width: int,
-        heads: int,
-        *,
-        window: int | None,
-        reach: tuple[int, int] | None,
-        drop_path: float,
-    ):
-        """window: cells along a window's side; None attends to the whole grid. reach: the rows and
-        columns whose relative positions the tables hold; None has no such tables."""
+    def __init__(self, width: int, attention: nn.Module, *, window: int | None, drop_path: float):
+        """attention: of its input's shape. window: cells along a window's side; None attends to the
+        whole grid."""
         super().__init__()
         norm = partial(nn.LayerNorm, eps=1e-6)
         self.window = window
         self.norm1 = norm(width)
-        self.attn = GridAttention(width, heads, reach)
+        self.attn = attention
         self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
         self.norm2 = norm(width)
         self.mlp = Mlp(width, 4 * width)
@@ -50,47 +44,66 @@ class WindowBlock(nn.Module):
         return cells + self.drop_path(self.mlp(self.norm2(cells)))
 
 
-class GridAttention(nn.Module):
-    """Self-attention over all cells of a grid, to whose logits the products of each query with a
-    vector for the distance in rows, and one for that in columns, are added."""
+class RelativeAttention(nn.Module):
+    """Self-attention over the cells of a grid, to whose logits the products of each query with a
+    vector for the distance along each axis of the grid are added."""
 
     fused_attn = True  # timm's name: see contracts.FusedAttention
 
-    def __init__(self, width: int, heads: int, reach: tuple[int, int] | None):
+    def __init__(self, width: int, heads: int, reach: tuple[int, ...] | None):
+        """reach: the cells along each axis whose relative positions the tables hold, as (rows, columns)
+        or (times, rows, columns); None has no such tables."""
         super().__init__()
         self.heads, self.reach = heads, reach
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
-        if reach is not None:
-            self.rel_pos_h, self.rel_pos_w = (
-                nn.Parameter(torch.empty(2 * cells - 1, width // heads)) for cells in reach
-            )
+        for name, cells in zip(self._names(), reach or ()):
+            self.register_parameter(name, nn.Parameter(torch.empty(2 * cells - 1, width // heads)))
 
-    def forward(self, cells: Tensor) -> Tensor:
-        """[B, rows, columns, D] to the same shape."""
-        B, rows, columns, _ = cells.shape
-        q, k, v = self.qkv(cells).view(B, rows * columns, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
-        bias = None if self.reach is None else self._bias(q, (rows, columns))
+    def _names(self) -> tuple[str, ...]:
+        """The names of the tables."""
+        return DISTANCES[-len(self.reach) :] if self.reach else ()
+
+    def attend(self, tokens: Tensor, grid: tuple[int, ...], prefix: int = 0) -> Tensor:
+        """[B, prefix + N, D] tokens, of which those after the prefix lie on the grid, to the same
+        shape."""
+        B, N, _ = tokens.shape
+        q, k, v = self.qkv(tokens).view(B, N, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        bias = None if self.reach is None else self._bias(q, grid, prefix)
         if self.fused_attn:
             mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
         else:
             logits = q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)
             mixed = (logits if bias is None else logits + bias).softmax(-1) @ v
-        return self.proj(mixed.transpose(1, 2).reshape(cells.shape))
+        return self.proj(mixed.transpose(1, 2).reshape(tokens.shape))
 
-    def _bias(self, q: Tensor, grid: tuple[int, int]) -> Tensor:
-        """[B, H, N, N] of the queries [B, H, N, D / H], which are not scaled (ViTDet's code)."""
-        tables = relative(self.rel_pos_h, grid[0]), relative(self.rel_pos_w, grid[1])
-        return decomposed_bias(q, *tables)
+    def _bias(self, q: Tensor, grid: tuple[int, ...], prefix: int) -> Tensor:
+        """[B, H, prefix + N, prefix + N] of the queries, which are not scaled (ViTDet's and MViT's
+        code); 0 from and to the prefix."""
+        tables = [relative(getattr(self, name), n) for name, n in zip(self._names(), grid)]
+        bias = decomposed_bias(q[:, :, prefix:], *tables)
+        return F.pad(bias, (prefix, 0, prefix, 0)) if prefix else bias
 
 
-def decomposed_bias(q: Tensor, by_row: Tensor, by_column: Tensor) -> Tensor:
-    """[B, H, N, C] queries, and [rows, rows, C] and [columns, columns, C] vectors of each distance, to
-    what is added to the logits, [B, H, N, N]."""
-    placed = q.unflatten(2, (len(by_row), len(by_column)))
-    rows = torch.einsum("bhrcd,rkd->bhrck", placed, by_row)
-    columns = torch.einsum("bhrcd,ckd->bhrck", placed, by_column)
-    return (rows[..., :, None] + columns[..., None, :]).flatten(4, 5).flatten(2, 3)
+class GridAttention(RelativeAttention):
+    """Attention over all cells of a grid of rows and columns."""
+
+    def forward(self, cells: Tensor) -> Tensor:
+        """[B, rows, columns, D] to the same shape."""
+        return self.attend(cells.flatten(1, 2), cells.shape[1:3]).view(cells.shape)
+
+
+def decomposed_bias(q: Tensor, *tables: Tensor) -> Tensor:
+    """[B, H, N, C] queries of a grid, and for each of its axes the vectors of each distance [n, n, C],
+    to what is added to the logits, [B, H, N, N]."""
+    axes = "xyz"[: len(tables)]
+    placed, whole = q.unflatten(2, [len(table) for table in tables]), None
+    for axis, table in enumerate(tables):
+        part = torch.einsum(f"bh{axes}d,{axes[axis]}kd->bh{axes}k", placed, table)
+        along = [len(table) if other == axis else 1 for other in range(len(tables))]
+        part = part.unflatten(-1, along)
+        whole = part if whole is None else whole + part
+    return whole.flatten(2 + len(axes)).flatten(2, 1 + len(axes))
 
 
 def relative(table: Tensor, cells: int) -> Tensor:

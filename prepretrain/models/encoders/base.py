@@ -32,6 +32,7 @@ class Encoder(nn.Module):
     patch_width: int  # channels of an embedded patch
     prefix: int  # tokens before the grid (a ViT's class token: 1)
     image_size: tuple[int, int]  # pixels: height, width
+    frames: int | None = None  # of the clips [B, 3, frames, H, W] that it takes; None: images
     takes: tuple[str, ...] = ()  # what of keep, hide, layer and maps `forward` offers
     blocks: nn.ModuleList  # what is recomputed, compiled and sharded as a unit
     # (channels, pixels per cell) of each stage of a hierarchical encoder, whose `maps` counts stages,
@@ -82,6 +83,12 @@ class Encoder(nn.Module):
             raise ValueError(
                 f"model.image_size is {' x '.join(map(str, self.image_size))} and an image is "
                 f"{' x '.join(map(str, image.shape[-2:]))} pixels."
+            )
+        wanted = [3] if self.frames is None else [3, self.frames]
+        if list(image.shape[1:-2]) != wanted:
+            raise ValueError(
+                f"model.frames: {self.frames} takes [B, {', '.join(map(str, wanted))}, H, W], and what it "
+                f"is given is {list(image.shape)}."
             )
         self.require([name for name, value in how.items() if value is not None], "model.encoder")
 
@@ -209,6 +216,11 @@ def find(encoder: str) -> tuple[type[Encoder], dict[str, Any]]:
 def build(encoder: str, **options: Any) -> Encoder:
     """The encoder of a size's name. Raises ValueError for an unknown size or option."""
     family, preset = find(encoder)
+    if options.get("frames") is not None and "frames" not in plugin.options(family):
+        raise ValueError(
+            f"model.frames: a {family.__name__} takes images, not clips. Take one of the ViT sizes, as "
+            f"vit_b16. --stage eval/video_linear probes any encoder of images on the frames of clips."
+        )
     return family(**plugin.check(family, {**preset, **options}, "model"))
 
 

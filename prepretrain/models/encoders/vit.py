@@ -16,7 +16,14 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from prepretrain.data.transforms import Size, plain_size, sides
-from prepretrain.models.dense.windows import WindowBlock, resize_distances, resize_positions
+from prepretrain.models import clips
+from prepretrain.models.dense.windows import (
+    DISTANCES,
+    GridAttention,
+    WindowBlock,
+    resize_distances,
+    resize_positions,
+)
 from prepretrain.models.encoders.base import Encoder, resample_positions, whole_cells
 
 SIZES = {
@@ -36,7 +43,6 @@ SIZES = {
     "vit_test8": dict(patch_size=8, width=32, depth=2, heads=2, image_size=32),
 }
 
-_DISTANCES = ("rel_pos_h", "rel_pos_w")  # tables of relative positions, ViTDet's names
 _LACKING = {  # parts of others' ViTs without which the same weights compute something else
     r"blocks\.\d+\.(ls[12]\.|gamma_[12])": "LayerScale",
     r"reg(ister)?_tokens?$": "register tokens",
@@ -51,7 +57,8 @@ class ViT(Encoder):
     MAWS's.
 
     With `window` it is the backbone of ViTDet (arXiv 2203.16527) of the same weights: it takes images
-    of any whole number of patches, and has no class token, which would be in no window.
+    of any whole number of patches, and has no class token, which would be in no window. With `frames`
+    it takes clips, [B, 3, frames, H, W], and attends over all of their patches (MAE-ST, arXiv 2205.09113).
     """
 
     prefix = 1
@@ -72,17 +79,31 @@ class ViT(Encoder):
         global_blocks: int | tuple[int, ...] = 4,
         relative_positions: bool = False,
         position_size: Size | None = None,
+        frames: int | None = None,
+        tube: int = 2,
+        inflate: clips.Inflation = "average",
+        time_positions: clips.TimePositions = "zero",
+        class_token: bool = True,
     ):
         """positions: the table starts as 2-d sines and cosines; "fixed" (MAE) keeps it so.
 
         final_norm: SimMIM leaves out a ViT's last norm; with it, the features that it learns cannot
         be read by a linear probe (microsoft/SimMIM, issue 14).
 
+        relative_positions: added to the logits, zero at first; with window or frames only.
+
         window: patches along a side of the windows within which blocks attend. Only with it:
         global_blocks, which attend to the whole image: how many, at equal distances, the last block
-        among them, or their numbers from 1; relative_positions: added to the logits, zero at first;
-        position_size: the image size of the position table, which is resampled for each image's;
-        None: that of the weights that the model starts from (`follow`), or 224.
+        among them, or their numbers from 1; position_size: the image size of the position table, which
+        is resampled for each image's; None: that of the weights that the model starts from (`follow`),
+        or 224.
+
+        frames: of the clips that it takes; None takes images. Only with it: tube, the frames of a
+        patch; inflate: an image's patches become a clip's by "average", divided among the frames of a
+        patch, or by "centre", all of it on the middle one; time_positions: beside the table of an image
+        one in time, at first "zero" or drawn from N(0, 0.02) ("normal"), or "joint", one table of all
+        places and times, at first the image's for each time, or "sinusoid", fixed ones that no weights
+        replace; class_token: false has none, nor takes that of weights.
         """
         super().__init__()
         if width % heads or width % 4:
@@ -96,27 +117,26 @@ class ViT(Encoder):
         self.patch, self.patch_width = patch_size, width
         self.depth, self.heads, self.final_norm = depth, heads, final_norm
         self.window, self.table_grid = window, self.grid
-        if window is None:
-            self.cls_token = nn.Parameter(torch.empty(1, 1, width))
-        else:
+        self.frames, self.clip = frames, None
+        if frames is not None:
+            self.takes, self.clip = ("layer",), clips.Clip(frames, tube, inflate, time_positions)
+        if window is not None:
             self.prefix, self.takes = 0, ("layer", "maps")
             rows, columns = sides(position_size or 224)
             self.table_grid = rows // patch_size, columns // patch_size
-        places = self.prefix + self.table_grid[0] * self.table_grid[1]
-        self.pos_embed = nn.Parameter(
-            torch.empty(1, places, width), requires_grad=positions == "learned"
-        )
-        self.patch_embed = nn.Module()
-        self.patch_embed.proj = nn.Conv2d(3, width, patch_size, patch_size)
+        elif not class_token:
+            self.prefix = 0
+        _check_together(window, frames, relative_positions, class_token)
+        self._add_embedding(positions == "learned")
         rates = [drop_path * i / max(depth - 1, 1) for i in range(depth)]
         norm = partial(nn.LayerNorm, eps=1e-6)
-        if window is None:
-            if relative_positions:
-                raise ValueError(
-                    "model.relative_positions: only with model.window, as in window=14."
-                )
+        if window is None and not relative_positions:
             block = partial(Block, width, heads, mlp_ratio=4, qkv_bias=True, norm_layer=norm)
             blocks = [block(drop_path=rate) for rate in rates]
+        elif window is None:
+            grid = (self.clip.times, *self.grid)
+            attend = partial(clips.ClipAttention, width, heads, grid, self.prefix)
+            blocks = [WindowBlock(width, attend(), window=None, drop_path=rate) for rate in rates]
         else:
             everywhere = _global(global_blocks, depth)
             blocks = []
@@ -124,9 +144,28 @@ class ViT(Encoder):
                 within = None if number in everywhere else window
                 reach = self.grid if within is None else (window, window)
                 table = reach if relative_positions else None
-                blocks.append(WindowBlock(width, heads, window=within, reach=table, drop_path=rate))
+                attention = GridAttention(width, heads, table)
+                blocks.append(WindowBlock(width, attention, window=within, drop_path=rate))
         self.blocks = nn.ModuleList(blocks)
         self.norm = norm(width) if final_norm else nn.Identity()
+
+    def _add_embedding(self, learned: bool) -> None:
+        """Adds the class token, the tables of positions and the projection of patches."""
+        width, side, clip = self.width, self.stride, self.clip
+        if self.prefix:
+            self.cls_token = nn.Parameter(torch.empty(1, 1, width))
+        places = self.table_grid[0] * self.table_grid[1] * (1 if clip is None else clip.held)
+        learned = learned and not (clip is not None and clip.fixed)
+        table = torch.empty(1, self.prefix + places, width)
+        self.pos_embed = nn.Parameter(table, requires_grad=learned)
+        if clip is not None and clip.apart:
+            self.pos_embed_temporal = nn.Parameter(torch.empty(1, clip.times, width))
+        self.patch_embed = nn.Module()
+        if clip is None:
+            self.patch_embed.proj = nn.Conv2d(3, width, side, side)
+        else:
+            sizes = (clip.tube, side, side)
+            self.patch_embed.proj = nn.Conv3d(3, width, sizes, sizes)
 
     def forward(
         self,
@@ -161,9 +200,15 @@ class ViT(Encoder):
     def _tokens(
         self, image: Tensor, keep: Tensor | None, hide: tuple[Tensor, Tensor] | None
     ) -> Tensor:
-        """The class token and the embedded patches with their positions, [B, 1 + N, D]."""
-        self.check(image)
-        patches, positions = patchify(image, self.stride), self.pos_embed[:, 1:]
+        """The class token and the embedded patches with their positions, [B, prefix + N, D]."""
+        self.check(image, keep=keep, hide=hide)
+        positions = self.pos_embed[:, self.prefix :]
+        if self.clip is None:
+            patches = patchify(image, self.stride)
+        else:
+            patches = clips.tubes(image, self.clip.tube, self.stride)
+            if self.clip.apart:
+                positions = (positions[:, None] + self.pos_embed_temporal[:, :, None]).flatten(1, 2)
         if keep is not None:  # gather before embedding: the hidden patches cost nothing
             patches = take(patches, keep)
             positions = positions[0][keep]
@@ -172,6 +217,8 @@ class ViT(Encoder):
         if hide is not None:
             mask, token = hide
             tokens = torch.where(mask[..., None], token.to(tokens.dtype), tokens)
+        if not self.prefix:
+            return tokens + positions
         first = (self.cls_token + self.pos_embed[:, :1]).expand(len(image), -1, -1)
         return torch.cat([first, tokens + positions], 1)
 
@@ -191,8 +238,10 @@ class ViT(Encoder):
         if name == "cls_token":
             tensor.normal_(std=0.02, generator=generator)
         elif name == "pos_embed":
-            tensor.copy_(sincos(self.width, self.table_grid)[None, 1 - self.prefix :])
-        elif name.rpartition(".")[2] in _DISTANCES:
+            tensor.copy_(self._first_positions())
+        elif name == "pos_embed_temporal" and self.clip.time_positions == "normal":
+            nn.init.trunc_normal_(tensor, std=0.02, generator=generator)
+        elif name == "pos_embed_temporal" or name.rpartition(".")[2] in DISTANCES:
             tensor.zero_()
         elif name == "patch_embed.proj.weight":
             nn.init.xavier_uniform_(tensor.view(len(tensor), -1), generator=generator)
@@ -202,18 +251,35 @@ class ViT(Encoder):
             return False
         return True
 
+    def _first_positions(self) -> Tensor:
+        """Sines and cosines, [1, prefix + places, D]."""
+        if self.clip is not None and self.clip.fixed:
+            table = clips.sinusoids(self.width, self.pos_embed.shape[1] - self.prefix)
+            return F.pad(table, (0, 0, self.prefix, 0))
+        table = sincos(self.width, self.table_grid)[None]
+        held = 1 if self.clip is None else self.clip.held
+        return torch.cat([table[:, : self.prefix], table[:, 1:].repeat(1, held, 1)], 1)
+
     def adapt(self, name: str, tensor: Tensor, before: dict[str, Any]) -> Tensor:
         """Resamples the position table for another image size; SWAG's lies as [1 + N, 1, D]. With
-        windows also its patches for another patch size, and the tables of relative positions."""
+        windows also its patches for another patch size, and the tables of relative positions. Of clips
+        also an image's patches and positions, and those of another number of frames."""
         if name == "pos_embed":
             if tensor.ndim == 3 and tensor.shape[1] == 1 < tensor.shape[0]:
                 tensor = tensor.transpose(0, 1)
+            if self.clip is not None:
+                how = self.grid, self.clip.held, self.prefix, self.stride
+                return clips.adapted_positions(tensor, *how, before)
             if self.window is None:
                 return resample_positions(tensor, self.grid, 1, self.stride, before)
             return self._adapted_table(tensor, before)
         if self.window is not None and name == "patch_embed.proj.weight" and tensor.ndim == 4:
             return _resized_patch(tensor, self.stride)
-        if name.rpartition(".")[2] in _DISTANCES and tensor.ndim == 2:
+        if self.clip is not None and name == "patch_embed.proj.weight" and tensor.ndim == 4:
+            return clips.inflated(tensor, self.clip.tube, self.clip.inflate)
+        if name == "pos_embed_temporal" and tensor.ndim == 3:
+            return clips.resized_times(tensor, self.clip.times)
+        if name.rpartition(".")[2] in DISTANCES and tensor.ndim == 2:
             return resize_distances(tensor, len(self.get_parameter(name)))
         return tensor
 
@@ -244,26 +310,38 @@ class ViT(Encoder):
                     f"{name}: these weights are of a ViT with {called}, and this one has none; without, "
                     f"they compute something else. timm's ViTs are measured as timm/NAME."
                 )
-        lost = {"cls_token"} if self.window is not None else set()
+        lost = set() if self.prefix else {"cls_token"}
+        lost |= {"pos_embed"} if self.clip is not None and self.clip.fixed else set()
         return {name: None if name in lost else name for name in names}
 
-    def zero_if_missing(self) -> set[str]:
-        """See contracts.ZeroIfMissing."""
-        return {name for name in self.state_dict() if name.rpartition(".")[2] in _DISTANCES}
+    def may_be_missing(self) -> list[set[str]]:
+        """See contracts.MayBeMissing."""
+        distances = {name for name in self.state_dict() if name.rpartition(".")[2] in DISTANCES}
+        if self.clip is None:
+            return [distances]
+        if self.clip.apart:
+            return [distances, {"pos_embed_temporal"}]
+        return [distances, {"pos_embed"} if self.clip.fixed else set()]
 
     def no_weight_decay(self) -> set[str]:
         """timm's name for the parameters without weight decay, beside all 1-d ones."""
-        return {"pos_embed", "cls_token"}
+        return {"pos_embed", "pos_embed_temporal", "cls_token"}
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """timm's description of which layer a parameter belongs to, for layer-wise decay. The last
         norm belongs to the head (MAE's util/lr_decay.py)."""
         return {"stem": r"^cls_token|pos_embed|patch_embed", "blocks": r"^blocks\.(\d+)"}
 
+    def _require_plain(self, library: str) -> None:
+        """Raises ValueError for a ViT that another library does not have."""
+        if self.window is not None:
+            raise ValueError(f"{library} has no ViT with ViTDet's windows (model.window).")
+        if self.frames is not None:
+            raise ValueError(f"{library} has no ViT that takes clips (model.frames).")
+
     def timm(self) -> dict[str, Any]:
         """See Encoder.timm."""
-        if self.window is not None:
-            raise ValueError("timm has no ViT with ViTDet's windows (model.window).")
+        self._require_plain("timm")
         return {
             "architecture": "vit_base_patch16_224",
             "model_args": {
@@ -283,8 +361,7 @@ class ViT(Encoder):
             raise ValueError(
                 "open_clip's image towers end with a norm, and this one does not (model.final_norm=false)."
             )
-        if self.window is not None:
-            raise ValueError("open_clip has no ViT with ViTDet's windows (model.window).")
+        self._require_plain("open_clip")
         config = {
             "image_size": plain_size(self.image_size),
             "patch_size": self.stride,
@@ -309,6 +386,20 @@ class ViT(Encoder):
                 _, number, rest = key.split(".", 2)
                 renamed[f"transformer.resblocks.{number}.{_open_clips(rest)}"] = value
         return config, renamed
+
+
+def _check_together(
+    window: int | None, frames: int | None, relative_positions: bool, class_token: bool
+) -> None:
+    """Raises ValueError for options of which one excludes or needs another."""
+    if window is not None and frames is not None:
+        raise ValueError("model.frames: a ViT with model.window takes images. Leave one out.")
+    if relative_positions and window is None and frames is None:
+        raise ValueError(
+            "model.relative_positions: only with model.window or model.frames, as in window=14."
+        )
+    if not class_token and frames is None:
+        raise ValueError("model.class_token: only with model.frames can it be left out.")
 
 
 def _global(blocks: int | tuple[int, ...], depth: int) -> set[int]:

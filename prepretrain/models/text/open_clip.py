@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from prepretrain import plugin
 from prepretrain.models.text.base import Keys, Tokenizer, Tower
 
+CLIP_TOKENS = 49_408  # of CLIP's BPE, which is open_clip's own
+
 
 class OpenClip(Tower):
     """The text part of one of open_clip's model configs, without its projection."""

@@ -1,0 +1,47 @@
+"""Open every video of a card, count what they hold, name what is bad, and draw some of them to look at.
+
+python datasets/videos.py ucf101:val --out sheet.png
+python datasets/videos.py k400 --decode      # every frame is decoded
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from prepretrain.data import video_census
+from prepretrain.data.card import open_data
+from prepretrain.data.subset import evenly
+
+
+def main() -> None:
+    """Count, print, and draw."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("card", help="a card, or card:split")
+    parser.add_argument("--decode", action="store_true", help="decode every frame")
+    parser.add_argument("--out", type=Path, help="a picture to write, of some videos' frames")
+    parser.add_argument("--videos", type=int, default=8, help="how many are drawn")
+    args = parser.parse_args()
+    source = open_data(args.card)
+    census = video_census.count(source, decode=args.decode)
+    print(f"{len(source):,} videos, {len(census.bad):,} of them bad")
+    for line in census.lines():
+        print(line)
+    for bad in census.bad[:20]:
+        print(f"bad: {bad}")
+    if len(census.bad) > 20:
+        print(f"… and {len(census.bad) - 20:,} more")
+    if args.out is not None:
+        keys = {bad.key for bad in census.bad}
+        usable = [i for i in range(len(source)) if source.key(i) not in keys]
+        chosen = [usable[i] for i in evenly(len(usable), args.videos)]
+        video_census.draw(source, chosen).save(args.out)
+        print(f"{args.out}: {len(chosen)} videos")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except ValueError as error:
+        sys.exit(f"error: {error}")
