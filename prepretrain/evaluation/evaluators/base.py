@@ -16,7 +16,9 @@ from prepretrain.data.views import Views
 from prepretrain.evaluation import leaks
 from prepretrain.evaluation.features import extract, state
 
-_ONE_BY_ONE = "whose result is no mean over images: accuracy, knn, linear and zeroshot take it"
+_ONE_BY_ONE = (
+    "whose result is no mean over images: accuracy, knn, linear, zeroshot and zeroshot_tags take it"
+)
 SPEED = ("feature_batch", "workers")  # options that change no result but for rounding
 
 
