@@ -121,7 +121,7 @@ def main() -> None:
     start, work, table = time.time(), given.work.resolve(), {}
     prepare(work, given.data.resolve())
     runs = [(law, seed) for law in LAWS for seed in range(given.seeds)]
-    with concurrent.futures.ThreadPoolExecutor(len(runs)) as pool:
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
         list(pool.map(lambda run: train(work, *run, given.length), runs))
     for law, seed in runs:
         row = measured(work, f"{law}_{seed}")

@@ -199,8 +199,9 @@ def test_words_of_captions_are_what_the_lemmatizer_and_the_first_sense_say(folde
         "n00000400",
         None,
     ]  # spectacles.n.01 is no glasses.n.01
-    with pytest.raises(ValueError, match="timm does not say which sense.*wordnet-base"):
-        Synsets(Nouns.open("timm"), of="captions")
+    (folder / "mine.txt").write_text("n1\tdog\n")
+    with pytest.raises(ValueError, match="mine.txt does not say which sense.*wordnet-base"):
+        Synsets(Nouns.open(str(folder / "mine.txt")), of="captions")
 
 
 def test_captions_are_counted_as_words_and_labelled_so(folder):

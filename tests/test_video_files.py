@@ -7,6 +7,7 @@ import pickle
 import runpy
 import tarfile
 import tracemalloc
+from collections import Counter
 from fractions import Fraction
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
+from prepretrain.data import container
 from prepretrain.data import video as module
 from prepretrain.data.card import load_card
 from prepretrain.data.loader import Stream, evaluation_batches
@@ -227,14 +229,14 @@ def test_of_four_hours_only_the_frames_from_a_key_frame_on_are_decoded_in_flat_m
         tmp_path / "long.mkv", "mpeg4", frames=len(stamps), stamps=stamps, size=(16, 16), gop=100,
         between=0,
     )  # fmt: skip
-    decoded, decode = [], module._OpenFile.decoded
+    decoded, decode = [], container.OpenFile.decoded
 
     def counting(*arguments):
         for frame in decode(*arguments):
             decoded.append(frame.pts)
             yield frame
 
-    monkeypatch.setattr(module._OpenFile, "decoded", counting)
+    monkeypatch.setattr(container.OpenFile, "decoded", counting)
     tracemalloc.start()
     video = Video(path)
     clip = video.read([0, 1802, 3550])
@@ -328,12 +330,62 @@ def test_a_frame_that_does_not_decode_is_bad_where_it_is_asked_for(tmp_path):
 
 
 def test_a_frame_of_too_many_pixels_is_refused_before_it_is_decoded(tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "MAX_PIXELS", 1000)
+    monkeypatch.setattr(container, "MAX_PIXELS", 1000)
     error = bad(film(tmp_path / "a.mp4", frames=2))
     assert error.cause == "too large" and "48 x 32" in error.detail
-    monkeypatch.setattr(module, "MAX_PIXELS", 10**6)
-    monkeypatch.setattr(module, "MAX_FRAMES", 20)
-    assert bad(film(tmp_path / "b.mp4")).cause == "too long"
+    monkeypatch.setattr(container, "MAX_PIXELS", 10**6)
+    monkeypatch.setattr(module, "MAX_RUN", 5)
+    assert len(Video(film(tmp_path / "b.mp4")).read([15])) == 1
+    with pytest.raises(BadImage, match="too far from a key frame: frame 18"):
+        Video(tmp_path / "b.mp4").read([18])
+    monkeypatch.setattr(container, "MAX_FRAMES", 20)
+    assert bad(tmp_path / "b.mp4").cause == "too long"
+
+
+def mutated(data: bytes, rng: np.random.Generator) -> bytes:
+    """The file with bytes flipped, and cut, or a part of it doubled or moved."""
+    changed = bytearray(data)
+    for place in rng.integers(len(data), size=int(rng.integers(1, 30))):
+        changed[place] = rng.integers(256)
+    first, last = sorted(rng.integers(len(data), size=2).tolist())
+    kind = rng.integers(6)
+    if kind == 0:
+        del changed[last:]
+    elif kind == 1:
+        changed[first:first] = changed[first:last]
+    elif kind == 2:
+        del changed[first:last]
+    return bytes(changed)
+
+
+def mutations(folder: Path, count: int) -> dict[str, int]:
+    """How many of a number of damaged files were read, and how many were bad and why."""
+    sound = [film(folder / name, **FILES[name]).read_bytes() for name in FILES]
+    causes = Counter()
+    for number in range(count):
+        rng = np.random.default_rng(number)
+        path = folder / "damaged.mp4"
+        path.write_bytes(mutated(sound[number % len(sound)], rng))
+        try:
+            video = Video(path)
+            for index in {0, video.frames // 2, video.frames - 1}:
+                assert video.read([index]).dtype == torch.uint8
+            causes["read"] += 1
+        except BadImage as error:
+            causes[error.cause] += 1
+    return causes
+
+
+def test_of_damaged_files_frames_are_read_or_they_are_bad_for_a_cause(tmp_path):
+    causes = mutations(tmp_path, 52)
+    assert sum(causes.values()) == 52 and causes["read"] > 10 and len(causes) > 1
+
+
+@pytest.mark.faults
+def test_of_many_damaged_files_frames_are_read_or_they_are_bad_for_a_cause(tmp_path):
+    causes = mutations(tmp_path, 20_000)
+
+    assert sum(causes.values()) == 20_000
 
 
 # --- sources ---
@@ -509,7 +561,7 @@ def test_a_card_gives_its_classes_to_videos(tmp_path, monkeypatch):
 
 def test_without_pyav_the_source_says_how_to_install_it(tmp_path, monkeypatch):
     furnish(tmp_path, each=1)
-    monkeypatch.setattr(module.plugin.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(container.plugin.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(
         ValueError, match=r'needs the package av.*pip install "prepretrain\[video\]"'
     ):

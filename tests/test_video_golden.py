@@ -186,8 +186,9 @@ def test_a_still_clip_has_the_features_of_its_image(video, positions, inflate, r
         found = clip.encode(still[:, :, None].expand(-1, -1, int(dims["frames"]), -1, -1))
     for tokens in found.unflatten(1, (-1, expected.shape[1])).unbind(1):
         assert_close(tokens, expected, rtol=1e-5, atol=1e-5)
+    tube = int(dims["tube"])
     embedded = F.linear(
-        clips.tubes(still[:, :, None].repeat(1, 1, clip.encoder.tube, 1, 1), clip.encoder.tube, 16),
+        clips.tubes(still[:, :, None].repeat(1, 1, tube, 1, 1), tube, clip.encoder.stride),
         clip.encoder.patch_embed.proj.weight.flatten(1),
         clip.encoder.patch_embed.proj.bias,
     )

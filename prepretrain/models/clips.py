@@ -5,6 +5,7 @@ B clips, T frames, times (tubes along T), N patches of a frame, D channels.
 """
 
 import math
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -18,6 +19,43 @@ Inflation = Literal["average", "centre"]
 TimePositions = Literal["zero", "normal", "joint", "sinusoid"]
 
 
+@dataclass(frozen=True)
+class Clip:
+    """The options of a ViT that say which clips it takes, and how; see its constructor."""
+
+    frames: int
+    tube: int
+    inflate: Inflation
+    time_positions: TimePositions
+
+    def __post_init__(self) -> None:
+        if self.frames % self.tube:
+            raise ValueError(
+                f"model.frames: {self.frames} is no multiple of model.tube ({self.tube}), the frames of a "
+                f"patch."
+            )
+
+    @property
+    def times(self) -> int:
+        """The patches along time."""
+        return self.frames // self.tube
+
+    @property
+    def apart(self) -> bool:
+        """Whether positions in time have a table to themselves."""
+        return self.time_positions in ("zero", "normal")
+
+    @property
+    def held(self) -> int:
+        """The times that the table of places holds."""
+        return 1 if self.apart else self.times
+
+    @property
+    def fixed(self) -> bool:
+        """Whether positions are neither trained nor taken from weights."""
+        return self.time_positions == "sinusoid"
+
+
 class ClipAttention(RelativeAttention):
     """Attention over all times, rows and columns of a clip, with relative positions along each
     (MViT's); the class token has none."""
@@ -29,16 +67,6 @@ class ClipAttention(RelativeAttention):
     def forward(self, tokens: Tensor) -> Tensor:
         """[B, prefix + N, D] to the same shape."""
         return self.attend(tokens, self.reach, self.prefix)
-
-
-def check(frames: int, tube: int, window: int | None) -> None:
-    """Raises ValueError for options of a ViT that do not go together on clips."""
-    if frames % tube:
-        raise ValueError(
-            f"model.frames: {frames} is no multiple of model.tube ({tube}), the frames of a patch."
-        )
-    if window is not None:
-        raise ValueError("model.frames: a ViT with model.window takes images. Leave one out.")
 
 
 def tubes(clip: Tensor, tube: int, size: int) -> Tensor:
@@ -61,11 +89,6 @@ def inflated(kernel: Tensor, tube: int, how: Inflation) -> Tensor:
     whole = kernel.new_zeros(*kernel.shape[:2], tube, *kernel.shape[2:])
     whole[:, :, tube // 2] = kernel
     return whole
-
-
-def over_times(table: Tensor, times: int) -> Tensor:
-    """Positions of a frame's patches [1, N, D] as those of each time [1, times N, D]."""
-    return table.repeat(1, times, 1)
 
 
 def sinusoids(width: int, count: int) -> Tensor:

@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 
 from prepretrain.data import img2dataset, names, values
+from prepretrain.data.container import require
 from prepretrain.data.indexing import read_heads
 from prepretrain.data.keep import read_weights
 from prepretrain.data.paths import find_shards
@@ -34,7 +35,7 @@ from prepretrain.data.subset import evenly
 from prepretrain.data.tags import Tags, of_column
 from prepretrain.data.tar_index import FILMS, MEMBERS, Index
 from prepretrain.data.transforms import BadImage
-from prepretrain.data.video import Video, require
+from prepretrain.data.video import Video
 
 MAX_MEMBER = 64_000_000  # not from the paper: bytes of one member, checked before it is read
 

@@ -117,45 +117,26 @@ class ViT(Encoder):
         self.patch, self.patch_width = patch_size, width
         self.depth, self.heads, self.final_norm = depth, heads, final_norm
         self.window, self.table_grid = window, self.grid
-        self.frames, self.tube, self.inflate = frames, tube, inflate
-        self.time_positions = time_positions
+        self.frames, self.clip = frames, None
         if frames is not None:
-            clips.check(frames, tube, window)
-            self.takes = ("layer",)
+            self.takes, self.clip = ("layer",), clips.Clip(frames, tube, inflate, time_positions)
         if window is not None:
             self.prefix, self.takes = 0, ("layer", "maps")
             rows, columns = sides(position_size or 224)
             self.table_grid = rows // patch_size, columns // patch_size
         elif not class_token:
-            if frames is None:
-                raise ValueError("model.class_token: only with model.frames can it be left out.")
             self.prefix = 0
-        if self.prefix:
-            self.cls_token = nn.Parameter(torch.empty(1, 1, width))
-        places = self.prefix + self.times * self.table_grid[0] * self.table_grid[1]
-        learned = positions == "learned" and (frames is None or time_positions != "sinusoid")
-        self.pos_embed = nn.Parameter(torch.empty(1, places, width), requires_grad=learned)
-        if self.timed:
-            self.pos_embed_temporal = nn.Parameter(torch.empty(1, frames // tube, width))
-        self.patch_embed = nn.Module()
-        if frames is None:
-            self.patch_embed.proj = nn.Conv2d(3, width, patch_size, patch_size)
-        else:
-            sizes = (tube, patch_size, patch_size)
-            self.patch_embed.proj = nn.Conv3d(3, width, sizes, sizes)
+        _check_together(window, frames, relative_positions, class_token)
+        self._add_embedding(positions == "learned")
         rates = [drop_path * i / max(depth - 1, 1) for i in range(depth)]
         norm = partial(nn.LayerNorm, eps=1e-6)
-        if relative_positions and window is None and frames is None:
-            raise ValueError(
-                "model.relative_positions: only with model.window or model.frames, as in window=14."
-            )
-        if frames is not None and relative_positions:
-            grid = (frames // tube, *self.grid)
-            attend = lambda: clips.ClipAttention(width, heads, grid, self.prefix)
-            blocks = [WindowBlock(width, attend(), window=None, drop_path=rate) for rate in rates]
-        elif window is None:
+        if window is None and not relative_positions:
             block = partial(Block, width, heads, mlp_ratio=4, qkv_bias=True, norm_layer=norm)
             blocks = [block(drop_path=rate) for rate in rates]
+        elif window is None:
+            grid = (self.clip.times, *self.grid)
+            attend = partial(clips.ClipAttention, width, heads, grid, self.prefix)
+            blocks = [WindowBlock(width, attend(), window=None, drop_path=rate) for rate in rates]
         else:
             everywhere = _global(global_blocks, depth)
             blocks = []
@@ -168,15 +149,23 @@ class ViT(Encoder):
         self.blocks = nn.ModuleList(blocks)
         self.norm = norm(width) if final_norm else nn.Identity()
 
-    @property
-    def timed(self) -> bool:
-        """Whether positions in time have a table to themselves."""
-        return self.frames is not None and self.time_positions in ("zero", "normal")
-
-    @property
-    def times(self) -> int:
-        """The patches along a clip's time that `pos_embed` has places for."""
-        return 1 if self.frames is None or self.timed else self.frames // self.tube
+    def _add_embedding(self, learned: bool) -> None:
+        """Adds the class token, the tables of positions and the projection of patches."""
+        width, side, clip = self.width, self.stride, self.clip
+        if self.prefix:
+            self.cls_token = nn.Parameter(torch.empty(1, 1, width))
+        places = self.table_grid[0] * self.table_grid[1] * (1 if clip is None else clip.held)
+        learned = learned and not (clip is not None and clip.fixed)
+        table = torch.empty(1, self.prefix + places, width)
+        self.pos_embed = nn.Parameter(table, requires_grad=learned)
+        if clip is not None and clip.apart:
+            self.pos_embed_temporal = nn.Parameter(torch.empty(1, clip.times, width))
+        self.patch_embed = nn.Module()
+        if clip is None:
+            self.patch_embed.proj = nn.Conv2d(3, width, side, side)
+        else:
+            sizes = (clip.tube, side, side)
+            self.patch_embed.proj = nn.Conv3d(3, width, sizes, sizes)
 
     def forward(
         self,
@@ -214,12 +203,12 @@ class ViT(Encoder):
         """The class token and the embedded patches with their positions, [B, prefix + N, D]."""
         self.check(image, keep=keep, hide=hide)
         positions = self.pos_embed[:, self.prefix :]
-        if self.frames is None:
+        if self.clip is None:
             patches = patchify(image, self.stride)
         else:
-            patches = clips.tubes(image, self.tube, self.stride)
-        if self.timed:
-            positions = (positions[:, None] + self.pos_embed_temporal[:, :, None]).flatten(1, 2)
+            patches = clips.tubes(image, self.clip.tube, self.stride)
+            if self.clip.apart:
+                positions = (positions[:, None] + self.pos_embed_temporal[:, :, None]).flatten(1, 2)
         if keep is not None:  # gather before embedding: the hidden patches cost nothing
             patches = take(patches, keep)
             positions = positions[0][keep]
@@ -250,7 +239,7 @@ class ViT(Encoder):
             tensor.normal_(std=0.02, generator=generator)
         elif name == "pos_embed":
             tensor.copy_(self._first_positions())
-        elif name == "pos_embed_temporal" and self.time_positions == "normal":
+        elif name == "pos_embed_temporal" and self.clip.time_positions == "normal":
             nn.init.trunc_normal_(tensor, std=0.02, generator=generator)
         elif name == "pos_embed_temporal" or name.rpartition(".")[2] in DISTANCES:
             tensor.zero_()
@@ -264,11 +253,12 @@ class ViT(Encoder):
 
     def _first_positions(self) -> Tensor:
         """Sines and cosines, [1, prefix + places, D]."""
-        if self.frames is not None and self.time_positions == "sinusoid":
+        if self.clip is not None and self.clip.fixed:
             table = clips.sinusoids(self.width, self.pos_embed.shape[1] - self.prefix)
             return F.pad(table, (0, 0, self.prefix, 0))
         table = sincos(self.width, self.table_grid)[None]
-        return torch.cat([table[:, : self.prefix], table[:, 1:].repeat(1, self.times, 1)], 1)
+        held = 1 if self.clip is None else self.clip.held
+        return torch.cat([table[:, : self.prefix], table[:, 1:].repeat(1, held, 1)], 1)
 
     def adapt(self, name: str, tensor: Tensor, before: dict[str, Any]) -> Tensor:
         """Resamples the position table for another image size; SWAG's lies as [1 + N, 1, D]. With
@@ -277,18 +267,18 @@ class ViT(Encoder):
         if name == "pos_embed":
             if tensor.ndim == 3 and tensor.shape[1] == 1 < tensor.shape[0]:
                 tensor = tensor.transpose(0, 1)
-            if self.frames is not None:
-                how = self.grid, self.times, self.prefix, self.stride
+            if self.clip is not None:
+                how = self.grid, self.clip.held, self.prefix, self.stride
                 return clips.adapted_positions(tensor, *how, before)
             if self.window is None:
                 return resample_positions(tensor, self.grid, 1, self.stride, before)
             return self._adapted_table(tensor, before)
         if self.window is not None and name == "patch_embed.proj.weight" and tensor.ndim == 4:
             return _resized_patch(tensor, self.stride)
-        if self.frames is not None and name == "patch_embed.proj.weight" and tensor.ndim == 4:
-            return clips.inflated(tensor, self.tube, self.inflate)
+        if self.clip is not None and name == "patch_embed.proj.weight" and tensor.ndim == 4:
+            return clips.inflated(tensor, self.clip.tube, self.clip.inflate)
         if name == "pos_embed_temporal" and tensor.ndim == 3:
-            return clips.resized_times(tensor, self.frames // self.tube)
+            return clips.resized_times(tensor, self.clip.times)
         if name.rpartition(".")[2] in DISTANCES and tensor.ndim == 2:
             return resize_distances(tensor, len(self.get_parameter(name)))
         return tensor
@@ -321,18 +311,17 @@ class ViT(Encoder):
                     f"they compute something else. timm's ViTs are measured as timm/NAME."
                 )
         lost = set() if self.prefix else {"cls_token"}
-        lost |= {"pos_embed"} if self.time_positions == "sinusoid" and self.frames else set()
+        lost |= {"pos_embed"} if self.clip is not None and self.clip.fixed else set()
         return {name: None if name in lost else name for name in names}
 
     def may_be_missing(self) -> list[set[str]]:
         """See contracts.MayBeMissing."""
         distances = {name for name in self.state_dict() if name.rpartition(".")[2] in DISTANCES}
-        fixed = self.time_positions == "sinusoid" and self.frames is not None
-        return [
-            distances,
-            {"pos_embed_temporal"} if self.timed else set(),
-            {"pos_embed"} if fixed else set(),
-        ]
+        if self.clip is None:
+            return [distances]
+        if self.clip.apart:
+            return [distances, {"pos_embed_temporal"}]
+        return [distances, {"pos_embed"} if self.clip.fixed else set()]
 
     def no_weight_decay(self) -> set[str]:
         """timm's name for the parameters without weight decay, beside all 1-d ones."""
@@ -397,6 +386,20 @@ class ViT(Encoder):
                 _, number, rest = key.split(".", 2)
                 renamed[f"transformer.resblocks.{number}.{_open_clips(rest)}"] = value
         return config, renamed
+
+
+def _check_together(
+    window: int | None, frames: int | None, relative_positions: bool, class_token: bool
+) -> None:
+    """Raises ValueError for options of which one excludes or needs another."""
+    if window is not None and frames is not None:
+        raise ValueError("model.frames: a ViT with model.window takes images. Leave one out.")
+    if relative_positions and window is None and frames is None:
+        raise ValueError(
+            "model.relative_positions: only with model.window or model.frames, as in window=14."
+        )
+    if not class_token and frames is None:
+        raise ValueError("model.class_token: only with model.frames can it be left out.")
 
 
 def _global(blocks: int | tuple[int, ...], depth: int) -> set[int]:
