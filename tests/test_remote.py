@@ -155,7 +155,7 @@ def kept(cache):
 # What is read.
 
 
-@pytest.mark.parametrize("path", ["", "/", "/*.tar", "/{00000..00003}.tar", "/0000?.tar"])
+@pytest.mark.parametrize("path", ["", "/0000?.tar", "/{00000..00003}.tar"])
 def test_shards_of_a_bucket_are_those_of_a_folder(folder, cache, s3, path):
     for file in sorted(folder.iterdir()):
         s3.upload_file(str(file), "bucket", f"web/{file.name}")
