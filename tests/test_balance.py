@@ -1,6 +1,7 @@
 """Weights by how frequent entries are: MetaCLIP's probabilities, and the laws of tags."""
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,8 @@ from prepretrain.curation import commands
 from prepretrain.curation.engine import Machines
 
 pytest.importorskip("datatrove", reason="the extra `data` is not installed")
-GOLDEN = Path(__file__).parents[1] / "../shared/golden/metaclip_balance.json"
+GOLDEN = Path(os.environ.get("PREPRETRAIN_GOLDEN", Path(__file__).parent / "golden"))
+GOLDEN /= "metaclip_balance.json"
 HERE = Machines()
 
 LAB = """

@@ -27,7 +27,7 @@ from prepretrain.objectives.hashtag import Hashtag
 from prepretrain.runs.export import load_objective
 from prepretrain.runs.launch import launch
 
-GOLDEN = Path(__file__).parents[2] / "shared" / "golden"
+GOLDEN = Path(os.environ.get("PREPRETRAIN_GOLDEN", Path(__file__).parent / "golden"))
 golden = pytest.mark.skipif(not GOLDEN.is_dir(), reason=f"no {GOLDEN}")
 
 

@@ -1,6 +1,7 @@
 """Tags and captions to WordNet's synsets: the rules, their counts, bad files, CatLIP's golden labels."""
 
 import json
+import os
 import runpy
 from pathlib import Path
 
@@ -13,7 +14,8 @@ from prepretrain.data.vocabulary import Vocabulary
 from prepretrain.data.wordnet import Nouns
 
 ROOT = Path(__file__).parents[1]
-GOLDEN = ROOT.parent / "shared" / "golden" / "catlip_captions.json"
+GOLDEN = Path(os.environ.get("PREPRETRAIN_GOLDEN", Path(__file__).parent / "golden"))
+GOLDEN /= "catlip_captions.json"
 
 # (offset, words, offset above)
 SYNSETS = [
