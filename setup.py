@@ -17,9 +17,17 @@ FOLDERS = {
 
 # What one feature each needs; without it, that feature says which extra to install.
 FEATURES = {
+    # curation: its engine, and what its stages measure with
+    "data": [
+        *("datatrove>=0.10,<0.11", "duckdb>=2,<3", "faiss-cpu>=1.9,<2"),
+        *("ftfy>=6,<7", "py3langid<0.5", "pyahocorasick>=2,<3"),
+    ],
     "completion": ["argcomplete>=3,<4"],  # of the commands, by the shell
     "detection": ["faster-coco-eval>=1.8,<2"],  # COCO's and LVIS's metrics; polygons to pixels
     "fp8": ["torchao>=0.18,<1"],  # shard.precision=fp8
+    "remote": [  # shards by s3://, gs://, hf:// and https://
+        *("fsspec", "s3fs>=2025.3", "gcsfs>=2025.3", "aiohttp>=3.9,<4", "huggingface_hub>=1,<3"),
+    ],
     "text": ["transformers>=5,<6", "sentencepiece<1"],  # XLM-R, tokenizers of Hugging Face
     "tensorboard": ["tensorboard>=2.14,<3"],  # curves beside metrics.jsonl
     "simplejpeg": ["simplejpeg>=1.7,<2"],  # the fastest JPEG decoder
@@ -51,6 +59,7 @@ setup(
             "prepretrain-report = prepretrain.command:report",
             "prepretrain-scaling = prepretrain.command:scaling",
             "prepretrain-export = prepretrain.command:export",
+            "prepretrain-curate = prepretrain.command:curate",
         ]
     },
     python_requires=">=3.10",
@@ -81,6 +90,7 @@ setup(
         "test": [
             *ALL,
             *("pytest<10", "pytest-timeout<3", "pytest-xdist<4"),
+            "moto[server]>=5,<6",  # the store of tests/test_remote.py
             "scikit-learn<2",  # what the probes are compared with
             *("setuptools>=77", "wheel"),  # tests/test_wheel.py builds one
             *("mypy<3", "ruff>=0.15,<0.18"),

@@ -1,4 +1,4 @@
-"""Writes docs/scale.md: what MAWS's two largest models need on 8, 64 and 512 GPUs of 80 GB.
+"""Writes the tables of docs/scale.md: what MAWS's two largest models need on 8, 64 and 512 GPUs of 80 GB.
 
     python benchmarks/plan_tables.py
 
@@ -43,6 +43,7 @@ A row shows the config as it is if that fits, else with the first settings that 
 that was tried. "GB" are 10⁹ bytes a GPU: the largest of each kind, which are not all at the same time, and
 the peak of all together. In flight: gathered parameters, and gradients being reduced.
 """
+BY_HAND = "\n## A billion samples"  # this section, and what follows, is not written here
 COLUMNS = (
     "GPUs | fits | to be added | group | images x parts | parameters | gradients | optimizer "
     "| activations | in flight | peak | GB/step in a node | to others | compute s | memory s "
@@ -98,8 +99,7 @@ def main() -> None:
             text += "\n".join([f"\n## {size}, stage {stage}\n", f"| {COLUMNS} |", rule, *rows, ""])
             print(text.rpartition("\n## ")[2], flush=True)
     path = ROOT / "docs" / "scale.md"
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(text)
+    path.write_text(text + "".join(path.read_text().partition(BY_HAND)[1:]))
 
 
 if __name__ == "__main__":

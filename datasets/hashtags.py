@@ -11,12 +11,9 @@ import sys
 from collections import defaultdict
 from pathlib import Path
 
-import numpy as np
-
-from prepretrain.data import rarest
-from prepretrain.data.card import open_data
+from prepretrain.data import counting, rarest
+from prepretrain.data.mix import open_together
 from prepretrain.data.synsets import Synsets
-from prepretrain.data.transforms import BadImage
 from prepretrain.data.vocabulary import Vocabulary
 from prepretrain.data.wordnet import Nouns
 
@@ -24,18 +21,16 @@ from prepretrain.data.wordnet import Nouns
 def main() -> None:
     """Count, write, and show the most frequent labels and how many images are left without one."""
     args = _asked()
-    source = open_data(args.card)
+    source = open_together(args.card)
     of = "captions" if args.captions else "hashtags"
     _check_fields(args.card, source.fields, of)
     synsets = _synsets(args, of)
-    bad: list[BadImage] = []
-    tags = [rarest.tags_of(source, index, bad, of) for index in range(len(source))]
-    rarest.say_bad(bad)
     rule = {} if synsets is None else {"label": synsets.label, "merged": synsets.merged}
-    counting = {"source": source.fingerprint, "min_count": args.min_count, "most": args.most}
-    vocabulary = Vocabulary.count(tags, **counting, **rule)
+    vocabulary, tag_of_images, counts = counting.count(
+        source, args.out.parent, of=of, min_count=args.min_count, most=args.most, **rule
+    )
+    counts.log()
     vocabulary.save(args.out)
-    tag_of_images = np.array([vocabulary.rarest(found) for found in tags])
     rarest.write(args.out, vocabulary, tag_of_images)
     _show(vocabulary, args.top)
     if synsets is not None:
@@ -51,7 +46,7 @@ def _asked() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("card", help="a card, or card:split")
+    parser.add_argument("card", help="a card, or card:split; several of a mix as web+shop")
     parser.add_argument(
         "--min-count", type=int, required=True, help="how many images a tag must be in"
     )

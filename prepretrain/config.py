@@ -22,7 +22,9 @@ from prepretrain.files import draft
 class Data:
     """What a run trains on."""
 
-    train: str  # a card's name, with a split after a colon if it is not "train"
+    # a card's name, with a split after a colon if it is not "train"; or a mix, a list of
+    # {card, share, subset}: share of the images of an epoch, which holds as many as one of all parts
+    train: str | list[dict[str, Any]]
     # a random part of it, a share (10%) or a number of images, or the options of data/subset.py
     subset: str | dict[str, Any] | None = None
     # loading processes of each process; 0 loads in the process itself, null takes up to 4, as many as
@@ -30,6 +32,10 @@ class Data:
     workers: int | None = None
     window: int = 0  # shards that images are shuffled within; 0 shuffles over all of them
     max_bad: float = 0.01  # share of substituted images past which the run stops
+    # {by, law, t, vocabulary}: how often images come by how frequent their tags are: data/resample.py
+    resample: dict[str, Any] | None = None
+    # [{from: 50%, train, subset, resample}]: other data from a step on; what a change does not name stays
+    changes: list[dict[str, Any]] = field(default_factory=list)
 
 
 @dataclass
@@ -199,6 +205,7 @@ Config = Training | Evaluating | Suite
 CHANGEABLE = (
     "data.workers",
     "data.max_bad",
+    "data.changes",  # of steps that are still to come: those before are in the data's fingerprint
     "batch_per_process",
     "device",
     "deterministic",
@@ -359,7 +366,30 @@ def check(schema: type, given: Any, where: str) -> Any:
         raise ValueError(f"{where}: {given!r} is no section. It has: {', '.join(_names(schema))}.")
     if schema is Optim:
         return _optim(given, where)
+    if schema is Training:
+        given = _moved(given)
     return schema(**_values(schema, given, where, _names(schema)))
+
+
+def _moved(given: dict[str, Any]) -> dict[str, Any]:
+    """A run's values with data.resample in place of the hashtag objective's own option, by which older
+    versions repeated images of rare tags."""
+    objective, data = given.get("objective"), given.get("data")
+    if not isinstance(objective, dict) or "resample" not in objective or not isinstance(data, dict):
+        return given
+    if objective.get("name") != "hashtag":  # others mean another thing by it
+        return given
+    objective = dict(objective)
+    threshold = objective.pop("resample")
+    if threshold is not None:
+        if data.get("resample") is not None:
+            raise ValueError(
+                f"objective.resample: {threshold} stands beside data.resample, which takes its place. "
+                f"Leave it out."
+            )
+        law = {"by": "hashtags", "law": "repeat_factor", "t": threshold}
+        data = data | {"resample": law | {"vocabulary": objective.get("vocabulary")}}
+    return given | {"objective": objective, "data": data}
 
 
 def _optim(given: dict[str, Any], where: str) -> Optim:
@@ -417,6 +447,18 @@ def _names(schema: type) -> list[str]:
     """The keys of a section; an optimizer's options stand beside Optim's, not under a key."""
     left_out = ("options",) if schema is Optim else ()
     return [f.name for f in dataclasses.fields(schema) if f.name not in left_out]
+
+
+def with_change(data: Data, change: dict[str, Any], where: str) -> Data:
+    """The data section from a change of it on: what it names, over what was before."""
+    known = ("from", "train", "subset", "resample")
+    for key in change:
+        if key not in known:
+            raise ValueError(plugin.unknown(f"{where}.{key}: unknown key", key, [*known]))
+    if "from" not in change:
+        raise ValueError(f"{where}.from: is missing: the step of the change, as in from: 50%.")
+    values = {key: value for key, value in change.items() if key != "from"}
+    return check(Data, {**dataclasses.asdict(data), **values, "changes": []}, where)
 
 
 def plain(config: Config) -> dict[str, Any]:

@@ -9,6 +9,16 @@ from pathlib import Path
 from typing import Any
 
 
+def cache_folder() -> Path:
+    """Where fetched files lie: PREPRETRAIN_CACHE, else ~/.cache/prepretrain."""
+    return Path(os.environ.get("PREPRETRAIN_CACHE") or "~/.cache/prepretrain").expanduser()
+
+
+def offline() -> bool:
+    """Whether PREPRETRAIN_OFFLINE forbids the network."""
+    return os.environ.get("PREPRETRAIN_OFFLINE", "0") not in ("", "0")
+
+
 def read_json(path: Path, kind: type = dict) -> Any:
     """The content of a JSON file that holds a value of a type.
 

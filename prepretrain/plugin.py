@@ -7,6 +7,7 @@ import importlib.util
 import inspect
 import os
 import pkgutil
+import re
 import sys
 import types
 import typing
@@ -23,6 +24,7 @@ KINDS = {  # the folder of each kind of part
     "objectives": "prepretrain.objectives",
     "optimizers": "prepretrain.training.optimizers",
     "sources": "prepretrain.data.sources",
+    "stages": "prepretrain.curation.stages",
     "towers": "prepretrain.models.text",
 }
 TRUSTED = "PREPRETRAIN_PLUGINS"  # packages whose modules files may name, separated by commas
@@ -32,6 +34,12 @@ SHARED = (
     "captions",
     "supervised",
 )  # files in these folders that are no part, and that parts import
+
+
+_INDEX = re.compile(r"\[\d+\]")  # of an entry of a list, in a key
+
+
+_INDEX = re.compile(r"\[\d+\]")  # of an entry of a list, in a key
 
 
 def folders(name: str, packaged: str) -> list[Path]:
@@ -163,7 +171,7 @@ def check(factory: Any, given: dict[str, Any], where: str) -> dict[str, Any]:
         )
     values = {k: coerce(v, hints.get(k, Any), f"{where}.{k}") for k, v in given.items()}
     # parts of others may give our names another meaning
-    section = where if factory.__module__.startswith("prepretrain.") else ""
+    section = _INDEX.sub("", where) if factory.__module__.startswith("prepretrain.") else ""
     for key, value in values.items():
         ranges.check(section, key, value, f"{where}.{key}")
     return values

@@ -21,7 +21,9 @@ from prepretrain.distributed import group as distributed
 from prepretrain.distributed import ports
 
 # New processes are copies of one that has imported everything, which takes five seconds.
-multiprocessing.get_context("forkserver").set_forkserver_preload(["prepretrain.runs.launch"])
+multiprocessing.get_context("forkserver").set_forkserver_preload(
+    ["prepretrain.runs.launch", "prepretrain.curation.commands", "datatrove.executor.local"]
+)
 
 CARD = """description: three colours
 licence: made by the tests

@@ -123,7 +123,8 @@ def test_a_bad_card_is_refused_by_file_and_key(photos, text, message):
         ("source: folder, path: none", "nothing at .*none"),
         ("source: shards, path: 'none/{0..3}.tar'", "nothing at .*none/"),
         ("source: shards, path: 'photos/{0..3}.tar'", "0.tar: there is no such .tar shard"),
-        ("source: shards, path: 's3://bucket/x'", "local disks"),
+        ("source: parquet, path: 's3://bucket/x'", "local disks"),
+        ("source: shards, path: 'ftp://host/x'", "local disks and s3"),
     ],
 )
 def test_what_a_card_declares_is_checked_against_the_data(photos, options, message):

@@ -24,7 +24,7 @@ ROWS = [
     {"objectives"},
     {"evaluation"},
     {"runs"},
-    {"scaling"},
+    {"scaling", "curation"},
     {"reports"},
 ]
 READERS_OF_CONFIG = {"runs", "scaling"}
@@ -112,6 +112,10 @@ def test_only_its_encoder_the_text_towers_and_zero_shot_import_open_clip():
     allowed = ("models.encoders.", "models.text.", "evaluation.evaluators.zeroshot")
     for name in users("open_clip"):
         assert name.removeprefix("prepretrain.").startswith(allowed), name
+
+
+def test_only_the_engine_of_curation_imports_datatrove_and_duckdb():
+    assert users("datatrove") | users("duckdb") == {"prepretrain.curation.engine"}
 
 
 def test_nothing_imports_the_tools():

@@ -215,10 +215,10 @@ def test_sums_of_many_repeats_lose_no_image():
 @pytest.mark.parametrize(
     "repeats, message",
     [
-        (np.ones(4), r"shape \(4,\), and there are 5 images"),
-        (np.array([1, 1, -0.5, 1, 1]), r"repeats\[2\]: -0.5 must be finite and at least 0"),
-        (np.array([1, 1, 1, np.nan, 1]), r"repeats\[3\]: nan"),
-        (np.zeros(5), "sum, 0.0, is no length"),
+        (np.ones(4), r"weights: there are 4, and there are 5 images"),
+        (np.array([1, 1, -0.5, 1, 1]), r"weights\[2\]: -0.5 must be finite and at least 0"),
+        (np.array([1, 1, 1, np.nan, 1]), r"weights\[3\]: nan"),
+        (np.zeros(5), "sum, 0, is no length"),
     ],
 )
 def test_repeats_that_make_no_order_are_refused(repeats, message):
@@ -382,16 +382,16 @@ def test_a_source_without_images_is_refused():
 
 def test_the_stream_says_which_order_it_is():
     make = lambda n=9, seed=0, **k: Stream(Numbers(n), transform, batch_size=3, seed=seed, **k)
-    assert make().fingerprint == make(workers=2, accumulate=3).fingerprint
+    assert make().fingerprint() == make(workers=2, accumulate=3).fingerprint()
     assert (
         len(
             {
-                make().fingerprint,
-                make(n=8).fingerprint,
-                make(seed=1).fingerprint,
-                make(window=1).fingerprint,
-                make(repeats=np.ones(9)).fingerprint,
-                make(repeats=np.full(9, 2.0)).fingerprint,
+                make().fingerprint(),
+                make(n=8).fingerprint(),
+                make(seed=1).fingerprint(),
+                make(window=1).fingerprint(),
+                make(repeats=np.ones(9)).fingerprint(),
+                make(repeats=np.full(9, 2.0)).fingerprint(),
             }
         )
         == 6

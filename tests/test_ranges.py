@@ -12,6 +12,8 @@ from collections.abc import Iterator
 import pytest
 
 from prepretrain import config, plugin, ranges
+from prepretrain.data.mix import Part
+from prepretrain.data.resample import Resample
 from prepretrain.data.subset import Choice
 from prepretrain.data.views import Views
 from prepretrain.evaluation.probing.adapters import ADAPTERS
@@ -48,6 +50,7 @@ def declared() -> Iterator[tuple[str, str]]:
                 yield section, name
     parts = [(s, plugin.find(k, n)) for k, s in SECTIONS.items() for n in plugin.names(k)]
     parts += [("model", Model), ("model.joint", Joint), ("data.subset", Choice), ("views", Views)]
+    parts += [("data.resample", Resample), ("data.train", Part)]
     for section, factory in [*parts, *(("adapter", one) for one in ADAPTERS.values())]:
         hints = typing.get_type_hints(factory.__init__)
         for name in plugin.options(factory):

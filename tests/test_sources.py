@@ -114,9 +114,9 @@ def test_missing_shards_are_an_error_that_names_them(two_shards, path, message):
         open_shards(two_shards / path)
 
 
-def test_remote_shards_are_refused():
-    with pytest.raises(ValueError, match="s3://bucket/x.tar: .*local"):
-        open_shards("s3://bucket/x.tar")
+def test_parquet_files_of_a_store_are_refused():
+    with pytest.raises(ValueError, match="s3://bucket/x.parquet: .*local"):
+        plugin.build("sources", "parquet", path="s3://bucket/x.parquet")
 
 
 def test_an_empty_folder_is_an_error(tmp_path):

@@ -1,6 +1,7 @@
 """Tags and captions to WordNet's synsets: the rules, their counts, bad files, CatLIP's golden labels."""
 
 import json
+import os
 import runpy
 from pathlib import Path
 
@@ -13,7 +14,8 @@ from prepretrain.data.vocabulary import Vocabulary
 from prepretrain.data.wordnet import Nouns
 
 ROOT = Path(__file__).parents[1]
-GOLDEN = ROOT.parent / "shared" / "golden" / "catlip_captions.json"
+GOLDEN = Path(os.environ.get("PREPRETRAIN_GOLDEN", Path(__file__).parent / "golden"))
+GOLDEN /= "catlip_captions.json"
 
 # (offset, words, offset above)
 SYNSETS = [
@@ -199,8 +201,9 @@ def test_words_of_captions_are_what_the_lemmatizer_and_the_first_sense_say(folde
         "n00000400",
         None,
     ]  # spectacles.n.01 is no glasses.n.01
-    with pytest.raises(ValueError, match="timm does not say which sense.*wordnet-base"):
-        Synsets(Nouns.open("timm"), of="captions")
+    (folder / "mine.txt").write_text("n1\tdog\n")
+    with pytest.raises(ValueError, match="mine.txt does not say which sense.*wordnet-base"):
+        Synsets(Nouns.open(str(folder / "mine.txt")), of="captions")
 
 
 def test_captions_are_counted_as_words_and_labelled_so(folder):

@@ -7,6 +7,7 @@ import pickle
 import runpy
 import tarfile
 import tracemalloc
+from collections import Counter
 from fractions import Fraction
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
+from prepretrain.data import container
 from prepretrain.data import video as module
 from prepretrain.data.card import load_card
 from prepretrain.data.loader import Stream, evaluation_batches
@@ -193,15 +195,31 @@ def test_a_telephones_rotation_is_applied(tmp_path, turn):
     assert np.array_equal(video.read([2])[0].permute(1, 2, 0), expected)
 
 
+def painted(path: Path, colour: tuple[int, int, int], matrix: str, **colours: int) -> Path:
+    """A video of 10 bits whose frames are of one colour, by the matrix that it names."""
+    with av.open(str(path), "w") as out:
+        stream = out.add_stream("ffv1", rate=25)
+        stream.height, stream.width, stream.pix_fmt = 32, 48, "yuv420p10le"
+        for name, value in colours.items():
+            setattr(stream.codec_context, name, value)
+        pixels = np.full((32, 48, 3), colour, dtype="uint8")
+        frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
+        how = {"format": "yuv420p10le", "dst_colorspace": matrix}
+        frame = frame.reformat(**how)
+        out.mux(stream.encode(frame))
+        out.mux(stream.encode())
+    return path
+
+
 def test_ten_bits_and_hdr_are_read_with_the_matrix_that_the_file_names(tmp_path):
-    grey = np.full((32, 48, 3), 128, dtype="uint8")
-    for name, matrix in (("sdr.mkv", 1), ("hdr.mkv", 9)):  # BT.709, BT.2020
-        path = film(
-            tmp_path / name, "ffv1", pixels="yuv420p10le", colorspace=matrix, frames=2, between=0
-        )
-        video = Video(path)
-        assert np.array_equal(video.read([0, 1]), sequential(path))
-        assert np.abs(video.read([1]).float().mean() - picture(1, *grey.shape[:2]).mean()) < 20
+    colour = (200, 60, 30)
+    hdr = {"color_primaries": 9, "color_trc": 16}  # BT.2020, PQ
+    for name, matrix, colours in (
+        ("709.mkv", "ITU709", {"colorspace": 1}),
+        ("2020.mkv", "BT2020", {"colorspace": 9, **hdr}),
+    ):
+        shown = Video(painted(tmp_path / name, colour, matrix, **colours)).read([0])
+        assert np.abs(shown[0, :, 8, 8].numpy().astype(int) - colour).max() <= 2
 
 
 def test_a_video_goes_to_another_process_and_closes_its_file(tmp_path):
@@ -227,14 +245,14 @@ def test_of_four_hours_only_the_frames_from_a_key_frame_on_are_decoded_in_flat_m
         tmp_path / "long.mkv", "mpeg4", frames=len(stamps), stamps=stamps, size=(16, 16), gop=100,
         between=0,
     )  # fmt: skip
-    decoded, decode = [], module._OpenFile.decoded
+    decoded, decode = [], container.OpenFile.decoded
 
     def counting(*arguments):
         for frame in decode(*arguments):
             decoded.append(frame.pts)
             yield frame
 
-    monkeypatch.setattr(module._OpenFile, "decoded", counting)
+    monkeypatch.setattr(container.OpenFile, "decoded", counting)
     tracemalloc.start()
     video = Video(path)
     clip = video.read([0, 1802, 3550])
@@ -328,12 +346,62 @@ def test_a_frame_that_does_not_decode_is_bad_where_it_is_asked_for(tmp_path):
 
 
 def test_a_frame_of_too_many_pixels_is_refused_before_it_is_decoded(tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "MAX_PIXELS", 1000)
+    monkeypatch.setattr(container, "MAX_PIXELS", 1000)
     error = bad(film(tmp_path / "a.mp4", frames=2))
     assert error.cause == "too large" and "48 x 32" in error.detail
-    monkeypatch.setattr(module, "MAX_PIXELS", 10**6)
-    monkeypatch.setattr(module, "MAX_FRAMES", 20)
-    assert bad(film(tmp_path / "b.mp4")).cause == "too long"
+    monkeypatch.setattr(container, "MAX_PIXELS", 10**6)
+    monkeypatch.setattr(module, "MAX_RUN", 5)
+    assert len(Video(film(tmp_path / "b.mp4")).read([15])) == 1
+    with pytest.raises(BadImage, match="too far from a key frame: frame 18"):
+        Video(tmp_path / "b.mp4").read([18])
+    monkeypatch.setattr(container, "MAX_FRAMES", 20)
+    assert bad(tmp_path / "b.mp4").cause == "too long"
+
+
+def mutated(data: bytes, rng: np.random.Generator) -> bytes:
+    """The file with bytes flipped, and cut, or a part of it doubled or moved."""
+    changed = bytearray(data)
+    for place in rng.integers(len(data), size=int(rng.integers(1, 30))):
+        changed[place] = rng.integers(256)
+    first, last = sorted(rng.integers(len(data), size=2).tolist())
+    kind = rng.integers(6)
+    if kind == 0:
+        del changed[last:]
+    elif kind == 1:
+        changed[first:first] = changed[first:last]
+    elif kind == 2:
+        del changed[first:last]
+    return bytes(changed)
+
+
+def mutations(folder: Path, count: int) -> dict[str, int]:
+    """How many of a number of damaged files were read, and how many were bad and why."""
+    sound = [film(folder / name, **FILES[name]).read_bytes() for name in FILES]
+    causes = Counter()
+    for number in range(count):
+        rng = np.random.default_rng(number)
+        path = folder / "damaged.mp4"
+        path.write_bytes(mutated(sound[number % len(sound)], rng))
+        try:
+            video = Video(path)
+            for index in {0, video.frames // 2, video.frames - 1}:
+                assert video.read([index]).dtype == torch.uint8
+            causes["read"] += 1
+        except BadImage as error:
+            causes[error.cause] += 1
+    return causes
+
+
+def test_of_damaged_files_frames_are_read_or_they_are_bad_for_a_cause(tmp_path):
+    causes = mutations(tmp_path, 52)
+    assert sum(causes.values()) == 52 and causes["read"] > 10 and len(causes) > 1
+
+
+@pytest.mark.faults
+def test_of_many_damaged_files_frames_are_read_or_they_are_bad_for_a_cause(tmp_path):
+    causes = mutations(tmp_path, 20_000)
+
+    assert sum(causes.values()) == 20_000
 
 
 # --- sources ---
@@ -486,6 +554,25 @@ WRONG = {
 }
 
 
+HEADER = "label,youtube_id,time_start,time_end\n"
+BROKEN = {
+    "no time": ("list.csv", HEADER + "run,x,1,11\nrun,y,1\n", "line 3 has no numbers"),
+    "no label": ("list.csv", HEADER + ",x,1,11\n", "line 2 has no label"),
+    "other letters": ("list.csv", HEADER.encode() + b"\xff,x,1,11\n", "not readable as CSV"),
+    "no list": ("list.json", '{"id": 3}', "no list of id and template"),
+    "no json": ("list.json", "[", "no list of id and template"),
+    "no template": ("list.json", '[{"id": "3"}]', "no list of id and template.*KeyError"),
+}
+
+
+@pytest.mark.parametrize("fault", BROKEN)
+def test_a_broken_table_is_an_error_that_names_the_file(tmp_path, fault):
+    name, content, message = BROKEN[fault]
+    (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(ValueError, match=f"{name}: .*{message}"):
+        Videos(path=str(tmp_path), listing=str(tmp_path / name))
+
+
 @pytest.mark.parametrize("fault", WRONG)
 def test_what_is_wrong_with_a_list_is_said_of_all_its_lines_at_once(tmp_path, fault):
     content, message = WRONG[fault]
@@ -509,7 +596,7 @@ def test_a_card_gives_its_classes_to_videos(tmp_path, monkeypatch):
 
 def test_without_pyav_the_source_says_how_to_install_it(tmp_path, monkeypatch):
     furnish(tmp_path, each=1)
-    monkeypatch.setattr(module.plugin.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(container.plugin.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(
         ValueError, match=r'needs the package av.*pip install "prepretrain\[video\]"'
     ):

@@ -59,7 +59,7 @@ def test_a_wheel_holds_every_module_config_card_and_tool(installed):
 def test_every_command_of_a_wheel_says_what_it_takes(installed, tmp_path):
     (package,) = (d for d in distributions(path=[str(installed)]) if d.name == "prepretrain")
     commands = {entry.name: entry.value for entry in package.entry_points}
-    others = ("plan", "zoo", "report", "scaling", "export")
+    others = ("plan", "zoo", "report", "scaling", "export", "curate")
     assert set(commands) == {"prepretrain", *(f"prepretrain-{name}" for name in others)}
     for name, value in commands.items():
         module, _, function = value.partition(":")

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import command
 from test_features import tiny_model
 from test_synsets import folder  # noqa: F401
 from test_train import train
@@ -21,7 +20,7 @@ from prepretrain.models import tagger
 from prepretrain.models.heads.linear import Linear
 from prepretrain.models.load import load
 from prepretrain.models.tagger import Tagger
-from prepretrain.runs.export import load_objective
+from prepretrain.runs.export import export_labels, load_objective
 
 
 def vocabulary(tags: dict[str, int], **how) -> Vocabulary:
@@ -42,7 +41,9 @@ def test_a_class_is_its_own_tag_else_the_nearest_below_else_above(folder):  # no
     assert nearest("goose") == nearest("bear") == Nearest([0], 1)
     assert nearest("brown bear") == Nearest([0], 2)
     assert nearest("domestic dog", "goose") == Nearest([1], 0) and nearest("☺").ids == []
-    listed = Labels(vocabulary({"organism": 2}), Nouns.open("timm"))
+    (folder / "mine.txt").write_text("n1\torganism\nn2\tdog\n")
+    listed = Labels(vocabulary({"organism": 2}), Nouns.open(str(folder / "mine.txt")))
+    assert Labels(labels.vocabulary, listed.nouns).nearest(["dogs"], 0) == Nearest([1], 0)
     assert listed.nearest(["dog"], 9) == Nearest([], None)  # no hypernyms there
 
 
@@ -94,8 +95,7 @@ def test_a_run_on_hashtags_writes_its_head_by_which_classes_are_told_apart(place
         measure(tags="runs/tags")
     with pytest.raises(ValueError, match="runs/none: holds no labels.*evaluator.tags"):
         measure(tags="runs/none")
-    again = command("export.py", "runs/tags", "--labels", "--out", "copy")
-    assert again.returncode == 0 and again.stdout == "copy/labels\n", again.stderr
+    assert export_labels("runs/tags", Path("copy")) == Path("copy/labels")
     assert tagger.fingerprint("copy") == tagger.fingerprint("runs/tags")
 
 

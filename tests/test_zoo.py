@@ -32,6 +32,7 @@ from torchvision import transforms
 
 import prepretrain
 from prepretrain.data.transforms import squash
+from prepretrain.files import cache_folder
 from prepretrain.models import model as models
 from prepretrain.models import weights
 from prepretrain.models.export import save
@@ -381,7 +382,7 @@ def test_what_comes_in_part_is_kept_where_nobody_else_can_lay_a_link(server, tmp
 
 @pytest.mark.parametrize("how", ["a link", "open to others"])
 def test_a_folder_of_parts_that_is_not_ones_own_is_refused(server, tmp_path, how):
-    place = download.folder() / f".parts-{os.getuid()}"
+    place = cache_folder() / f".parts-{os.getuid()}"
     place.parent.mkdir(parents=True)
     if how == "a link":
         (tmp_path / "elsewhere").mkdir()

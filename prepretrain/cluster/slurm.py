@@ -180,6 +180,16 @@ def state(job: str) -> str | None:
     return found.splitlines()[0] if found else None
 
 
+def is_active(job: str) -> bool:
+    """Whether a job, or any of its array, waits or runs; asks again where there is no answer."""
+    for _ in range(5):
+        found = _ask("squeue", "--noheader", f"--jobs={job}", "--format=%T")
+        if found is not None:
+            return bool(found)
+        time.sleep(2)
+    return False  # which SLURM does not know any more
+
+
 def job() -> str | None:
     """This process's job, as 17, or 17_2 in an array, if `submit` made it."""
     if os.environ.get("SUBMITIT_EXECUTOR") != "slurm":

@@ -9,11 +9,13 @@ import yaml
 
 from prepretrain import plugin
 from prepretrain.data import labels, subset
+from prepretrain.data.paths import find_shards
+from prepretrain.data.shard_files import Shard
 from prepretrain.data.sources.base import Source, check_fields
 
 _TEXTS = ("description", "licence")
 _PATTERN = "*?[{"
-_PATHS = ("path", "maps", "listing")  # options of sources that start at the data folder
+_PATHS = ("path", "maps", "listing", "keep")  # options of sources that start at the data folder
 _VARIANTS = ("corruption", "severity")
 _REPEATED = 10_000  # not from the paper: values that a card's aliases stand for, in all
 
@@ -82,6 +84,18 @@ class Card:
             self._check_classes(where, len(source.classes))
             self._check_other_splits(where, split, source.classes)
         return self._subset(split).of(source, self._where(split))
+
+    def shards(self, split: str) -> list[Shard]:
+        """The tar shards of a split, which are not opened. Raises ValueError for one of other files."""
+        options = self._options(split)
+        if options["source"] != "shards":
+            raise ValueError(
+                f"{self.path}: {split}: is read by {options['source']}, not from shards."
+            )
+        try:
+            return find_shards(self._located(options["path"], split))
+        except ValueError as error:
+            raise ValueError(f"{self.path}: {split}: {error}") from error
 
     def _subset(self, split: str) -> subset.Choice:
         """Which images of its data a split holds."""

@@ -4,9 +4,9 @@ import errno
 import mmap
 import os
 import signal
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from multiprocessing.util import Finalize
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -14,16 +14,18 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from prepretrain.data.batch import collate
-from prepretrain.data.order import Order
+from prepretrain.data.order import Interleaved, Order
 from prepretrain.data.random import Random
 from prepretrain.data.sources.base import FIELDS, Source, fingerprint_of
 from prepretrain.data.transforms import BadImage
+from prepretrain.data.weights import Weights
 from prepretrain.distributed import group as distributed
 from prepretrain.distributed import heartbeat
 
 Transform = Callable[[dict], dict]
 
 _IN_A_ROW = 100  # not from the paper: bad images in a row, after which the data itself is broken
+_AHEAD = 8  # not from the paper: batches, or a window if that is more, that are fetched ahead
 _DETAIL = 200  # characters of what was wrong with an image that are kept
 _OF_A_FILE = (  # what the system says of one file; all else it says is of the machine
     errno.ENOENT,
@@ -36,11 +38,22 @@ _OF_A_FILE = (  # what the system says of one file; all else it says is of the m
 )
 
 
+class Change(NamedTuple):
+    """What a stream reads from the image at `position` on, which begins a batch; its order begins
+    there."""
+
+    position: int
+    source: Source
+    order: Order | Interleaved
+
+
 class Stream:
     """An endless stream of global batches of `batch_size` images; the state is one integer.
 
     Rank r takes the r-th slice of every global batch, in `accumulate` equal parts. `repeats`
-    [images] says how often each image comes in an epoch on average; None is once.
+    [images] says how often each image comes in an epoch on average; None is once. With `order`,
+    which then holds all that seed, window and repeats would say, they come in that order; `changes`
+    are what follows from later positions on.
     """
 
     def __init__(
@@ -49,28 +62,41 @@ class Stream:
         transform: Transform,
         *,
         batch_size: int,
-        seed: int,
+        seed: int = 0,
         accumulate: int = 1,
         workers: int = 0,
         max_bad: float = 0.01,
         window: int = 0,
-        repeats: np.ndarray | None = None,
+        repeats: np.ndarray | Weights | None = None,
+        order: Order | Interleaved | None = None,
+        changes: Sequence[Change] = (),
         rank: int | None = None,
         world: int | None = None,
     ):
         self.rank = distributed.rank() if rank is None else rank
         self.world = distributed.world() if world is None else world
-        _check(source, batch_size, self.world, accumulate)
+        for read in (source, *(change.source for change in changes)):
+            _check(read, batch_size, self.world, accumulate)
         self.batch_size, self.accumulate = batch_size, accumulate
         self.workers, self.max_bad = workers, max_bad
-        order = Order(source.groups, seed=seed, window=window, repeats=repeats)
+        if order is None:
+            order = Order(source.groups, seed=seed, window=window, repeats=repeats)
         self.length = order.length  # of an epoch
-        self.fingerprint = fingerprint_of([source.fingerprint, *order.parts()])
-        self._reader = _Training(source, transform, order)
+        self._parts = [Change(0, source, order), *changes]
+        self._reader = _Training(self._parts, transform)
 
     def epoch_of(self, position: int) -> int:
         """The epoch that the image at this position belongs to, from 0."""
         return position // self.length
+
+    def fingerprint(self, position: int = 0) -> str:
+        """What the images before a position are, and their order; of the first, if there are none."""
+        first, *changes = (
+            (start, fingerprint_of([source.fingerprint, *order.parts()]))
+            for start, source, order in self._parts
+            if start < position or start == 0
+        )
+        return fingerprint_of([first[1], *changes]) if changes else first[1]
 
     def batches(self, consumed: int = 0) -> Generator[dict, None, None]:
         """This rank's micro batches of the global batches that start after `consumed` images.
@@ -101,33 +127,37 @@ class _Slices:
 class _Training(Dataset):
     """Positions to a batch; a bad image is replaced, by a pure function of its position."""
 
-    def __init__(self, source: Source, transform: Transform, order: Order):
-        self.source, self.transform, self.order = source, transform, order
+    def __init__(self, parts: list[Change], transform: Transform):
+        self.parts, self.transform = parts, transform
 
     def __getitem__(self, positions: np.ndarray) -> dict:
         keys, rows, bad = [], [], []
-        for place in zip(positions, *self.order(positions)):
-            key, row = self._usable(*map(int, place), bad)
+        part = next(part for part in reversed(self.parts) if part.position <= positions[0])
+        own = positions - part.position
+        if part.source.reads_ahead:
+            ahead = max(part.order.in_window, _AHEAD * len(own))
+            part.source.read_ahead(part.order(own + ahead)[1])
+        for place in zip(positions, *part.order(own)):
+            key, row = self._usable(part, *map(int, place), bad)
             keys.append(key)
             rows.append(row)
         return collate(rows) | {"key": keys, "position": positions.tolist(), "bad": bad}
 
     def _usable(
-        self, position: int, epoch: int, index: int, copy: int, bad: list
+        self, part: Change, position: int, epoch: int, index: int, copy: int, bad: list
     ) -> tuple[str, dict]:
         first, last = index, None
         for attempt in range(_IN_A_ROW):
             try:
-                random = Random(self.order.seed, epoch, index, copy)
-                return _transformed(self.source, self.transform, index, random)
+                random = Random(part.order.seed, epoch, index, copy)
+                return _transformed(part.source, self.transform, index, random)
             except BadImage as error:
                 last = error
                 bad.append({"cause": error.cause, "key": error.key, "position": position})
                 if error.detail:
                     bad[-1]["detail"] = error.detail[:_DETAIL]
-            rng = Random(self.order.seed, epoch, position)(f"substitute {attempt}")
-            slot = rng.integers(self.order.length, size=1)
-            index, copy = (int(one[0]) for one in self.order.at(epoch, slot))
+            rng = Random(part.order.seed, epoch, position)(f"substitute {attempt}")
+            index, copy = part.order.another(epoch, index, rng)
         raise RuntimeError(
             f"{_IN_A_ROW} bad images in a row in place of image {first}; the last: {last}. "
             "Check the data, or the transform where that is named."

@@ -21,7 +21,7 @@ class Labels:
     """The labels of a vocabulary, by their spelling and by their synset."""
 
     def __init__(self, vocabulary: Vocabulary, nouns: Nouns):
-        self.nouns = nouns
+        self.vocabulary, self.nouns = vocabulary, nouns
         self.spelled: dict[str, set[int]] = {}
         self.of_synset: dict[str, set[int]] = {}
         for number, label in enumerate(vocabulary.tags):
@@ -32,8 +32,10 @@ class Labels:
 
     def nearest(self, names: Collection[str], reach: int) -> Nearest:
         """The labels of a class with these names, at most `reach` steps away; a name is the synset that a
-        hashtag of its spelling is, or one itself (n02084071)."""
-        own = {number for name in names for number in self.spelled.get(spelled(name), ())}
+        hashtag of its spelling is, or one itself (n02084071). What the vocabulary has as a tag is known
+        without WordNet."""
+        own = set(self.vocabulary.ids(names))
+        own |= {number for name in names for number in self.spelled.get(spelled(name), ())}
         below = above = {self._synset(name) for name in names} - {None}
         own |= self._ids(below)
         if own:

@@ -1,20 +1,16 @@
 """The order of a training set's images: a pure function of the seed and the position."""
 
-import hashlib
 import math
 
 import numpy as np
 
+from prepretrain.data import weights
+from prepretrain.data.bounds import BITS, bounds
 from prepretrain.data.random import Random
 
 _ROUNDS = 8
-_BITS = 24  # of the fraction in fixed-point numbers of slots
-
-
-def repeat_factor(shares: np.ndarray, threshold: float) -> np.ndarray:
-    """How often an image of a class is to come in an epoch, by the share of all images that have the
-    class: max(1, sqrt(threshold / share)) (LVIS, arXiv 1908.03195, appendix B.2)."""
-    return np.maximum(1, np.sqrt(threshold / shares))
+_BLOCK, _BLOCKS = 1 << 10, 1 << 14  # not from the paper: images of a block, blocks of a cycle
+_GOLDEN = 10127  # the golden section of _BLOCKS, odd: its multiples are spread evenly over them
 
 
 class Order:
@@ -23,7 +19,8 @@ class Order:
     With `repeats` [images] it holds image i repeats[i] times on average: exactly so often where that
     is a whole number, and otherwise the number below or the one above; `copy` counts from 0. An
     epoch's length is the same for all epochs, so the fractions are scaled to a whole sum (by
-    less than a slot in all). This takes 8 bytes an image; without `repeats` there is nothing to keep.
+    less than a slot in all). This takes 4 bytes an image, in a file where they are many
+    (data/bounds.py); without `repeats` there is nothing to keep.
 
     With `window`, shards are shuffled, and images only within windows of that many shards, so
     that a process reads from few files at a time; 0 shuffles over everything.
@@ -35,20 +32,29 @@ class Order:
         *,
         seed: int,
         window: int = 0,
-        repeats: np.ndarray | None = None,
+        repeats: np.ndarray | weights.Weights | None = None,
     ):
         self.seed, self.window = seed, window
+        images = sum(groups)
+        if images >= 1 << 63:
+            raise ValueError(f"data.train: {images:,} images are more than an epoch can hold.")
+        if repeats is not None and len(repeats) != images:
+            raise ValueError(f"weights: there are {len(repeats)}, and there are {images} images.")
         self._groups = np.concatenate([[0], np.cumsum(groups, dtype=np.int64)])
-        images = int(self._groups[-1])
-        self._bounds = None if repeats is None else _fixed_point(repeats, images)
-        self.length = images if self._bounds is None else int(self._bounds[-1]) >> _BITS
+        self._bounds = None if repeats is None else bounds(weights.of(repeats))
+        self.length = images if self._bounds is None else self._bounds.length
         self._shuffled: tuple[int, tuple] = (-1, ())
+
+    @property
+    def in_window(self) -> int:
+        """How many positions a window has on average; 0 without windows."""
+        return self.length * self.window // (len(self._groups) - 1)
 
     def parts(self) -> list[object]:
         """What a fingerprint of this order is made of, beside the data's own."""
         if self._bounds is None:
             return [self.seed, self.window]
-        return [self.seed, self.window, hashlib.sha256(self._bounds).hexdigest()]
+        return [self.seed, self.window, self._bounds.digest]
 
     def __call__(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """The epochs, the indexes and the copies at these positions."""
@@ -65,19 +71,25 @@ class Order:
         before they are shuffled."""
         if self._bounds is None:
             return slots, np.zeros_like(slots)
-        indexes = np.searchsorted(self._bounds[1:], (slots + 1 << _BITS) - self._offset(epoch))
+        indexes = self._bounds.image_of((slots + 1 << BITS) - self._offset(epoch))
         return indexes, slots - self._first_slots(epoch, indexes)
+
+    def another(self, epoch: int, index: int, generator: np.random.Generator) -> tuple[int, int]:
+        """The index and the copy of an image of an epoch, drawn to take the place of image `index`."""
+        slot = generator.integers(self.length, size=1)
+        found, copy = self.at(epoch, slot)
+        return int(found[0]), int(copy[0])
 
     def _first_slots(self, epoch: int, indexes: np.ndarray) -> np.ndarray:
         """The slot that is each image's first, if it has one."""
         if self._bounds is None:
             return indexes
-        return self._bounds[indexes] + self._offset(epoch) >> _BITS
+        return self._bounds[indexes] + self._offset(epoch) >> BITS
 
     def _offset(self, epoch: int) -> int:
         """How far the epoch's grid of whole numbers is moved over the sums of repeats: systematic
         sampling, which gives every image its share of the epochs, whatever the others have."""
-        return int(Random(self.seed, epoch, 0)("repeats").integers(1 << _BITS))
+        return int(Random(self.seed, epoch, 0)("repeats").integers(1 << BITS))
 
     def _in_all(self, epoch: int, within: np.ndarray) -> np.ndarray:
         return permute(within, self.length, Random(self.seed, epoch, 0)("order"))
@@ -107,29 +119,72 @@ class Order:
         return self._shuffled[1]
 
 
-def _fixed_point(repeats: np.ndarray, images: int) -> np.ndarray:
-    """int64 [images + 1]: the sums of the repeats before each image, times 2 ** _BITS.
+class Interleaved:
+    """position -> (epoch, index, copy) over several sets, each in an order of its own, whose images come
+    in fixed shares of the positions.
 
-    Whole parts are summed as integers, so that rounding neither loses an image nor adds one.
+    Of each 1,024 positions a set has its share, rounded to the number below or the one above, at
+    random places, and of 16,777,216 exactly. The images of a set follow those of the sets before it;
+    an epoch is the image's set's own, which may have begun more often than another's.
     """
-    repeats = np.asarray(repeats, dtype=np.float64)
-    if repeats.shape != (images,):
-        raise ValueError(f"repeats: have the shape {repeats.shape}, and there are {images} images.")
-    wrong = np.flatnonzero(~(np.isfinite(repeats) & (repeats >= 0)))
-    if len(wrong):
-        raise ValueError(f"repeats[{wrong[0]}]: {repeats[wrong[0]]} must be finite and at least 0.")
-    if not 0 < repeats.sum() < 1 << 62 - _BITS:
-        raise ValueError(f"repeats: their sum, {repeats.sum()}, is no length of an epoch.")
-    whole = np.floor(repeats)
-    shares = np.cumsum(repeats - whole)
-    # Rounded down, as no share may become more than 1, but for what summing them has lost.
-    slots = max(1, int(shares[-1] * (1 + 1e-9))) if shares[-1] else 0
-    scale = slots / shares[-1] if slots else 0.0
-    bounds = np.zeros(images + 1, dtype=np.int64)
-    bounds[1:] = np.rint(np.minimum(shares * scale, slots) * (1 << _BITS))
-    bounds[1:][shares == shares[-1]] = slots << _BITS  # exactly, also for images without a share
-    bounds[1:] += np.cumsum(whole.astype(np.int64)) << _BITS
-    return bounds
+
+    def __init__(self, orders: list[Order], images: list[int], shares: list[float]):
+        self.orders, self.seed = orders, orders[0].seed
+        self.length = sum(order.length for order in orders)
+        self._firsts = np.cumsum([0, *images], dtype=np.int64)
+        self.counts = _whole_shares(shares, _BLOCK * _BLOCKS)
+        # each remainder q once, so that a set's sum of (c + q) // blocks is c
+        remainders = np.arange(_BLOCKS) * _GOLDEN % _BLOCKS
+        self._ends = (np.cumsum(self.counts) + remainders[:, None]) // _BLOCKS
+        self._sizes = np.diff(self._ends, axis=1, prepend=0)
+        self._before = np.cumsum(self._sizes, axis=0) - self._sizes
+
+    @property
+    def in_window(self) -> int:
+        """See Order.in_window; of the set whose windows take the most positions."""
+        shares = self.counts / self.counts.sum()
+        windows = (order.in_window / share for order, share in zip(self.orders, shares) if share)
+        return int(max(windows))
+
+    def parts(self) -> list[object]:
+        """See Order.parts."""
+        return [*self.counts.tolist(), *(part for order in self.orders for part in order.parts())]
+
+    def __call__(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """See Order; the epochs are those of each image's set."""
+        sets, own = self.places(positions)
+        found = np.empty((3, len(positions)), np.int64)
+        for number in np.unique(sets):
+            here = sets == number
+            epochs, indexes, copies = self.orders[number](own[here])
+            found[:, here] = epochs, self._firsts[number] + indexes, copies
+        return found[0], found[1], found[2]
+
+    def places(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The set of each position, and the position in the order of that set."""
+        blocks, slots = np.divmod(positions, _BLOCK)
+        sets, own = np.empty_like(slots), np.empty_like(slots)
+        for block in np.unique(blocks):
+            here, (cycle, row) = blocks == block, divmod(int(block), _BLOCKS)
+            moved = permute(slots[here], _BLOCK, Random(self.seed, int(block), 0)("mix"))
+            chosen = np.searchsorted(self._ends[row], moved, side="right")
+            first = self._ends[row] - self._sizes[row]
+            before = cycle * self.counts + self._before[row]
+            sets[here], own[here] = chosen, before[chosen] + moved - first[chosen]
+        return sets, own
+
+    def another(self, epoch: int, index: int, generator: np.random.Generator) -> tuple[int, int]:
+        """See Order.another; an image of the same set."""
+        number = int(np.searchsorted(self._firsts, index, side="right")) - 1
+        first = int(self._firsts[number])
+        found, copy = self.orders[number].another(epoch, index - first, generator)
+        return first + found, copy
+
+
+def _whole_shares(shares: list[float], total: int) -> np.ndarray:
+    """Whole numbers with this sum, in the proportion of the shares."""
+    ends = np.rint(np.cumsum(shares) / np.sum(shares) * total).astype(np.int64)
+    return np.diff(ends, prepend=0)
 
 
 def permute(values: np.ndarray, n: int, rng: np.random.Generator) -> np.ndarray:

@@ -23,7 +23,10 @@ class Subset(Source):
         self.fields, self.classes = source.fields, source.classes
         self.categories = source.categories
         self.left_out, self.open_at_once = source.left_out, source.open_at_once
+        self.reads_ahead = source.reads_ahead
         self.stamp, self.groups = source.stamp, self._groups()
+        if source.weights is not None:
+            self.weights = source.weights.taken(self.indexes)
         digest = hashlib.sha256(self.indexes).hexdigest()
         self.fingerprint = fingerprint_of([source.fingerprint, digest])
 
@@ -45,6 +48,9 @@ class Subset(Source):
         narrowed = super().only(wanted := tuple(fields))
         narrowed.source = self.source.only(wanted)
         return narrowed
+
+    def read_ahead(self, indexes: np.ndarray) -> None:
+        self.source.read_ahead(self.indexes[indexes])
 
     def key(self, index: int) -> str:
         return self.source.key(self._index(index))
@@ -91,6 +97,8 @@ class Choice:
 
     def of(self, source: Source, where: str) -> Source:
         """The subset of a source; the source itself if that is all of it."""
+        if not len(source):  # which is said where it is read
+            return source
         if self.classes is None and not self.per_class:
             count = self._count(len(source), where)
             chosen = self._order(count, len(source))

@@ -37,9 +37,9 @@ class Synsets:
         self.several: set[str] = set()  # those of several synsets
         self.uses: Counter[str] = Counter()  # how many images have each
 
-    def label(self, tag: str) -> str | None:
-        """A synset, or the tag itself; None if it has no label."""
-        self.uses[tag] += 1
+    def label(self, tag: str, uses: int = 1) -> str | None:
+        """A synset, or the tag itself; None if it has no label. `uses` images have the tag."""
+        self.uses[tag] += uses
         if tag not in self.labels:
             self.labels[tag] = self._label(tag)
         return self.labels[tag]

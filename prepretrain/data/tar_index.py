@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
 from prepretrain.data.names import IMAGES, USUAL, VIDEOS, extension, left_out
 from prepretrain.files import draft
@@ -23,8 +24,10 @@ FILMS = tuple(ending for ending in VIDEOS if ending not in IMAGES)
 MEMBERS = (*IMAGES, *FILMS, "txt", "json", "cls")
 _MEMBERS, _PICTURES = frozenset(MEMBERS), frozenset(IMAGES)
 
-_VERSION = 4  # 1 had no checksums, 2 no count of what is left out, 3 no videos
+# 1 had no checksums, 2 no count of what is left out, 3 no videos, 4 no checksum of the ends
+_VERSION = 5
 _BLOCK = 512
+_ENDS = 1 << 14  # not from the paper: bytes at each end of a shard, past the zeros that pad a tar
 _EXTENDED = 1 << 20  # not from the paper: bytes of an extended header or of a long name
 _unpack = struct.Struct("100s24x12s20xB").unpack_from  # of a header: name, size, kind
 _PAX, _FOLDER = b"x5"  # kinds are numbers, which are found in bytes ten times sooner than bytes are
@@ -50,10 +53,36 @@ class Index:
     """The index of one shard, mapped from its sidecar: workers and processes share its pages."""
 
     def __init__(self, shard: Path):
-        head = _sound_head(shard)
+        self._open(_sound_head(shard))
+
+    @classmethod
+    def of_head(cls, head: dict) -> "Index":
+        """The index of a shard that need not be here, by what `read_head` returned."""
+        index = cls.__new__(cls)
+        index._open(head)
+        return index
+
+    def _open(self, head: dict) -> None:
         n, fields = head["samples"], head["fields"]
         self._columns = {field: i for i, field in enumerate(fields)}
         self._spans, self._ends, self._keys = _parts(_body(head["file"], head["start"]), n, fields)
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    def keys(self) -> pa.Array:
+        """The keys of all samples; those that are not UTF-8 are equal to no text."""
+        ends = np.append(0, self._ends)
+        parts = pa.py_buffer(ends), pa.py_buffer(self._keys)
+        return pa.LargeStringArray.from_buffers(len(self), *parts)
+
+    def spans(self, field: str) -> np.ndarray | None:
+        """int64 [samples, 2]: where this member of each sample begins and ends in the shard, (-1, -1)
+        for one without; None where no sample has it."""
+        if field not in self._columns:
+            return None
+        offsets, sizes = self._spans[:, self._columns[field]].T
+        return np.stack([offsets, np.where(offsets < 0, -1, offsets + sizes)], axis=1)
 
     def key(self, row: int) -> str:
         """The key of a sample."""
@@ -73,14 +102,44 @@ class Index:
 def read_head(shard: Path) -> dict:
     """What the index says of a shard as a whole: "samples", "fields", "digest"; built if need be.
 
-    A sidecar counts while version, size and time of change of the shard are those it was built
+    A sidecar counts while version, size, time of change and ends of the shard are those it was built
     from, and its checksums are right; otherwise it is built again. It lies beside the shard as
     <shard>.index or, where that cannot be written, under $XDG_CACHE_HOME/prepretrain/index by the
     shard's absolute path.
     """
+    return kept_head(shard) or _built(shard, _asked(shard))
+
+
+def kept_head(shard: Path) -> dict | None:
+    """What `read_head` returns, where a sidecar is there and fits; None where one is to be built."""
     asked = _asked(shard)
     heads = (_valid(file, asked) for file in _sidecars(shard))
-    return next((head for head in heads if head), None) or _built(shard, asked)
+    return next((head for head in heads if head), None)
+
+
+def kept_elsewhere(file: Path, size: int, mtime_ns: int) -> dict | None:
+    """The head of a sidecar whose shard need not be here: it has this size and time of change."""
+    return _valid(file, {"version": _VERSION, "bytes": size, "mtime_ns": mtime_ns})
+
+
+def adopt(content: bytes, file: Path, size: int, mtime_ns: int, ends: bytes) -> dict | None:
+    """Keeps the content of another sidecar, which was built elsewhere from a shard of this size with
+    these ends, as `file`, for a copy of the shard with this time of change; None where it does not fit."""
+    line, _, body = content.partition(b"\n")
+    with draft(file) as place:
+        place.write_bytes(content)
+        head = _valid(place, {"version": _VERSION, "bytes": size, "ends": zlib.crc32(ends)})
+        if head is None or zlib.crc32(body) != head["crc32"]:
+            return None
+        head = json.loads(line) | {"mtime_ns": mtime_ns}
+        del head["check"]
+        place.write_bytes(_line(head) + body)
+    return kept_elsewhere(file, size, mtime_ns)
+
+
+def ends_of(size: int) -> list[tuple[int, int]]:
+    """The spans of a shard whose checksum its sidecar has."""
+    return [(0, min(_ENDS, size)), (max(0, size - _ENDS), size)]
 
 
 def _sound_head(shard: Path) -> dict:
@@ -95,8 +154,16 @@ def _sound_head(shard: Path) -> dict:
 
 
 def _asked(shard: Path) -> dict:
-    stat = os.stat(shard)
-    return {"version": _VERSION, "bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns}
+    with open(shard, "rb") as file:
+        stat = os.fstat(file.fileno())
+        spans = ends_of(stat.st_size)
+        ends = b"".join(os.pread(file.fileno(), end - start, start) for start, end in spans)
+    return {
+        "version": _VERSION,
+        "bytes": stat.st_size,
+        "mtime_ns": stat.st_mtime_ns,
+        "ends": zlib.crc32(ends),
+    }
 
 
 def _built(shard: Path, asked: dict) -> dict:
@@ -203,9 +270,13 @@ def _packed(shard: Path, asked: dict) -> bytes:
         "crc32": zlib.crc32(body),
         "left_out": others,
     }
+    return _line(head) + body
+
+
+def _line(head: dict) -> bytes:
+    """A head as the first line of a sidecar, after which numbers of 8 bytes are aligned."""
     line = json.dumps(head | {"check": _check(head)}).encode()
-    line += b" " * (-(len(line) + 1) % 8) + b"\n"
-    return line + body
+    return line + b" " * (-(len(line) + 1) % 8) + b"\n"
 
 
 def _decoded(name: bytes) -> str:

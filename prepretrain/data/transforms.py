@@ -10,7 +10,7 @@ from typing import IO
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, PngImagePlugin
+from PIL import Image, PngImagePlugin, UnidentifiedImageError
 from torch import Tensor
 
 MAX_PIXELS = 64_000_000  # not from the paper: above the 50 million of many telephones
@@ -104,6 +104,8 @@ def header(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
             image = open_image(io.BytesIO(data))
     except Image.DecompressionBombError as error:
         raise BadImage("too large", str(error)) from error
+    except UnidentifiedImageError as error:  # which names the place in memory, another each time
+        raise BadImage("unreadable", f"{len(data)} bytes of no known format") from error
     except Exception as error:  # PIL's parsers raise anything on garbage, struct.error included
         raise BadImage("unreadable", f"{len(data)} bytes: {error}") from error
     width, height = image.size

@@ -1,10 +1,7 @@
 """Handles of videos that decode only the frames that are asked for, at the container's time stamps."""
 
-import functools
 import os
-from bisect import bisect_right
-from collections.abc import Container, Iterable, Iterator, Sequence
-from fractions import Fraction
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,27 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from prepretrain import plugin
+from prepretrain.data.container import Index, OpenFile, pyav, size_of
 from prepretrain.data.names import is_image, natural_order
-from prepretrain.data.transforms import MAX_PIXELS, MAX_SIDE, BadImage, decode, header
+from prepretrain.data.transforms import BadImage, decode, header
 
-MAX_FRAMES = 10_000_000  # not from the paper: of a video, four days at 30 a second
-# What FFmpeg may open: no playlists, nor other files or addresses that a file names.
-CONTAINERS = ("mov", "matroska", "avi", "gif")
-DECODERS = tuple(
-    "h264 hevc libdav1d av1 vp8 vp9 libvpx libvpx-vp9 mpeg4 msmpeg4v1 msmpeg4v2 msmpeg4 mpeg1video "
-    "mpeg2video h263 mjpeg gif ffv1 rawvideo".split()
-)
-# Of these, frames that no other one needs can be skipped, and the others come out as they would.
-_SKIPPING = ("h264", "hevc", "mpeg4", "mpeg1video", "mpeg2video")
-_OPTIONS = {
-    "format_whitelist": ",".join(CONTAINERS),
-    "codec_whitelist": ",".join(DECODERS),
-    "protocol_whitelist": "none",
-    "max_pixels": str(MAX_PIXELS),
-}
-_BUFFER = 1 << 16  # bytes that FFmpeg reads at a time
-_RATE = 30  # not from the paper: of a video of one frame whose container says none
+MAX_RUN = 50_000  # not from the paper: frames that are decoded for the sake of one
 
 
 class Clip:
@@ -77,8 +58,8 @@ class Video(Clip):
     def __init__(self, path: str | Path, *, span: tuple[int, int] | None = None, key: str = ""):
         """span: (offset, size) in bytes, of a part of the file."""
         self.path, self.span, self.key = Path(path), span, key or str(path)
-        self._opened: _OpenFile | None = None
-        self._index: _Index | None = None
+        self._opened: OpenFile | None = None
+        self._index: Index | None = None
         self._size: tuple[int, int] | None = None
 
     def __getstate__(self) -> dict:
@@ -116,7 +97,7 @@ class Video(Clip):
                     clip = np.empty((len(asked), *picture.shape), dtype=np.uint8)
                 for place in (i for i, other in enumerate(asked) if other == number):
                     clip[place] = picture
-        except _av().error.FFmpegError as error:
+        except pyav().error.FFmpegError as error:
             raise self._unreadable(error) from error
         self._size = clip.shape[1:3]
         return torch.from_numpy(clip).permute(0, 3, 1, 2)
@@ -133,6 +114,9 @@ class Video(Clip):
         stamps = set(index.stamps[wanted].tolist())
         frames, last, frame = iter(()), -1, None
         for number in wanted:
+            if number - index.key_before(number) > MAX_RUN:
+                detail = f"frame {number}; the limit is {MAX_RUN:,} frames"
+                raise self._bad("too far from a key frame", detail)
             if last < 0 or index.key_before(number) > last:
                 frames, last = self._from_key(number, stamps), -1
             while last < number:
@@ -154,35 +138,34 @@ class Video(Clip):
             return enumerate(container.decoded(packets))
         return index.numbered(container.decoded(packets, stamps))
 
-    def _indexed(self) -> "_Index":
+    def _indexed(self) -> "Index":
         if self._index is None:
             try:
-                self._index = _Index(self._container())
-            except _av().error.FFmpegError as error:
+                self._index = Index(self._container())
+            except pyav().error.FFmpegError as error:
                 raise self._unreadable(error) from error
             except BadImage as error:
                 raise self._bad(error.cause, error.detail) from error
         return self._index
 
-    def _container(self, afresh: bool = False) -> "_OpenFile":
+    def _container(self, afresh: bool = False) -> "OpenFile":
         opened = self._opened
         if afresh or opened is None or opened.process != os.getpid():
             self._opened = None
             try:
-                self._opened = _OpenFile(self.path, self.span)
-            except _av().error.FFmpegError as error:
+                self._opened = OpenFile(self.path, self.span)
+            except pyav().error.FFmpegError as error:
                 raise self._unreadable(error) from error
             except BadImage as error:
                 raise self._bad(error.cause, error.detail) from error
         return self._opened
 
     def _unreadable(self, error: Exception) -> BadImage:
-        """What an error of FFmpeg says of this file; an error of the machine is raised on."""
-        if isinstance(error, MemoryError):
-            raise error
+        """What an error of FFmpeg says of this file; "cannot allocate" is one, too, of sizes in it that are
+        none. Errors of the machine are those of reading it, which are no errors of FFmpeg."""
         said = getattr(error, "strerror", None) or str(error)
         read = "mp4, mov, mkv, webm, avi and gif are read"
-        return self._bad("unreadable", f"{_size(self.path, self.span):,} bytes: {said} ({read})")
+        return self._bad("unreadable", f"{size_of(self.path, self.span):,} bytes: {said} ({read})")
 
     def _bad(self, cause: str, detail: str) -> BadImage:
         return BadImage(cause, detail, self.key)
@@ -224,207 +207,11 @@ class RawFrames(Clip):
             raise BadImage(error.cause, detail, self.key) from error
 
 
-class _Index:
-    """The time stamps of a video's frames and which of them are key frames; nothing is decoded."""
-
-    def __init__(self, container: "_OpenFile"):
-        stamps, keys, last, self.in_order = _scanned(container)
-        if not len(stamps):
-            raise BadImage("no frame", "there is no packet from which one could be decoded")
-        self.stamps, self.count, self.keys = stamps, len(stamps), keys
-        self.key_numbers = np.searchsorted(stamps, keys).tolist()
-        # of fractions, so that 30 frames a second are exactly 30: sampling rounds multiples of it down
-        unit = container.time_base or 1 / Fraction(container.rate)
-        span = int(stamps[-1] - stamps[0]) * unit
-        rate = (self.count - 1) / span if span else 1 / (last * unit) if last else container.rate
-        self.times = (stamps - stamps[0]) * float(unit)
-        self.rate, self.seconds = float(rate), float(self.count / Fraction(rate))
-
-    def key_before(self, number: int) -> int:
-        """The number of the frame from which decoding leads to this one."""
-        return 0 if self.in_order else self.key_numbers[self.place_before(number)]
-
-    def place_before(self, number: int) -> int:
-        """Which key frame is the last before this frame, or this frame."""
-        return bisect_right(self.key_numbers, number) - 1
-
-    def numbered(self, frames: Iterable[Any]) -> Iterator[tuple[int, Any]]:
-        """(number, frame), without frames that have no number."""
-        last = -1
-        for frame in frames:
-            if frame.pts is None:
-                continue
-            number = int(np.searchsorted(self.stamps, frame.pts))
-            if number == last:  # two frames with one stamp
-                number += 1
-            if number < self.count and self.stamps[number] == frame.pts:
-                last = number
-                yield number, frame
-
-
-def _scanned(container: "_OpenFile") -> tuple[np.ndarray, list[int], int, bool]:
-    """(sorted stamps of the frames, of the key frames, duration of the last, whether frames must be
-    counted from the first, because no stamps tell them apart or each depends on all before)."""
-    stamps, keys, last = [], [], 0
-    in_order, reordered = container.kind == "gif", False
-    for packet in container.packets():
-        if not packet.size or packet.is_corrupt:
-            continue
-        reordered |= packet.pts != packet.dts
-        stamp = container.stamp(packet)
-        if stamp is None:
-            stamp, in_order = (stamps[-1] + 1 if stamps else 0), True
-        if packet.is_keyframe:
-            keys.append(stamp)
-        if not packet.is_discard and (keys or container.kind == "gif"):
-            stamps.append(stamp)
-            last = packet.duration or 0
-        if len(stamps) > MAX_FRAMES:
-            raise BadImage("too long", f"more than {MAX_FRAMES:,} frames")
-    if container.kind == "gif" and not container.ends_with(b";"):
-        del stamps[-1:]  # the file breaks off within the last frame, which GIF does not mark
-    stamps = np.sort(np.array(stamps, dtype=np.int64))
-    first = keys[0] if keys else 0  # what is shown before cannot be decoded
-    return (
-        stamps if container.kind == "gif" else stamps[stamps >= first],
-        sorted(set(keys)),
-        last,
-        in_order or container.kind == "avi" and reordered,
-    )
-
-
-class _OpenFile:
-    """An open file, its best video stream, and the decoder."""
-
-    def __init__(self, path: Path, span: tuple[int, int] | None):
-        av = _av()
-        self.process = os.getpid()
-        self._file = _Part(path, span)
-        self._input = av.open(self._file, options=_OPTIONS, buffer_size=_BUFFER)
-        pictures = av.stream.Disposition.attached_pic  # the cover of a song
-        streams = [one for one in self._input.streams.video if not one.disposition & pictures]
-        if not streams:
-            raise BadImage("no video stream", f"{self._input.format.name}")
-        self._stream = max(streams, key=lambda one: (one.width * one.height, -one.index))
-        self._check()
-        self.kind = self._input.format.name
-        self.time_base = self._stream.time_base
-        self.rate = self._stream.average_rate or _RATE
-
-    def _check(self) -> None:
-        context = self._stream.codec_context
-        if context is None or context.codec.name not in DECODERS:
-            name = self._stream.codec_tag if context is None else context.codec.name
-            raise BadImage("unreadable codec", f"{name}; read are {', '.join(DECODERS)}")
-        width, height = context.width, context.height
-        if width * height > MAX_PIXELS or max(width, height) > MAX_SIDE:
-            limit = f"the limit is {MAX_PIXELS}, and {MAX_SIDE} a side"
-            raise BadImage("too large", f"frames of {width} x {height} pixels, {limit}")
-        context.options = {"max_pixels": str(MAX_PIXELS)}
-        context.thread_type, context.thread_count = "NONE", 1
-
-    def __del__(self):
-        self.close()
-
-    def close(self) -> None:
-        """Frees the decoder and the file, of which PyAV's objects would hold each other."""
-        if hasattr(self, "_input"):
-            self._input.close()
-        self._file.close()
-
-    def ends_with(self, data: bytes) -> bool:
-        """Whether these are the file's last bytes."""
-        return self._file.last(len(data)) == data
-
-    def packets(self) -> Iterator[Any]:
-        """The packets from here to the end, or to where the file breaks off."""
-        try:
-            yield from self._input.demux(self._stream)
-        except _av().error.InvalidDataError:
-            return
-
-    def stamp(self, packet: Any) -> int | None:
-        """When a packet's frame is shown; of AVI FFmpeg guesses it, and when it is decoded counts."""
-        return packet.dts if self.kind == "avi" or packet.pts is None else packet.pts
-
-    def packets_from(self, key: int) -> Iterator[Any] | None:
-        """The packets from the key frame of this stamp on, or from an earlier one; None if the file
-        cannot be sought in: a gif, or one whose index is broken or lacks."""
-        if self.kind == "gif":
-            return None
-        try:
-            self._input.seek(key, stream=self._stream)
-        except _av().error.FFmpegError:
-            return None
-        packets = self.packets()
-        first = next((one for one in packets if one.size), None)
-        stamp = None if first is None else self.stamp(first)
-        if stamp is None or stamp > key or not first.is_keyframe:
-            return None
-        return _chained(first, packets)
-
-    def decoded(
-        self, packets: Iterable[Any], stamps: Container[int] | None = None
-    ) -> Iterator[Any]:
-        """The frames of packets; a packet that does not decode gives none. With `stamps`, frames that are
-        not of them may be left out: B-frames, which no other frame is decoded from."""
-        context, invalid = self._stream.codec_context, _av().error.InvalidDataError
-        skips = stamps is not None and context.codec.name in _SKIPPING
-        for packet in packets:
-            if skips:
-                context.skip_frame = "DEFAULT" if packet.pts in stamps else "NONREF"
-            try:
-                yield from self._stream.decode(packet if packet.size else None)
-            except invalid:
-                continue
-            except EOFError:
-                return
-
-
-def _chained(first: Any, rest: Iterable[Any]) -> Iterator[Any]:
-    yield first
-    yield from rest
-
-
-class _Part:
-    """A file, or a part of one, as PyAV reads it."""
-
-    def __init__(self, path: Path, span: tuple[int, int] | None):
-        self._file = open(path, "rb", buffering=0)
-        self._start, self._bytes = (span or (0, 0))[0], _size(path, span)
-        self._at = 0
-
-    def read(self, size: int) -> bytes:
-        size = min(size, self._bytes - self._at)
-        data = os.pread(self._file.fileno(), size, self._start + self._at) if size > 0 else b""
-        self._at += len(data)
-        return data
-
-    def last(self, size: int) -> bytes:
-        """The last bytes."""
-        return os.pread(self._file.fileno(), size, self._start + max(0, self._bytes - size))
-
-    def seek(self, offset: int, whence: int = 0) -> int:
-        self._at = max(0, offset + (0, self._at, self._bytes)[whence])
-        return self._at
-
-    def tell(self) -> int:
-        return self._at
-
-    def close(self) -> None:
-        self._file.close()
-
-
-def _size(path: Path, span: tuple[int, int] | None) -> int:
-    """The bytes of a file, or of a part of it."""
-    return os.stat(path).st_size if span is None else span[1]
-
-
 class _Converter:
     """Frames to upright RGB, all of the size of the first."""
 
     def __init__(self):
-        self._reformatter, self._size = _av().video.reformatter.VideoReformatter(), None
+        self._reformatter, self._size = pyav().video.reformatter.VideoReformatter(), None
 
     def __call__(self, frame: Any) -> np.ndarray:
         self._size = self._size or (frame.width, frame.height)
@@ -447,16 +234,3 @@ def _upright(picture: np.ndarray, frame: Any) -> np.ndarray:
     if a < 0:
         picture = picture[:, ::-1]
     return picture[::-1] if d < 0 else picture
-
-
-def require() -> None:
-    """Raises ValueError where PyAV, which decodes, is not installed."""
-    plugin.require("av", "video", "videos")
-
-
-@functools.cache
-def _av() -> Any:
-    require()
-    import av
-
-    return av

@@ -90,16 +90,24 @@ def _is_kinetics(listing: str) -> bool:
 
 def _kinetics(listing: str) -> Entries:
     """Kinetics' table: label, youtube_id, time_start, time_end, …; files are <id>_<start>_<end>."""
-    with open(listing, newline="", encoding="utf-8-sig") as file:
-        rows = list(csv.DictReader(file))
     try:
-        stems = [
-            f"{row['youtube_id']}_{int(float(row['time_start'])):06d}_{int(float(row['time_end'])):06d}"
-            for row in rows
-        ]
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{listing}: a row has no numbers for its times: {error}.") from error
-    return [(stem, row["label"].strip('" ')) for stem, row in zip(stems, rows)]
+        with open(listing, newline="", encoding="utf-8-sig") as file:
+            rows = list(csv.DictReader(file))
+    except (ValueError, csv.Error) as error:
+        raise ValueError(f"{listing}: not readable as CSV: {error}") from error
+    entries: Entries = []
+    for number, row in enumerate(rows, 2):
+        label, stem, *times = (row[column] for column in _KINETICS)
+        try:
+            start, end = (int(float(time)) for time in times)
+        except (TypeError, ValueError, OverflowError) as error:
+            raise ValueError(
+                f"{listing}: line {number} has no numbers for its times: {error}."
+            ) from error
+        if not label or not stem:
+            raise ValueError(f"{listing}: line {number} has no label or no youtube_id.")
+        entries.append((f"{stem}_{start:06d}_{end:06d}", label.strip('" ')))
+    return entries
 
 
 def _templates(listing: str) -> Entries:

@@ -89,13 +89,29 @@ class Vocabulary:
             images += 1
             spellings = {canonical(tag) for tag in tags} - {""}
             counter.update({label(tag) for tag in spellings} - {None})
-        kept = sorted((-n, tag) for tag, n in counter.items() if n >= min_count)[:most]
+        return cls.of_counts(
+            counter, source=source, images=images, min_count=min_count, most=most, merged=merged
+        )
+
+    @classmethod
+    def of_counts(
+        cls,
+        counts: Mapping[str, int],
+        *,
+        source: str,
+        images: int,
+        min_count: int,
+        most: int | None = None,
+        merged: Callable[[set[str]], Merged | None] = lambda labels: None,
+    ) -> "Vocabulary":
+        """The labels that are in at least `min_count` of so many images: see `count`."""
+        kept = sorted((-n, tag) for tag, n in counts.items() if n >= min_count)[:most]
         if not kept:
-            best = counter.most_common(1)
+            best = max(counts.items(), key=lambda pair: pair[1], default=None)
             raise ValueError(
                 f"no tag is in {min_count} of {images} images"
                 + (
-                    f"; the most frequent, '{best[0][0]}', is in {best[0][1]}. Lower min_count."
+                    f"; the most frequent, '{best[0]}', is in {best[1]}. Lower min_count."
                     if best
                     else ": they have none."
                 )
@@ -111,6 +127,10 @@ class Vocabulary:
 
     def __len__(self) -> int:
         return len(self.tags)
+
+    def id(self, tag: str) -> int:
+        """The id of a tag in its canonical spelling; -1 for one that is not in the vocabulary."""
+        return self._ids.get(tag, -1)
 
     def ids(self, tags: Iterable[str]) -> list[int]:
         """The ids of those tags that are in the vocabulary, each once, in order."""

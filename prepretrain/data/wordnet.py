@@ -28,9 +28,8 @@ class Nouns:
         self.above: dict[str, list[str]] = {}  # hypernyms of a synset
         self.exceptions: dict[str, list[str]] = {}  # irregular plurals
         self.ordered = False  # by frequency, so that a word's first sense is the usual one
-        self.counts: dict[
-            tuple[str, int], int
-        ] = {}  # of a word's senses, in WordNet's tagged texts
+        # of a word's senses, in the texts that WordNet's makers tagged
+        self.counts: dict[tuple[str, int], int] = {}
         self._spelled: dict[str, tuple[int, list[str]]] = {}
         self._below: dict[str, list[str]] = {}
 

@@ -130,10 +130,9 @@ class DenseEvaluator(Evaluator):
         """The options that what is found depends on."""
         return [self.short_side, self.whole, self.stride, self.scales, self.flip]
 
-    def open_data(self) -> None:
+    def open_data(self) -> dict[str, Source]:
         """See Evaluator.open_data: the splits must have maps that are as the card says."""
-        for split in self.splits:
-            self.opened(split)
+        return {split: self.opened(split) for split in self.splits}
 
     def opened(self, split: str) -> Source:
         """A split, some of whose maps were read. Raises ValueError for one without."""

@@ -96,7 +96,7 @@ def extract(
     image_size = image_size or model.encoder.image_size
     seen, compute = labelled and cache is None, _features
     if views is None:
-        centre = _Centre(image_size, share, resize, change, seen)
+        centre = Centre(image_size, share, resize, change, seen)
     else:
         centre, compute = views.of(model.encoder, seen), _clip_features
 
@@ -391,12 +391,17 @@ def set_aside(model: nn.Module) -> Iterator[None]:
             model.to(device)
 
 
-class _Centre:
+class Centre:
     """The transform of an evaluation: decode and take the centre; a class, so that workers can
     pickle it."""
 
     def __init__(
-        self, size: Size, share: float, resize: str, change: Change | None, labelled: bool
+        self,
+        size: Size,
+        share: float,
+        resize: str = "crop",
+        change: Change | None = None,
+        labelled: bool = False,
     ):
         self.size, self.share, self.resize = size, share, resize
         self.change, self.labelled = change, labelled

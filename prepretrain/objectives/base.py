@@ -19,6 +19,7 @@ from prepretrain.data.transforms import (
     resize_center_crop,
     sides,
 )
+from prepretrain.data.weights import Weights as ImageWeights
 from prepretrain.models.model import Model
 from prepretrain.models.weights import Weights
 
@@ -99,7 +100,7 @@ class Objective(nn.Module):
                 f"labels; hashtags and captions are read from shards and Parquet (datasets/README.md)."
             )
 
-    def repeats(self, source: Any) -> np.ndarray | None:
+    def repeats(self, source: Any) -> np.ndarray | ImageWeights | None:
         """How often each image of the training data comes in an epoch on average, float64
         [len(source)], 0 for never; None for once each. All processes call it together."""
         return None

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from prepretrain import plugin
 from prepretrain.data import boxes
-from prepretrain.data.order import repeat_factor
+from prepretrain.data.resample import repeat_factor
 from prepretrain.losses import detection as losses
 from prepretrain.models.dense.boxes import Objects, places
 from prepretrain.models.heads.base import Detector

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
@@ -14,9 +13,10 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from prepretrain.data import rarest
 from prepretrain.data.batch import Ragged
 from prepretrain.data.card import data_folder
-from prepretrain.data.order import repeat_factor
+from prepretrain.data.sources.base import fingerprint_of
 from prepretrain.data.transforms import BadImage, Size
 from prepretrain.data.vocabulary import Vocabulary, tags_in
+from prepretrain.data.weights import Weights
 from prepretrain.distributed import group as distributed
 from prepretrain.losses.rarity import InverseFrequency
 from prepretrain.losses.sparse import sparse_binary_cross_entropy, sparse_cross_entropy
@@ -53,7 +53,6 @@ class Hashtag(Objective):
         head: Literal["linear", "mlp"] = "mlp",
         pool: Literal["class", "mean"] = "class",
         crop_scale: tuple[float, float] = (0.08, 1.0),
-        resample: float | None = None,
     ):
         """labels: hashtags; captions, the nouns of an image's captions, as CatLIP; tokens, the different
         tokens of one of its captions, by CLIP's tokenizer, as SuperClass.
@@ -61,11 +60,10 @@ class Hashtag(Objective):
         tags: how many it must hold, which is then known before it is opened; None takes what it holds.
         loss: softmax over all labels, or binary, each by itself. idf: weigh an image's labels by how
         rare they are so far (of softmax), see losses/rarity.py. context: tokens that are read of a
-        caption, with its start and end. resample: the share of images below which a tag is rare, and
-        its images are repeated: see `repeats`; None repeats none."""
+        caption, with its start and end."""
         super().__init__(model)
         self.labels, self.loss, self.context = labels, loss, context
-        self.resample, self.crop_scale = resample, crop_scale
+        self.crop_scale = crop_scale
         self._check_options(vocabulary, tags, idf)
         if labels != "hashtags":
             self.fields = ("image", "text", "captions")
@@ -74,29 +72,23 @@ class Hashtag(Objective):
         self.tags = tags
         if tags is None:
             self.tags = CLIP_TOKENS if labels == "tokens" else len(self.vocabulary.tags)
-        options = {"name": head, "classes": self.tags, "pool": pool}
-        self.head, self.head_options = (
-            heads.build(model.encoder, options, "objective.head"),
-            options,
-        )
+        self.head_options = {"name": head, "classes": self.tags, "pool": pool}
+        self.head = heads.build(model.encoder, self.head_options, "objective.head")
         self.weights = InverseFrequency(self.tags) if idf else None
         self.whole_batch = idf
 
     def _check_options(self, vocabulary: str | None, tags: int | None, idf: bool) -> None:
-        if self.resample is not None and not 0 < self.resample <= 1:
-            raise ValueError(f"objective.resample: {self.resample} must be above 0 and at most 1.")
         if idf and self.loss == "binary":
             raise ValueError(
                 "objective.idf: weighs an image's labels against each other, which the binary loss does "
                 "not do. Take objective.loss=softmax, or idf=false."
             )
-        of_tokens = {"vocabulary": vocabulary, "tags": tags, "resample": self.resample}
         if self.labels != "tokens" and vocabulary is None:
             raise ValueError(
                 "objective.vocabulary: is missing. It is the file, under the data folder, that "
                 "datasets/hashtags.py CARD --min-count 100 --out FILE writes."
             )
-        for name, value in of_tokens.items():
+        for name, value in {"vocabulary": vocabulary, "tags": tags}.items():
             if self.labels == "tokens" and value is not None:
                 raise ValueError(
                     f"objective.{name}: {value!r} is not for labels=tokens, which are the tokenizer's "
@@ -109,8 +101,7 @@ class Hashtag(Objective):
         stated size, or of other labels."""
         if self._vocabulary is None:
             found = Vocabulary.load(self.path)
-            tags = getattr(self, "tags", None)
-            if tags is not None and tags != len(found.tags):
+            if self.tags is not None and self.tags != len(found.tags):
                 raise ValueError(
                     f"objective.tags: {self.tags}, and {self.path} holds {len(found.tags)}. With "
                     f"objective.tags=null it may hold any number."
@@ -135,24 +126,24 @@ class Hashtag(Objective):
         if self.labels != "tokens":
             self.vocabulary.check(source)
 
-    def repeats(self, source: Any) -> np.ndarray | None:
-        """Never for an image without a known tag. With `resample` t, the most that one of its tags
-        c asks for: max(1, sqrt(t / f(c))), where a share f(c) of all images has it. Of tokens once each.
-
-        This is the repeat factor of LVIS, which is in the spirit of SWAG's resampling; MAWS's own law is not published. The tags are read from the data once.
-        """
+    def repeats(self, source: Any) -> Weights | None:
+        """Never for an image without a known tag; of tokens once each. The tags are read from the data
+        once."""
         if self.labels == "tokens":
             return None
         tags = rarest.read(self.path, self.vocabulary, source)
-        known = tags >= 0
-        if not known.any():
+        known = Weights(
+            len(tags),
+            fingerprint_of(["known", *rarest.identity(self.vocabulary)]),
+            lambda where: tags[where] >= 0,
+        )
+        untagged = len(tags) - int(sum(some.sum() for some in known.chunks()))
+        if untagged == len(tags):
             raise ValueError(f"data.train: no image has a tag that is in {self.path}.")
-        if untagged := len(tags) - int(known.sum()):
-            logger.info("%d of %d images have no known tag: left out", untagged, len(tags))
-        if self.resample is None:
-            return known.astype(np.float64) if untagged else None
-        share = np.array(self.vocabulary.counts) / self.vocabulary.images
-        return np.where(known, repeat_factor(share, self.resample)[tags], 0)
+        if not untagged:
+            return None
+        logger.info("%d of %d images have no known tag: left out", untagged, len(tags))
+        return known
 
     def transform(self, train: bool) -> Callable[[dict[str, Any]], dict[str, Any]]:
         """A random resized crop and flip (a centre crop for validation), and the ids of the known

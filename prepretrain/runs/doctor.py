@@ -19,6 +19,8 @@ from PIL import Image
 
 from prepretrain.config import Training
 from prepretrain.data.loader import Stream, loading
+from prepretrain.data.order import Interleaved, Order
+from prepretrain.data.sources.base import Source
 from prepretrain.data.transforms import decode
 from prepretrain.distributed import group as distributed
 from prepretrain.runs.plan import Plan
@@ -44,9 +46,9 @@ class Check:
 def examine(folder: Path, config: Training | None) -> list[Check]:
     """All checks, of every process, which all call for it. folder: where the run will be. config: a
     stage's, or None; without one its space and data are not checked."""
-    plan = source = repeats = None
+    plan = source = order = None
     if config is not None:
-        plan, source, repeats = Plan(config, distributed.world()).open_data()
+        plan, source, order = Plan(config, distributed.world()).open_data()
     place = next(p for p in (folder, *folder.absolute().parents) if p.is_dir())
     checks: list[Callable[[], Check]] = [
         lambda: _shared_memory(plan),
@@ -57,7 +59,7 @@ def examine(folder: Path, config: Training | None) -> list[Check]:
         _decoding,
     ]
     if plan is not None:
-        checks.append(lambda: _first_batches(plan, source, repeats))
+        checks.append(lambda: _first_batches(plan, source, order))
     found = []
     for check in checks:
         one = check()
@@ -161,18 +163,16 @@ def _decoding() -> Check:
     return Check("decoding", value, speed >= _IMAGES_A_SECOND, hint)
 
 
-def _first_batches(plan: Plan, source: object, repeats: np.ndarray | None) -> Check:
+def _first_batches(plan: Plan, source: Source, order: Order | Interleaved) -> Check:
     config = plan.config
     begin = time.perf_counter()
     stream = Stream(
         source,
         plan.objective.transform(train=True),
         batch_size=config.batch_size,
-        seed=config.seed,
         accumulate=plan.accumulate,
         workers=loading(config.data.workers),
-        window=config.data.window,
-        repeats=repeats,
+        order=order,
     )
     share = config.batch_size // plan.world // plan.accumulate
     read = list(islice(stream.batches(), math.ceil(_IMAGES / share)))

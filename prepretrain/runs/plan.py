@@ -7,15 +7,18 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from prepretrain import config as configs
 from prepretrain import plugin
 from prepretrain.config import Training
-from prepretrain.data import card, subset
-from prepretrain.data.order import Order
+from prepretrain.data import card, mix
+from prepretrain.data.loader import Change
+from prepretrain.data.order import Interleaved, Order
+from prepretrain.data.random import Random
+from prepretrain.data.resample import resample
+from prepretrain.data.sources.base import Source
 from prepretrain.data.subset import evenly_spaced
 from prepretrain.distributed import checkpoint, float8, heartbeat, shard
 from prepretrain.evaluation import validation
@@ -26,6 +29,7 @@ from prepretrain.models.load import open_weights
 from prepretrain.models.model import Model
 from prepretrain.objectives.base import Objective
 from prepretrain.runs.memory import activations
+from prepretrain.runs.training_data import TrainingData, open_parts
 from prepretrain.training import durations, numerics, optim
 from prepretrain.training.optimizers.base import Optimizer
 from prepretrain.training.schedule import Schedule, check_shape
@@ -42,7 +46,6 @@ STATE = 1 / 3
 # not from the paper: the share of a GPU's memory that is left for CUDA's context, the workspaces of
 # NCCL and cuBLAS, and fragmentation, none of which is counted
 RESERVE = 0.1
-_SUBSET = "data.subset"
 _DURATIONS = ("log_every", "checkpoint.every", "validation.every")
 
 
@@ -61,7 +64,8 @@ class Plan:
     built on meta.
 
     counted: the images of an epoch, once the data are open; before, those that the card declares
-    are taken. shards: how many the open data lie in, and how many of them stay open.
+    are taken. shards: how many the open data lie in, and how many of them stay open. part_images: the
+    images of an epoch of each part of the open data.
     Raises ValueError for whatever in the config cannot work.
     """
 
@@ -69,12 +73,16 @@ class Plan:
     world: int
     counted: int | None = None
     shards: tuple[int, int] = (0, 0)
+    part_images: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         config = self.config
         if config.wandb is not None:
             plugin.require("wandb", "wandb", f"wandb: {config.wandb}")
-        _ = self.data, self.objective  # as below: what cannot work is said when a plan is made
+        _ = (
+            [part.card for part in self.parts],
+            self.objective,
+        )  # as below: what cannot work is said when a plan is made
         shard.size(config.shard.group, self.world)
         if self.accumulate > 1 and self.objective.whole_batch:
             raise ValueError(
@@ -94,6 +102,8 @@ class Plan:
             plugin.require("torchao", "fp8", "shard.precision: fp8")
             float8.check(shard.blocks(self.objective))
         check_shape(config.optim.schedule)
+        if config.data.resample is not None:
+            resample(config.data.resample, "data.resample")
         _ = self.policy, self.state_tensors, self.schedule
 
     @cached_property
@@ -102,9 +112,14 @@ class Plan:
         return build_objective(self.config)
 
     @cached_property
-    def data(self) -> tuple[str, card.Card]:
-        """The split of the training data, and their card."""
-        return _split(self.config.data.train)
+    def parts(self) -> list[mix.Part]:
+        """The parts of the training data; one where it is no mix."""
+        return mix.parts(self.config.data.train, self.config.data.subset)
+
+    @cached_property
+    def _sources(self) -> dict[str, Source]:
+        """The sources of training data that are open, by address."""
+        return {}
 
     @cached_property
     def accumulate(self) -> int:
@@ -123,8 +138,23 @@ class Plan:
         """The images of an epoch; None where neither the data nor their card have said."""
         if self.counted is not None:
             return self.counted
-        split, described = self.data
-        return subset_images(self.config, described.images.get(split))
+        declared = self.declared
+        return None if None in declared else sum(declared)
+
+    @property
+    def declared(self) -> list[int | None]:
+        """The images of each part as its card declares them, of which its subset takes some."""
+        return [
+            part.choice.count(part.card.images.get(part.split), f"{part.where}.subset")
+            for part in self.parts
+        ]
+
+    @property
+    def weighted(self) -> bool:
+        """Whether images of an epoch may not come alike, so that it is known once the data are open."""
+        kept = any("keep" in part.card.splits.get(part.split, {}) for part in self.parts)
+        by_objective = type(self.objective).repeats is not Objective.repeats
+        return kept or by_objective or self.config.data.resample is not None
 
     @cached_property
     def schedule(self) -> Schedule | None:
@@ -134,22 +164,49 @@ class Plan:
             return None
         return self.schedule_of(self.config.length, "length")
 
-    def open_data(self) -> tuple["Plan", Any, np.ndarray | None]:
+    def open_data(self) -> tuple["Plan", Source, Order | Interleaved]:
         """The plan with the length of an epoch, the training source, which its objective has found
-        fit, and how often each image comes in an epoch (None: once). All processes call it
-        together."""
-        split, described = self.data
-        source = described.open(split)
-        self.objective.check(described, source)
-        repeats = self.objective.repeats(source)
-        some = chosen(self.config).of(source, _SUBSET)
-        if some is not source:
-            repeats = None if repeats is None else repeats[some.indexes]
-            source = some
-        images = Order(source.groups, seed=self.config.seed, repeats=repeats).length
+        fit, and the order of its images. All processes call it together."""
+        opened = self._opened(self.config.data, self.parts, self.config.seed)
+        source, order = opened.source, opened.order
         shards = len(source.groups), source.open_at_once or len(source.groups)
-        plan = replace(self, counted=images, shards=shards)
-        return plan, source.only(self.objective.fields), repeats
+        plan = replace(self, counted=order.length, shards=shards, part_images=opened.part_images)
+        vars(plan)["objective"] = self.objective  # which has looked at the data
+        plan._sources.update(self._sources)
+        return plan, source, order
+
+    def _opened(self, data: configs.Data, parts: list[mix.Part], seed: int) -> TrainingData:
+        vocabulary = self.config.objective.get("vocabulary")
+        return open_parts(
+            data,
+            parts,
+            self.objective,
+            seed=seed,
+            vocabulary=vocabulary,
+            opened=self._sources,
+        )
+
+    def open_changes(self) -> list[Change]:
+        """What `data.changes` asks for, and from which image on, once the data are open. What is drawn
+        from a change on is drawn anew."""
+        changes, data, last = [], self.config.data, 0
+        for i, given in enumerate(data.changes):
+            where = f"data.changes[{i}]"
+            data = configs.with_change(data, given, where)
+            step = self._steps(str(given["from"]), f"{where}.from")
+            if not last < step < self.schedule.steps:
+                raise ValueError(
+                    f"{where}.from: {given['from']} is step {step}; it must come after step {last}, and "
+                    f"before the run's end, step {self.schedule.steps}."
+                )
+            seed = int(Random(self.config.seed, 0, step)("change").integers(1 << 62))
+            try:
+                opened = self._opened(data, mix.parts(data.train, data.subset), seed)
+            except ValueError as error:
+                raise type(error)(f"{where}: {error}") from error
+            changes.append(Change(step * self.config.batch_size, opened.source, opened.order))
+            last = step
+        return changes
 
     def schedule_of(self, length: str, where: str) -> Schedule:
         """The schedule that a run of this config has at some length."""
@@ -246,7 +303,7 @@ class Plan:
                 if key not in options:
                     raise ValueError(f"evaluators[{i}].{key}: is missing.")
             every = options.pop("every")
-            data = options.pop("data", self.config.data.train.partition(":")[0])
+            data = options.pop("data", self.parts[0].name)
             if "workers" in plugin.options(plugin.find("evaluators", options["name"])):
                 options.setdefault("workers", self.config.data.workers)
             name, evaluator = build_evaluator(options, data, training=True)
@@ -374,9 +431,10 @@ class Plan:
     def told(self) -> str:
         """What a run will be, for a person to read before it is started."""
         config, schedule, size = self.config, self.schedule, self.size
-        split, described = self.data
+        described = self.parts[0].card
         seen = schedule.steps * config.batch_size
-        classes = len(described.classes) if described.classes else 0
+        several = len(self.parts) > 1
+        classes = 0 if several or not described.classes else len(described.classes)
         images = "an unknown number of images"
         if self.images is not None:
             images = f"{self.images:,} images" + (
@@ -387,7 +445,8 @@ class Plan:
         times = [f"{_time(work / (speed * 1e12))} at {speed} TFLOP/s" for speed in _SPEEDS]
         return "\n".join(
             [
-                f"{config.objective['name']} on {described.name}:{split}: {images}",
+                f"{config.objective['name']} on {mix.title(self.parts)}: {images}",
+                *self._parts_told(),
                 f"{config.model['encoder']}: {size['encoder_parameters'] / 1e6:,.1f} M parameters, "
                 f"{size['parameters'] / 1e6:,.1f} M with all that is trained; "
                 f"{size['flops_per_image'] / 1e9:,.1f} GFLOPs an image",
@@ -398,6 +457,19 @@ class Plan:
                 *(f"warning: {one}" for one in self.warnings()),
             ]
         )
+
+    def _parts_told(self) -> list[str]:
+        """A line for each part of a mix, and for each change of the data."""
+        lines, seen = [], self.schedule.steps * self.config.batch_size
+        whole, lengths = sum(part.share for part in self.parts), self.part_images or self.declared
+        for part, images in zip(self.parts, lengths) if len(self.parts) > 1 else ():
+            drawn = part.share / whole * seen
+            said = f"  {part.name}:{part.split}: {part.share / whole:.2%} of the images, {drawn:,.0f} in all"
+            lines.append(said + (f", {drawn / images:,.2f} epochs of {images:,}" if images else ""))
+        for given in self.config.data.changes:
+            other = ", ".join(f"{k}={v}" for k, v in given.items() if k != "from")
+            lines.append(f"  from {given.get('from')} on: {other}")
+        return lines
 
     def summary(self) -> str:
         """One line of what is derived from the config."""
@@ -488,15 +560,10 @@ def accumulation(batch_size: int, world: int, most: int | None, multiple: int = 
     return parts
 
 
-def chosen(config: Training) -> subset.Choice:
-    """Which of the training images are trained on."""
-    given = config.data.subset
-    return subset.choice("100%" if given is None else given, _SUBSET)
-
-
 def subset_images(config: Training, whole: int | None) -> int | None:
     """How many of `whole` training images are trained on; None where that needs the data."""
-    return chosen(config).count(whole, _SUBSET)
+    (part,) = mix.parts(config.data.train, config.data.subset)
+    return part.choice.count(whole, "data.subset")
 
 
 def _split(name: str) -> tuple[str, card.Card]:

@@ -24,8 +24,8 @@ def replay(dump: Path) -> list[dict[str, Any]]:
     """
     given = _read(dump)
     config = configs.read_training(dump.parents[1] / "config.yaml")
-    plan, source, repeats = Plan(config, given["world"]).open_data()
-    objective, rank = plan.objective, distributed.rank()
+    plan, source, order = Plan(config, given["world"]).open_data()
+    objective, rank, changes = plan.objective, distributed.rank(), plan.open_changes()
     ranks = range(given["world"]) if distributed.world() == 1 else [rank]
     if objective.whole_batch and distributed.world() != given["world"]:
         raise ValueError(
@@ -48,14 +48,13 @@ def replay(dump: Path) -> list[dict[str, Any]]:
             source,
             objective.transform(train=True),
             batch_size=config.batch_size,
-            seed=config.seed,
             accumulate=plan.accumulate,
-            window=config.data.window,
-            repeats=repeats,
+            order=order,
+            changes=changes,
             rank=one,
             world=given["world"],
         )
-        if stream.fingerprint != kept["data"]:
+        if stream.fingerprint(numerics.position_of(kept)) != kept["data"]:
             raise ValueError(f"{dump}: data.train is not what it was. Restore the data.")
         train.seed_all(config.seed, given["step"] - 1, one)
         batches = stream.batches(given["position"])

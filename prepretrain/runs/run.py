@@ -104,7 +104,7 @@ def train(config: Training, folder: Path) -> None:
 
 def _train(config: Training, folder: Path, asked: Signals, own: lease.Lease) -> None:
     config = with_model_options(config, folder)
-    plan, source, repeats = Plan(config, distributed.world()).open_data()
+    plan, source, order = Plan(config, distributed.world()).open_data()
     _record(config, folder)
     objective = plan.objective
     precision = shard.chosen(config.shard.precision)
@@ -127,12 +127,11 @@ def _train(config: Training, folder: Path, asked: Signals, own: lease.Lease) -> 
         source,
         objective.transform(train=True),
         batch_size=config.batch_size,
-        seed=config.seed,
         accumulate=plan.accumulate,
         workers=loading(config.data.workers),
         max_bad=config.data.max_bad,
-        window=config.data.window,
-        repeats=repeats,
+        order=order,
+        changes=plan.open_changes(),
     )
     logger.info("%s, in %s", plan.summary(), precision)
     for warning in plan.warnings():
@@ -377,6 +376,7 @@ def _planned(config: Training, folder: Path, world: int) -> Plan:
 def _opened(plan: Plan) -> Plan:
     """The plan with its data, and everything checked that it starts from and measures."""
     plan, *_ = plan.open_data()
+    plan.open_changes()
     plan.open_validation()
     plan.check_durations()
     plan.always()

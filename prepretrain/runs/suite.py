@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from prepretrain import config as configs
 from prepretrain.config import Evaluating, Suite, Training
-from prepretrain.data import card
+from prepretrain.data import card, mix
 from prepretrain.distributed import group as distributed
 from prepretrain.models.load import described, open_weights
 from prepretrain.models.model import Model
@@ -170,7 +170,8 @@ def _entry(given: dict[str, Any], name: str, init: str, folder: Path) -> Entry:
             )
         config.label = label if label is not None else config.label
         return Entry(name, stage, config, run.evaluator_of(config)[0], folder)
-    data = card.load_card(config.data.train.partition(":")[0]).name
+    parts = mix.parts(config.data.train, config.data.subset)
+    data = "+".join(part.card.name for part in parts)
     key = "/".join([_plain(stage), data, *([] if label is None else [run.checked_label(label)])])
     own = folder / key.replace("/", "_") if out is None else Path(out)
     return Entry(name, stage, config, key, own)

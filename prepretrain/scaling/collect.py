@@ -10,6 +10,7 @@ from pyarrow import parquet
 
 from prepretrain import config as configs
 from prepretrain import plugin
+from prepretrain.data import mix
 from prepretrain.files import draft
 from prepretrain.runs.results import measured
 from prepretrain.scaling.plan import Planned, speeds
@@ -51,7 +52,7 @@ def _row(study: Study, one: Planned, state: State, world: int) -> dict[str, Any]
     row = {
         "run": one.name,
         "model": _labels(study, one, "model", "objective") or config.model.get("encoder"),
-        "data": _labels(study, one, "data") or config.data.train,
+        "data": _labels(study, one, "data") or mix.name(one.shape.plan.parts),
         "iterations": one.steps,
         "val_loss": loss,
         "train_loss": None if loss is None or gap is None else loss - gap,

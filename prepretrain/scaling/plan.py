@@ -10,7 +10,6 @@ from prepretrain import config as configs
 from prepretrain import jsonl
 from prepretrain.config import Suite, Training
 from prepretrain.data import card
-from prepretrain.objectives.base import Objective
 from prepretrain.runs import run as runs
 from prepretrain.runs import suite
 from prepretrain.runs.plan import Plan, check_trunk, subset_images
@@ -147,7 +146,7 @@ class _Shapes:
             return shape
         images = subset_images(config, shape.images)
         # the images of some classes, and images that do not come alike, are counted in the data
-        if images is None or type(shape.plan.objective).repeats is not Objective.repeats:
+        if images is None or shape.plan.weighted:
             return self._known(config)
         return replace(shape, images=images)
 

@@ -136,7 +136,7 @@ def _fit(
         ledger.share_bad(step)
         kept = {"step": step, "images": step * data.batch_size, "bad": dict(bad)}
         return kept | {
-            "data": data.fingerprint,
+            "data": data.fingerprint(guard.position(step, data.batch_size)),
             "options": options,
             "numerics": guard.state(),
         }
@@ -307,10 +307,12 @@ def _resume(
     if saved is None:
         return 0, Counter()
     state = checkpoint.state(saved)
-    if state.get("data") != data.fingerprint:
+    now = data.fingerprint(numerics.position_of(state))
+    if state.get("data") != now:
         raise ValueError(
-            f"data.train: is not what {saved} was trained on (fingerprint {data.fingerprint}, and "
-            f"{state.get('data')} then). Restore the data, or start another run with --out."
+            f"data.train: is not what {saved} was trained on (fingerprint {now}, and "
+            f"{state.get('data')} then). Restore the data, declare the change, as in "
+            f"data.changes=[{{from: {state['step']}it, …}}], or start another run with --out."
         )
     checkpoint.restore(saved, objective, optimizer)
     logger.info("continues from %s", saved)

@@ -136,6 +136,11 @@ class Guard:
         self.shift, self.rollbacks = behind - kept["step"] * batch_size, rollbacks
 
 
+def position_of(kept: dict[str, Any]) -> int:
+    """The position in the data that a checkpoint with this state was saved at."""
+    return kept.get("images", 0) + kept.get("numerics", {}).get("shift", 0)
+
+
 def _block_norms(squares: dict[str, float]) -> dict[str, float | str]:
     """{block: its gradient's norm}, of the square of each parameter's; a block is the parameters up to
     the first number in their names, as model.encoder.blocks.3."""

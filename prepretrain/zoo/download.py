@@ -23,7 +23,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
-from prepretrain.files import create, read_json, write_json
+from prepretrain.files import cache_folder, create, offline, read_json, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -50,16 +50,6 @@ class _Cut(Exception):
     """A connection failed, and another may not."""
 
 
-def folder() -> Path:
-    """Where fetched files lie: PREPRETRAIN_CACHE, else ~/.cache/prepretrain."""
-    return Path(os.environ.get("PREPRETRAIN_CACHE") or "~/.cache/prepretrain").expanduser()
-
-
-def offline() -> bool:
-    """Whether PREPRETRAIN_OFFLINE forbids the network."""
-    return os.environ.get("PREPRETRAIN_OFFLINE", "0") not in ("", "0")
-
-
 def place(url: str) -> Path:
     """Where a URL's file lies: under its host and whole path, because different releases have files
     of the same name (maws/vit_b16.pt, mae/vit_b16.pt).
@@ -74,7 +64,7 @@ def place(url: str) -> Path:
     if parts.query:
         last, mark = Path(names[-1]), hashlib.sha256(parts.query.encode()).hexdigest()[:8]
         names[-1] = f"{last.stem}.{mark}{last.suffix}"
-    return folder().joinpath(*names)
+    return cache_folder().joinpath(*names)
 
 
 def _check_address(url: str) -> None:
@@ -127,7 +117,7 @@ def _warn_of_owner(path: Path, expected: Expected) -> None:
 def _parts() -> Path:
     """The folder of files that came in part: this user's own, since their names can be guessed, and
     who may write there could lay links that lead a download elsewhere."""
-    place = folder() / f".parts-{os.getuid()}"
+    place = cache_folder() / f".parts-{os.getuid()}"
     place.mkdir(mode=0o700, parents=True, exist_ok=True)
     state = place.lstat()
     if not stat.S_ISDIR(state.st_mode) or state.st_uid != os.getuid() or state.st_mode & 0o022:
@@ -238,7 +228,7 @@ class _Download:
             self.part = _parts() / hashlib.sha256(str(path).encode()).hexdigest()[:32]
         except OSError as error:
             raise OSError(
-                f"{folder() / f'.parts-{os.getuid()}'}: cannot be used ({error}). Remove it, or name "
+                f"{cache_folder() / f'.parts-{os.getuid()}'}: cannot be used ({error}). Remove it, or name "
                 f"another folder with PREPRETRAIN_CACHE."
             ) from error
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from prepretrain.files import cache_folder
 from prepretrain.zoo import download
 from prepretrain.zoo.download import Expected
 
@@ -392,7 +393,7 @@ def verify(source: str) -> dict[str, Any]:
     known = download.recorded(path)
     if not rows and known is None:
         raise ValueError(
-            f"{path}: is no release in {download.folder()} and has no record beside it: there is "
+            f"{path}: is no release in {cache_folder()} and has no record beside it: there is "
             f"nothing to verify it against."
         )
     check_container(path)

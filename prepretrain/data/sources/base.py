@@ -6,13 +6,16 @@ import io
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from PIL import Image
 
 from prepretrain import plugin
+from prepretrain.data.tags import Tags, of_lists
 from prepretrain.data.transforms import BadImage, decode
+from prepretrain.data.vocabulary import tags_in
+from prepretrain.data.weights import Weights
 
 FIELDS = {
     "image": "the bytes of an image file, as it lies on disk",
@@ -44,7 +47,8 @@ class Source:
     A sample holds "key" (str) and those of `FIELDS` that the source's `fields` name. `groups` are
     the sizes of the parts that are cheap to read together (shards). `fingerprint` says what the
     data is, wherever it lies; `stamp` changes whenever a file of it is written anew, for what is kept
-    of the data between evaluations ("" where no file is read). A field of your own is a line more, as in
+    of the data between evaluations ("" where no file is read). `weights` say how often training takes
+    each sample, where a curation decided that; an evaluation reads all. A field of your own is a line more, as in
     `Source.FIELDS["normal"] = "float32 [H, W, 3], of length 1"`.
     """
 
@@ -57,6 +61,8 @@ class Source:
     open_at_once: int | None = None  # of the groups, where reading another means opening it anew
     fingerprint: str
     stamp: str = ""
+    reads_ahead: bool = False  # whether `read_ahead` does anything
+    weights: Weights | None = None
 
     def __len__(self) -> int:
         return int(sum(self.groups))
@@ -76,6 +82,9 @@ class Source:
         narrowed.fields = tuple(name for name in self.fields if name in wanted)
         return narrowed
 
+    def read_ahead(self, indexes: np.ndarray) -> None:
+        """These images will be read soon: what lies far away may be fetched meanwhile."""
+
     def key(self, index: int) -> str:
         """The key alone, without reading the image where the source can."""
         return self[index]["key"]
@@ -91,6 +100,24 @@ class Source:
     def hashtags(self, index: int) -> list[str]:
         """The hashtags alone, without reading the image where the source can."""
         return self[index]["hashtags"]
+
+    def tags_of_group(self, group: int, of: Literal["hashtags", "captions"] = "hashtags") -> Tags:
+        """The hashtags, or the words of the captions, of all images of a group (see `groups`), without
+        the images."""
+        first = sum(self.groups[:group])
+        bad: list[BadImage] = []
+        return of_lists(
+            (self._tags(index, of, bad) for index in range(first, first + self.groups[group])), bad
+        )
+
+    def _tags(
+        self, index: int, of: Literal["hashtags", "captions"], bad: list[BadImage]
+    ) -> list[str]:
+        try:
+            return tags_in(self.texts(index), of) if of == "captions" else self.hashtags(index)
+        except BadImage as error:
+            bad.append(error)
+            return []
 
     def classes_shown(self, index: int) -> list[int]:
         """The classes of an image's objects, each once and without crowds, without reading the image

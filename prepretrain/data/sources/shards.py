@@ -7,21 +7,39 @@ import sys
 from collections import Counter, OrderedDict
 from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
+import pyarrow as pa
 
-from prepretrain.data import names, values
-from prepretrain.data.paths import find_files
-from prepretrain.data.sources.base import Source, fingerprint_of, stamp_of
+from prepretrain.data import img2dataset, names, values
+from prepretrain.data.container import require
+from prepretrain.data.indexing import read_heads
+from prepretrain.data.keep import read_weights
+from prepretrain.data.paths import find_shards
+from prepretrain.data.remote import Remote, Unreachable
+from prepretrain.data.shard_cache import CacheFull, NoSpace, ShardCache
+from prepretrain.data.shard_columns import read_column
+from prepretrain.data.shard_files import (
+    ReadAhead,
+    Shard,
+    beside,
+    open_shard,
+    read_members,
+    stamp,
+)
+from prepretrain.data.sources.base import Source, fingerprint_of
 from prepretrain.data.subset import evenly
-from prepretrain.data.tar_index import FILMS, MEMBERS, Index, read_head
+from prepretrain.data.tags import Tags, of_column
+from prepretrain.data.tar_index import FILMS, MEMBERS, Index
 from prepretrain.data.transforms import BadImage
-from prepretrain.data.video import Video, require
-from prepretrain.distributed import heartbeat
+from prepretrain.data.video import Video
 
 MAX_MEMBER = 64_000_000  # not from the paper: bytes of one member, checked before it is read
 
+_PATIENCE = 60.0  # not from the paper: seconds to wait for others who read from a full cache
 _MAPPINGS = Path("/proc/sys/vm/max_map_count")  # Linux's
 _LOOK = (16, 400)  # shards, and samples in all, that are looked at for what json members hold
 _LOOK_FOR = (100, 10_000)  # and where the options name something that these have not
@@ -37,7 +55,7 @@ class Shards(Source):
     where those are: a member ("txt") or a value of the json member ("json.hashtags"; see
     data/values.py for what it may be). Missing hashtags and captions are [], a missing text is "", a
     missing label is absent. What is named here must be there; the defaults are fields where a look
-    at some samples, spread over all shards, finds them.
+    at some samples, spread over all shards, finds them. `keep`: a folder of weights (data/keep.py).
     """
 
     def __init__(
@@ -48,6 +66,7 @@ class Shards(Source):
         text: str = "txt",
         captions: str = "json.captions",
         label: str = "cls",
+        keep: str | None = None,
     ):
         self.places = {"label": label, "hashtags": hashtags, "text": text, "captions": captions}
         for option, place in self.places.items():
@@ -56,24 +75,35 @@ class Shards(Source):
                     f"source.{option}: {place!r} is no place in a sample. There are: "
                     "txt, cls, json.<name>."
                 )
-        self.paths = find_files(path, ".tar", ".tar shard")
-        heads = []
-        for (
-            shard
-        ) in self.paths:  # half a million take minutes, longer where indexes are to be built
-            heartbeat.beat(f"opening {shard}")
-            heads.append(read_head(shard))
+        self.paths = find_shards(path)
+        try:
+            heads = read_heads(self.paths)
+            self._describe(heads)
+            members = {field for head in heads for field in head["fields"]}
+            self.fields = (*_pictures(members), *self._present(members))
+        except (Unreachable, NoSpace) as error:
+            raise ValueError(str(error)) from None
+        if keep is not None:
+            self.weights = read_weights(Path(keep), self.paths, self.groups)
+
+    def _describe(self, heads: list[dict]) -> None:
+        """Takes over what the heads of all indexes say."""
         self.left_out = sum((Counter(head["left_out"]) for head in heads), Counter())
-        names.say_left_out(path, self.left_out)
+        names.say_left_out(self._where(), self.left_out)
         self.groups = [head["samples"] for head in heads]
         self.fingerprint = fingerprint_of(head["digest"] for head in heads)
-        self.stamp = stamp_of(map(os.stat, self.paths))
+        self.stamp = stamp(self.paths)
         self._starts = np.cumsum(self.groups) - self.groups
         self._length = sum(self.groups)
         self._opened: OrderedDict[int, _Shard] = OrderedDict()
         self.open_at_once = _most_open(len(self.paths))
-        members = {field for head in heads for field in head["fields"]}
-        self.fields = (*_pictures(members), *self._present(members, path))
+        far = [shard.size for shard in self.paths if isinstance(shard, Remote)]
+        if far:  # half of the cache at most: the other half is for those that come next
+            self.open_at_once = max(1, min(self.open_at_once, ShardCache().limit // max(far) // 2))
+        self.reads_ahead, self._ahead = bool(far), ReadAhead()
+
+    def _where(self) -> str:
+        return f"{self.paths[0]}, …" if self.paths[1:] else str(self.paths[0])
 
     def __len__(self) -> int:
         return self._length
@@ -96,6 +126,33 @@ class Shards(Source):
     def hashtags(self, index: int) -> list[str]:
         return self._value(index, "hashtags")
 
+    def tags_of_group(self, group: int, of: Literal["hashtags", "captions"] = "hashtags") -> Tags:
+        """See Source.tags_of_group: from img2dataset's Parquet file where it agrees with the shard, else in one
+        pass over the members, else one by one."""
+        fields = [f for f in ("captions", "text") if f in self.fields] if of == "captions" else [of]
+        if len(fields) > 1:  # an image's text counts where it has no captions
+            return super().tags_of_group(group, of)
+        column, said = self.column(group, fields[0])
+        tags = super().tags_of_group(group, of) if column is None else of_column(column, of)
+        return replace(tags, said=said)
+
+    def column(self, group: int, field: str) -> tuple[pa.Array | None, str]:
+        """(a field of all samples of a shard, what is wrong with the file beside it): texts or lists of
+        texts as they are written; None where only reading them one by one will do."""
+        shard, place, convert = self._shard(group), self.places[field], values.CONVERT[field]
+        first = int(self._starts[group])
+        read = lambda row: self._some(first + row, (field,))[field]
+        said = ""
+        try:
+            with beside(shard.place, f"{shard.place.stem}.parquet") as file:
+                args = (shard.index, place, read, convert)
+                column = None if file is None else img2dataset.column(file, *args)
+            if column is not None:
+                return column, ""
+        except (img2dataset.Disagrees, BadImage) as error:
+            said = str(error)
+        return read_column(shard.path, shard.index, place), said
+
     def texts(self, index: int) -> dict:
         return self._some(index, tuple(f for f in ("text", "captions") if f in self.fields))
 
@@ -110,7 +167,7 @@ class Shards(Source):
         shard, row = self._find(index)
         found = self._some(index, (field,))
         if field not in found:
-            raise BadImage(f"no {field}", f"in {shard.path}", shard.index.key(row))
+            raise BadImage(f"no {field}", f"in {shard.place}", shard.index.key(row))
         return found[field]
 
     def _find(self, index: int) -> tuple["_Shard", int]:
@@ -143,7 +200,7 @@ class Shards(Source):
                 found[field] = value
         return found
 
-    def _present(self, members: set[str], path: str | list[str]) -> Iterator[str]:
+    def _present(self, members: set[str]) -> Iterator[str]:
         """The fields that there are; an error for one that is named in the options and is not."""
         defaults = type(self).__init__.__kwdefaults__
         places = {field: place.partition(".")[::2] for field, place in self.places.items()}
@@ -158,7 +215,7 @@ class Shards(Source):
             elif field in asked:
                 there = [f"json.{name}" for name in sorted(seen)] if name else sorted(members)
                 raise ValueError(
-                    f"{path}: there is no {self.places[field]} (source.{field}). There are: "
+                    f"{self._where()}: there is no {self.places[field]} (source.{field}). There are: "
                     f"{', '.join(there[:20]) or 'none'}."
                 )
 
@@ -169,23 +226,48 @@ class Shards(Source):
         filled = np.flatnonzero(self.groups)
         chosen = filled[evenly(len(filled), shards)].tolist()
         for number in chosen:
-            for row in evenly(self.groups[number], -(-samples // len(chosen))):
+            rows = evenly(self.groups[number], -(-samples // len(chosen)))
+            for content in [] if wanted <= seen else self._jsons(number, rows):
+                with suppress(BadImage):  # counted when the image itself is read
+                    seen |= values.mapping(content).keys()
                 if wanted <= seen:
-                    return seen
-                shard = self._shard(number)
-                if shard.index.has(row, "json"):
-                    with suppress(BadImage):  # counted when the image itself is read
-                        seen |= values.mapping(shard.read(row, "json")).keys()
+                    break
         return seen
+
+    def _jsons(self, number: int, rows: list[int]) -> Iterator[bytes]:
+        """The json members of some samples of a shard."""
+        if isinstance(place := self.paths[number], Remote):
+            yield from read_members(place, rows, "json")
+            return
+        shard = self._shard(number)
+        for row in rows:
+            if shard.index.has(row, "json"):
+                with suppress(BadImage):
+                    yield shard.read(row, "json")
 
     def _shard(self, number: int) -> "_Shard":
         if number in self._opened:
             self._opened.move_to_end(number)
         else:
-            self._opened[number] = _Shard(self.paths[number])
+            self._opened[number] = self._open(self.paths[number])
             if len(self._opened) > self.open_at_once:
                 self._opened.popitem(last=False)[1].close()
         return self._opened[number]
+
+    def _open(self, place: Shard) -> "_Shard":
+        try:
+            return _Shard(place)
+        except CacheFull:  # perhaps because of what this process holds
+            while self._opened:
+                self._opened.popitem()[1].close()
+            return _Shard(place, wait=_PATIENCE)
+
+    def read_ahead(self, indexes: np.ndarray) -> None:
+        """See Source.read_ahead."""
+        numbers = np.unique(self._starts.searchsorted(indexes, side="right") - 1)
+        places = [self.paths[number] for number in numbers.tolist()]
+        if far := [place for place in places if isinstance(place, Remote)]:
+            self._ahead.ask(far)
 
 
 def _pictures(members: set[str]) -> tuple[str, ...]:
@@ -203,7 +285,7 @@ def _first(shard: "_Shard", row: int, endings: tuple[str, ...], what: str) -> st
     ending = next((ending for ending in endings if shard.index.has(row, ending)), None)
     if ending is None:
         some = ", ".join(endings[:3])
-        raise BadImage(f"no {what}", f"{shard.path} has no {some}, … under this key")
+        raise BadImage(f"no {what}", f"{shard.place} has no {some}, … under this key")
     return ending
 
 
@@ -226,9 +308,10 @@ def _most_open(shards: int) -> int:
 class _Shard:
     """One open shard and its index; `pread` keeps no position, so forked workers may share it."""
 
-    def __init__(self, path: Path):
-        self.path, self.index = path, Index(path)
-        self._file = os.open(path, os.O_RDONLY)
+    def __init__(self, place: Shard, *, wait: float = 0.0):
+        self.place = place
+        self.path, self._file = open_shard(place, wait=wait)
+        self.index = Index(self.path)
 
     def read(self, row: int, field: str) -> bytes:
         offset, size = self.index.span(row, field)
@@ -238,7 +321,7 @@ class _Shard:
         if len(data) != size:
             raise OSError(
                 errno.ESTALE,
-                f"{self.path}: {len(data)} of {size} bytes at offset {offset}: the file "
+                f"{self.place}: {len(data)} of {size} bytes at offset {offset}: the file "
                 "was cut since it was opened.",
             )
         return data

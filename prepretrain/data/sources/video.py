@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Literal
 
 from prepretrain.data import video
+from prepretrain.data.container import require
 from prepretrain.data.names import VIDEOS, is_image, is_video, left_out_of_videos, say_left_out
 from prepretrain.data.sources.base import Files, fingerprint_of
 from prepretrain.data.video_lists import read_list, shown
@@ -37,7 +38,7 @@ class Video(Files):
         absent: Literal["refuse", "leave_out"] = "refuse",
         rate: float | None = None,
     ):
-        video.require()
+        require()
         if not os.path.isdir(path):
             raise ValueError(f"{path}: is no folder; looked at {os.path.abspath(path)}.")
         self.left_out, self.rate = Counter(), rate

@@ -7,7 +7,6 @@ from torch import nn
 
 from prepretrain.evaluation.evaluators.base import (
     Evaluator,
-    accuracy,
     decoding,
     labelled_features,
     require,
@@ -40,7 +39,7 @@ class Accuracy(Evaluator):
         super().__init__(data=data)
         require(0 < share <= 1, "accuracy.share", share, "must lie above 0 and up to 1")
         require(feature_batch >= 1, "accuracy.feature_batch", feature_batch, "must be at least 1")
-        self.splits = (split,)
+        self.splits, self.certified = (split,), split
         self.split, self.resize, self.share = split, resize, share
         self.feature_batch, self.workers = feature_batch, decoding(workers)
 
@@ -70,4 +69,4 @@ class Accuracy(Evaluator):
                 f"{self.card.name}:{self.split}: labels run from {int(labels.min())} to "
                 f"{int(labels.max())}, and the model's classifier has {scores.shape[1]} classes."
             )
-        return accuracy(scores, labels) | {"images": len(scores)}
+        return self.metrics_of(scores, labels) | {"images": len(scores)}

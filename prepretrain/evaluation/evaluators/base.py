@@ -1,5 +1,7 @@
 """What an evaluator is, and the few pieces that several protocols share."""
 
+from collections.abc import Callable
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -9,10 +11,14 @@ from torch import Tensor, nn
 from prepretrain import plugin
 from prepretrain.data.card import Card, check_names, load_card
 from prepretrain.data.loader import loading
-from prepretrain.data.sources.base import fingerprint_of
+from prepretrain.data.sources.base import Source, fingerprint_of
 from prepretrain.data.views import Views
+from prepretrain.evaluation import leaks
 from prepretrain.evaluation.features import extract, state
 
+_ONE_BY_ONE = (
+    "whose result is no mean over images: accuracy, knn, linear, zeroshot and zeroshot_tags take it"
+)
 SPEED = ("feature_batch", "workers")  # options that change no result but for rounding
 
 
@@ -21,7 +27,8 @@ class Evaluator:
 
     `headline` is the metric that tables quote; `splits` are those of the card that it reads, so
     that missing data are known before any time is spent. `variant` is appended to the result's
-    name, so that two settings of one protocol can be reported together. A subclass's constructor is
+    name, so that two settings of one protocol can be reported together. `certified` is the split of
+    which `metrics_of` gives the results, where a protocol counts images one by one. A subclass's constructor is
     keyword-only, typed and checked; its signature is the option list, and its docstring documents
     each option.
     """
@@ -29,6 +36,8 @@ class Evaluator:
     headline: str
     splits: tuple[str, ...] = ()
     variant: str | None = None
+    certified: str | None = None
+    leaks: Path | None = None  # a curation's folder, of the data that models were trained on
     options: dict[str, Any]  # its name and every option with its value, but those of SPEED
     cache = True  # whether `run` may keep features in its folder; not of a model that is training
 
@@ -39,15 +48,42 @@ class Evaluator:
     def check(self, model: nn.Module) -> None:
         """Raises ValueError if this model cannot be measured, before any time is spent."""
 
-    def open_data(self) -> None:
-        """Opens every split that is read. Raises what is wrong with one before any time is spent on the
-        others."""
-        for split in self.splits:
-            self.card.open(split)
+    def open_data(self) -> dict[str, Source]:
+        """Opens every split that is read, and the list of leaks if there is one. Raises what is wrong
+        with one before any time is spent on the others."""
+        if self.leaks is not None:
+            self.leaked.sum()
+        return {split: self.card.open(split) for split in self.splits}
 
     def run(self, model: nn.Module, folder: Path) -> dict[str, float]:
         """Named numbers, the same on every rank; called on every rank. `folder` is the run's."""
         raise NotImplementedError
+
+    @cached_property
+    def leaked(self) -> Tensor:
+        """bool [n]: which images of `certified` have near-copies in the data of `leaks`."""
+        address = f"{self.card.name}:{self.certified}"
+        return leaks.read(self.leaks, address, self.card.open(self.certified))
+
+    def metrics_of(
+        self,
+        scores: Tensor,
+        labels: Tensor,
+        *,
+        measure: Callable[[Tensor, Tensor], dict[str, float]] | None = None,
+    ) -> dict[str, float]:
+        """Metrics of the scores [n, C] of all images of `certified`. With `leaks` also
+        `leaked_images`, how many have near-copies in the training data, and each metric of the
+        others alone, as in `top1_without_leaks`, if there are others."""
+        measure = measure or accuracy
+        found = measure(scores, labels)
+        if self.leaks is None:
+            return found
+        found |= {"leaked_images": int(self.leaked.sum())}
+        if self.leaked.all():
+            return found
+        others = measure(scores[~self.leaked], labels[~self.leaked])
+        return found | {f"{name}_without_leaks": value for name, value in others.items()}
 
     def cards(self) -> list[tuple[Card, tuple[str, ...]]]:
         """All cards that it reads, each with the splits."""
@@ -63,7 +99,7 @@ class Evaluator:
             answers = card.answers.read_bytes() if card.answers is not None else b""
             found[card.name] = fingerprint_of([*said, answers])
             found |= {f"{card.name}:{split}": state(card.open(split)) for split in splits}
-        return found
+        return found if self.leaks is None else found | {"leaks": leaks.state(self.leaks)}
 
     @classmethod
     def quoted(cls, results: dict[str, float]) -> str:
@@ -183,12 +219,16 @@ class ContrastiveEvaluator(Evaluator):
 
 def build(name: str, *, cache: bool, **given: Any) -> Evaluator:
     """The evaluator `name` with checked options. cache: whether it may keep features in its folder;
-    not of a model that is training, whose weights are others each time."""
-    kind = plugin.find("evaluators", name)
+    not of a model that is training, whose weights are others each time. Every evaluator that counts
+    images one by one (Evaluator.certified) also takes `leaks`, a curation's folder of the training data."""
+    kind, folder = plugin.find("evaluators", name), given.pop("leaks", None)
     options = plugin.defaults(kind) | plugin.check(kind, given, "evaluator")
     built = kind(**options)
     built.options = {"name": name} | {k: v for k, v in options.items() if k not in SPEED}
     built.cache = cache
+    if folder is not None:
+        require(built.certified is not None, "leaks", folder, f"is not for {name}, {_ONE_BY_ONE}")
+        built.leaks, built.options = Path(folder), built.options | {"leaks": str(folder)}
     return built
 
 

@@ -96,9 +96,11 @@ class Detection(Evaluator):
         if self.card.classes and len(self.card.classes) != model.head.classes:
             self._refuse(len(self.card.classes), model.head.classes)
 
-    def open_data(self) -> None:
+    def open_data(self) -> dict[str, Source]:
         """See Evaluator.open_data: the split must have objects."""
-        require_objects(self.card.open(self.split), f"{self.card.name}:{self.split}")
+        source = self.card.open(self.split)
+        require_objects(source, f"{self.card.name}:{self.split}")
+        return {self.split: source}
 
     def run(self, model: nn.Module, folder: Path) -> dict[str, float]:
         """See the class; ground truth and detections are compared on process 0."""

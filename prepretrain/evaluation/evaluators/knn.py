@@ -7,8 +7,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
+from prepretrain.data.sources.base import Source
 from prepretrain.distributed import group as distributed
-from prepretrain.evaluation.evaluators.base import ProbeEvaluator, accuracy, class_count, require
+from prepretrain.evaluation.evaluators.base import ProbeEvaluator, class_count, require
 from prepretrain.evaluation.features import set_aside
 
 VALUES = 1 << 26  # similarities at once
@@ -32,7 +33,7 @@ class Knn(ProbeEvaluator):
     feature_batch  images at once a process, while features are computed;  workers: as data.workers
     """
 
-    headline, splits = "top1", ("train", "val")
+    headline, splits, certified = "top1", ("train", "val"), "val"
 
     def __init__(
         self,
@@ -63,14 +64,15 @@ class Knn(ProbeEvaluator):
         require(temperature > 0, "knn.temperature", temperature, "must be above 0")
         self.k, self.temperature = k, temperature
 
-    def open_data(self) -> None:
+    def open_data(self) -> dict[str, Source]:
         """See Evaluator.open_data: as many images as neighbours are asked for."""
-        counts = {split: len(self.card.open(split)) for split in self.splits}
-        if self.k > counts["train"]:
+        sources = super().open_data()
+        if self.k > (count := len(sources["train"])):
             raise ValueError(
-                f"knn.k: {self.card.name}:train has {counts['train']} images, fewer than the {self.k} "
+                f"knn.k: {self.card.name}:train has {count} images, fewer than the {self.k} "
                 f"neighbours asked for. Ask for fewer."
             )
+        return sources
 
     def run(self, model: nn.Module, folder: Path) -> dict[str, float]:
         """Top-1 (and top-5) on `val`, with the numbers of images that it was measured and trained
@@ -83,8 +85,8 @@ class Knn(ProbeEvaluator):
             votes = self.votes(train, train_labels, mine, classes)
         votes = torch.cat(distributed.all_gather_object(votes))
         votes[votes == 0] = -torch.inf  # no neighbour's class is no guess, whatever its number
-        found = accuracy(votes, val_labels) | {"images": len(val), "train_images": len(train)}
-        return distributed.from_main(found)
+        found = self.metrics_of(votes, val_labels)
+        return distributed.from_main(found | {"images": len(val), "train_images": len(train)})
 
     def votes(self, train: Tensor, labels: Tensor, val: Tensor, classes: int) -> Tensor:
         """float32 [len(val), classes] on the CPU: each class's share of the neighbours' weights."""

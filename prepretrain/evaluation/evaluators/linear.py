@@ -6,7 +6,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from prepretrain.distributed import group as distributed
-from prepretrain.evaluation.evaluators.base import ProbeEvaluator, accuracy, class_count, require
+from prepretrain.evaluation.evaluators.base import ProbeEvaluator, class_count, require
 from prepretrain.evaluation.features import set_aside
 from prepretrain.evaluation.probing import probes
 from prepretrain.evaluation.probing.probes import PROTOCOLS
@@ -47,7 +47,7 @@ class Linear(ProbeEvaluator):
     seed           of the head's first weights, the order of images, and the held-out tenth
     """
 
-    headline, splits = "top1", ("train", "val")
+    headline, splits, certified = "top1", ("train", "val"), "val"
 
     def __init__(
         self,
@@ -112,7 +112,7 @@ class Linear(ProbeEvaluator):
         classes = class_count(self.card, train_labels, val_labels)
         with set_aside(model):
             head = self.fit(train, train_labels, classes)
-            found = accuracy(probes.scores(head, val), val_labels)
+            found = self.metrics_of(probes.scores(head, val), val_labels)
         return distributed.from_main(found | {"images": len(val), "train_images": len(train)})
 
     def fit(self, features: Tensor, labels: Tensor, classes: int) -> nn.Module:

@@ -90,7 +90,7 @@ class Video(Evaluator):
             )
         self.views.of(model.encoder)
 
-    def open_data(self) -> None:
+    def open_data(self) -> dict[str, Source]:
         """See Evaluator.open_data: the split must have labelled videos."""
         source = self.card.open(self.split)
         if lacking := [field for field in ("video", "label") if field not in source.fields]:
@@ -98,6 +98,7 @@ class Video(Evaluator):
                 f"video: {self.card.name}:{self.split} has no {' and no '.join(lacking)} (its fields: "
                 f"{', '.join(source.fields)})."
             )
+        return {self.split: source}
 
     def run(self, model: nn.Module, folder: Path) -> dict[str, float]:
         """See the class."""

@@ -55,6 +55,7 @@ class Zeroshot(ContrastiveEvaluator):
         super().__init__(
             data=data, split=split, share=share, feature_batch=feature_batch, workers=workers
         )
+        self.certified = split
         known = sorted({"en", *self.card.names, *self.card.templates})
         require(language in known, "zeroshot.language", language, f"is one of {', '.join(known)}")
         self.names, self.templates, self.language = names, templates, language
@@ -70,7 +71,7 @@ class Zeroshot(ContrastiveEvaluator):
                 f"zeroshot.names: '{self.names}' names {len(weight)} classes, and the labels of "
                 f"{self.card.name}:{self.split} go to {int(labels.max())}."
             )
-        found = per_class(features @ weight.T, labels)
+        found = self.metrics_of(features @ weight.T, labels, measure=per_class)
         return distributed.from_main(found | {"images": len(labels), "cut_prompts": cut})
 
     def weight(self, model: nn.Module, source: Any) -> tuple[Tensor, int]:

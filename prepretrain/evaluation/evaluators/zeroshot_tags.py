@@ -82,7 +82,7 @@ class ZeroshotTags(Evaluator):
         )
         known = sorted({"en", *self.card.names})
         require(language in known, "zeroshot_tags.language", language, f"is one of {known}")
-        self.tags, self.split, self.splits = tags, split, (split,)
+        self.tags, self.split, self.splits, self.certified = tags, split, (split,), split
         self.synsets, self.reach, self.calibration = synsets, reach, calibration
         self.missing, self.language, self.share = missing, language, share
         self.feature_batch, self.workers = feature_batch, decoding(workers)
@@ -116,7 +116,8 @@ class ZeroshotTags(Evaluator):
                 f"{self.card.name}: names {len(classes)} classes, and the labels of {self.split} go to "
                 f"{int(labels.max())}."
             )
-        results = per_class(scores(found, features, classes, self.calibration), labels)
+        scored = scores(found, features, classes, self.calibration)
+        results = self.metrics_of(scored, labels, measure=per_class)
         counts = [nearest.distance for nearest in classes]
         without = counts.count(None)
         own = counts.count(0)

@@ -1,0 +1,269 @@
+"""Finds planted copies among real pictures, and counts a set's own near-copies between two splits.
+
+    python benchmarks/duplicates.py planted web.yaml shop.yaml --out benchmarks/results/duplicates.json
+    python benchmarks/duplicates.py scale 1000000 --out benchmarks/results/duplicates_scale.json
+    python benchmarks/duplicates.py leaks cifar10 --out benchmarks/results/duplicates_cifar10.json
+
+planted: of each card's train some pictures are changed (encoded anew, scaled, cropped, mirrored,
+brighter) and put beside all. Recall is the share of changed pictures that are near-copies of their own
+original; false pairs are those of a changed picture and an image that is not its original, nor a copy
+of it by file. The set's own near-copies are among them, so precision is a lower bound.
+scale: near-copies among so many random hashes (cards: 1000000) with a hundredth of them planted.
+leaks: pairs of an image of `train` and one of `val`, by how far their hashes are apart, and a sheet
+of some of them.
+"""
+
+import argparse
+import datetime
+import io
+import json
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import numpy as np
+import pyarrow as pa
+from PIL import Image, ImageDraw, ImageOps
+
+from prepretrain.curation.copies import Alike, masks, near_pairs, with_hashes
+from prepretrain.curation.hashes import COLOURS, SCHEMA, hashes
+from prepretrain.curation.thumbnail import thumbnail
+from prepretrain.data.card import load_card
+from prepretrain.data.sources.base import Source
+from prepretrain.data.transforms import BadImage
+
+SETTINGS = {  # (coarse, fine, colour)
+    "defaults": Alike(),
+    "4 of 64 bits": Alike(coarse=4),
+    "fine 60": Alike(fine=60),
+    "any colour": Alike(colour=255),
+    "coarse alone": Alike(fine=128, colour=255),
+}
+OFF = 1 << 32  # the number of a changed picture is that of its kind times this, and its original's
+
+
+def encoded(image: Image.Image, quality: int = 90) -> bytes:
+    """A JPEG."""
+    file = io.BytesIO()
+    image.save(file, "JPEG", quality=quality)
+    return file.getvalue()
+
+
+def scaled(image: Image.Image, factor: float) -> Image.Image:
+    size = tuple(max(1, round(side * factor)) for side in image.size)
+    return image.resize(size, Image.Resampling.BICUBIC)
+
+
+def cropped(image: Image.Image, area: float) -> Image.Image:
+    """The middle, of a share of the area."""
+    left, top = (round(side * (1 - area**0.5) / 2) for side in image.size)
+    return image.crop((left, top, image.width - left, image.height - top))
+
+
+CHANGES = {
+    "JPEG of quality 50": lambda image: encoded(image, 50),
+    "JPEG of quality 20": lambda image: encoded(image, 20),
+    "half the size": lambda image: encoded(scaled(image, 0.5)),
+    "twice the size": lambda image: encoded(scaled(image, 2)),
+    "crop of 95 %": lambda image: encoded(cropped(image, 0.95)),
+    "crop of 90 %": lambda image: encoded(cropped(image, 0.9)),
+    "crop of 80 %": lambda image: encoded(cropped(image, 0.8)),
+    "mirrored": lambda image: encoded(ImageOps.mirror(image)),
+    "mirrored, half, quality 50": lambda image: encoded(scaled(ImageOps.mirror(image), 0.5), 50),
+    "a fifth brighter": lambda image: encoded(image.point(lambda value: min(255, value * 1.2))),
+}
+
+
+def hashed(files: dict[int, bytes]) -> tuple[pa.Table, int]:
+    """The hashes of image files by their numbers, and how many cannot be decoded."""
+    rows, bad = [], 0
+    for number, data in files.items():
+        try:
+            rows.append(
+                {"shard": number >> 32, "row": number & (OFF - 1)} | hashes(thumbnail(data)[0])
+            )
+        except BadImage:
+            bad += 1
+    kinds = [("shard", pa.int64()), ("row", pa.int64()), *SCHEMA]
+    return pa.Table.from_pylist(rows, pa.schema(kinds)), bad
+
+
+def pairs_of(one: pa.Table, other: pa.Table, alike: Alike) -> dict[str, np.ndarray]:
+    """Near-copies, mirrored ones too, of images of two tables of hashes."""
+    database = duckdb.connect()
+    database.register("one", one)
+    database.register("other", other)
+    database.sql(f"CREATE TABLE plain AS {with_hashes('FROM one')}")
+    database.sql(
+        f"CREATE TABLE both_ways AS SELECT *, false AS flipped FROM ({with_hashes('FROM other')})"
+    )
+    database.sql(f"INSERT INTO both_ways BY NAME {with_hashes('FROM other', flipped=True)}")
+    return near_pairs(database, "plain", "both_ways", alike)
+
+
+def planted(source: Source, changed: int, seed: int) -> dict[str, Any]:
+    """Recall by change and false pairs, by setting."""
+    files = {number: source[number]["image"] for number in range(len(source))}
+    chosen = np.random.default_rng(seed).choice(
+        len(source), min(changed, len(source)), replace=False
+    )
+    copies: dict[int, bytes] = {}
+    for number in np.sort(chosen).tolist():
+        image = Image.open(io.BytesIO(files[number])).convert("RGB")
+        for kind, change in enumerate(CHANGES.values(), start=1):
+            copies[kind * OFF + number] = change(image)
+    start = time.process_time()
+    (originals, _), (others, _) = hashed(files), hashed(copies)
+    rate = (len(files) + len(copies)) / (time.process_time() - start)
+    found: dict[str, Any] = {
+        "images": len(files),
+        "changed": len(chosen),
+        "hashed_a_second_of_cpu": round(rate),
+    }
+    for name, alike in SETTINGS.items():
+        pairs = pairs_of(originals, others, alike)
+        kind, number = pairs["other"] >> 32, pairs["other"] & (OFF - 1)
+        right = pairs["one"] == number
+        same = np.array([files[a] == files[b] for a, b in zip(pairs["one"], number)], bool)
+        own = pairs_of(originals, originals, alike)
+        recall = {
+            change: round(float((right & (kind == place)).sum() / len(chosen)), 4)
+            for place, change in enumerate(CHANGES, start=1)
+        }
+        found[name] = {
+            "recall": recall,
+            "right_pairs": int(right.sum()),
+            "false_pairs": int((~same).sum()),
+            "precision": round(float(right.sum() / max(1, (right | ~same).sum())), 4),
+            "own_pairs": int((own["one"] < own["other"]).sum()),
+        }
+    return found
+
+
+def scale(count: int, seed: int) -> dict[str, Any]:
+    """CPU seconds, memory and pairs found among random hashes, by how many coarse bits may differ."""
+    random = np.random.default_rng(seed)
+    words = random.integers(0, 2**64, (count, 5), dtype=np.uint64)
+    copies = random.choice(count // 2, count // 100, replace=False)
+    words[count // 2 + copies] = words[copies]
+    for _ in range(3):  # at most three bits of each word differ
+        flips = random.integers(0, 64, (len(copies), 5), dtype=np.uint64)
+        words[count // 2 + copies] ^= np.uint64(1) << flips
+    names = [name for name in SCHEMA.names if name.startswith(("coarse", "fine"))][:5]
+    columns = {name: words[:, place] for place, name in enumerate(names)}
+    columns |= {name: np.zeros(count, np.uint64) for name in COLOURS}
+    table = pa.table({"number": np.arange(count), **columns})
+    found: dict[str, Any] = {"planted": len(copies)}
+    for coarse in (3, 4, 8):
+        config = {"memory_limit": "2GB", "threads": 1}
+        database = duckdb.connect(config=config)
+        database.register("hashes", table)
+        database.sql("CREATE TABLE plain AS FROM hashes")
+        database.sql("CREATE TABLE others AS SELECT *, false AS flipped FROM hashes")
+        start = time.process_time()
+        pairs = near_pairs(database, "plain", "others", Alike(coarse=coarse), ordered=True)
+        found[f"{coarse} of 64 bits"] = {
+            "cpu_seconds": round(time.process_time() - start, 1),
+            "masks": len(masks(coarse, count)),
+            "pairs": len(pairs["one"]),
+        }
+    found["peak_memory_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+    return found
+
+
+def leaks(card: str, sheet: Path, shown: int) -> dict[str, Any]:
+    """How many images of val have near-copies in train, by distance; some are drawn."""
+    opened = load_card(card)
+    train, val = (opened.open(split).only(("image",)) for split in ("train", "val"))
+    tables = [hashed({n: s[n]["image"] for n in range(len(s))})[0] for s in (train, val)]
+    found: dict[str, Any] = {"train": len(train), "val": len(val)}
+    for name, alike in SETTINGS.items():
+        if name == "coarse alone":
+            continue
+        pairs = pairs_of(*tables, alike)
+        nearest: dict[int, int] = {}
+        for other, distance in zip(pairs["other"].tolist(), pairs["distance"].tolist()):
+            nearest[other] = min(distance, nearest.get(other, 999))
+        found[name] = {
+            "val_images_with_near_copies": len(nearest),
+            "pairs": len(pairs["one"]),
+            "mirrored": int(pairs["flipped"].sum()),
+            "by_distance": {
+                f"up to {most}": sum(d <= most for d in nearest.values())
+                for most in (0, 8, 16, 24, 31)
+            },
+        }
+        if name == "defaults":
+            draw(train, val, pairs, sheet, shown)
+        if name == "fine 60":
+            further = pairs["distance"] > Alike.fine
+            others = {column: values[further] for column, values in pairs.items()}
+            draw(train, val, others, sheet.with_stem(f"{sheet.stem}_60"), shown)
+    return found
+
+
+def draw(train: Source, val: Source, pairs: dict[str, np.ndarray], sheet: Path, shown: int) -> None:
+    """A sheet of pairs, train beside val, evenly over their distances."""
+    order = np.argsort(pairs["distance"], kind="stable")
+    order = order[np.linspace(0, len(order), min(shown, len(order)), endpoint=False).astype(int)]
+    side, columns = 96, 6
+    canvas = Image.new(
+        "RGB", (columns * (2 * side + 24), -(-len(order) // columns) * (side + 22)), "white"
+    )
+    pen = ImageDraw.Draw(canvas)
+    for place, pair in enumerate(order.tolist()):
+        x, y = place % columns * (2 * side + 24), place // columns * (side + 22)
+        for step, data in enumerate(
+            (train[int(pairs["one"][pair])], val[int(pairs["other"][pair])])
+        ):
+            image = Image.open(io.BytesIO(data["image"])).convert("RGB")
+            canvas.paste(image.resize((side, side), Image.Resampling.BICUBIC), (x + step * side, y))
+        mirrored = ", mirrored" if pairs["flipped"][pair] else ""
+        pen.text((x, y + side + 3), f"{pairs['distance'][pair]}{mirrored}", fill="black")
+    canvas.save(sheet, quality=85)
+
+
+def main() -> None:
+    """Measures, and writes what was found."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("what", choices=("planted", "scale", "leaks"))
+    parser.add_argument("cards", nargs="+")
+    parser.add_argument("--changed", type=int, default=200)
+    parser.add_argument("--shown", type=int, default=48)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, required=True)
+    asked = parser.parse_args()
+    found: dict[str, Any] = {}
+    for card in asked.cards:
+        if asked.what == "scale":
+            found[card] = scale(int(card), asked.seed)
+            continue
+        name = load_card(card).name
+        if asked.what == "planted":
+            source = load_card(card).open("train").only(("image",))
+            found[name] = planted(source, asked.changed, asked.seed)
+        else:
+            found[name] = leaks(card, asked.out.with_suffix(".jpg"), asked.shown)
+    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+    made = {
+        "command": " ".join(["benchmarks/duplicates.py", *map(_plain, sys.argv[1:])]),
+        "date": datetime.date.today().isoformat(),
+        "commit": subprocess.run(git, capture_output=True, text=True).stdout.strip(),
+        "seed": asked.seed,
+    }
+    asked.out.write_text(json.dumps(made | found, indent=1) + "\n")
+
+
+def _plain(argument: str) -> str:
+    """An argument without the folders of this machine."""
+    return Path(argument).name if Path(argument).is_absolute() else argument
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Curates web data: what is in it, what is twice in it, and what is kept."""

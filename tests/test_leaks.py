@@ -1,0 +1,105 @@
+"""Leaks: near-copies of evaluation images in the training data, and what is right without them."""
+
+import pytest
+import torch
+from PIL import Image, ImageOps
+from test_copies import encoded, picture
+from test_curation import column, recipe, write_shard, write_yaml
+from test_features import tiny_model
+
+from prepretrain.curation import commands
+from prepretrain.curation.engine import Machines
+from prepretrain.data.card import load_card
+from prepretrain.evaluation import leaks
+from prepretrain.evaluation.evaluators.base import build
+
+HERE = Machines()
+
+
+@pytest.fixture(scope="module")
+def curated(tmp_path_factory):
+    """A folder with an evaluation card of six images, two classes, and a training card that holds a
+    smaller copy of the second, a mirrored one of the fifth, and an image of its own."""
+    folder = tmp_path_factory.mktemp("leaks")
+    for number in range(6):
+        place = folder / "val" / "ab"[number % 2]
+        place.mkdir(parents=True, exist_ok=True)
+        (place / f"{number}.jpg").write_bytes(encoded(picture(number), quality=90))
+    (folder / "odd").mkdir()
+    (folder / "odd/broken.jpg").write_bytes(b"no picture")
+    smaller = encoded(picture(1).resize((96, 72), Image.Resampling.BICUBIC), quality=70)
+    mirrored = encoded(ImageOps.mirror(picture(4)), quality=80)
+    files = [encoded(picture(50)), smaller, b"no picture", mirrored]
+    write_shard(folder / "shards/00000.tar", [{"jpg": data} for data in files])
+    evaluated = {"source": "folder", "path": str(folder / "val")}
+    odd = {"source": "folder", "path": str(folder / "odd")}
+    write_yaml(folder / "pets.yaml", {"train": evaluated, "val": evaluated, "odd": odd})
+    write_yaml(folder / "web.yaml", {"train": {"source": "shards", "path": str(folder / "shards")}})
+    against = [f"{folder / 'pets.yaml'}:{split}" for split in ("val", "odd")]
+    stages = {"meta": {}, "look": {}, "leaks": {"against": against}}
+    out = folder / "out"
+    commands.run(str(folder / "web.yaml"), recipe(folder, **stages), out, None, HERE)
+    return folder
+
+
+def test_near_copies_of_evaluation_images_are_found_by_number_and_key(curated):
+    matches = column(curated / "out", "leaks", "matches")
+    assert matches[0] is None and matches[2] is None
+    (one,), (other,) = matches[1], matches[3]
+    assert (one["set"], one["key"], one["mirrored"]) == ("pets:val", "b/1.jpg", False)
+    assert (other["key"], other["mirrored"]) == ("a/4.jpg", True)
+    assert column(curated / "out", "leaks", "reason")[1:4:2] == ["near-copy of pets:val"] * 2
+    sets = leaks.content_of(curated / "out")["sets"]
+    assert sets["pets:val"]["leaked"] == [2, 3] and sets["pets:val"]["unreadable"] == []
+    assert sets["pets:odd"]["leaked"] == [] and sets["pets:odd"]["unreadable"] == ["broken.jpg"]
+
+
+def evaluator(curated, **options):
+    return build("knn", cache=False, data=str(curated / "pets.yaml"), k=1, pool="mean", **options)
+
+
+def test_a_result_says_how_many_images_leaked_and_what_is_right_without_them(curated):
+    protocol = evaluator(curated, leaks=str(curated / "out"))
+    scores = torch.eye(2)[torch.tensor([0, 0, 1, 0, 1, 1])]  # wrong: 2 and 3, the leaked ones
+    found = protocol.metrics_of(scores, torch.tensor([0, 0, 0, 1, 1, 1]))
+    assert found == {
+        "top1": pytest.approx(400 / 6),
+        "leaked_images": 2,
+        "top1_without_leaks": 100.0,
+    }
+
+
+def test_an_evaluation_writes_the_certificate_beside_its_result(curated, tmp_path, group):
+    model = tiny_model()
+    plain = evaluator(curated).run(model, tmp_path)
+    protocol = evaluator(curated, leaks=str(curated / "out"))
+    protocol.open_data()
+    found = protocol.run(model, tmp_path)
+    assert plain == {name: found[name] for name in plain}
+    assert set(found) - set(plain) == {"leaked_images", "top1_without_leaks"}
+    assert protocol.options["leaks"] == str(curated / "out")
+    assert protocol.data_state()["leaks"][0] == "web:train"
+
+
+def test_a_set_that_was_not_searched_or_has_changed_has_no_certificate(curated):
+    with pytest.raises(ValueError, match="pets:val, pets:odd were looked for, not of cifar10:val"):
+        leaks.read(curated / "out", "cifar10:val", None)
+    changed = load_card(str(curated / "pets.yaml")).open("odd")
+    with pytest.raises(ValueError, match="is of pets:val with 6 images"):
+        leaks.read(curated / "out", "pets:val", changed)
+    with pytest.raises(ValueError, match="there is no found.json"):
+        evaluator(curated, leaks=str(curated / "nowhere")).open_data()
+
+
+def test_an_evaluator_that_does_not_count_images_one_by_one_takes_no_leaks(curated):
+    with pytest.raises(ValueError, match="is not for retrieval"):
+        build("retrieval", cache=False, data=str(curated / "pets.yaml"), leaks="out")
+
+
+def test_an_evaluation_set_without_data_is_an_error_before_any_stage_runs(curated):
+    write_yaml(curated / "gone.yaml", {"val": {"source": "folder", "path": str(curated / "gone")}})
+    stages = {"meta": {}, "look": {}, "leaks": {"against": [f"{curated / 'gone.yaml'}:val"]}}
+    with pytest.raises(ValueError, match="there is nothing at"):
+        web, out = str(curated / "web.yaml"), curated / "none"
+        commands.run(web, recipe(curated, **stages), out, None, HERE)
+    assert not out.exists()
