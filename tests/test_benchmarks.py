@@ -74,6 +74,7 @@ TINY = {  # each benchmark's arguments; where it takes hours, that it starts
     "tag_counting": "--samples 20 --size 10 --rounds 1",
     "tar_index": "--samples 2 --rounds 1",
     "segmentation_camvid": "--help",
+    "video_decoding": "--help",
     "zeroshot_tags": "--help",
 }
 
