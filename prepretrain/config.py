@@ -277,7 +277,7 @@ def find(stage: str) -> Path:
 def stages() -> list[str]:
     """The stages that can be named: configs here and in the package that are a run by themselves."""
     files = {p.relative_to(f) for f in _folders() for p in f.rglob("*.yaml")}
-    return sorted(str(p.with_suffix("")) for p in files if p.parts[0] != "size")
+    return sorted(str(p.with_suffix("")) for p in files if p.parts[0] not in ("size", "curate"))
 
 
 def _read(path: Path, seen: tuple[Path, ...] = (), bases: Any = None) -> dict[str, Any]:

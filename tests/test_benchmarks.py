@@ -56,6 +56,7 @@ TINY = {  # each benchmark's arguments; where it takes hours, that it starts
     "curate_speed": "--help",
     "detection_raccoon": "--help",
     "detection_step": "--encoder vit_test8 --pixels 64 --channels 8 --regions 8 --batch 1 --steps 1 --train 1",
+    "duplicates": "--help",
     "demo_seeds": "--show benchmarks/results/demo_seeds.json",
     "features": "--images 2 --batch 1 --rows 100",
     "finetune_step": "--batch 1 --steps 1",
@@ -71,10 +72,14 @@ TINY = {  # each benchmark's arguments; where it takes hours, that it starts
     "plan_tables": "--help",
     "remote_shards": "--latency 0 --rate 999 --compute 0 --batch 2 --rounds 1",
     "scaling_fits": "--draws 1",
+    "tag_resampling": "--help",
     "tag_counting": "--samples 20 --size 10 --rounds 1",
     "tar_index": "--samples 2 --rounds 1",
     "segmentation_camvid": "--help",
     "video_decoding": "--help",
+    "video_shape_actions": "--help",
+    "weights_1e9": "--help",
+    "weights_loader": "--help",
     "zeroshot_tags": "--help",
 }
 

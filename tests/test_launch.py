@@ -34,7 +34,7 @@ CONFIGS = sorted(
 SIZES = [name.removeprefix("size/") for name in CONFIGS if name.startswith("size/")]
 WITH_TEXT = ("eval/retrieval", "eval/zeroshot")
 EVALUATIONS = [name for name in CONFIGS if name.startswith("eval/")]
-STAGES = [name for name in CONFIGS if not name.startswith(("size/", "eval/"))]
+STAGES = [name for name in CONFIGS if not name.startswith(("size/", "eval/", "curate/"))]
 
 
 def facts(capsys, stage: str, *overrides: str, **flags) -> dict:
