@@ -33,7 +33,7 @@ WORDS = "airplanes cars birds cats deer dogs frogs horses ships trucks".split()
 CIFAR = """description: CIFAR-10's photos, the training ones with a long tail; made by benchmarks/zeroshot_tags.py
 licence: as the photos
 classes: [airplane, automobile, bird, cat, deer, dog, frog, horse, ship, truck]
-templates: ['a photo of {}', 'a photo of a {}']
+templates: {en: ['a photo of {}', 'a photo of a {}'], trained: ['a photo of {}', 'a photo of a {}']}
 names: {en: [airplane, automobile, bird, cat, deer, dog, frog, horse, ship, truck], trained: [%s]}
 train: {source: parquet, path: long_tail.parquet, text: text, hashtags: hashtags}
 val: {source: parquet, path: "%s/val.parquet", subset: 30%%}
