@@ -42,11 +42,11 @@ class Kept(Stream):
 
     def batches(self, consumed: int = 0) -> Iterator[dict]:
         """See Stream.batches; the runs here start at the beginning."""
-        if found := self.batches_of.get(self.fingerprint):
+        if found := self.batches_of.get(self.fingerprint()):
             yield from map(dict, found)
             return
         self.batches_of.clear()
-        kept = self.batches_of[self.fingerprint] = []
+        kept = self.batches_of[self.fingerprint()] = []
         with contextlib.closing(super().batches(consumed)) as fresh:
             for batch in fresh:
                 kept.append(dict(batch))

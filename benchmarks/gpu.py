@@ -181,12 +181,16 @@ def bare_step(objective: nn.Module, batch: dict, autocast: bool = False) -> Call
 class Ready:
     """Stands in for a Stream: the same pinned batch for ever, and when each was asked for."""
 
-    fingerprint, accumulate, max_bad = "ready", 1, 0.01
+    accumulate, max_bad = 1, 0.01
 
     def __init__(self, batch: dict, images: int, at: dict[int, Callable[[], None]] | None = None):
         """at: what to do when the batch of that number, from 0, is asked for."""
         self.batch, self.batch_size, self.at = batch, images, at or {}
         self.asked: list[float] = []
+
+    def fingerprint(self, position: int = 0) -> str:
+        """As Stream.fingerprint."""
+        return "ready"
 
     def batches(self, consumed: int = 0) -> Iterator[dict]:
         """As Stream.batches."""

@@ -54,10 +54,14 @@ def bare(depth: int, batch: dict[str, Any], steps: int) -> float:
 class Ready:
     """Stands in for a Stream: one batch for ever, and the time when each was asked for."""
 
-    fingerprint, accumulate, max_bad, batch_size = "ready", 1, 0.01, IMAGES
+    accumulate, max_bad, batch_size = 1, 0.01, IMAGES
 
     def __init__(self, batch: dict[str, Any]):
         self.batch, self.asked = batch, []
+
+    def fingerprint(self, position: int = 0) -> str:
+        """As Stream.fingerprint."""
+        return "ready"
 
     def batches(self, consumed: int = 0) -> Iterator[dict[str, Any]]:
         """As Stream.batches."""

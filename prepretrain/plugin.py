@@ -29,16 +29,8 @@ KINDS = {  # the folder of each kind of part
 }
 TRUSTED = "PREPRETRAIN_PLUGINS"  # packages whose modules files may name, separated by commas
 NAMING = ("name", "encoder", "source")  # keys of files under which a part may stand
-SHARED = (
-    "base",
-    "captions",
-    "supervised",
-)  # files in these folders that are no part, and that parts import
-
-
-_INDEX = re.compile(r"\[\d+\]")  # of an entry of a list, in a key
-
-
+# files in these folders that are no part, and that parts import
+SHARED = ("base", "captions", "supervised")
 _INDEX = re.compile(r"\[\d+\]")  # of an entry of a list, in a key
 
 

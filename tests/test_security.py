@@ -96,7 +96,7 @@ def evil(place):
     """A run's folder as it could be downloaded, with a bomb in each checkpoint."""
     folder = Path("evil")
     stream = Stream(load_card("colours").open("train"), None, batch_size=16, seed=0)
-    saved = bomb(folder, data=stream.fingerprint)
+    saved = bomb(folder, data=stream.fingerprint())
     bomb(folder / "dumps" / "000000005")
     dump = {"step": 5, "world": 1, "seed": 0, "position": 64, "processes": [{"batches": []}]}
     (folder / "dumps" / "000000005" / "dump.json").write_text(json.dumps(dump))

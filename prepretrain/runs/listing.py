@@ -11,6 +11,7 @@ from prepretrain import plugin
 from prepretrain.data import card as cards
 from prepretrain.models.encoders import base as encoders
 
+HEADS = {"stages": "curation"}  # of kinds of parts, where another list has the kind's name
 _SENTENCE = re.compile(r".*?\.(?=\s+[A-Z`]|$)", re.DOTALL)  # does not end at "et al. 2018"
 
 
@@ -42,7 +43,9 @@ def listing(what: str = "") -> str:
 
 def _catalogues() -> dict[str, Catalogue]:
     parts = {
-        kind: Catalogue(*(partial(f, kind) for f in (plugin.names, _part, _part_options)))
+        HEADS.get(kind, kind): Catalogue(
+            *(partial(f, kind) for f in (plugin.names, _part, _part_options))
+        )
         for kind in plugin.KINDS
     }
     return {
