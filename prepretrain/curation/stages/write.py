@@ -1,9 +1,6 @@
 """Copies what is kept into shards of its own, for others than this project; here `keep` is read."""
 
-import os
 from typing import Any
-
-os.environ["WDS_SECURE"] = "1"  # before webdataset is imported: no pickles, no shell commands
 
 import pyarrow as pa
 import webdataset
@@ -24,7 +21,7 @@ class Write(Stage):
         keep = shard.table("keep")["keep"].to_pylist()
         names = [f"{shard.number:05d}{row:07d}" if kept else None for row, kept in enumerate(keep)]
         if any(keep):
-            # webdataset's ShardWriter opens files through what WDS_SECURE switches off
+            # an open file, as webdataset may be told (WDS_SECURE) to open none by itself
             with shard.draft("write", "tar") as place, open(place, "wb") as file:
                 with webdataset.TarWriter(file, mtime=0) as writer:
                     for row, name in enumerate(names):
