@@ -76,7 +76,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--mae", type=int, default=500, help="steps of 128 images")
     parser.add_argument("--hashtags", type=int, default=250, help="steps of 64 images")
-    parser.add_argument("--steps", type=int, default=300, help="steps of 16 clips")
+    parser.add_argument("--steps", type=int, default=600, help="steps of 16 clips")
     parser.add_argument("--lr", type=float, default=1.6e-2, help="per 256 clips")
     parser.add_argument("--jobs", type=int, default=2, help="runs side by side")
     given = parser.parse_args()

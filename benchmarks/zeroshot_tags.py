@@ -11,7 +11,8 @@ class, each next one has 0.7 of it), with a hashtag, `#cats`, and a caption, "a 
 of the names, so that no class name is ever trained on; cars are CIFAR-10's automobiles. For each set and
 seed three models are trained from scratch on as many images: on hashtags merged by WordNet (stage wsp), on
 nouns of captions with the binary loss (wsp_catlip), on captions (wsp_clip). The first two are measured with
-each calibration, the third with the card's templates; of CIFAR-10 on 3,000 of its 10,000 test photos. A model that is done is not trained again.
+each calibration, the third with the card's templates; of CIFAR-10 on 3,000 of its 10,000 test photos. A
+model that is done is not trained again.
 """
 
 import argparse
