@@ -52,7 +52,7 @@ demo: $(MADE)
 	@echo "Original, masked and reconstructed images: runs/demo/reconstructions.png"
 
 test: .venv/ready
-	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 3 --dist loadfile --no-loadscope-reorder -m "not faults"
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 4 --dist loadfile --no-loadscope-reorder -m "not faults"
 
 test-faults: .venv/ready
 	OMP_NUM_THREADS=1 $(PY) -m pytest -v --timeout 1200 $(FAULTS)
