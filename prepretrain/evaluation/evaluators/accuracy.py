@@ -7,6 +7,7 @@ from torch import nn
 
 from prepretrain.evaluation.evaluators.base import (
     Evaluator,
+    check_classifier,
     decoding,
     labelled_features,
     require,
@@ -45,12 +46,7 @@ class Accuracy(Evaluator):
 
     def check(self, model: nn.Module) -> None:
         """See Evaluator.check: a classifier of the card's classes is needed."""
-        model.require_scores(f"accuracy/{self.data}")
-        if self.card.classes and len(self.card.classes) != model.head.classes:
-            raise ValueError(
-                f"accuracy/{self.data}: the card has {len(self.card.classes)} classes, and the model's "
-                f"classifier {model.head.classes}."
-            )
+        check_classifier(model, self.card, f"accuracy/{self.data}")
 
     def run(self, model: nn.Module, folder: Path) -> dict[str, float]:
         """Top-1, and top-5 where there are more than five classes, with the number of images."""

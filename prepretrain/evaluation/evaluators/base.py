@@ -244,6 +244,16 @@ def require(fits: bool, option: str, value: Any, rule: str) -> None:
         raise ValueError(f"{option}: {value!r} does not fit; it {rule}.")
 
 
+def check_classifier(model: nn.Module, card: Card, who: str) -> None:
+    """Raises ValueError unless the model has a classifier, of as many classes as the card."""
+    model.require_scores(who)
+    if card.classes and len(card.classes) != model.head.classes:
+        raise ValueError(
+            f"{who}: the card has {len(card.classes)} classes, and the model's classifier "
+            f"{model.head.classes}."
+        )
+
+
 def labelled_features(
     card: Any, split: str, model: nn.Module, **reading: Any
 ) -> tuple[Tensor, Tensor]:

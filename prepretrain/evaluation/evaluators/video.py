@@ -12,7 +12,13 @@ from prepretrain.data.sources.base import Source, fingerprint_of
 from prepretrain.data.subset import evenly, evenly_spaced
 from prepretrain.data.views import Views, Way, middle_frames
 from prepretrain.distributed import group as distributed
-from prepretrain.evaluation.evaluators.base import Evaluator, decoding, ranks, require
+from prepretrain.evaluation.evaluators.base import (
+    Evaluator,
+    check_classifier,
+    decoding,
+    ranks,
+    require,
+)
 from prepretrain.evaluation.feature_store import file_name
 from prepretrain.evaluation.features import fingerprint, frozen, state
 from prepretrain.evaluation.parts import by_parts, forget
@@ -77,16 +83,11 @@ class Video(Evaluator):
 
     def check(self, model: nn.Module) -> None:
         """See Evaluator.check: a classifier of the card's classes, on clips."""
-        model.require_scores(f"video/{self.data}")
+        check_classifier(model, self.card, f"video/{self.data}")
         if model.encoder.frames is None:
             raise ValueError(
                 f"video/{self.data}: this model takes images. Fine-tuning on videos makes one that takes "
                 f"clips: --stage finetune/k400_b, from this model with --init."
-            )
-        if self.card.classes and len(self.card.classes) != model.head.classes:
-            raise ValueError(
-                f"video/{self.data}: the card has {len(self.card.classes)} classes, and the model's "
-                f"classifier {model.head.classes}."
             )
         self.views.of(model.encoder)
 
