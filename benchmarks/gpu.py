@@ -13,7 +13,9 @@ card's data sheet promises for dense bf16, 989 TFLOP/s for an H100 or H200.
 """
 
 import argparse
+import contextlib
 import gc
+import io
 import json
 import logging
 import os
@@ -32,15 +34,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
+from PIL import Image
 from torch import Tensor, nn
 
+from prepretrain import config as configs
 from prepretrain import plugin
 from prepretrain.data.loader import Stream
 from prepretrain.distributed import checkpoint, shard
 from prepretrain.distributed import group as distributed
 from prepretrain.evaluation.features import extract
+from prepretrain.models.export import save
 from prepretrain.models.model import Model
-from prepretrain.runs.plan import forward_flops
+from prepretrain.runs import plan
 from prepretrain.training import fit as train
 from prepretrain.training import optim
 from prepretrain.training.schedule import Schedule
@@ -49,6 +55,12 @@ DATA_SHEET = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # dense bf16 FLOP
 TAGS = 28672  # MAWS's vocabulary, rounded up to a multiple of 4096
 CUDA = torch.cuda.is_available()
 TINY = "vit_test8"  # the encoder of a smoke test
+# What a smoke test's models of shipped stages have instead.
+SMALL_DETECTOR = f"""{{encoder: {TINY}, image_size: 64, window: 2, global_blocks: 1, head: {{name: mask_rcnn,
+    classes: 80, channels: 8, hidden: 16}}}}"""
+SMALL_SEGMENTER = f"""{{encoder: {TINY}, image_size: 64, depth: 4, head: {{name: upernet, classes: 150,
+    channels: 8, layers: [1, 2, 3, 4]}}}}"""
+SMALL_CLIPS = f"{{encoder: {TINY}, image_size: 32, frames: 4}}"
 
 
 class Record:
@@ -122,6 +134,14 @@ def clip(encoder: str, chunk: int | None = None) -> nn.Module:
     return plugin.build("objectives", "clip", model, chunk=chunk)
 
 
+def of_stage(name: str, tiny: str, encoder: str) -> nn.Module:
+    """The objective of one of the shipped stages, on the meta device; tiny: options of the encoder and head
+    that a smoke test has instead."""
+    model = yaml.safe_load(tiny)
+    keys = [f"model.{key}={value}" for key, value in model.items()] if encoder == TINY else []
+    return plan.build_objective(configs.load(name, keys))
+
+
 def on_meta(build: Callable[[], nn.Module]) -> nn.Module:
     """An objective on the meta device, as `build` makes it there."""
     with torch.device("meta"):
@@ -130,19 +150,26 @@ def on_meta(build: Callable[[], nn.Module]) -> nn.Module:
 
 def flops(build: Callable[[], nn.Module]) -> int:
     """FLOPs of one image's training step: three forward passes."""
-    return 3 * forward_flops(on_meta(build))
+    return 3 * plan.forward_flops(on_meta(build))
 
 
 def batch_of(objective: nn.Module, images: int, where: torch.device) -> dict[str, Tensor]:
     """Random values in the shapes that an objective takes."""
     generator = torch.Generator().manual_seed(0)
+    side = objective.model.encoder.image_size[0]
+    tops = {"image": 256, "clip": 256, "bits": 256, "cut": 1, "tags": TAGS}
+    tops |= {"classes": 3, "label": 3, "label_map": 3}
     batch = {}
     for name, like in objective.example(images).items():
         if like.dtype.is_floating_point:
             value = torch.rand(like.shape, generator=generator)
         else:
-            top = {"image": 256, "cut": 1, "tags": TAGS}.get(name, 400)
-            value = torch.randint(0, top, like.shape, generator=generator).to(like.dtype)
+            value = torch.randint(tops.get(name, 400), like.shape, generator=generator)
+            value = value.to(like.dtype)
+        if name == "boxes":
+            value = value.unflatten(-1, (2, 2)).sort(-2).values.flatten(2) * side
+        elif name in ("size", "depth"):
+            value = torch.full_like(value, side) if name == "size" else value * 9 + 0.5
         batch[name] = value.pin_memory() if CUDA and where.type == "cpu" else value.to(where)
     return batch
 
@@ -275,16 +302,81 @@ def golden(record: Record, tiny: bool, asked: argparse.Namespace) -> None:
             worst_gradient=worst,
             ok=error < 1e-5 and worst < 1e-4,
         )
-    for name, small in (
-        ("hashtag", partial(hashtag, TINY)),
-        ("clip", partial(clip, TINY, None)),
-    ):
-        objective, losses = plain(small), []
-        for device in ("cpu", where):
-            objective.to(device).eval()
-            losses.append(objective(batch_of(objective, 8, torch.device(device)))["loss"].item())
-        error = abs(losses[1] / losses[0] - 1)
-        record(f"cpu_against_device_{name}", error=error, ok=error < 1e-4)
+
+
+@contextlib.contextmanager
+def tests_objectives() -> Iterator[Any]:
+    """The module of tests that has a small one of every objective, and what those read, in the current
+    directory."""
+    sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+    import test_step
+
+    with tempfile.TemporaryDirectory() as place, contextlib.chdir(place):
+        os.environ["PREPRETRAIN_DATA"] = place
+        test_step.furnish_parts()
+        yield test_step
+
+
+def objectives(record: Record, tiny: bool, asked: argparse.Namespace) -> None:
+    """Loss and gradients of every objective in float32 on this device, beside those on the CPU; and at
+    which lines a step of it in the loop waits."""
+    where = distributed.device()
+    with tests_objectives() as tests:
+        for name in ("mae", "video") if tiny else tests.OBJECTIVES:
+            said = name.replace(", ", "_").replace(" ", "_")
+            try:
+                record(f"objective_{said}", **_beside_cpu(tests, name, where))
+                objective, batch = tests.built(name)
+                shard.shard(objective, precision="fp32" if tiny else "bf16")
+                objective.prepare(partial(shard.shard, precision="fp32" if tiny else "bf16"))
+                shard.initialise(objective, 0)
+                batch = {k: v for k, v in batch.items() if isinstance(v, Tensor)}
+                batch = {k: v.pin_memory() if CUDA else v for k, v in batch.items()}
+                places, error = _waits(objective.train(), batch)
+                allowed = name.startswith("detection")  # NMS's one answer an image
+                ok = allowed or (not places and error is None)
+                record(f"synchronisations_{said}", at_lines=dict(places), said=error, ok=ok)
+            except Exception as error:
+                traceback.print_exc()
+                record(f"objective_{said}", failed=_said(error))
+
+
+def _beside_cpu(tests: Any, name: str, where: torch.device) -> dict[str, Any]:
+    """How far loss and gradients of an objective, which draws nothing, are from the CPU's."""
+    objective, batch = tests.built(name)
+    for module in (objective, *objective.frozen()):
+        module.to_empty(device="cpu")
+        shard.fill_buffers(module)
+    objective.prepare(lambda module: None)
+    shard.initialise(objective, 0)
+    for (
+        part
+    ) in objective.modules():  # dropout and stochastic depth draw other values on each device
+        part.eval()
+    found = []
+    for device in (torch.device("cpu"), where):
+        for module in (objective, *objective.frozen()):
+            module.to(device).zero_grad()
+        there = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+        torch.manual_seed(0)
+        loss = objective(there)["loss"]
+        loss.backward()
+        gradients = {
+            k: p.grad.to("cpu", copy=True)
+            for k, p in objective.named_parameters()
+            if p.grad is not None
+        }
+        found.append((loss.item(), gradients))
+    (on_cpu, expected), (here, gradients) = found
+    size = torch.stack([g.norm() for g in expected.values()]).norm()
+    apart = torch.stack([(gradients[k] - g).norm() for k, g in expected.items()]).norm()
+    error, gradient = abs(here / on_cpu - 1), (apart / size).item()
+    return {
+        "loss": on_cpu,
+        "error": error,
+        "gradient": gradient,
+        "ok": error < 1e-4 and gradient < 1e-3,
+    }
 
 
 def equalities(record: Record, tiny: bool, asked: argparse.Namespace) -> None:
@@ -339,25 +431,9 @@ def float8(record: Record, tiny: bool, asked: argparse.Namespace) -> None:
     record("fp8_loss", **losses, error=error, ok=error < 0.02)
 
 
-def syncs(record: Record, tiny: bool, asked: argparse.Namespace) -> None:
-    """The lines at which a step of the real loop waits for the GPU: two steps whose waits are noted,
-    then two in which the first would be an error. There are none where all is well."""
-    encoder = TINY if tiny else "vit_b16"
-    for name, build in (("mae", mae), ("hashtag", hashtag), ("clip", clip)):
-        objective = sharded(partial(build, encoder), precision="fp32" if tiny else "bf16")
-        batch = batch_of(objective, 8, torch.device("cpu"))
-        places, said = _waits(objective, batch)
-        record(
-            f"synchronisations_{name}",
-            total=sum(places.values()),
-            at_lines=dict(places),
-            said=said,
-            ok=not places and said is None,
-        )
-
-
 def _waits(objective: nn.Module, batch: dict) -> tuple[Counter[str], str | None]:
-    """How often which line waited in two steps, and what was raised when that was forbidden."""
+    """How often which line waited for the GPU in two steps of the loop, and what was raised in two more
+    in which that was forbidden. There are none where all is well."""
     places: Counter[str] = Counter()
     said = None
 
@@ -379,7 +455,7 @@ def _waits(objective: nn.Module, batch: dict) -> tuple[Counter[str], str | None]
         warnings.simplefilter("always")
         warnings.showwarning = note
         try:
-            fitted(objective, batch, 8, 8, Path(place), at=at, log_every=1, clip=1.0)
+            fitted(objective, batch, 4, 8, Path(place), at=at, log_every=1, clip=1.0)
         except RuntimeError as error:
             said = f"{error} {traceback.extract_tb(error.__traceback__)[-1]}"
         finally:
@@ -388,12 +464,35 @@ def _waits(objective: nn.Module, batch: dict) -> tuple[Counter[str], str | None]
 
 
 CASES = {  # name: (objective, encoder, images, variants)
-    "mae_b16": (mae, "vit_b16", 256, ("plain", "prepared", "fit", "compiled", "fit_compiled")),
+    "mae_b16": (
+        mae,
+        "vit_b16",
+        256,
+        ("plain", "prepared", "fit", "compiled", "fit_compiled", "compiled_whole"),
+    ),
     "mae_l16": (mae, "vit_l16", 256, ("prepared", "compiled", "fit_compiled")),
     "hashtag_l16": (hashtag, "vit_l16", 128, ("prepared", "compiled")),
     "mae_h14": (mae, "vit_h14", 128, ("prepared", "compiled", "compiled_fp8")),
     "hashtag_h14": (hashtag, "vit_h14", 64, ("compiled", "compiled_fp8")),
     "clip_b16": (clip, "vit_b16", 512, ("prepared", "compiled", "open_clip")),
+    "coco_vitdet_b": (
+        partial(of_stage, "finetune/coco_vitdet_b", SMALL_DETECTOR),
+        "vit_b16",
+        8,
+        ("prepared", "compiled"),
+    ),
+    "ade20k_upernet_b": (
+        partial(of_stage, "finetune/ade20k_upernet_b", SMALL_SEGMENTER),
+        "vit_b16",
+        16,
+        ("prepared", "compiled"),
+    ),
+    "k400_b": (
+        partial(of_stage, "finetune/k400_b", SMALL_CLIPS),
+        "vit_b16",
+        8,
+        ("prepared", "compiled"),
+    ),
 }
 
 
@@ -442,6 +541,15 @@ def _prepared_step(build: Callable, images: int, tiny: bool, **how: Any) -> floa
     return seconds_a_step(bare_step(objective, batch), _steps(tiny))
 
 
+def _whole_step(build: Callable, images: int, tiny: bool) -> float:
+    """Encoder and decoder compiled as one graph each, instead of block by block."""
+    objective = sharded(build, precision="fp32" if tiny else "bf16")
+    for root in shard.find_roots(objective):
+        root.compile(fullgraph=True, dynamic=False)
+    batch = batch_of(objective, images, distributed.device())
+    return seconds_a_step(bare_step(objective, batch), _steps(tiny))
+
+
 def _fit_step(build: Callable, images: int, tiny: bool, **how: Any) -> float:
     objective = sharded(build, precision="fp32" if tiny else "bf16", **how)
     batch, count = batch_of(objective, images, torch.device("cpu")), 8 if tiny else 30
@@ -485,6 +593,7 @@ VARIANTS: dict[str, Callable] = {
     "plain": _plain_step,  # a bare module under autocast
     "prepared": _prepared_step,  # as a run prepares it
     "compiled": partial(_prepared_step, compile=True),
+    "compiled_whole": _whole_step,
     "compiled_fp8": partial(_prepared_step, compile=True, precision="fp8"),
     "fit": _fit_step,  # in the loop of a run
     "fit_compiled": partial(_fit_step, compile=True),
@@ -569,41 +678,59 @@ def loader(record: Record, tiny: bool, asked: argparse.Namespace) -> None:
     record("fed_mae", images_per_second=last["images_per_second"], data_wait=last["data_wait"])
 
 
+PROFILED = {  # name: (objective, encoder, images, compile)
+    "mae_b16": (mae, "vit_b16", 256, False),
+    "mae_b16_compiled": (mae, "vit_b16", 256, True),
+    "mae_l16_compiled": (mae, "vit_l16", 256, True),
+    "hashtag_l16_compiled": (hashtag, "vit_l16", 128, True),
+}
+
+
 def profile(record: Record, tiny: bool, asked: argparse.Namespace) -> None:
-    """The share of time in which the GPU computes during the loop, and what stands before its gaps."""
+    """The share of time in which the GPU computes during the loop, what stands before its gaps, and
+    which kernels take the time."""
     if not CUDA:
         record("profile", skipped="no GPU")
         return
+    for name, (build, encoder, images, compiled) in PROFILED.items():
+        _forget()
+        objective = sharded(partial(build, encoder), precision="bf16", compile=compiled)
+        batch = batch_of(objective, images, torch.device("cpu"))
+        record(f"profile_{name}", **_profiled(objective, batch, images))
+
+
+def _profiled(objective: nn.Module, batch: dict, images: int) -> dict[str, Any]:
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as profiling
 
-    objective = sharded(partial(mae, "vit_b16"), precision="bf16")
-    batch, images = batch_of(objective, 256, torch.device("cpu")), 256
     profiler = profiling(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA])
     with tempfile.TemporaryDirectory() as place:
-        at = {5: profiler.start, 10: profiler.stop}
-        fitted(objective, batch, images, 12, Path(place), at=at)
+        at = {8: profiler.start, 13: profiler.stop}
+        fitted(objective, batch, images, 15, Path(place), at=at)
     events = profiler.profiler.kineto_results.events()
     kernels = sorted(
         (e.start_ns(), e.start_ns() + e.duration_ns(), e.name())
         for e in events
         if str(e.device_type()).endswith("CUDA") and e.duration_ns() > 0
     )
+    spent: Counter[str] = Counter()
     busy, end, gaps = 0, kernels[0][0], []
     for start, stop, name in kernels:
         if start - end > 50_000:
             gaps.append(((start - end) / 1e6, name[:80]))
         busy += max(0, stop - max(start, end))
         end = max(end, stop)
+        spent[name[:110]] += stop - start
     whole = end - kernels[0][0]
-    record(
-        "profile_mae_b16_fit",
-        gpu_busy=busy / whole,
-        kernels_a_step=len(kernels) / 5,
-        gaps_over_50_us=len(gaps),
-        milliseconds_in_gaps_a_step=sum(g for g, _ in gaps) / 5,
-        longest_gaps=[[round(g, 2), name] for g, name in sorted(gaps, reverse=True)[:6]],
-    )
+    return {
+        "gpu_busy": busy / whole,
+        "milliseconds_a_step": whole / 5e6,
+        "kernels_a_step": len(kernels) / 5,
+        "gaps_over_50_us": len(gaps),
+        "milliseconds_in_gaps_a_step": sum(g for g, _ in gaps) / 5,
+        "longest_gaps": [[round(g, 2), name] for g, name in sorted(gaps, reverse=True)[:4]],
+        "kernels": [[round(n / 5e6, 3), name] for name, n in spent.most_common(24)],
+    }
 
 
 def saves(record: Record, tiny: bool, asked: argparse.Namespace) -> None:
@@ -634,7 +761,7 @@ def saves(record: Record, tiny: bool, asked: argparse.Namespace) -> None:
 
 def features(record: Record, tiny: bool, asked: argparse.Namespace) -> None:
     """Extraction of ViT-L's features, with and without the store on disk."""
-    encoder, count = (TINY, 8) if tiny else ("vit_l16", 20000)
+    encoder, count = (TINY, 8) if tiny else ("vit_l16", 6000)
     model = on_meta(partial(Model, encoder=encoder))
     shard.materialise(model, "fp32")
     shard.initialise(model, 0)
@@ -655,6 +782,48 @@ def features(record: Record, tiny: bool, asked: argparse.Namespace) -> None:
             record(f"features_{name}", images_per_second=count / (time.perf_counter() - before))
 
 
+def embed(record: Record, tiny: bool, asked: argparse.Namespace) -> None:
+    """Curation's features of JPEGs in shards, by its command; eight of them beside the CPU's."""
+    import loader as pipeline
+    import pyarrow.parquet as pq
+
+    encoder, count, shards = (TINY, 8, 2) if tiny else ("vit_l16", 2000, 4)
+    with tempfile.TemporaryDirectory() as text:
+        place = Path(text)
+        some = list(pipeline.textures(min(count, 100)))
+        for number in range(shards):
+            images = [some[(number + i) % len(some)] for i in range(count // shards)]
+            (place / "shards").mkdir(exist_ok=True)
+            pipeline.write(images, place / "shards" / f"{number:05d}.tar")
+        model = Model(encoder=encoder)
+        shard.initialise(model, 0)
+        save(model, place / "model", "random weights")
+        files = {"card": {"train": {"source": "shards", "path": str(place / "shards")}}}
+        first = {"meta": {}, "look": {}}
+        workers = 0 if tiny else (os.cpu_count() or 1) - 1
+        second = {"model": str(place / "model"), "batch_size": 4 if tiny else 128}
+        files |= {"first": first, "both": {**first, "embed": {**second, "workers": workers}}}
+        for name, content in files.items():
+            (place / f"{name}.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
+        tool = str(Path(__file__).parents[1] / "tools" / "curate.py")
+        for name in ("first", "both"):
+            before = time.time()
+            command = [sys.executable, tool, "run", str(place / "card.yaml")]
+            command += ["--recipe", str(place / f"{name}.yaml"), "--out", str(place / "out")]
+            subprocess.run(command, check=True, stdout=sys.stderr)
+            record(f"curation_{name}", seconds=time.time() - before, images=count)
+        table = pq.read_table(place / "out" / "embed" / "00000.parquet")
+        found = torch.tensor(table["feature"].slice(0, 8).to_pylist())
+        source = plugin.build("sources", "shards", path=str(place / "shards" / "00000.tar"))
+        seen = [
+            model.preprocess(Image.open(io.BytesIO(source[i]["image"]))) for i in range(len(found))
+        ]
+        with torch.no_grad():
+            expected = model.eval().features(torch.stack(seen), "mean")
+        error = ((found - expected).norm() / expected.norm()).item()
+        record("curation_embed_beside_cpu", error=error, ok=error < 1e-2)
+
+
 def planner(record: Record, tiny: bool, asked: argparse.Namespace) -> None:
     """What the planner expected of the memory that steps took; in a process of its own, on the CPU."""
     if asked.planned is None:
@@ -670,15 +839,16 @@ def planner(record: Record, tiny: bool, asked: argparse.Namespace) -> None:
 SECTIONS = (
     limits,
     golden,
+    objectives,
     equalities,
     float8,
-    syncs,
     steps,
     reference,
     profile,
     loader,
     saves,
     features,
+    embed,
     planner,
 )
 

@@ -35,7 +35,7 @@ from prepretrain.training.outcome import Gradients, Outcome
 from prepretrain.training.schedule import Schedule
 
 VIT, SMALL = {"encoder": "vit_test8", "drop_path": 0.1}, {"decoder_width": 32, "decoder_heads": 2}
-HEAD = {"classes": 3}
+HEAD, NARROW = {"classes": 3}, {"channels": 8, "auxiliary_channels": 6}
 MIXED = {"mixup": 0.8, "cutmix": 1.0, "smoothing": 0.1, "erasing": 0.5}
 OBJECTIVES = {  # name: (objective, its options, its model)
     "mae": ("mae", SMALL, VIT),
@@ -62,6 +62,22 @@ OBJECTIVES = {  # name: (objective, its options, its model)
         {**STAGES, "head": {"name": "cascade_mask_rcnn", "classes": 3, **RCNN}},
     ),
     "classify, tokens": ("classify", {}, {**VIT, "head": {**HEAD, "pool": "mean"}}),
+    "segmentation": (
+        "segmentation",
+        {},
+        {
+            **VIT,
+            "depth": 4,
+            "final_norm": False,
+            "head": {"name": "upernet", "classes": 3, **NARROW},
+        },
+    ),
+    "depth": ("depth", {"freeze": True}, {**VIT, "head": {"name": "linear_depth"}}),
+    "video": (
+        "video",
+        {"draws": 2, **MIXED},
+        {**VIT, "frames": 4, "final_norm": False, "head": {**HEAD, "pool": "mean", "norm": True}},
+    ),
 }
 IMAGES, PARTS = 4, 2
 
@@ -71,6 +87,11 @@ def parts(tmp_path, monkeypatch) -> None:
     """The current directory holds a teacher and a vocabulary."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PREPRETRAIN_DATA", str(tmp_path))
+    furnish_parts()
+
+
+def furnish_parts() -> None:
+    """Makes what `parts` promises in the current directory."""
     model = Model(encoder="vit_test8")
     shard.initialise(model, 0)
     save(model, Path("teacher"), "made by the tests")
@@ -88,10 +109,11 @@ def built(name: str) -> tuple[torch.nn.Module, dict[str, torch.Tensor]]:
     with torch.device("meta"):
         made = plugin.build("objectives", objective, Model(**model), **options)
     tops = {"image": 256, "tags": 2, "cut": 2, "label": 3, "tokens": 400}
-    tops |= {"classes": 3, "seed": 2**62, "bits": 256}
+    tops |= {"classes": 3, "seed": 2**62, "bits": 256, "label_map": 3, "clip": 256}
     side = made.model.encoder.image_size[0]
     values = {
         "noise": torch.rand,
+        "depth": lambda shape: torch.rand(shape) * 9 + 0.5,
         "size": lambda shape: torch.full(shape, side),
         "boxes": lambda shape: torch.rand(shape).sort(-1).values * side,
     }
