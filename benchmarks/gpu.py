@@ -464,35 +464,25 @@ def _waits(objective: nn.Module, batch: dict) -> tuple[Counter[str], str | None]
 
 
 CASES = {  # name: (objective, encoder, images, variants)
-    "mae_b16": (
-        mae,
-        "vit_b16",
-        256,
-        ("plain", "prepared", "fit", "compiled", "fit_compiled", "compiled_whole"),
-    ),
-    "mae_l16": (mae, "vit_l16", 256, ("prepared", "compiled", "fit_compiled")),
+    "mae_b16": (mae, "vit_b16", 256, ("plain", "prepared", "fit", "compiled", "fit_compiled")),
     "hashtag_l16": (hashtag, "vit_l16", 128, ("prepared", "compiled")),
-    "mae_h14": (mae, "vit_h14", 128, ("prepared", "compiled", "compiled_fp8")),
-    "hashtag_h14": (hashtag, "vit_h14", 64, ("compiled", "compiled_fp8")),
-    "clip_b16": (clip, "vit_b16", 512, ("prepared", "compiled", "open_clip")),
+    "mae_l16": (mae, "vit_l16", 256, ("prepared", "compiled", "fit_compiled")),
     "coco_vitdet_b": (
         partial(of_stage, "finetune/coco_vitdet_b", SMALL_DETECTOR),
-        "vit_b16",
-        8,
-        ("prepared", "compiled"),
+        *("vit_b16", 8, ("prepared", "compiled")),
     ),
     "ade20k_upernet_b": (
         partial(of_stage, "finetune/ade20k_upernet_b", SMALL_SEGMENTER),
-        "vit_b16",
-        16,
-        ("prepared", "compiled"),
+        *("vit_b16", 16, ("prepared", "compiled")),
     ),
     "k400_b": (
         partial(of_stage, "finetune/k400_b", SMALL_CLIPS),
-        "vit_b16",
-        8,
-        ("prepared", "compiled"),
+        *("vit_b16", 8, ("prepared", "compiled")),
     ),
+    "mae_b16_whole": (mae, "vit_b16", 256, ("compiled_whole",)),
+    "clip_b16": (clip, "vit_b16", 512, ("prepared", "compiled", "open_clip")),
+    "mae_h14": (mae, "vit_h14", 128, ("prepared", "compiled", "compiled_fp8")),
+    "hashtag_h14": (hashtag, "vit_h14", 64, ("compiled", "compiled_fp8")),
 }
 
 
@@ -593,7 +583,7 @@ VARIANTS: dict[str, Callable] = {
     "plain": _plain_step,  # a bare module under autocast
     "prepared": _prepared_step,  # as a run prepares it
     "compiled": partial(_prepared_step, compile=True),
-    "compiled_whole": _whole_step,
+    "compiled_whole": _whole_step,  # not what a run does
     "compiled_fp8": partial(_prepared_step, compile=True, precision="fp8"),
     "fit": _fit_step,  # in the loop of a run
     "fit_compiled": partial(_fit_step, compile=True),
@@ -842,13 +832,13 @@ SECTIONS = (
     objectives,
     equalities,
     float8,
+    embed,
+    profile,
     steps,
     reference,
-    profile,
     loader,
     saves,
     features,
-    embed,
     planner,
 )
 
