@@ -358,9 +358,9 @@ def _beside_cpu(tests: Any, name: str, where: torch.device) -> dict[str, Any]:
         for module in (objective, *objective.frozen()):
             module.to(device).zero_grad()
         there = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
-        torch.manual_seed(0)
-        loss = objective(there)["loss"]
-        loss.backward()
+        with torch.backends.cudnn.flags(allow_tf32=False):  # torch's default for convolutions
+            loss = objective(there)["loss"]
+            loss.backward()
         gradients = {
             k: p.grad.to("cpu", copy=True)
             for k, p in objective.named_parameters()
@@ -450,12 +450,12 @@ def _waits(objective: nn.Module, batch: dict) -> tuple[Counter[str], str | None]
         if CUDA:
             torch.cuda.set_sync_debug_mode(name)
 
-    at = {3: partial(mode, "warn"), 5: partial(mode, "error"), 7: partial(mode, "default")}
+    at = {6: partial(mode, "warn"), 8: partial(mode, "error"), 10: partial(mode, "default")}
     with tempfile.TemporaryDirectory() as place, warnings.catch_warnings():
         warnings.simplefilter("always")
         warnings.showwarning = note
         try:
-            fitted(objective, batch, 4, 8, Path(place), at=at, log_every=1, clip=1.0)
+            fitted(objective, batch, 4, 11, Path(place), at=at, log_every=1, clip=1.0)
         except RuntimeError as error:
             said = f"{error} {traceback.extract_tb(error.__traceback__)[-1]}"
         finally:
@@ -479,7 +479,6 @@ CASES = {  # name: (objective, encoder, images, variants)
         partial(of_stage, "finetune/k400_b", SMALL_CLIPS),
         *("vit_b16", 8, ("prepared", "compiled")),
     ),
-    "mae_b16_whole": (mae, "vit_b16", 256, ("compiled_whole",)),
     "clip_b16": (clip, "vit_b16", 512, ("prepared", "compiled", "open_clip")),
     "mae_h14": (mae, "vit_h14", 128, ("prepared", "compiled", "compiled_fp8")),
     "hashtag_h14": (hashtag, "vit_h14", 64, ("compiled", "compiled_fp8")),
@@ -489,6 +488,8 @@ CASES = {  # name: (objective, encoder, images, variants)
 def steps(record: Record, tiny: bool, asked: argparse.Namespace) -> None:
     """Images a second, MFU and memory of training steps."""
     for name, (build, encoder, images, variants) in CASES.items():
+        if asked.cases and name not in asked.cases:
+            continue
         if tiny:
             encoder, images = TINY, 4
         work = flops(partial(build, encoder))
@@ -527,15 +528,6 @@ def _plain_step(build: Callable, images: int, tiny: bool) -> float:
 
 def _prepared_step(build: Callable, images: int, tiny: bool, **how: Any) -> float:
     objective = sharded(build, **{"precision": "fp32" if tiny else "bf16", **how})
-    batch = batch_of(objective, images, distributed.device())
-    return seconds_a_step(bare_step(objective, batch), _steps(tiny))
-
-
-def _whole_step(build: Callable, images: int, tiny: bool) -> float:
-    """Encoder and decoder compiled as one graph each, instead of block by block."""
-    objective = sharded(build, precision="fp32" if tiny else "bf16")
-    for root in shard.find_roots(objective):
-        root.compile(fullgraph=True, dynamic=False)
     batch = batch_of(objective, images, distributed.device())
     return seconds_a_step(bare_step(objective, batch), _steps(tiny))
 
@@ -583,7 +575,6 @@ VARIANTS: dict[str, Callable] = {
     "plain": _plain_step,  # a bare module under autocast
     "prepared": _prepared_step,  # as a run prepares it
     "compiled": partial(_prepared_step, compile=True),
-    "compiled_whole": _whole_step,  # not what a run does
     "compiled_fp8": partial(_prepared_step, compile=True, precision="fp8"),
     "fit": _fit_step,  # in the loop of a run
     "fit_compiled": partial(_fit_step, compile=True),
@@ -673,6 +664,10 @@ PROFILED = {  # name: (objective, encoder, images, compile)
     "mae_b16_compiled": (mae, "vit_b16", 256, True),
     "mae_l16_compiled": (mae, "vit_l16", 256, True),
     "hashtag_l16_compiled": (hashtag, "vit_l16", 128, True),
+    "coco_vitdet_b": (
+        partial(of_stage, "finetune/coco_vitdet_b", SMALL_DETECTOR),
+        *("vit_b16", 8, False),
+    ),
 }
 
 
@@ -683,6 +678,8 @@ def profile(record: Record, tiny: bool, asked: argparse.Namespace) -> None:
         record("profile", skipped="no GPU")
         return
     for name, (build, encoder, images, compiled) in PROFILED.items():
+        if asked.cases and name not in asked.cases:
+            continue
         _forget()
         objective = sharded(partial(build, encoder), precision="bf16", compile=compiled)
         batch = batch_of(objective, images, torch.device("cpu"))
@@ -702,6 +699,7 @@ def _profiled(objective: nn.Module, batch: dict, images: int) -> dict[str, Any]:
         (e.start_ns(), e.start_ns() + e.duration_ns(), e.name())
         for e in events
         if str(e.device_type()).endswith("CUDA") and e.duration_ns() > 0
+        if not e.name().startswith("Optimizer.")  # what the profiler says of a whole step
     )
     spent: Counter[str] = Counter()
     busy, end, gaps = 0, kernels[0][0], []
@@ -882,6 +880,8 @@ def main() -> None:
     names = [section.__name__ for section in SECTIONS]
     parser.add_argument("--out", type=Path, default=Path("runs/gpu"))
     parser.add_argument("--only", nargs="+", choices=names, default=names)
+    known = sorted({*CASES, *PROFILED})
+    parser.add_argument("--cases", nargs="+", choices=known, help="of steps and profile; all")
     parser.add_argument(
         "--seconds", type=float, default=510.0, help="no section starts after these"
     )
