@@ -44,7 +44,7 @@ from torchvision.ops import MultiScaleRoIAlign
 from torchvision.transforms import v2
 
 from prepretrain import plugin
-from prepretrain.data import masks
+from prepretrain.data.dense import masks
 from prepretrain.data.loader import Stream
 from prepretrain.data.sources.base import Source
 from prepretrain.distributed import group as distributed

@@ -16,8 +16,8 @@ from pathlib import Path
 
 import torch
 
-from prepretrain.data import tar_index
 from prepretrain.data.loader import Stream
+from prepretrain.data.shards import tar_index
 from prepretrain.data.sources.shards import Shards
 
 SIZE, SHARD = 1024, 100_000  # bytes of a blank image, images of a shard

@@ -27,7 +27,7 @@ from unittest.mock import patch
 import numpy as np
 
 from prepretrain.data.loader import Stream
-from prepretrain.data.shard_cache import ShardCache
+from prepretrain.data.shards.cache import ShardCache
 from prepretrain.data.sources.base import Source
 from prepretrain.data.sources.shards import Shards
 

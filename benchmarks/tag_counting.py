@@ -27,11 +27,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from prepretrain.data import counting
-from prepretrain.data.indexing import read_heads
+from prepretrain.data.shards.indexing import read_heads
 from prepretrain.data.sources.shards import Shards
+from prepretrain.data.tags import counting
+from prepretrain.data.tags.vocabulary import Vocabulary
 from prepretrain.data.transforms import BadImage
-from prepretrain.data.vocabulary import Vocabulary
 
 Sample = tuple[dict[str, bytes], dict[str, Any]]  # members, and the row of the Parquet file
 

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import webdataset
 
-from prepretrain.data import tar_index
+from prepretrain.data.shards import tar_index
 
 MEMBERS = {"jpg": b"\xff" * 700, "json": b'{"hashtags": ["red"]}'}
 

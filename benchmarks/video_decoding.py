@@ -26,10 +26,10 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from prepretrain.data.clips import Segments, Strided
-from prepretrain.data.names import is_video
+from prepretrain.data.io.names import is_video
 from prepretrain.data.random import Random
-from prepretrain.data.video import Video
+from prepretrain.data.video.clips import Segments, Strided
+from prepretrain.data.video.handles import Video
 
 SAMPLINGS = {"strided": Strided(16, 4), "segments": Segments(16)}
 Frames = np.ndarray  # uint8 [T, H, W, 3]

@@ -19,8 +19,8 @@ from pathlib import Path
 import numpy as np
 from cifar10_two_stage import record
 
-from prepretrain.data import weights
 from prepretrain.data.order import Order
+from prepretrain.data.sampling import weights
 
 TAGS, SHARD, BATCH = 28_000, 10_000, 1024
 

@@ -24,8 +24,8 @@ from loader import BATCH, SCALE, SIZE, textures, write
 
 from prepretrain import plugin
 from prepretrain.data.loader import Stream
-from prepretrain.data.mix import Mix
 from prepretrain.data.order import Interleaved, Order
+from prepretrain.data.sampling.mix import Mix
 from prepretrain.data.sources.base import Source
 from prepretrain.data.transforms import decode, flip, random_resized_crop
 

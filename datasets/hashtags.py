@@ -11,11 +11,11 @@ import sys
 from collections import defaultdict
 from pathlib import Path
 
-from prepretrain.data import counting, rarest
-from prepretrain.data.mix import open_together
-from prepretrain.data.synsets import Synsets
-from prepretrain.data.vocabulary import Vocabulary
-from prepretrain.data.wordnet import Nouns
+from prepretrain.data.sampling.mix import open_together
+from prepretrain.data.tags import counting, rarest
+from prepretrain.data.tags.synsets import Synsets
+from prepretrain.data.tags.vocabulary import Vocabulary
+from prepretrain.data.tags.wordnet import Nouns
 
 
 def main() -> None:

@@ -8,10 +8,10 @@ python datasets/index.py web --rank 3 --world 16     # one of 16 machines, which
 import argparse
 import sys
 
-from prepretrain.data import img2dataset
 from prepretrain.data.card import load_card
-from prepretrain.data.indexing import read_heads
-from prepretrain.data.on_cores import cores
+from prepretrain.data.shards import img2dataset
+from prepretrain.data.shards.indexing import read_heads
+from prepretrain.data.shards.on_cores import cores
 
 
 def main() -> None:

@@ -9,9 +9,9 @@ import argparse
 import sys
 from pathlib import Path
 
-from prepretrain.data import map_census
 from prepretrain.data.card import load_card
-from prepretrain.data.subset import evenly
+from prepretrain.data.census import maps
+from prepretrain.data.sampling.subset import evenly
 
 
 def main() -> None:
@@ -26,7 +26,7 @@ def main() -> None:
     name, _, split = args.card.partition(":")
     card = load_card(name)
     source = card.open(split or "train")
-    found = map_census.count(source)
+    found = maps.count(source)
     print(f"{len(source):,} images; of {len(found.bad):,} the map is bad")
     for line in found.lines(source.classes):
         print(line)
@@ -38,7 +38,7 @@ def main() -> None:
         keys = {bad.key for bad in found.bad}
         usable = [i for i in range(len(source)) if source.key(i) not in keys]
         chosen = [usable[i] for i in evenly(len(usable), args.images)]
-        map_census.draw(card, source, chosen).save(args.out)
+        maps.draw(card, source, chosen).save(args.out)
         print(f"{args.out}: {len(chosen)} images with their maps")
 
 

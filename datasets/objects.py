@@ -10,9 +10,9 @@ from pathlib import Path
 
 import numpy as np
 
-from prepretrain.data import census
 from prepretrain.data.card import open_data
-from prepretrain.data.subset import evenly
+from prepretrain.data.census import objects
+from prepretrain.data.sampling.subset import evenly
 
 
 def main() -> None:
@@ -27,7 +27,7 @@ def main() -> None:
     parser.add_argument("--top", type=int, default=20, help="how many classes to show")
     args = parser.parse_args()
     source = open_data(args.card)
-    found = census.count(source, decode=args.decode)
+    found = objects.count(source, decode=args.decode)
     show(source, found, args.top)
     for bad in found.bad[:20]:
         print(f"bad: {bad}")
@@ -36,11 +36,11 @@ def main() -> None:
     if args.out is not None:
         usable = np.flatnonzero(found.of_image)
         chosen = usable[evenly(len(usable), args.images)].tolist()
-        census.ground_truth_sheet(source, chosen).save(args.out)
+        objects.ground_truth_sheet(source, chosen).save(args.out)
         print(f"{args.out}: {len(chosen)} images with all that is annotated in them")
 
 
-def show(source, found: census.Census, top: int) -> None:
+def show(source, found: objects.Census, top: int) -> None:
     """Prints the counts, and the classes with the most objects."""
     some = int((found.objects > 0).sum())
     print(f"{len(source):,} images, {int((found.of_image == 0).sum()):,} without an object")

@@ -8,9 +8,9 @@ import argparse
 import sys
 from pathlib import Path
 
-from prepretrain.data import video_census
 from prepretrain.data.card import open_data
-from prepretrain.data.subset import evenly
+from prepretrain.data.census import videos
+from prepretrain.data.sampling.subset import evenly
 
 
 def main() -> None:
@@ -24,7 +24,7 @@ def main() -> None:
     parser.add_argument("--videos", type=int, default=8, help="how many are drawn")
     args = parser.parse_args()
     source = open_data(args.card)
-    census = video_census.count(source, decode=args.decode)
+    census = videos.count(source, decode=args.decode)
     print(f"{len(source):,} videos, {len(census.bad):,} of them bad")
     for line in census.lines():
         print(line)
@@ -36,7 +36,7 @@ def main() -> None:
         keys = {bad.key for bad in census.bad}
         usable = [i for i in range(len(source)) if source.key(i) not in keys]
         chosen = [usable[i] for i in evenly(len(usable), args.videos)]
-        video_census.draw(source, chosen).save(args.out)
+        videos.draw(source, chosen).save(args.out)
         print(f"{args.out}: {len(chosen)} videos")
 
 

@@ -16,7 +16,7 @@ import torch.multiprocessing as multiprocessing
 from PIL import Image
 
 from prepretrain.data.card import load_card
-from prepretrain.data.vocabulary import Vocabulary
+from prepretrain.data.tags.vocabulary import Vocabulary
 from prepretrain.distributed import group as distributed
 from prepretrain.distributed import ports
 

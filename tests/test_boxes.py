@@ -12,8 +12,8 @@ import torch
 from PIL import Image, ImageDraw, ImageOps
 from safetensors import safe_open
 
-from prepretrain.data import boxes, masks
 from prepretrain.data.batch import collate
+from prepretrain.data.dense import boxes, masks
 from prepretrain.data.random import Random
 from prepretrain.data.transforms import BadImage
 

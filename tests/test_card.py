@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from prepretrain.data.card import MissingData, card_names, load_card, open_data
-from prepretrain.data.vocabulary import Vocabulary
+from prepretrain.data.tags.vocabulary import Vocabulary
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 

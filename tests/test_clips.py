@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from prepretrain.data import clips
 from prepretrain.data.random import Random
 from prepretrain.data.transforms import crop_box, flip, random_resized_crop, resized
-from prepretrain.data.video import Clip
+from prepretrain.data.video import clips
+from prepretrain.data.video.handles import Clip
 
 GOLDEN = Path(
     os.environ.get("PREPRETRAIN_GOLDEN", Path(__file__).parent / "golden"), "video_sampling.json"

@@ -13,12 +13,14 @@ import torch
 from PIL import Image
 
 from prepretrain import plugin
-from prepretrain.data import census, long_json, masks
-from prepretrain.data.boxes import jittered
 from prepretrain.data.card import load_card
+from prepretrain.data.census import objects as census
+from prepretrain.data.dense import masks
+from prepretrain.data.dense.boxes import jittered
+from prepretrain.data.io import long_json
 from prepretrain.data.loader import Stream
 from prepretrain.data.random import Random
-from prepretrain.data.subset import Subset
+from prepretrain.data.sampling.subset import Subset
 from prepretrain.data.transforms import BadImage
 
 _SHARED = os.environ.get("PREPRETRAIN_SHARED_DATA") or Path(__file__).parents[2] / "shared" / "data"

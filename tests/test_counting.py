@@ -13,11 +13,12 @@ import pyarrow.parquet as pq
 import pytest
 from test_sources import flat, jpeg, open_shards, write_tar
 
-from prepretrain.data import counting, img2dataset, tar_index
-from prepretrain.data.indexing import index_shards, read_heads
+from prepretrain.data.shards import img2dataset, tar_index
+from prepretrain.data.shards.indexing import index_shards, read_heads
 from prepretrain.data.sources import shards as shards_module
 from prepretrain.data.sources.base import Source
-from prepretrain.data.vocabulary import Vocabulary
+from prepretrain.data.tags import counting
+from prepretrain.data.tags.vocabulary import Vocabulary
 
 JPEG = jpeg()
 

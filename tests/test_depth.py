@@ -16,8 +16,8 @@ from test_segmentation import card_of_sides
 from test_train import rows, train
 
 import prepretrain
+from prepretrain.data.dense.maps import Fitted, Jitter, Scaled, pair
 from prepretrain.data.drawing import heights, principal_colours
-from prepretrain.data.maps import Fitted, Jitter, Scaled, pair
 from prepretrain.data.random import Random
 from prepretrain.data.transforms import BadImage
 from prepretrain.distributed import group as distributed

@@ -5,11 +5,11 @@ from types import SimpleNamespace
 
 import pytest
 
-from prepretrain.data import rarest, spelling
 from prepretrain.data.sources.base import Source
-from prepretrain.data.spelling import canonical
+from prepretrain.data.tags import rarest, spelling
+from prepretrain.data.tags.spelling import canonical
+from prepretrain.data.tags.vocabulary import Vocabulary
 from prepretrain.data.transforms import BadImage
-from prepretrain.data.vocabulary import Vocabulary
 
 
 @pytest.mark.parametrize(

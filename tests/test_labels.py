@@ -14,8 +14,8 @@ from torch.testing import assert_close
 
 from prepretrain.data.random import Random
 from prepretrain.data.sources.synthetic import Synthetic
+from prepretrain.data.tags.vocabulary import Merged, Vocabulary
 from prepretrain.data.transforms import BadImage
-from prepretrain.data.vocabulary import Merged, Vocabulary
 from prepretrain.distributed import checkpoint
 from prepretrain.distributed import group as distributed
 from prepretrain.losses.rarity import InverseFrequency

@@ -17,7 +17,7 @@ from test_text import BPE
 
 from prepretrain import config, plugin
 from prepretrain.data.card import load_card
-from prepretrain.data.vocabulary import Vocabulary
+from prepretrain.data.tags.vocabulary import Vocabulary
 from prepretrain.distributed import checkpoint, shard
 from prepretrain.distributed import group as distributed
 from prepretrain.models.export import save

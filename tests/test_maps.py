@@ -8,10 +8,10 @@ import pytest
 import torch
 from PIL import Image
 
-from prepretrain.data import map_census
 from prepretrain.data.batch import collate
 from prepretrain.data.card import load_card, open_data
-from prepretrain.data.maps import VOID, Fitted, Jitter, Scaled, distorted
+from prepretrain.data.census import maps as census
+from prepretrain.data.dense.maps import VOID, Fitted, Jitter, Scaled, distorted
 from prepretrain.data.random import Random
 from prepretrain.data.sources.depth_maps import DepthMaps
 from prepretrain.data.sources.label_maps import LabelMaps
@@ -288,15 +288,15 @@ def test_all_maps_of_a_card_are_counted_drawn_and_the_bad_ones_named(tmp_path, m
     (tmp_path / "mine.yaml").write_text(said)
     card = load_card(tmp_path / "mine.yaml")
     source = card.open("train")
-    found = map_census.count(source)
+    found = census.count(source)
     assert [bad.key for bad in found.bad] == ["2.png"] and found.images_of[0] == 3
     assert found.pixels[VOID] == 4 * (47 + 46 + 44)
     lines = list(found.lines(source.classes))
     assert "(void)" in lines[-1] and "in       3 images" in lines[0]
-    sheet = map_census.draw(card, source, [0, 3])
+    sheet = census.draw(card, source, [0, 3])
     assert sheet.width > 2 * 320 and sheet.height > 2 * 200
     pixels = np.array([[1000, 2500, 0], [9000, 0, 500]], "uint16")
-    deep = map_census.count(depths(tmp_path / "deep", pixels, scale=0.001))
+    deep = census.count(depths(tmp_path / "deep", pixels, scale=0.001))
     assert next(deep.lines(None)) == "depths of 0.5 to 9 m; 66.7% of the pixels are known"
     with pytest.raises(ValueError, match="have no maps"):
-        map_census.count(Synthetic(images=2, size=32))
+        census.count(Synthetic(images=2, size=32))

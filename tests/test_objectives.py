@@ -13,13 +13,13 @@ from test_text import BPE
 from torch.testing import assert_close
 
 from prepretrain import plugin
-from prepretrain.data import boxes
 from prepretrain.data.card import open_data
+from prepretrain.data.dense import boxes
 from prepretrain.data.random import Random
 from prepretrain.data.sources.base import Source
 from prepretrain.data.sources.synthetic import Synthetic
+from prepretrain.data.tags.vocabulary import Vocabulary
 from prepretrain.data.transforms import decode, resize_center_crop
-from prepretrain.data.vocabulary import Vocabulary
 from prepretrain.distributed import shard
 from prepretrain.losses.sparse import sparse_cross_entropy
 from prepretrain.models import weights

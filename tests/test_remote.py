@@ -16,14 +16,14 @@ import numpy as np
 import pytest
 from test_sources import flat, open_shards, sample, write_tar
 
-from prepretrain.data import remote as remotes
-from prepretrain.data import shard_cache
-from prepretrain.data.indexing import read_heads
+from prepretrain.data.io import remote as remotes
+from prepretrain.data.io.paths import find_shards
+from prepretrain.data.io.remote import Remote, Unreachable
 from prepretrain.data.loader import Stream
-from prepretrain.data.mix import Mix
-from prepretrain.data.paths import find_shards
-from prepretrain.data.remote import Remote, Unreachable
-from prepretrain.data.shard_cache import CacheFull, NoSpace, ShardCache
+from prepretrain.data.sampling.mix import Mix
+from prepretrain.data.shards import cache as shard_cache
+from prepretrain.data.shards.cache import CacheFull, NoSpace, ShardCache
+from prepretrain.data.shards.indexing import read_heads
 
 SECRET = "abc123secret"
 needs_web = pytest.mark.skipif(

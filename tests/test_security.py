@@ -18,9 +18,9 @@ from torch import nn
 import prepretrain
 from prepretrain import config, files, plugin
 from prepretrain.cluster import slurm
-from prepretrain.data import tar_index
 from prepretrain.data.card import load_card
 from prepretrain.data.loader import Stream
+from prepretrain.data.shards import tar_index
 from prepretrain.distributed import checkpoint
 from prepretrain.distributed.metadata import Reader
 from prepretrain.models.load import load

@@ -8,7 +8,7 @@ import torch
 from test_detection_golden import error, fill, read, under
 from torch.testing import assert_close
 
-from prepretrain.data.maps import VOID
+from prepretrain.data.dense.maps import VOID
 from prepretrain.evaluation import segmentation_metrics
 from prepretrain.evaluation.sliding import slide
 from prepretrain.losses.segmentation import of_scores

@@ -13,8 +13,8 @@ from conftest import processes
 from PIL import Image
 
 from prepretrain import plugin
-from prepretrain.data import tar_index
 from prepretrain.data.loader import Stream
+from prepretrain.data.shards import tar_index
 from prepretrain.data.sources import shards as shards_module
 from prepretrain.data.transforms import BadImage, decode
 
@@ -816,7 +816,7 @@ def test_scenes_are_the_same_whenever_and_in_whatever_order_they_are_made():
 def test_scenes_have_clean_labels_and_noisy_long_tailed_tags():
     from collections import Counter
 
-    from prepretrain.data.spelling import canonical
+    from prepretrain.data.tags.spelling import canonical
 
     source = plugin.build("sources", "synthetic", images=2000, size=16)
     labels = Counter(source.label(i) for i in range(2000))

@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from prepretrain import plugin
-from prepretrain.data.vocabulary import Vocabulary
+from prepretrain.data.tags.vocabulary import Vocabulary
 from prepretrain.distributed import checkpoint, shard
 from prepretrain.distributed import group as distributed
 from prepretrain.models.dense import boxes

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from prepretrain.data import wordnet
-from prepretrain.data.spelling import caption_words, spelled
-from prepretrain.data.synsets import Synsets
-from prepretrain.data.vocabulary import Vocabulary
-from prepretrain.data.wordnet import Nouns
+from prepretrain.data.tags import wordnet
+from prepretrain.data.tags.spelling import caption_words, spelled
+from prepretrain.data.tags.synsets import Synsets
+from prepretrain.data.tags.vocabulary import Vocabulary
+from prepretrain.data.tags.wordnet import Nouns
 
 ROOT = Path(__file__).parents[1]
 GOLDEN = Path(os.environ.get("PREPRETRAIN_GOLDEN", Path(__file__).parent / "golden"))

@@ -20,7 +20,7 @@ from torch.testing import assert_close
 
 from prepretrain import config
 from prepretrain.data.card import load_card
-from prepretrain.data.vocabulary import Vocabulary
+from prepretrain.data.tags.vocabulary import Vocabulary
 from prepretrain.distributed import checkpoint
 from prepretrain.distributed import group as distributed
 from prepretrain.runs import run

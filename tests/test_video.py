@@ -18,7 +18,7 @@ from prepretrain.data.batch import collate
 from prepretrain.data.card import load_card
 from prepretrain.data.randaugment import RandAugment
 from prepretrain.data.random import Random
-from prepretrain.data.views import Views
+from prepretrain.data.video.views import Views
 from prepretrain.distributed import group as distributed
 from prepretrain.distributed import shard
 from prepretrain.evaluation import parts

@@ -16,14 +16,14 @@ import pytest
 import torch
 from PIL import Image
 
-from prepretrain.data import container
-from prepretrain.data import video as module
 from prepretrain.data.card import load_card
 from prepretrain.data.loader import Stream, evaluation_batches
 from prepretrain.data.sources.shards import Shards
 from prepretrain.data.sources.video import Video as Videos
 from prepretrain.data.transforms import BadImage
-from prepretrain.data.video import RawFrames, Video
+from prepretrain.data.video import container
+from prepretrain.data.video import handles as module
+from prepretrain.data.video.handles import RawFrames, Video
 
 av = pytest.importorskip("av")
 _SHARED = Path(

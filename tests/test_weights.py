@@ -13,13 +13,13 @@ from test_loader import Numbers, assert_equal, taken, transform
 from test_sources import flat, sample, write_tar
 
 from prepretrain import config, plugin
-from prepretrain.data import bounds, mix, resample, weights
-from prepretrain.data.bounds import Bounds
 from prepretrain.data.loader import Change, Stream
-from prepretrain.data.mix import Mix
 from prepretrain.data.order import Interleaved, Order
+from prepretrain.data.sampling import bounds, mix, resample, weights
+from prepretrain.data.sampling.bounds import Bounds
+from prepretrain.data.sampling.mix import Mix
 from prepretrain.data.sources.base import Source
-from prepretrain.data.vocabulary import Vocabulary
+from prepretrain.data.tags.vocabulary import Vocabulary
 from prepretrain.runs import run
 from prepretrain.runs.launch import launch
 from prepretrain.runs.plan import Plan

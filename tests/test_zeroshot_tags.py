@@ -12,9 +12,9 @@ from test_train import train
 from torch.testing import assert_close
 
 import prepretrain
-from prepretrain.data.nearest import Labels, Nearest
-from prepretrain.data.vocabulary import Merged, Vocabulary
-from prepretrain.data.wordnet import Nouns
+from prepretrain.data.tags.nearest import Labels, Nearest
+from prepretrain.data.tags.vocabulary import Merged, Vocabulary
+from prepretrain.data.tags.wordnet import Nouns
 from prepretrain.evaluation.evaluators.zeroshot_tags import scores
 from prepretrain.models import tagger
 from prepretrain.models.heads.linear import Linear

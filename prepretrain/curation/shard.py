@@ -8,8 +8,8 @@ from typing import Any
 import pyarrow as pa
 
 from prepretrain.curation.folder import Folder, checksum
+from prepretrain.data.shards.tar_index import MEMBERS
 from prepretrain.data.sources.shards import Shards
-from prepretrain.data.tar_index import MEMBERS
 from prepretrain.data.transforms import BadImage
 from prepretrain.files import draft
 

@@ -16,9 +16,9 @@ from torch.utils.data import DataLoader, Dataset
 from prepretrain.data.batch import collate
 from prepretrain.data.order import Interleaved, Order
 from prepretrain.data.random import Random
+from prepretrain.data.sampling.weights import Weights
 from prepretrain.data.sources.base import FIELDS, Source, fingerprint_of
 from prepretrain.data.transforms import BadImage
-from prepretrain.data.weights import Weights
 from prepretrain.distributed import group as distributed
 from prepretrain.distributed import heartbeat
 

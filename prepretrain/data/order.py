@@ -4,9 +4,9 @@ import math
 
 import numpy as np
 
-from prepretrain.data import weights
-from prepretrain.data.bounds import BITS, bounds
 from prepretrain.data.random import Random
+from prepretrain.data.sampling import weights
+from prepretrain.data.sampling.bounds import BITS, bounds
 
 _ROUNDS = 8
 _BLOCK, _BLOCKS = 1 << 10, 1 << 14  # not from the paper: images of a block, blocks of a cycle
@@ -20,7 +20,7 @@ class Order:
     is a whole number, and otherwise the number below or the one above; `copy` counts from 0. An
     epoch's length is the same for all epochs, so the fractions are scaled to a whole sum (by
     less than a slot in all). This takes 4 bytes an image, in a file where they are many
-    (data/bounds.py); without `repeats` there is nothing to keep.
+    (data/sampling/bounds.py); without `repeats` there is nothing to keep.
 
     With `window`, shards are shuffled, and images only within windows of that many shards, so
     that a process reads from few files at a time; 0 shuffles over everything.

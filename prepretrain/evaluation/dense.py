@@ -12,12 +12,12 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
+from prepretrain.data.dense.maps import Scaled, pair
 from prepretrain.data.drawing import coloured, legend, palette_of, sheet
 from prepretrain.data.loader import evaluation_batches, to_device
-from prepretrain.data.maps import Scaled, pair
 from prepretrain.data.random import Random
+from prepretrain.data.sampling.subset import Subset, evenly, evenly_spaced
 from prepretrain.data.sources.base import Source, fingerprint_of
-from prepretrain.data.subset import Subset, evenly, evenly_spaced
 from prepretrain.data.transforms import sides
 from prepretrain.distributed import group as distributed
 from prepretrain.evaluation import corrupted, segmentation_metrics
@@ -41,7 +41,9 @@ class DenseEvaluator(Evaluator):
     """
 
     field: str  # of the samples, what a picture is compared with
-    cut: tuple[int, int] | None = None  # of picture and map, before all else: see data/maps.py
+    cut: tuple[int, int] | None = (
+        None  # of picture and map, before all else: see data/dense/maps.py
+    )
 
     def __init__(
         self,

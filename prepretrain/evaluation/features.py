@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from prepretrain.data.loader import evaluation_batches
+from prepretrain.data.sampling.subset import Subset
 from prepretrain.data.sources.base import fingerprint_of
-from prepretrain.data.subset import Subset
 from prepretrain.data.transforms import (
     BadImage,
     Size,
@@ -27,7 +27,7 @@ from prepretrain.data.transforms import (
     sides,
     squash,
 )
-from prepretrain.data.views import Views
+from prepretrain.data.video.views import Views
 from prepretrain.distributed import group as distributed
 from prepretrain.distributed.shared import SharedRows
 from prepretrain.evaluation.feature_store import Store, file_name, size

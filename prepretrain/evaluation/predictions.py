@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from prepretrain.data import masks
-from prepretrain.data.boxes import Change, fit, fit_sides, seen_whole
+from prepretrain.data.dense import masks
+from prepretrain.data.dense.boxes import Change, fit, fit_sides, seen_whole
 from prepretrain.data.loader import evaluation_batches, to_device
 from prepretrain.data.sources.base import Source
 from prepretrain.distributed import group as distributed

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from prepretrain.data.maps import VOID
+from prepretrain.data.dense.maps import VOID
 
 
 def confusion(labels: Tensor, predicted: Tensor, classes: int) -> Tensor:

@@ -8,7 +8,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from prepretrain import plugin
-from prepretrain.data.vocabulary import Vocabulary
+from prepretrain.data.tags.vocabulary import Vocabulary
 from prepretrain.distributed import checkpoint, shard
 from prepretrain.files import draft, read_json, write_json
 from prepretrain.models import weights

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from prepretrain import plugin
+from prepretrain.data.sampling.weights import Weights as ImageWeights
 from prepretrain.data.sources.base import check_fields
 from prepretrain.data.transforms import (
     Size,
@@ -19,7 +20,6 @@ from prepretrain.data.transforms import (
     resize_center_crop,
     sides,
 )
-from prepretrain.data.weights import Weights as ImageWeights
 from prepretrain.models.model import Model
 from prepretrain.models.weights import Weights
 

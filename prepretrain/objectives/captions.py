@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from prepretrain import plugin
 from prepretrain.data.batch import Ragged
-from prepretrain.data.spelling import canonical
+from prepretrain.data.tags.spelling import canonical
 from prepretrain.data.transforms import BadImage, Size
 from prepretrain.losses.contrastive import BIASED, LOSSES
 from prepretrain.models.load import open_text

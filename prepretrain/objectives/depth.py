@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prepretrain.data import maps
+from prepretrain.data.dense import maps
 from prepretrain.losses.depth import of_depths
 from prepretrain.models.heads.base import Depths
 from prepretrain.models.model import Model
@@ -62,7 +62,7 @@ class Depth(DenseObjective):
         }
 
     def losses(self, batch: dict[str, Any]) -> Tensor:
-        """{"image", "size", "depth"} of data/maps.py to [B]."""
+        """{"image", "size", "depth"} of data/dense/maps.py to [B]."""
         model, (low, high) = self.model, self.model.head.range
         said = model.head(model.read(model.normalise_padded(batch["image"], batch["size"])))
         inside = (batch["depth"] >= low) & (batch["depth"] <= high)

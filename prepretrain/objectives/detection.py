@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from prepretrain import plugin
-from prepretrain.data import boxes
-from prepretrain.data.resample import repeat_factor
+from prepretrain.data.dense import boxes
+from prepretrain.data.sampling.resample import repeat_factor
 from prepretrain.losses import detection as losses
 from prepretrain.models.dense.boxes import Objects, places
 from prepretrain.models.heads.base import Detector
@@ -149,7 +149,7 @@ def repeat_factors(shown: list[list[int]], share: float) -> np.ndarray:
 
 
 class Transform:
-    """A sample to a row of data/boxes.py, with a "seed" of what is drawn for it."""
+    """A sample to a row of data/dense/boxes.py, with a "seed" of what is drawn for it."""
 
     def __init__(self, canvas: tuple[int, int], scale: tuple[float, float] | None):
         """scale None: the whole image."""

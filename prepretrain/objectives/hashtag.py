@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
-from prepretrain.data import rarest
 from prepretrain.data.batch import Ragged
 from prepretrain.data.card import data_folder
+from prepretrain.data.sampling.weights import Weights
 from prepretrain.data.sources.base import fingerprint_of
+from prepretrain.data.tags import rarest
+from prepretrain.data.tags.vocabulary import Vocabulary, tags_in
 from prepretrain.data.transforms import BadImage, Size
-from prepretrain.data.vocabulary import Vocabulary, tags_in
-from prepretrain.data.weights import Weights
 from prepretrain.distributed import group as distributed
 from prepretrain.losses.rarity import InverseFrequency
 from prepretrain.losses.sparse import sparse_binary_cross_entropy, sparse_cross_entropy

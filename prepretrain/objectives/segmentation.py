@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prepretrain.data import maps
+from prepretrain.data.dense import maps
 from prepretrain.losses.segmentation import of_scores
 from prepretrain.models.heads.base import Segmenter
 from prepretrain.models.model import Model
@@ -71,7 +71,7 @@ class Segmentation(DenseObjective):
         }
 
     def forward(self, batch: dict[str, Any]) -> dict[str, Tensor]:
-        """{"image", "size", "label_map"} of data/maps.py to the loss, and what it is the sum of."""
+        """{"image", "size", "label_map"} of data/dense/maps.py to the loss, and what it is the sum of."""
         parts = [one.mean() for one in self._parts(batch)]
         found = {"loss": torch.stack(parts).sum()}
         if len(parts) > 1:

@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prepretrain.data.clips import Sampling
 from prepretrain.data.randaugment import RandAugment
 from prepretrain.data.transforms import Size, random_resized_crop, resize_center_crop
 from prepretrain.data.transforms import flip as mirrored
-from prepretrain.data.views import Way, sampling_of
+from prepretrain.data.video.clips import Sampling
+from prepretrain.data.video.views import Way, sampling_of
 from prepretrain.models.model import Model
 from prepretrain.objectives.base import blank_images
 from prepretrain.objectives.supervised import Supervised, class_of

@@ -17,7 +17,8 @@ import torch.distributed as dist
 
 from prepretrain import config as configs
 from prepretrain.config import Evaluating, Suite, Training
-from prepretrain.data import card, mix
+from prepretrain.data import card
+from prepretrain.data.sampling import mix
 from prepretrain.distributed import group as distributed
 from prepretrain.models.load import described, open_weights
 from prepretrain.models.model import Model

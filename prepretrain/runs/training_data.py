@@ -4,10 +4,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from prepretrain.config import Data
-from prepretrain.data import mix, weights
 from prepretrain.data.card import data_folder
 from prepretrain.data.order import Interleaved, Order
-from prepretrain.data.resample import resample
+from prepretrain.data.sampling import mix, weights
+from prepretrain.data.sampling.resample import resample
 from prepretrain.data.sources.base import Source
 from prepretrain.objectives.base import Objective
 

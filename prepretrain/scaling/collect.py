@@ -10,7 +10,7 @@ from pyarrow import parquet
 
 from prepretrain import config as configs
 from prepretrain import plugin
-from prepretrain.data import mix
+from prepretrain.data.sampling import mix
 from prepretrain.files import draft
 from prepretrain.runs.results import measured
 from prepretrain.scaling.plan import Planned, speeds

@@ -9,7 +9,7 @@ import pyarrow.compute as pc
 
 from prepretrain.curation.engine import Tables
 from prepretrain.curation.stages.base import Stage
-from prepretrain.data.resample import LAWS, cap, tail_of, threshold_of
+from prepretrain.data.sampling.resample import LAWS, cap, tail_of, threshold_of
 
 
 class Balance(Stage):
@@ -19,7 +19,7 @@ class Balance(Stage):
     by        the column: tags.tags, text.matches, or one of your own
     law       "metaclip": the probability that MetaCLIP (arXiv 2309.16671) keeps a caption with: each
               entry draws with min(1, t / count), and one is enough. "cap", "repeat_factor" and
-              "inverse_sqrt" (data/resample.py): the largest factor of its entries
+              "inverse_sqrt" (data/sampling/resample.py): the largest factor of its entries
     t         in how many samples an entry may be before it is frequent (MetaCLIP: 20,000 for 400
               million pairs, 170,000 for 2.5 billion)
     language  a column of languages, as text.language: entries are counted in each by itself, and t, which

@@ -6,8 +6,8 @@ import pyarrow as pa
 
 from prepretrain.curation.shard import Shard
 from prepretrain.curation.stages.base import Stage
+from prepretrain.data.tags.vocabulary import canonical
 from prepretrain.data.transforms import BadImage
-from prepretrain.data.vocabulary import canonical
 
 
 class Tags(Stage):

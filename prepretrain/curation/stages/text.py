@@ -11,9 +11,9 @@ import pyarrow as pa
 
 from prepretrain.curation.shard import Shard
 from prepretrain.curation.stages.base import Stage
-from prepretrain.data.spelling import caption_words
+from prepretrain.data.tags.spelling import caption_words
+from prepretrain.data.tags.wordnet import Nouns
 from prepretrain.data.transforms import BadImage
-from prepretrain.data.wordnet import Nouns
 from prepretrain.plugin import require
 
 _URL = re.compile(r"(?:https?://|www\.)\S+", re.IGNORECASE)
@@ -35,7 +35,7 @@ class Text(Stage):
     entries: a file, an entry a line, matched as MetaCLIP does: between spaces, case counts; an entry
     that begins or ends with a punctuation mark or in a script without spaces needs none there.
     languages: the only ones that are taken into account, as [en, de]; all by default.
-    synsets: a list of WordNet's nouns with the order of senses (data/wordnet.py), as wordnet; the
+    synsets: a list of WordNet's nouns with the order of senses (data/tags/wordnet.py), as wordnet; the
     column `synsets` then has the synset of each noun, each once, by CatLIP's rule.
     """
 

@@ -12,14 +12,14 @@ import numpy as np
 from PIL import Image
 
 from prepretrain import plugin
-from prepretrain.data.tags import Tags, of_lists
+from prepretrain.data.sampling.weights import Weights
+from prepretrain.data.tags.hashtags import Tags, of_lists
+from prepretrain.data.tags.vocabulary import tags_in
 from prepretrain.data.transforms import BadImage, decode
-from prepretrain.data.vocabulary import tags_in
-from prepretrain.data.weights import Weights
 
 FIELDS = {
     "image": "the bytes of an image file, as it lies on disk",
-    "video": "a handle whose frames are decoded when they are read: data/video.py, Clip",
+    "video": "a handle whose frames are decoded when they are read: data/video/handles.py, Clip",
     "label": "int, the number of the class",
     "hashtags": "list of str, as people wrote them",
     "text": "str, one caption",
@@ -32,7 +32,7 @@ FIELDS = {
     "classes": "int64 [n], the number of the class",
     "crowds": "bool [n], whether it is a region of many objects that are not told apart",
     "areas": "float64 [n], pixels of the mask, by which metrics tell small from large",
-    "masks": "n of polygons [[x, y, x, y, …], …] or run lengths {size, counts}: data/masks.py",
+    "masks": "n of polygons [[x, y, x, y, …], …] or run lengths {size, counts}: data/dense/masks.py",
     # of an image with objects
     "image_id": "int, by which a file of results names it",
     "size": "(height, width) that boxes and masks are of",

@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from prepretrain.data import masks
-from prepretrain.data.long_json import elements
+from prepretrain.data.dense import masks
+from prepretrain.data.io.long_json import elements
 from prepretrain.data.sources.base import Files, check_names, fingerprint_of
 from prepretrain.data.transforms import MAX_SIDE, BadImage
 

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from prepretrain.data.pairs import Pairs
+from prepretrain.data.dense.pairs import Pairs
 from prepretrain.data.transforms import BadImage
 
 

@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Literal
 
-from prepretrain.data.names import is_image, left_out, say_left_out
+from prepretrain.data.io.names import is_image, left_out, say_left_out
 from prepretrain.data.sources.base import Files
 
 

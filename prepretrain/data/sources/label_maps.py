@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from prepretrain.data.maps import VOID
-from prepretrain.data.pairs import Pairs
+from prepretrain.data.dense.maps import VOID
+from prepretrain.data.dense.pairs import Pairs
 from prepretrain.data.transforms import BadImage
 
 _IDS = 256  # numbers that a map of 8 bits can hold

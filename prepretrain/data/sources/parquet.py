@@ -10,8 +10,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from prepretrain.data import values
-from prepretrain.data.paths import find_files
+from prepretrain.data.io import values
+from prepretrain.data.io.paths import find_files
 from prepretrain.data.sources.base import Source, fingerprint_of, stamp_of
 from prepretrain.data.transforms import BadImage
 
@@ -26,7 +26,7 @@ class Parquet(Source):
     """Parquet files by folder, glob, braces or a list, in the order of their names; a row is an image.
 
     `image` is a column of bytes, or of structs with a field `bytes`. The other columns are
-    optional where their name is the default's; data/values.py says what they may hold, and a list in
+    optional where their name is the default's; data/io/values.py says what they may hold, and a list in
     the column of `text` are captions; null leaves one out. Class names come from Hugging Face's metadata. Row groups are
     the groups to read together: up to 2 GB of them are kept, so larger data wants shuffling in
     windows.

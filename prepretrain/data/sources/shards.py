@@ -14,15 +14,15 @@ from typing import Literal
 import numpy as np
 import pyarrow as pa
 
-from prepretrain.data import img2dataset, names, values
-from prepretrain.data.container import require
-from prepretrain.data.indexing import read_heads
-from prepretrain.data.keep import read_weights
-from prepretrain.data.paths import find_shards
-from prepretrain.data.remote import Remote, Unreachable
-from prepretrain.data.shard_cache import CacheFull, NoSpace, ShardCache
-from prepretrain.data.shard_columns import read_column
-from prepretrain.data.shard_files import (
+from prepretrain.data.io import names, values
+from prepretrain.data.io.paths import find_shards
+from prepretrain.data.io.remote import Remote, Unreachable
+from prepretrain.data.sampling.keep import read_weights
+from prepretrain.data.sampling.subset import evenly
+from prepretrain.data.shards import img2dataset
+from prepretrain.data.shards.cache import CacheFull, NoSpace, ShardCache
+from prepretrain.data.shards.columns import read_column
+from prepretrain.data.shards.files import (
     ReadAhead,
     Shard,
     beside,
@@ -30,12 +30,13 @@ from prepretrain.data.shard_files import (
     read_members,
     stamp,
 )
+from prepretrain.data.shards.indexing import read_heads
+from prepretrain.data.shards.tar_index import FILMS, MEMBERS, Index
 from prepretrain.data.sources.base import Source, fingerprint_of
-from prepretrain.data.subset import evenly
-from prepretrain.data.tags import Tags, of_column
-from prepretrain.data.tar_index import FILMS, MEMBERS, Index
+from prepretrain.data.tags.hashtags import Tags, of_column
 from prepretrain.data.transforms import BadImage
-from prepretrain.data.video import Video
+from prepretrain.data.video.container import require
+from prepretrain.data.video.handles import Video
 
 MAX_MEMBER = 64_000_000  # not from the paper: bytes of one member, checked before it is read
 
@@ -53,9 +54,9 @@ class Shards(Source):
     (names.IMAGES), videos (tar_index.FILMS), txt, json and cls are never read. A video stays in its
     shard: the sample holds a handle. `hashtags`, `text`, `captions` and `label` say
     where those are: a member ("txt") or a value of the json member ("json.hashtags"; see
-    data/values.py for what it may be). Missing hashtags and captions are [], a missing text is "", a
+    data/io/values.py for what it may be). Missing hashtags and captions are [], a missing text is "", a
     missing label is absent. What is named here must be there; the defaults are fields where a look
-    at some samples, spread over all shards, finds them. `keep`: a folder of weights (data/keep.py).
+    at some samples, spread over all shards, finds them. `keep`: a folder of weights (data/sampling/keep.py).
     """
 
     def __init__(

@@ -5,11 +5,11 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Literal
 
-from prepretrain.data import video
-from prepretrain.data.container import require
-from prepretrain.data.names import VIDEOS, is_image, is_video, left_out_of_videos, say_left_out
+from prepretrain.data.io.names import VIDEOS, is_image, is_video, left_out_of_videos, say_left_out
 from prepretrain.data.sources.base import Files, fingerprint_of
-from prepretrain.data.video_lists import read_list, shown
+from prepretrain.data.video import handles
+from prepretrain.data.video.container import require
+from prepretrain.data.video.lists import read_list, shown
 
 
 class Video(Files):
@@ -65,9 +65,9 @@ class Video(Files):
         if "video" in self.fields:
             place = self.path / name
             sample["video"] = (
-                video.Video(place, key=name)
+                handles.Video(place, key=name)
                 if is_video(name)
-                else video.RawFrames(place, self.rate, key=name)
+                else handles.RawFrames(place, self.rate, key=name)
             )
         return sample | {"label": self.label(index)} if "label" in self.fields else sample
 

@@ -12,7 +12,7 @@ from prepretrain import plugin
 from prepretrain.data.card import Card, check_names, load_card
 from prepretrain.data.loader import loading
 from prepretrain.data.sources.base import Source, fingerprint_of
-from prepretrain.data.views import Views
+from prepretrain.data.video.views import Views
 from prepretrain.evaluation import leaks
 from prepretrain.evaluation.features import extract, state
 
@@ -117,7 +117,7 @@ class ProbeEvaluator(Evaluator):
 
     data           the card
     pool, layer, share, resize: as features.extract's
-    views          of a card of videos, the options of data/views.py's Views
+    views          of a card of videos, the options of data/video/views.py's Views
     feature_batch  images at once a process, while features are computed;  workers: as data.workers
     """
 

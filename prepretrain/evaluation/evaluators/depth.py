@@ -6,8 +6,8 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from prepretrain.data.dense.maps import pair
 from prepretrain.data.drawing import coloured, heights, sheet
-from prepretrain.data.maps import pair
 from prepretrain.data.random import Random
 from prepretrain.data.sources.base import Source
 from prepretrain.evaluation import corruptions as makers

@@ -9,8 +9,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from prepretrain.data.nearest import Labels, Nearest
-from prepretrain.data.wordnet import Nouns
+from prepretrain.data.tags.nearest import Labels, Nearest
+from prepretrain.data.tags.wordnet import Nouns
 from prepretrain.distributed import group as distributed
 from prepretrain.evaluation.evaluators.base import (
     Evaluator,
