@@ -11,7 +11,7 @@ from pathlib import Path
 
 from prepretrain.data.card import load_card
 from prepretrain.data.census import maps
-from prepretrain.data.sampling.subset import evenly
+from prepretrain.data.subset import evenly
 
 
 def main() -> None:

@@ -12,7 +12,7 @@ import numpy as np
 
 from prepretrain.data.card import open_data
 from prepretrain.data.census import objects
-from prepretrain.data.sampling.subset import evenly
+from prepretrain.data.subset import evenly
 
 
 def main() -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from prepretrain.data.card import open_data
 from prepretrain.data.census import videos
-from prepretrain.data.sampling.subset import evenly
+from prepretrain.data.subset import evenly
 
 
 def main() -> None:

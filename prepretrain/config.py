@@ -25,14 +25,14 @@ class Data:
     # a card's name, with a split after a colon if it is not "train"; or a mix, a list of
     # {card, share, subset}: share of the images of an epoch, which holds as many as one of all parts
     train: str | list[dict[str, Any]]
-    # a random part of it, a share (10%) or a number of images, or the options of data/sampling/subset.py
+    # a random part of it, a share (10%) or a number of images, or the options of data/subset.py
     subset: str | dict[str, Any] | None = None
     # loading processes of each process; 0 loads in the process itself, null takes up to 4, as many as
     # there are cores for
     workers: int | None = None
     window: int = 0  # shards that images are shuffled within; 0 shuffles over all of them
     max_bad: float = 0.01  # share of substituted images past which the run stops
-    # {by, law, t, vocabulary}: how often images come by how frequent their tags are: data/sampling/resample.py
+    # {by, law, t, vocabulary}: how often images come by their tags: data/sampling/resample.py
     resample: dict[str, Any] | None = None
     # [{from: 50%, train, subset, resample}]: other data from a step on; what a change does not name stays
     changes: list[dict[str, Any]] = field(default_factory=list)

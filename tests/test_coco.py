@@ -20,7 +20,7 @@ from prepretrain.data.dense.boxes import jittered
 from prepretrain.data.io import long_json
 from prepretrain.data.loader import Stream
 from prepretrain.data.random import Random
-from prepretrain.data.sampling.subset import Subset
+from prepretrain.data.subset import Subset
 from prepretrain.data.transforms import BadImage
 
 _SHARED = os.environ.get("PREPRETRAIN_SHARED_DATA") or Path(__file__).parents[2] / "shared" / "data"

@@ -18,8 +18,8 @@ from torch.utils.flop_counter import FlopCounterMode
 import prepretrain
 from prepretrain.data.batch import collate
 from prepretrain.data.random import Random
-from prepretrain.data.sampling.subset import Subset
 from prepretrain.data.sources.coco import Coco
+from prepretrain.data.subset import Subset
 from prepretrain.distributed import group as distributed
 from prepretrain.distributed import shard
 from prepretrain.evaluation.detection_metrics import average_precision, ground_truth

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from prepretrain import plugin
-from prepretrain.data.sampling.subset import Subset
+from prepretrain.data.subset import Subset
 from prepretrain.evaluation.detection_metrics import average_precision, ground_truth
 
 pytest.importorskip("faster_coco_eval")

@@ -15,8 +15,8 @@ from prepretrain.data.batch import Ragged, collate
 from prepretrain.data.loader import Stream, evaluation_batches
 from prepretrain.data.order import Order, permute
 from prepretrain.data.random import Random
-from prepretrain.data.sampling.subset import Subset
 from prepretrain.data.sources.base import Source
+from prepretrain.data.subset import Subset
 from prepretrain.data.transforms import BadImage
 
 

@@ -14,7 +14,7 @@ import pytest
 from prepretrain import config, plugin, ranges
 from prepretrain.data.sampling.mix import Part
 from prepretrain.data.sampling.resample import Resample
-from prepretrain.data.sampling.subset import Choice
+from prepretrain.data.subset import Choice
 from prepretrain.data.video.views import Views
 from prepretrain.evaluation.probing.adapters import ADAPTERS
 from prepretrain.models.encoders.vit import ViT

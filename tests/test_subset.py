@@ -6,8 +6,8 @@ import pytest
 from prepretrain import config
 from prepretrain.data.card import load_card
 from prepretrain.data.order import Order
-from prepretrain.data.sampling.subset import choice
 from prepretrain.data.sources.base import Source
+from prepretrain.data.subset import choice
 from prepretrain.runs.launch import launch
 from prepretrain.runs.plan import Plan
 

@@ -8,9 +8,8 @@ from typing import Any
 import yaml
 
 from prepretrain import plugin
-from prepretrain.data import labels
+from prepretrain.data import labels, subset
 from prepretrain.data.io.paths import find_shards
-from prepretrain.data.sampling import subset
 from prepretrain.data.shards.files import Shard
 from prepretrain.data.sources.base import Source, check_fields
 

@@ -16,8 +16,8 @@ from prepretrain.data.dense.maps import Scaled, pair
 from prepretrain.data.drawing import coloured, legend, palette_of, sheet
 from prepretrain.data.loader import evaluation_batches, to_device
 from prepretrain.data.random import Random
-from prepretrain.data.sampling.subset import Subset, evenly, evenly_spaced
 from prepretrain.data.sources.base import Source, fingerprint_of
+from prepretrain.data.subset import Subset, evenly, evenly_spaced
 from prepretrain.data.transforms import sides
 from prepretrain.distributed import group as distributed
 from prepretrain.evaluation import corrupted, segmentation_metrics

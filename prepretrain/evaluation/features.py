@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from prepretrain.data.loader import evaluation_batches
-from prepretrain.data.sampling.subset import Subset
 from prepretrain.data.sources.base import fingerprint_of
+from prepretrain.data.subset import Subset
 from prepretrain.data.transforms import (
     BadImage,
     Size,

@@ -5,8 +5,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from prepretrain.data.sampling.subset import Subset
 from prepretrain.data.sources.base import Source
+from prepretrain.data.subset import Subset
 from prepretrain.distributed import group as distributed
 from prepretrain.files import read_json, write_json
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from prepretrain.data.card import open_data
 from prepretrain.data.drawing import principal_colours
-from prepretrain.data.sampling.subset import evenly_spaced
+from prepretrain.data.subset import evenly_spaced
 from prepretrain.data.transforms import decode, resize_center_crop
 from prepretrain.models.load import load
 from prepretrain.reports.reconstructions import draw

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from prepretrain.data.card import open_data
 from prepretrain.data.loader import evaluation_batches
-from prepretrain.data.sampling.subset import evenly_spaced
+from prepretrain.data.subset import evenly_spaced
 from prepretrain.reports.figure import INK, blank, save
 from prepretrain.runs.export import load_objective
 

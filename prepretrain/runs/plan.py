@@ -19,8 +19,8 @@ from prepretrain.data.order import Interleaved, Order
 from prepretrain.data.random import Random
 from prepretrain.data.sampling import mix
 from prepretrain.data.sampling.resample import resample
-from prepretrain.data.sampling.subset import evenly_spaced
 from prepretrain.data.sources.base import Source
+from prepretrain.data.subset import evenly_spaced
 from prepretrain.distributed import checkpoint, float8, heartbeat, shard
 from prepretrain.evaluation import validation
 from prepretrain.evaluation.evaluators import base as evaluators

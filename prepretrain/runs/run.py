@@ -23,7 +23,7 @@ from prepretrain.cluster import lease, slurm
 from prepretrain.config import Evaluating, Training
 from prepretrain.data import card
 from prepretrain.data.loader import Stream, loading
-from prepretrain.data.sampling.subset import evenly_spaced
+from prepretrain.data.subset import evenly_spaced
 from prepretrain.distributed import checkpoint, deterministic, heartbeat, shard
 from prepretrain.distributed import group as distributed
 from prepretrain.evaluation import validation

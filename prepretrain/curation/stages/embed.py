@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from prepretrain.curation.shard import Shard
 from prepretrain.curation.stages.base import Stage
 from prepretrain.data.loader import evaluation_batches
-from prepretrain.data.sampling.subset import Subset
 from prepretrain.data.sources.base import Source
+from prepretrain.data.subset import Subset
 from prepretrain.evaluation import validation
 from prepretrain.evaluation.features import Centre, fingerprint, frozen
 from prepretrain.models.load import described, load

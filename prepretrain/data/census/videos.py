@@ -8,8 +8,8 @@ import numpy as np
 from PIL import Image
 
 from prepretrain.data.drawing import sheet
-from prepretrain.data.sampling.subset import evenly
 from prepretrain.data.sources.base import Source
+from prepretrain.data.subset import evenly
 from prepretrain.data.transforms import BadImage
 from prepretrain.data.video.clips import short_side
 from prepretrain.distributed import heartbeat

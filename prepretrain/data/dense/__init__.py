@@ -1,1 +1,1 @@
-"""Holds what is said of places in a picture, boxes, masks and maps, and moves it together with the picture."""
+"""Moves boxes, masks and maps of a picture together with it."""

@@ -1,1 +1,1 @@
-"""Says which images come, and how often: weights and where they come from, mixes and subsets of data sets."""
+"""Says how often images come: weights, where they come from, and mixes of data sets."""

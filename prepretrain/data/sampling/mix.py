@@ -9,8 +9,7 @@ from typing import Any, Literal
 import numpy as np
 
 from prepretrain import plugin
-from prepretrain.data import card
-from prepretrain.data.sampling import subset
+from prepretrain.data import card, subset
 from prepretrain.data.sampling.weights import joined
 from prepretrain.data.sources.base import Source, fingerprint_of
 from prepretrain.data.tags.hashtags import Tags

@@ -1,1 +1,1 @@
-"""Reads tar shards: their indexes, the files beside them, a cache of those that lie in stores, and maps over many."""
+"""Reads tar shards: their indexes, a cache of those that lie in stores, and maps over many."""

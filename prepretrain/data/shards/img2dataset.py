@@ -9,9 +9,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from prepretrain.data.sampling.subset import evenly
 from prepretrain.data.shards.files import Shard, beside
 from prepretrain.data.shards.tar_index import Index
+from prepretrain.data.subset import evenly
 from prepretrain.files import read_json
 
 _COMPARED = 8  # not from the paper: samples of each shard that are compared with their rows

@@ -26,8 +26,8 @@ class Parquet(Source):
     """Parquet files by folder, glob, braces or a list, in the order of their names; a row is an image.
 
     `image` is a column of bytes, or of structs with a field `bytes`. The other columns are
-    optional where their name is the default's; data/io/values.py says what they may hold, and a list in
-    the column of `text` are captions; null leaves one out. Class names come from Hugging Face's metadata. Row groups are
+    optional where their name is the default's; data/io/values.py says what they may hold, and a list
+    in the column of `text` are captions; null leaves one out. Class names come from Hugging Face's metadata. Row groups are
     the groups to read together: up to 2 GB of them are kept, so larger data wants shuffling in
     windows.
     """

@@ -18,7 +18,6 @@ from prepretrain.data.io import names, values
 from prepretrain.data.io.paths import find_shards
 from prepretrain.data.io.remote import Remote, Unreachable
 from prepretrain.data.sampling.keep import read_weights
-from prepretrain.data.sampling.subset import evenly
 from prepretrain.data.shards import img2dataset
 from prepretrain.data.shards.cache import CacheFull, NoSpace, ShardCache
 from prepretrain.data.shards.columns import read_column
@@ -33,6 +32,7 @@ from prepretrain.data.shards.files import (
 from prepretrain.data.shards.indexing import read_heads
 from prepretrain.data.shards.tar_index import FILMS, MEMBERS, Index
 from prepretrain.data.sources.base import Source, fingerprint_of
+from prepretrain.data.subset import evenly
 from prepretrain.data.tags.hashtags import Tags, of_column
 from prepretrain.data.transforms import BadImage
 from prepretrain.data.video.container import require
@@ -54,9 +54,10 @@ class Shards(Source):
     (names.IMAGES), videos (tar_index.FILMS), txt, json and cls are never read. A video stays in its
     shard: the sample holds a handle. `hashtags`, `text`, `captions` and `label` say
     where those are: a member ("txt") or a value of the json member ("json.hashtags"; see
-    data/io/values.py for what it may be). Missing hashtags and captions are [], a missing text is "", a
-    missing label is absent. What is named here must be there; the defaults are fields where a look
-    at some samples, spread over all shards, finds them. `keep`: a folder of weights (data/sampling/keep.py).
+    data/io/values.py for what it may be). Missing hashtags and captions are [], a missing text is
+    "", a missing label is absent. What is named here must be there; the defaults are fields where a look
+    at some samples, spread over all shards, finds them. `keep`: a folder of weights
+    (data/sampling/keep.py).
     """
 
     def __init__(

@@ -1,1 +1,1 @@
-"""Makes labels of hashtags and captions: their spelling, vocabularies, WordNet's synsets, and counts of them."""
+"""Makes labels of hashtags and captions: spelling, vocabularies, WordNet's synsets, counts."""

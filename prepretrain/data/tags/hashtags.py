@@ -90,8 +90,8 @@ def of_lists(lists: Iterable[list[str]], bad: list[BadImage]) -> Tags:
 
 
 def of_column(column: pa.Array, of: Literal["hashtags", "captions"]) -> Tags:
-    """The tags of a column of texts or of lists of texts, as data/io/values.py reads one of them; each
-    different text is looked at once."""
+    """The tags of a column of texts or of lists of texts, as data/io/values.py reads one of them;
+    each different text is looked at once."""
     convert: Callable[[str], list[str]] = values.hashtags
     if of == "hashtags" and pa.types.is_string(column.type):
         column = column if (lists := _lists(column)) is None else lists

@@ -1,1 +1,1 @@
-"""Reads videos: their files and lists, the frames that make a clip, and the views that a test takes."""
+"""Reads videos: files and lists, the frames that make a clip, the views that a test takes."""

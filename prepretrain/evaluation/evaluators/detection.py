@@ -13,8 +13,8 @@ from prepretrain.data.census.objects import draw_truth, require_objects
 from prepretrain.data.dense import masks
 from prepretrain.data.dense.boxes import upright
 from prepretrain.data.drawing import draw_objects, sheet
-from prepretrain.data.sampling.subset import evenly, evenly_spaced
 from prepretrain.data.sources.base import Source, fingerprint_of
+from prepretrain.data.subset import evenly, evenly_spaced
 from prepretrain.distributed import group as distributed
 from prepretrain.evaluation import corrupted
 from prepretrain.evaluation import corruptions as makers

@@ -41,8 +41,8 @@ class Linear(ProbeEvaluator):
     resize         "crop": that centre; "squash": all, without keeping the aspect (so do the released
                    scripts of fine-tuned models)
     views          of a card of videos, what is seen of each, in place of share and resize: {sampling,
-                   stride, span, clips, crops, short_side, frames}, data/video/views.py's. Features are the mean
-                   over clips, and over the frames (by default 8 of them) of a model of images
+                   stride, span, clips, crops, short_side, frames}, data/video/views.py's. Features are the
+                   mean over clips, and over the frames (by default 8 of them) of a model of images
     feature_batch  images at once a process, while features are computed;  workers: as data.workers
     seed           of the head's first weights, the order of images, and the held-out tenth
     """

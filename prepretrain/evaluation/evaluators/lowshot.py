@@ -9,8 +9,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from prepretrain.data.sampling.subset import Subset, evenly_spaced
 from prepretrain.data.sources.base import Source, fingerprint_of
+from prepretrain.data.subset import Subset, evenly_spaced
 from prepretrain.distributed import group as distributed
 from prepretrain.evaluation.evaluators.base import (
     Evaluator,

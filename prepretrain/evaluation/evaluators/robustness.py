@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from prepretrain import plugin
 from prepretrain.data.card import Card, MissingData, data_folder, load_card
-from prepretrain.data.sampling.subset import Subset, evenly
 from prepretrain.data.sources.base import Source
+from prepretrain.data.subset import Subset, evenly
 from prepretrain.distributed import group as distributed
 from prepretrain.evaluation import corruptions as makers
 from prepretrain.evaluation.evaluators.base import ProbeEvaluator, accuracy, class_count, require

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from prepretrain.data.dense.maps import VOID, Fitted
 from prepretrain.data.loader import evaluation_batches, to_device
-from prepretrain.data.sampling.subset import evenly_spaced
+from prepretrain.data.subset import evenly_spaced
 from prepretrain.distributed import group as distributed
 from prepretrain.evaluation.dense import LabelMapEvaluator, Network
 from prepretrain.evaluation.evaluators.base import require

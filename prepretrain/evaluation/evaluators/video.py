@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from prepretrain.data.drawing import at_side, lines_of_text, sheet
 from prepretrain.data.loader import evaluation_batches, to_device
-from prepretrain.data.sampling.subset import evenly, evenly_spaced
 from prepretrain.data.sources.base import Source, fingerprint_of
+from prepretrain.data.subset import evenly, evenly_spaced
 from prepretrain.data.video.views import Views, Way, middle_frames
 from prepretrain.distributed import group as distributed
 from prepretrain.evaluation.evaluators.base import (
