@@ -25,6 +25,10 @@ multiprocessing.get_context("forkserver").set_forkserver_preload(
     ["prepretrain.runs.launch", "prepretrain.curation.commands", "datatrove.executor.local"]
 )
 
+# Much is compared to the last bit, in two processes and more, as only a CPU can. `make gpu` is for GPUs.
+sees_a_gpu = torch.cuda.is_available
+torch.cuda.is_available = distributed._has_gpus = lambda: False
+
 CARD = """description: three colours
 licence: made by the tests
 classes: [blue, green, red]
@@ -46,6 +50,7 @@ length: 12it
 log_every: 1it
 shard: {precision: fp32}
 checkpoint: {every: 4it, keep: 9}
+device: cpu
 """
 
 
@@ -148,7 +153,4 @@ def _joined(
         OMP_NUM_THREADS="1",
     )
     torch.set_num_threads(1)
-    if len([*Path("/dev").glob("nvidia[0-9]*")]) < count:  # NCCL takes one process a GPU
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""
-        distributed._has_gpus = lambda: False
     function(rank, *arguments)

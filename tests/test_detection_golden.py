@@ -129,7 +129,8 @@ def test_relative_positions_are_added_to_the_logits_in_the_same_way(vitdet):
         windows.relative(unit["rel_pos_h"], rows),
         windows.relative(unit["rel_pos_w"], columns),
     )
-    bias = windows.decomposed_bias(unit["q"][:, None], *tables)[:, 0]
+    products = windows.by_distance(unit["q"][:, None], *tables)[:, 0]
+    bias = products @ windows.places((rows, columns), products).T
     assert_close(unit["attn"] + bias, unit["out"], rtol=1e-5, atol=1e-5)
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import processes
+from conftest import processes, sees_a_gpu
 from test_detection import HEAD as RCNN
 from test_detection import STAGES
 from test_faults import exported, poisoned, same
@@ -422,8 +422,10 @@ def test_batches_are_asked_for_ahead_on_a_gpu_alone_and_come_in_order(monkeypatc
     assert [feed.take()["key"] for _ in range(2)] == [["1"], ["2"]] and len(kept) == 3
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_a_gpu_finds_each_batch_whole(group):
+@pytest.mark.skipif(not sees_a_gpu(), reason="needs a GPU")
+def test_a_gpu_finds_each_batch_whole(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", sees_a_gpu)
+
     def pinned():
         for number in range(40):
             yield {"image": torch.full((1 << 22,), number, dtype=torch.uint8).pin_memory()}

@@ -10,7 +10,7 @@ from test_detection_golden import read, under
 from torch.testing import assert_close
 
 from prepretrain.models import clips
-from prepretrain.models.dense.windows import decomposed_bias, relative
+from prepretrain.models.dense.windows import by_distance, places, relative
 from prepretrain.models.model import Model
 from prepretrain.models.weights import Weights, fill
 from prepretrain.training import optim
@@ -121,7 +121,8 @@ def test_relative_positions_in_time_and_space_are_added_to_the_logits_in_the_sam
 
     def added(**tables):
         each = [relative(({**nothing, **tables})[axis], n) for axis, n in zip("thw", grid)]
-        return logits + F.pad(decomposed_bias(q, *each), (1, 0, 1, 0))
+        bias = by_distance(q, *each) @ places(tuple(grid), q).T
+        return logits + F.pad(bias, (1, 0, 1, 0))
 
     assert_close(added(h=unit["rel_h"], w=unit["rel_w"]), unit["spatial"])
     assert_close(added(t=unit["rel_t"]), unit["temporal"])

@@ -69,20 +69,29 @@ class RelativeAttention(nn.Module):
         shape."""
         B, N, _ = tokens.shape
         q, k, v = self.qkv(tokens).view(B, N, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
-        bias = None if self.reach is None else self._bias(q, grid, prefix)
+        channels = q.shape[-1]
+        scale = channels**-0.5
+        if self.reach is not None:
+            q, k = self._placed(q, k, scale, grid, prefix)
+            v = F.pad(v, (0, q.shape[-1] - channels))  # kernels take one number of channels
         if self.fused_attn:
-            mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+            mixed = F.scaled_dot_product_attention(q, k, v, scale=scale)
         else:
-            logits = q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)
-            mixed = (logits if bias is None else logits + bias).softmax(-1) @ v
-        return self.proj(mixed.transpose(1, 2).reshape(tokens.shape))
+            mixed = (q * scale @ k.transpose(-2, -1)).softmax(-1) @ v
+        return self.proj(mixed[..., :channels].transpose(1, 2).reshape(tokens.shape))
 
-    def _bias(self, q: Tensor, grid: tuple[int, ...], prefix: int) -> Tensor:
-        """[B, H, prefix + N, prefix + N] of the queries, which are not scaled (ViTDet's and MViT's
-        code); 0 from and to the prefix."""
+    def _placed(
+        self, q: Tensor, k: Tensor, scale: float, grid: tuple[int, ...], prefix: int
+    ) -> tuple[Tensor, Tensor]:
+        """Queries and keys with a channel for each place along each axis: a query's are its products
+        with the vectors of the distances to there, unscaled (ViTDet's and MViT's code), a key's are 1
+        where it lies. Their products are what is added to the logits, which as a tensor [B, H, N, N]
+        would take more memory and time than all else in a block. 0 from and to the prefix."""
         tables = [relative(getattr(self, name), n) for name, n in zip(self._names(), grid)]
-        bias = decomposed_bias(q[:, :, prefix:], *tables)
-        return F.pad(bias, (prefix, 0, prefix, 0)) if prefix else bias
+        products = by_distance(q[:, :, prefix:], *tables) / scale
+        place = places(grid, k).expand(*k.shape[:2], -1, -1)
+        found = (F.pad(one, (0, 0, prefix, 0)) for one in (products, place))
+        return tuple(torch.cat(pair, -1) for pair in zip((q, k), found))
 
 
 class GridAttention(RelativeAttention):
@@ -93,17 +102,27 @@ class GridAttention(RelativeAttention):
         return self.attend(cells.flatten(1, 2), cells.shape[1:3]).view(cells.shape)
 
 
-def decomposed_bias(q: Tensor, *tables: Tensor) -> Tensor:
+def by_distance(q: Tensor, *tables: Tensor) -> Tensor:
     """[B, H, N, C] queries of a grid, and for each of its axes the vectors of each distance [n, n, C],
-    to what is added to the logits, [B, H, N, N]."""
+    to their products [B, H, N, n + …]: what is added to the logits of keys at each place along each
+    axis."""
     axes = "xyz"[: len(tables)]
-    placed, whole = q.unflatten(2, [len(table) for table in tables]), None
-    for axis, table in enumerate(tables):
-        part = torch.einsum(f"bh{axes}d,{axes[axis]}kd->bh{axes}k", placed, table)
-        along = [len(table) if other == axis else 1 for other in range(len(tables))]
-        part = part.unflatten(-1, along)
-        whole = part if whole is None else whole + part
-    return whole.flatten(2 + len(axes)).flatten(2, 1 + len(axes))
+    placed = q.unflatten(2, [len(table) for table in tables])
+    parts = [
+        torch.einsum(f"bh{axes}d,{axis}kd->bh{axes}k", placed, table)
+        for axis, table in zip(axes, tables)
+    ]
+    return torch.cat(parts, -1).flatten(2, 1 + len(axes))
+
+
+def places(grid: tuple[int, ...], like: Tensor) -> Tensor:
+    """[N, n + …]: 1 at the place of each cell of a grid along each of its axes, else 0."""
+    parts = []
+    for axis, n in enumerate(grid):
+        own = torch.eye(n, dtype=like.dtype, device=like.device)
+        shape = [n if other == axis else 1 for other in range(len(grid))]
+        parts.append(own.view(*shape, n).expand(*grid, n))
+    return torch.cat(parts, -1).flatten(0, -2)
 
 
 def relative(table: Tensor, cells: int) -> Tensor:
