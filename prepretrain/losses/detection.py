@@ -59,7 +59,8 @@ def federated(classes: Tensor, weights: Tensor, count: int, seed: Tensor) -> Ten
     """
     count = min(count, len(weights))
     present = torch.zeros(len(weights) + 2, dtype=torch.bool, device=classes.device)
-    present[classes] = True  # the last is of regions that are not trained
+    # the last is of regions that are not trained, -1; assigned by index, True would come from the host
+    present.scatter_(0, classes % len(present), True)
     more = count - present[:-1].sum()
     present = present[: len(weights)]
     uniform = (boxes.priority(seed, "federated", len(weights)) >> 11).double() / 2**53 + 0.5
