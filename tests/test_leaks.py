@@ -93,11 +93,6 @@ def test_a_set_that_was_not_searched_or_has_changed_has_no_certificate(curated):
         evaluator(curated, leaks=str(curated / "nowhere")).open_data()
 
 
-def test_an_evaluator_that_does_not_count_images_one_by_one_takes_no_leaks(curated):
-    with pytest.raises(ValueError, match="is not for retrieval"):
-        build("retrieval", cache=False, data=str(curated / "pets.yaml"), leaks="out")
-
-
 def test_an_evaluation_set_without_data_is_an_error_before_any_stage_runs(curated):
     write_yaml(curated / "gone.yaml", {"val": {"source": "folder", "path": str(curated / "gone")}})
     stages = {"meta": {}, "look": {}, "leaks": {"against": [f"{curated / 'gone.yaml'}:val"]}}
