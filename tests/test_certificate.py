@@ -1,5 +1,6 @@
 """Certificates of leaks: each evaluator's metrics without leaks are those of a split of the other images."""
 
+import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -13,19 +14,26 @@ import test_video as clips
 import torch
 from conftest import listed
 from PIL import Image
+from test_copies import encoded, picture
+from test_curation import column, recipe, write_shard
 from test_depth import card_of_rooms
 from test_features import tiny_model
+from test_maps import saved
 from test_robustness import KINDS, sets, share  # noqa: F401
 from test_text import BPE
 
-from prepretrain.data.card import Card
+from prepretrain.curation import commands
+from prepretrain.curation.engine import Machines
+from prepretrain.data.card import Card, load_card
 from prepretrain.data.sources.base import Source
 from prepretrain.data.subset import Subset
-from prepretrain.evaluation import corruptions
+from prepretrain.evaluation import corruptions, leaks
 from prepretrain.evaluation.evaluators.base import WITHOUT_LEAKS, Evaluator, build
 from prepretrain.evaluation.features import extract
 from prepretrain.models.heads.base import Depths
 from prepretrain.models.model import Model
+
+av = pytest.importorskip("av")
 
 
 def without(found: dict[str, float]) -> dict[str, float]:
@@ -229,3 +237,89 @@ def test_each_set_and_each_corrupted_copy_of_a_robustness_has_leaks_of_its_own(
     listed(Path("out"), {"colours:val": searched["colours:val"]})
     with pytest.raises(ValueError, match="were looked for, not of twice:val"):
         protocol.open_data()
+
+
+def film(path: Path, pictures: list[Image.Image], *, rate: int, each: int, codec: str) -> bytes:
+    """A video file of pictures, `each` frames of one."""
+    with av.open(str(path), "w") as out:
+        stream = out.add_stream(codec, rate=rate)
+        stream.width, stream.height, stream.pix_fmt = *pictures[0].size, "yuv420p"
+        stream.bit_rate = 4_000_000
+        for picture in pictures:
+            for _ in range(each):
+                out.mux(stream.encode(av.VideoFrame.from_image(picture)))
+        out.mux(stream.encode())
+    return path.read_bytes()
+
+
+def test_near_copies_are_found_in_sets_of_objects_maps_captions_and_videos(place):
+    """Of each set the second picture is in the training data, of the videos as one and as an image."""
+    save = lambda number, file: (
+        file.parent.mkdir(parents=True, exist_ok=True) or picture(number).save(file)
+    )
+    for number in range(3):
+        save(number, Path(f"data/objects/{number}.png"))
+        save(10 + number, Path(f"data/maps/images/{number}.png"))
+        saved(Path(f"data/maps/maps/{number}.png"), np.ones((120, 160), "uint8"))
+        save(20 + number, Path(f"data/depths/images/{number}.png"))
+        saved(Path(f"data/depths/maps/{number}.png"), np.full((120, 160), 900, "uint16"))
+        for frame in range(5):
+            save(
+                40 + 5 * number + frame,
+                Path(f"data/frames/{'ab'[number % 2]}/{number}/{frame}.png"),
+            )
+    images = [{"id": i + 1, "file_name": f"{i}.png", "height": 120, "width": 160} for i in range(3)]
+    box = {"id": 1, "image_id": 1, "category_id": 1, "bbox": [9, 9, 30, 20], "area": 600}
+    box["segmentation"] = [[9, 9, 39, 9, 39, 29, 9, 29]]
+    objects = {"images": images, "annotations": [box], "categories": [{"id": 1, "name": "a"}]}
+    Path("data/objects.json").write_text(json.dumps(objects))
+    texts = [{"jpg": encoded(picture(30 + i)), "txt": b"a picture"} for i in range(3)]
+    write_shard(Path("data/texts/00000.tar"), texts)
+    cards = {
+        "objects": "val: {source: coco, path: objects, listing: objects.json}",
+        "maps": "classes: [a, b]\nval: {source: label_maps, path: maps/images, maps: maps/maps}",
+        "depths": "values: {scale: 0.001, range: [0.5, 10]}\n"
+        "val: {source: depth_maps, path: depths/images, maps: depths/maps}",
+        "texts": "val: {source: shards, path: texts}",
+        "frames": "val: {source: video, path: frames, rate: 5}",
+        "web": "train: {source: shards, path: web}\nfilms: {source: shards, path: films}",
+    }
+    for name, text in cards.items():
+        Path(f"datasets/{name}.yaml").write_text(f"{text}\n")
+    halfway = 40 + 5 * 1 + 2  # the third frame of the second video
+    smaller = [picture(n).resize((128, 96)) for n in (1, 11, 21, 31, halfway, 99)]
+    write_shard(Path("data/web/00000.tar"), [{"jpg": encoded(one, quality=80)} for one in smaller])
+    against = [f"{name}:val" for name in list(cards)[:5]]
+    stages = {"meta": {}, "look": {}, "leaks": {"against": against}}
+    commands.run("web", recipe(place, **stages), Path("out"), None, Machines())
+    found = leaks.content_of(Path("out"))["sets"]
+    order = load_card("frames").open("val")
+    numbers = [order.key(i) for i in range(3)].index("b/1")
+    assert {name: one["leaked"] for name, one in found.items()} == {
+        name: [numbers if name == "frames:val" else 1] for name in against
+    }
+    for name, kind in (
+        ("objects", "detection"),
+        ("depths", "depth"),
+        ("texts", "retrieval"),
+        ("frames", "video"),
+    ):
+        build(kind, cache=False, data=name, leaks="out").open_data()
+
+    films = [
+        film(
+            Path(f"{n}.mp4"),
+            [picture(40 + 5 * n + i).resize((128, 96)) for i in range(5)],
+            rate=10,
+            each=2,
+            codec="mpeg4",
+        )
+        for n in (0, 2)
+    ]
+    write_shard(Path("data/films/00000.tar"), [{"mp4": one} for one in (*films, b"no film")])
+    stages["leaks"] = {"against": ["frames:val"]}
+    commands.run("web:films", recipe(place, **stages), Path("films"), None, Machines())
+    found = leaks.content_of(Path("films"))["sets"]["frames:val"]
+    assert [order.key(number) for number in found["leaked"]] == ["a/0", "a/2"]
+    looked = column(Path("films"), "look", "error")
+    assert looked[:2] == [None, None] and "unreadable" in looked[2]
