@@ -76,7 +76,7 @@ def main() -> None:
     found = {split: results[f"detection/{card}"] for split, card in READ.items()}
     print(json.dumps(found))
     if given.out:
-        sheet = work / "runs/detector/predictions" / f"{READ['train']}-val" / "sheet.png"
+        sheet = work / "runs/detector/predictions" / f"detection-{READ['train']}-val" / "sheet.png"
         shrink(sheet, given.out.with_suffix(".jpg"))
     command = (
         f"detection_coco.py --data FOLDER --init runs/raccoon/runs/mae_0 --steps {given.steps}"

@@ -16,9 +16,11 @@ import torch.multiprocessing as multiprocessing
 from PIL import Image
 
 from prepretrain.data.card import load_card
+from prepretrain.data.sources.base import Source
 from prepretrain.data.tags.vocabulary import Vocabulary
 from prepretrain.distributed import group as distributed
 from prepretrain.distributed import ports
+from prepretrain.evaluation import leaks
 
 # New processes are copies of one that has imported everything, which takes five seconds.
 multiprocessing.get_context("forkserver").set_forkserver_preload(
@@ -84,6 +86,17 @@ def furnish() -> None:
     scenes = load_card("scenes").open("train")
     tags = (scenes.hashtags(i) for i in range(len(scenes)))
     Vocabulary.count(tags, source=scenes.fingerprint, min_count=2).save(Path("data/tags.json"))
+
+
+def listed(folder: Path, leaked: dict[str, tuple[Source, list[int]]]) -> str:
+    """A curation's folder whose stage leaks has found near-copies of these images of each set."""
+    (folder / "leaks").mkdir(parents=True, exist_ok=True)
+    found = {
+        address: leaks.Leaked(source.fingerprint, len(source), numbers, [])
+        for address, (source, numbers) in leaked.items()
+    }
+    leaks.write(folder, "web:train", found)
+    return str(folder)
 
 
 @pytest.fixture

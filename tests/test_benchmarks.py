@@ -50,6 +50,7 @@ TINY = {  # each benchmark's arguments; where it takes hours, that it starts
     "cifar10_scaling": "--help",
     "cifar10_two_stage": "--help",
     "average": "--steps 2 --rounds 1 --depth 1",
+    "certificate": "--help",
     "clip_step": "--batch 1 --steps 1",
     "detection_coco": "--help",
     "cifar10_curation": "--help",

@@ -11,11 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import processes
+from conftest import listed, processes
 from PIL import Image, ImageDraw
 from test_detection import made
 
 from prepretrain import plugin
+from prepretrain.data.card import load_card
 from prepretrain.distributed import group as distributed
 from prepretrain.evaluation import parts, predictions
 from prepretrain.evaluation.evaluators.base import build
@@ -134,14 +135,15 @@ def test_images_are_resized_to_a_short_and_a_long_side_and_batched_with_others(t
 
 def in_process(rank: int, folder: str, card: str) -> None:
     distributed.init()
-    found = evaluated(Path(folder), card, feature_batch=2, pictures=0)
+    options = {"feature_batch": 2, "pictures": 0, "leaks": str(Path(folder).parent)}
+    found = evaluated(Path(folder), card, **options)
     Path(folder, f"{rank}.json").write_text(json.dumps(found))
     distributed.shutdown()
 
 
 def test_any_number_of_processes_gives_the_same_numbers(tmp_path):
-    card = furnish(tmp_path)
-    said = {}
+    card, said = furnish(tmp_path), {}
+    listed(tmp_path, {"colours:val": (load_card(card).open("val"), [0, 6])})
     for count in (1, 2, 3):
         folder = tmp_path / str(count)
         folder.mkdir()
@@ -155,6 +157,7 @@ def test_any_number_of_processes_gives_the_same_numbers(tmp_path):
         results = (place(folder) / "detections.json").read_text()
         said[count] |= {"results": json.loads(results)}
     assert said[1] == said[2] == said[3]
+    assert said[1]["leaked_images"] == 2 and "mask_AP_without_leaks" in said[1]
 
 
 def killed(folder: str, card: str) -> None:
@@ -194,17 +197,6 @@ def test_an_evaluation_that_was_killed_goes_on(tmp_path, monkeypatch, group):
     assert drop(again) == drop(whole)
     files = [place(tmp_path / one) / "detections.json" for one in ("whole", "cut")]
     assert files[0].read_text() == files[1].read_text()
-
-
-def test_a_corrupted_image_is_harder_and_its_mean_is_over_all_corruptions(tmp_path, group):
-    card = furnish(tmp_path)
-    options = {"corruptions": ["brightness", "contrast"], "severities": [1, 5], "pictures": 1}
-    found = evaluated(tmp_path, card, images=4, **options)
-    assert found["images"] == 4 and found["corruption/contrast/5/box_AP"] == 0
-    each = [found[f"corruption/{name}/box_AP"] for name in ("brightness", "contrast")]
-    assert found["box_mPC"] == pytest.approx(sum(each) / 2)
-    assert found["box_rPC"] == pytest.approx(100 * found["box_mPC"] / found["box_AP"])
-    assert (place(tmp_path) / "corruption/contrast/5/sheet.png").exists()
 
 
 def test_what_does_not_fit_is_refused_before_anything_is_computed(tmp_path, group):

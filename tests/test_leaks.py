@@ -11,7 +11,7 @@ from prepretrain.curation import commands
 from prepretrain.curation.engine import Machines
 from prepretrain.data.card import load_card
 from prepretrain.evaluation import leaks
-from prepretrain.evaluation.evaluators.base import build
+from prepretrain.evaluation.evaluators.base import accuracy, build
 
 HERE = Machines()
 
@@ -61,7 +61,9 @@ def evaluator(curated, **options):
 def test_a_result_says_how_many_images_leaked_and_what_is_right_without_them(curated):
     protocol = evaluator(curated, leaks=str(curated / "out"))
     scores = torch.eye(2)[torch.tensor([0, 0, 1, 0, 1, 1])]  # wrong: 2 and 3, the leaked ones
-    found = protocol.metrics_of(scores, torch.tensor([0, 0, 0, 1, 1, 1]))
+    labels = torch.tensor([0, 0, 0, 1, 1, 1])
+    leaked = protocol.leaked(protocol.open_data()["val"])
+    found = protocol.certify(lambda kept: accuracy(scores[kept], labels[kept]), leaked)
     assert found == {
         "top1": pytest.approx(400 / 6),
         "leaked_images": 2,
@@ -89,11 +91,6 @@ def test_a_set_that_was_not_searched_or_has_changed_has_no_certificate(curated):
         leaks.read(curated / "out", "pets:val", changed)
     with pytest.raises(ValueError, match="there is no found.json"):
         evaluator(curated, leaks=str(curated / "nowhere")).open_data()
-
-
-def test_an_evaluator_that_does_not_count_images_one_by_one_takes_no_leaks(curated):
-    with pytest.raises(ValueError, match="is not for retrieval"):
-        build("retrieval", cache=False, data=str(curated / "pets.yaml"), leaks="out")
 
 
 def test_an_evaluation_set_without_data_is_an_error_before_any_stage_runs(curated):

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import processes
+from conftest import listed, processes
 from PIL import Image
 from safetensors.torch import load_file
 from test_train import rows, train
@@ -156,13 +156,15 @@ def place(folder: Path) -> Path:
 
 def in_process(rank: int, folder: str, card: str) -> None:
     distributed.init()
-    found = evaluated(Path(folder), card, feature_batch=12, clips=2, pictures=2)
+    options = {"feature_batch": 12, "clips": 2, "pictures": 2}
+    found = evaluated(Path(folder), card, **options, leaks=str(Path(folder).parent))
     Path(folder, f"{rank}.json").write_text(json.dumps(found))
     distributed.shutdown()
 
 
 def test_any_number_of_processes_sees_each_clip_and_crop_once(tmp_path, card):
     said = {}
+    listed(tmp_path, {"moving:val": (load_card(card).open("val"), [0, 3])})
     for count in (1, 3):
         folder = tmp_path / str(count)
         folder.mkdir()
@@ -175,8 +177,9 @@ def test_any_number_of_processes_sees_each_clip_and_crop_once(tmp_path, card):
         said[count] = each[0], json.loads((place(folder) / "videos.json").read_text())
     assert said[1] == said[3]
     found, rows = said[1]
+    assert found["leaked_images"] == 2 and "view/0x1/top1_without_leaks" in found
     assert found["videos"] == 6 and len({one["key"] for one in rows}) == 6
-    views = [key for key in found if key.startswith("view/")]
+    views = [key for key in found if key.startswith("view/") and key.endswith("/top1")]
     assert len(views) == 6 and all(len(one["ranks"]) == 6 for one in rows)
     assert found["view/1x2/top1"] == pytest.approx(
         100 * sum(one["ranks"][5] == 0 for one in rows) / 6

@@ -8,6 +8,7 @@ from typing import Any
 import pyarrow as pa
 
 from prepretrain.curation.folder import Folder, checksum
+from prepretrain.curation.thumbnail import pictures
 from prepretrain.data.shards.tar_index import MEMBERS
 from prepretrain.data.sources.shards import Shards
 from prepretrain.data.transforms import BadImage
@@ -63,12 +64,13 @@ class Shard:
         """The hashtags of a row, without its image; raises BadImage."""
         return self._source.hashtags(row)
 
-    def images(self) -> Iterator[bytes | BadImage]:
-        """Each row's image file, or what is wrong with it; nothing else is read."""
-        source = self._source.only(("image",))
+    def pictures(self) -> Iterator[dict[str, Any] | BadImage]:
+        """Each row's sample with its image file or video, or what is wrong with it; nothing else is
+        read."""
+        source = pictures(self._source)
         for row in range(len(self)):
             try:
-                yield source[row]["image"]
+                yield source[row]
             except BadImage as error:
                 yield error
 
@@ -90,7 +92,7 @@ class _OneShard(Shards):
     """A shard by itself, which may lack fields that others of its split have."""
 
     def __init__(self, path: Path, fields: list[str], options: dict[str, Any]):
-        self._of_split = fields[1:]  # all but the image
+        self._of_split = [field for field in fields if field not in ("image", "video")]
         super().__init__(path=[str(path)], **options)
 
     def members(self, row: int) -> dict[str, bytes]:

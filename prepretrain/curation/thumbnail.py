@@ -1,13 +1,31 @@
 """Decodes a picture small, which is all that its hashes and its histogram need."""
 
+from typing import Any
+
 import numpy as np
 from torch import Tensor
 
 from prepretrain.curation.hashes import SIDE
+from prepretrain.data.sources.base import Source
 from prepretrain.data.transforms import header, pixels
 
 _LUMA = np.array([0.299, 0.587, 0.114], np.float32)  # ITU-R BT.601
 _GREY = 2  # not from the paper: levels between the channels of a grey JPEG, by its rounding
+
+
+def pictures(source: Source) -> Source:
+    """A source of which only the images are read or, where it has none, the videos."""
+    return source.only(("image",) if "image" in source.fields else ("video",))
+
+
+def thumbnail_of(sample: dict[str, Any]) -> tuple[Tensor, float]:
+    """The picture of a sample, as `thumbnail` gives it: its image, or the frame that its video shows
+    halfway. Raises BadImage."""
+    if "video" not in sample:
+        return thumbnail(sample["image"])
+    video = sample["video"]
+    frame = video.read([int(np.searchsorted(video.times, video.seconds / 2, side="right")) - 1])[0]
+    return frame, max(frame.shape[1:]) / min(frame.shape[1:])
 
 
 def thumbnail(data: bytes) -> tuple[Tensor, float]:

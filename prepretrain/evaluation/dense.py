@@ -16,30 +16,26 @@ from prepretrain.data.dense.maps import Scaled, pair
 from prepretrain.data.drawing import coloured, legend, palette_of, sheet
 from prepretrain.data.loader import evaluation_batches, to_device
 from prepretrain.data.random import Random
-from prepretrain.data.sources.base import Source, fingerprint_of
-from prepretrain.data.subset import Subset, evenly, evenly_spaced
+from prepretrain.data.sources.base import Source
+from prepretrain.data.subset import Subset, evenly
 from prepretrain.data.transforms import sides
 from prepretrain.distributed import group as distributed
-from prepretrain.evaluation import corrupted, segmentation_metrics
-from prepretrain.evaluation import corruptions as makers
-from prepretrain.evaluation.evaluators.base import Evaluator, decoding
-from prepretrain.evaluation.feature_store import file_name
-from prepretrain.evaluation.features import fingerprint, frozen, state
-from prepretrain.evaluation.parts import by_parts, forget
+from prepretrain.evaluation import segmentation_metrics
+from prepretrain.evaluation.features import frozen
+from prepretrain.evaluation.parts import by_parts
+from prepretrain.evaluation.pictures import PictureEvaluator
 from prepretrain.evaluation.sliding import Network, mean_of_views, slide
 from prepretrain.files import write_json
 
-# of how a picture becomes counts, weights and options apart: raise it with a change
-_VERSION = 1
 
-
-class DenseEvaluator(Evaluator):
+class DenseEvaluator(PictureEvaluator):
     """An evaluator of a head that says something of every pixel.
 
     A subclass says what is counted of a picture, as a tensor that is added up over all of them, and
     what metrics its sum gives.
     """
 
+    version = 2
     field: str  # of the samples, what a picture is compared with
     cut: tuple[int, int] | None = (
         None  # of picture and map, before all else: see data/dense/maps.py
@@ -48,36 +44,23 @@ class DenseEvaluator(Evaluator):
     def __init__(
         self,
         *,
-        data: str,
-        split: str,
         whole: bool,
-        images: int | None,
-        pictures: int,
-        feature_batch: int,
-        workers: int | None,
         short_side: int | None = None,
         stride: int | tuple[int, int] | None = None,
         scales: tuple[float, ...] = (1.0,),
         flip: bool = False,
-        corruptions: tuple[str, ...] = (),
-        severities: tuple[int, ...] = makers.SEVERITIES,
-        frost: str | None = None,
+        **looked_at: Any,
     ):
-        super().__init__(data=data)
-        kind = type(self).__module__.rpartition(".")[2]
-        self.kind, self.split, self.splits = kind, split, (split,)
+        """looked_at: the options of PictureEvaluator."""
+        super().__init__(**looked_at)
         self.short_side, self.whole, self.stride = short_side, whole, stride
         self.scales, self.flip = tuple(scales), flip
         if whole and (short_side is not None or stride is not None or self.scales != (1.0,)):
             raise ValueError(
-                f"{kind}.whole: fits a picture into the model's image size, so there is no "
-                f"{kind}.short_side, {kind}.stride, or {kind}.scales. Leave them out, or set whole=false."
+                f"{self.kind}.whole: fits a picture into the model's image size, so there is no "
+                f"{self.kind}.short_side, {self.kind}.stride, or {self.kind}.scales. Leave them out, or "
+                "set whole=false."
             )
-        self.images, self.pictures = images, pictures
-        self.feature_batch, self.workers = feature_batch, decoding(workers)
-        self.corruptions = makers.chosen(kind, corruptions, severities, "imagenet")
-        self.severities = tuple(severities)
-        self.textures = makers.textures_of(self.corruptions, frost, kind)
 
     def check(self, model: nn.Module) -> None:
         """See Evaluator.check: windows must not leave out pixels between them."""
@@ -129,16 +112,13 @@ class DenseEvaluator(Evaluator):
         return values
 
     def asked(self) -> list[Any]:
-        """The options that what is found depends on."""
-        return [self.short_side, self.whole, self.stride, self.scales, self.flip]
+        """See PictureEvaluator.asked; with what the numbers in maps mean."""
+        seen = [self.short_side, self.whole, self.stride, self.scales, self.flip]
+        return [*seen, self.card.values]
 
-    def open_data(self) -> dict[str, Source]:
-        """See Evaluator.open_data: the splits must have maps that are as the card says."""
-        return {split: self.opened(split) for split in self.splits}
-
-    def opened(self, split: str) -> Source:
-        """A split, some of whose maps were read. Raises ValueError for one without."""
-        source = self.card.open(split)
+    def open(self, split: str) -> Source:
+        """See Evaluator.open: a split must have maps that are as the card says; some are read."""
+        source = super().open(split)
         if self.field not in source.fields:
             raise ValueError(
                 f"{self.kind}: {self.card.name}:{split} has no {self.field} (its fields: "
@@ -147,49 +127,44 @@ class DenseEvaluator(Evaluator):
         source.check_maps()
         return source
 
-    def run(self, model: nn.Module, folder: Path) -> dict[str, float]:
-        """See the class."""
-        source = evenly_spaced(self.opened(self.split), self.images)
-        place = folder / "predictions" / self._name(model, source)
-        found = self._measured(model, source, place, None)
-        if self.corruptions:
-            measure = lambda change, where: self._measured(model, source, place / where, change)
-            how = self.corruptions, self.severities, self.textures, {self.headline: ""}
-            found |= corrupted.measured(measure, found, *how)
-        return found
-
-    def _name(self, model: nn.Module, source: Source) -> str:
-        """Of a folder for what is found: another for other weights, data or options. Not while the
-        model is training, where nothing is kept but the last."""
-        name = file_name(f"{self.kind}-{self.card.name}-{self.split}")
-        if not self.cache:
-            return name
-        asked = [_VERSION, *self.asked(), *state(source), len(source), self.card.values]
-        return f"{name}-{fingerprint_of([fingerprint(model), *asked])}"
-
-    def _measured(
-        self, model: nn.Module, source: Source, place: Path, change: Any
+    def measured(
+        self, model: nn.Module, source: Source, leaked: Tensor, place: Path, change: Any
     ) -> dict[str, float]:
-        """Metrics of the pictures as they are, or changed; written to the folder."""
-        parts = place / "parts" if self.cache else None
-        total = self.nothing(model)
-        with frozen(model):
-            measure = partial(self._part, model, change)
+        """See PictureEvaluator.measured."""
+        total = self._nothing(model)
+        with frozen(model), self.parts(place) as parts:
+            measure = partial(self._part, model, leaked, change)
             for _, part in by_parts(source, parts, measure, self._is_part):
                 part = distributed.from_main(part)
                 total = total + torch.tensor(part["counts"], dtype=total.dtype)
-            found, files = self.metrics(total)
+            found, files = self._certified(total, leaked)
             some = Subset(source, evenly(len(source), self.pictures))
             drawn = self._drawn(model, some, change)
-        if distributed.is_main():
-            place.mkdir(parents=True, exist_ok=True)
-            for name, content in files.items():
-                write_json(place / name, content)
-            if drawn is not None:
-                drawn.save(place / "sheet.png")
-        if parts is not None:
-            forget(parts)
+            if distributed.is_main():
+                self._write(place, files, drawn)
         return found | {"images": len(source)}
+
+    def _nothing(self, model: nn.Module) -> Tensor:
+        """What is counted of no picture [2, …]: of those that did not leak, and of those that did."""
+        return torch.stack([self.nothing(model)] * 2)
+
+    def _certified(self, total: Tensor, leaked: Tensor) -> tuple[dict[str, float], dict[str, Any]]:
+        """(metrics of `_nothing`'s sums over all pictures, {name of a file: its content})."""
+        _, files = self.metrics(total.sum(0))
+
+        def measure(kept: Tensor) -> dict[str, float]:
+            counts = total.sum(0) if kept.all() else total[0]
+            return self.metrics(counts)[0] if kept.all() or counts.any() else {}
+
+        return self.certify(measure, leaked), files
+
+    def _write(self, place: Path, files: dict[str, Any], drawn: Image.Image | None) -> None:
+        """Writes what was found to a folder."""
+        place.mkdir(parents=True, exist_ok=True)
+        for name, content in files.items():
+            write_json(place / name, content)
+        if drawn is not None:
+            drawn.save(place / "sheet.png")
 
     def _drawn(self, model: nn.Module, source: Source, change: Any) -> Image.Image | None:
         """The sheet of a source, on process 0."""
@@ -203,11 +178,14 @@ class DenseEvaluator(Evaluator):
         """Whether this is what `_part` gives of so many images."""
         return part["images"] == count and bool(part["counts"])
 
-    def _part(self, model: nn.Module, change: Any, source: Source) -> dict[str, Any]:
-        """{"images", "counts"} of a source, on all processes."""
-        total, images = self.nothing(model), 0
-        for _, truth, said in self._seen(model, source, change):
-            total, images = total + self.count(truth, said), images + 1
+    def _part(
+        self, model: nn.Module, leaked: Tensor, change: Any, source: Subset
+    ) -> dict[str, Any]:
+        """{"images", "counts"} of some pictures of those that `leaked` is of, on all processes."""
+        total, images = self._nothing(model), 0
+        for place, truth, said in self._seen(model, source, change):
+            total[int(leaked[source.indexes[place]])] += self.count(truth, said)
+            images += 1
         seen = int(distributed.all_sum(torch.tensor(images)))
         if seen != len(source):
             raise RuntimeError(
@@ -267,7 +245,7 @@ def _together(network: Network, size: int, windows: Tensor) -> Tensor:
 class LabelMapEvaluator(DenseEvaluator):
     """Counts pixels by class and prediction."""
 
-    headline, field = "mIoU", "label_map"
+    headline, field, averaged = "mIoU", "label_map", {"mIoU": ""}
 
     def nothing(self, model: nn.Module) -> Tensor:
         """See DenseEvaluator."""

@@ -55,6 +55,17 @@ def ground_truth(source: Source) -> dict[str, list[dict]]:
     return {"images": images, "annotations": annotations, "categories": source.categories}
 
 
+def some_of(
+    truth: dict[str, list[dict]], detections: list[dict], kept: list[bool]
+) -> tuple[dict[str, list[dict]], list[dict]]:
+    """The ground truth and the detections of some images; kept: whether each of the ground truth's."""
+    images = [image for image, keep in zip(truth["images"], kept, strict=True) if keep]
+    ids = {image["id"] for image in images}
+    annotations = [one for one in truth["annotations"] if one["image_id"] in ids]
+    found = [one for one in detections if one["image_id"] in ids]
+    return truth | {"images": images, "annotations": annotations}, found
+
+
 def average_precision(
     truth: dict[str, list[dict]], detections: list[dict], kind: Literal["box", "mask"]
 ) -> tuple[dict[str, float], dict[str, float]]:

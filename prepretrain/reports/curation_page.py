@@ -14,6 +14,7 @@ from typing import Any
 import jinja2
 import pyarrow as pa
 from markupsafe import Markup
+from PIL import Image
 
 from prepretrain.curation import recipe
 from prepretrain.curation.engine import Tables, check_packages
@@ -21,6 +22,7 @@ from prepretrain.curation.folder import Folder
 from prepretrain.curation.hashes import SCHEMA
 from prepretrain.curation.shard import Shard
 from prepretrain.curation.summary import summary
+from prepretrain.curation.thumbnail import thumbnail_of
 from prepretrain.data.card import load_card
 from prepretrain.data.transforms import BadImage, header
 from prepretrain.evaluation import leaks
@@ -311,7 +313,7 @@ def _of_set(address: str, number: int, key: str) -> Picture:
     """An image of an evaluation set, if the set is there to be looked at."""
     name, _, split = address.rpartition(":")
     try:
-        image = _small(load_card(name).open(split)[number]["image"])
+        image = _small(load_card(name).open(split)[number])
     except (ValueError, OSError, IndexError):
         image = None
     return Picture(_clean(key), "", image, "in the evaluation")
@@ -332,7 +334,7 @@ class _Drawer:
             sample = shard.sample(row)
             text = sample.get("text") or next(iter(sample.get("captions", ())), "")
             text = text or " ".join(f"#{tag}" for tag in sample.get("hashtags", ()))
-            image = _small(sample["image"])
+            image = _small(sample)
         except BadImage as error:
             return Picture(
                 _clean(shard.key(row)), _cut(f"{error.cause}: {error.detail}"), None, note
@@ -340,9 +342,12 @@ class _Drawer:
         return Picture(_clean(shard.key(row)), _cut(text), image, note)
 
 
-def _small(data: bytes) -> str:
-    """An image file as a small JPEG in base64. Raises BadImage."""
-    image = header(data)
+def _small(sample: dict[str, Any]) -> str:
+    """A sample's picture as a small JPEG in base64. Raises BadImage."""
+    if "image" in sample:
+        image = header(sample["image"])
+    else:
+        image = Image.fromarray(thumbnail_of(sample)[0].permute(1, 2, 0).numpy())
     try:
         image.draft("RGB", (_SIDE, _SIDE))
         image = image.convert("RGB")

@@ -8,7 +8,7 @@ from prepretrain.curation.copies import Alike, near_pairs, with_hashes
 from prepretrain.curation.engine import Tables
 from prepretrain.curation.hashes import SCHEMA, hashes
 from prepretrain.curation.stages.base import Stage
-from prepretrain.curation.thumbnail import thumbnail
+from prepretrain.curation.thumbnail import pictures, thumbnail_of
 from prepretrain.data.card import load_card
 from prepretrain.data.sources.base import Source
 from prepretrain.data.transforms import BadImage
@@ -33,7 +33,8 @@ class Leaks(Stage):
     against   the sets, as [cifar10:val, imagenet1k:val]
     coarse, fine, colour, mirrored: what a near-copy is, as stage duplicates has it
 
-    An image of an evaluation that cannot be decoded has no hash: its key is in found.json.
+    Sets may be of any card; a video is the frame that it shows halfway, here as in stage look. An image
+    of an evaluation that cannot be decoded has no hash: its key is in found.json.
     """
 
     kind = "reduce"
@@ -65,7 +66,7 @@ class Leaks(Stage):
             if not colon:
                 raise ValueError(f"against: {address!r} names no split, as cifar10:val does.")
             card = load_card(name)
-            sets[f"{card.name}:{split}"] = card.open(split).only(("image",))
+            sets[f"{card.name}:{split}"] = pictures(card.open(split))
         return sets
 
     def reduce(self, tables: Tables) -> Any:
@@ -127,7 +128,7 @@ def _hashed(sets: dict[str, Source]) -> tuple[pa.Table, dict[str, list[str]]]:
         unreadable[address] = []
         for number in range(len(source)):
             try:
-                found = hashes(thumbnail(source[number]["image"])[0])
+                found = hashes(thumbnail_of(source[number])[0])
             except BadImage:
                 unreadable[address].append(source.key(number))
                 continue

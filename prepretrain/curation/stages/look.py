@@ -7,14 +7,15 @@ import pyarrow as pa
 from prepretrain.curation import hashes
 from prepretrain.curation.shard import Shard
 from prepretrain.curation.stages.base import Stage
-from prepretrain.curation.thumbnail import entropy, is_grey, thumbnail
+from prepretrain.curation.thumbnail import entropy, is_grey, thumbnail_of
 from prepretrain.data.transforms import BadImage
 
 
 class Look(Stage):
     """The hashes of curation/hashes.py; `aspect`, the longer side by the shorter; `entropy` of the
     histogram of grey levels, in bits; `grey`, whether there is no colour; and `error`, which says what
-    is wrong with an image that cannot be read (then all others are null)."""
+    is wrong with an image that cannot be read (then all others are null). Of a video it is the frame
+    that is shown halfway."""
 
     columns = {
         **dict(zip(hashes.SCHEMA.names, hashes.SCHEMA.types)),
@@ -26,15 +27,15 @@ class Look(Stage):
     images_a_second = 900  # curate_speed.json: 256 pixels wide; 340 of 640
 
     def shard(self, shard: Shard) -> dict[str, list[Any]]:
-        rows = [_looked_at(data) for data in shard.images()]
+        rows = [_looked_at(sample) for sample in shard.pictures()]
         return {name: [row.get(name) for row in rows] for name in self.columns}
 
 
-def _looked_at(data: bytes | BadImage) -> dict[str, Any]:
+def _looked_at(sample: dict[str, Any] | BadImage) -> dict[str, Any]:
     try:
-        if isinstance(data, BadImage):
-            raise data
-        image, aspect = thumbnail(data)
+        if isinstance(sample, BadImage):
+            raise sample
+        image, aspect = thumbnail_of(sample)
     except BadImage as error:
         return {"error": str(error)}
     picture = image.permute(1, 2, 0).numpy()

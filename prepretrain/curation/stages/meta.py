@@ -32,7 +32,7 @@ class Meta(Stage):
 
     def shard(self, shard: Shard) -> dict[str, list[Any]]:
         keys = [shard.key(row) for row in range(len(shard))]
-        images = [_image(data) for data in shard.images()]
+        images = [_image(sample) for sample in shard.pictures()]
         stated = _stated(shard.path, keys)
         return {
             "key": [key.encode(errors="replace").decode() for key in keys],
@@ -42,10 +42,11 @@ class Meta(Stage):
         }
 
 
-def _image(data: bytes | BadImage) -> dict[str, Any]:
-    """What is to be said of an image's file; of one that is missing, nothing."""
-    if isinstance(data, BadImage):
+def _image(sample: dict[str, Any] | BadImage) -> dict[str, Any]:
+    """What is to be said of an image's file; of one that is missing, and of a video, nothing."""
+    if isinstance(sample, BadImage) or "image" not in sample:
         return {}
+    data = sample["image"]
     found = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
     try:
         width, height = header(data).size

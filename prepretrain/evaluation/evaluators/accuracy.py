@@ -7,11 +7,12 @@ from torch import nn
 
 from prepretrain.evaluation.evaluators.base import (
     Evaluator,
+    accuracy,
     check_classifier,
     decoding,
-    labelled_features,
     require,
 )
+from prepretrain.evaluation.features import extract
 
 
 class Accuracy(Evaluator):
@@ -50,10 +51,11 @@ class Accuracy(Evaluator):
 
     def run(self, model: nn.Module, folder: Path) -> dict[str, float]:
         """Top-1, and top-5 where there are more than five classes, with the number of images."""
-        scores, labels = labelled_features(
-            self.card,
-            self.split,
+        source = self.open_data()[self.split]
+        scores, labels = extract(
             model,
+            source,
+            name=f"{self.card.name}:{self.split}",
             pool="scores",
             resize=self.resize,
             share=self.share,
@@ -65,4 +67,5 @@ class Accuracy(Evaluator):
                 f"{self.card.name}:{self.split}: labels run from {int(labels.min())} to "
                 f"{int(labels.max())}, and the model's classifier has {scores.shape[1]} classes."
             )
-        return self.metrics_of(scores, labels) | {"images": len(scores)}
+        measure = lambda kept: accuracy(scores[kept], labels[kept])
+        return self.certify(measure, self.leaked(source)) | {"images": len(scores)}

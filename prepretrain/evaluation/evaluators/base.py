@@ -1,7 +1,6 @@
 """What an evaluator is, and the few pieces that several protocols share."""
 
 from collections.abc import Callable
-from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,9 +15,7 @@ from prepretrain.data.video.views import Views
 from prepretrain.evaluation import leaks
 from prepretrain.evaluation.features import extract, state
 
-_ONE_BY_ONE = (
-    "whose result is no mean over images: accuracy, knn, linear, zeroshot and zeroshot_tags take it"
-)
+WITHOUT_LEAKS = "_without_leaks"  # behind a metric of the images that did not leak
 SPEED = ("feature_batch", "workers")  # options that change no result but for rounding
 
 
@@ -27,10 +24,10 @@ class Evaluator:
 
     `headline` is the metric that tables quote; `splits` are those of the card that it reads, so
     that missing data are known before any time is spent. `variant` is appended to the result's
-    name, so that two settings of one protocol can be reported together. `certified` is the split of
-    which `metrics_of` gives the results, where a protocol counts images one by one. A subclass's constructor is
-    keyword-only, typed and checked; its signature is the option list, and its docstring documents
-    each option.
+    name, so that two settings of one protocol can be reported together. `certified` is the split whose
+    images the results are of: a protocol that names it takes the option `leaks`, and passes its results
+    through `certify`. A subclass's constructor is keyword-only, typed and checked; its signature is the
+    option list, and its docstring documents each option.
     """
 
     headline: str
@@ -51,39 +48,47 @@ class Evaluator:
     def open_data(self) -> dict[str, Source]:
         """Opens every split that is read, and the list of leaks if there is one. Raises what is wrong
         with one before any time is spent on the others."""
-        if self.leaks is not None:
-            self.leaked.sum()
-        return {split: self.card.open(split) for split in self.splits}
+        sources = {split: self.open(split) for split in self.splits}
+        if self.certified is not None:
+            self.leaked(sources[self.certified])
+        return sources
+
+    def open(self, split: str) -> Source:
+        """Opens a split. A subclass raises ValueError where it lacks what is measured."""
+        return self.card.open(split)
 
     def run(self, model: nn.Module, folder: Path) -> dict[str, float]:
         """Named numbers, the same on every rank; called on every rank. `folder` is the run's."""
         raise NotImplementedError
 
-    @cached_property
-    def leaked(self) -> Tensor:
-        """bool [n]: which images of `certified` have near-copies in the data of `leaks`."""
-        address = f"{self.card.name}:{self.certified}"
-        return leaks.read(self.leaks, address, self.card.open(self.certified))
+    def leaked(self, source: Source, card: Card | None = None) -> Tensor:
+        """bool [n]: which images have near-copies in the data of `leaks`; none without `leaks`.
 
-    def metrics_of(
-        self,
-        scores: Tensor,
-        labels: Tensor,
-        *,
-        measure: Callable[[Tensor, Tensor], dict[str, float]] | None = None,
-    ) -> dict[str, float]:
-        """Metrics of the scores [n, C] of all images of `certified`. With `leaks` also
-        `leaked_images`, how many have near-copies in the training data, and each metric of the
-        others alone, as in `top1_without_leaks`, if there are others."""
-        measure = measure or accuracy
-        found = measure(scores, labels)
+        source: all of the split `certified` of the card, by default the evaluator's. Raises ValueError
+        where near-copies of it were not searched, or it is not as it was then.
+        """
         if self.leaks is None:
-            return found
-        found |= {"leaked_images": int(self.leaked.sum())}
-        if self.leaked.all():
-            return found
-        others = measure(scores[~self.leaked], labels[~self.leaked])
-        return found | {f"{name}_without_leaks": value for name, value in others.items()}
+            return torch.zeros(len(source), dtype=torch.bool)
+        return leaks.read(self.leaks, f"{(card or self.card).name}:{self.certified}", source)
+
+    def certify(
+        self, measure: Callable[[Tensor], dict[str, float]], leaked: Tensor
+    ) -> dict[str, float]:
+        """Metrics of all images. With `leaks` also `leaked_images`, how many have near-copies in the
+        training data, and each metric of the others alone, as in `top1_without_leaks`, if there are
+        others.
+
+        measure: gives the metrics of the images that bool [n] keeps. leaked: as `leaked` gives it, bool
+        [n].
+        """
+        metrics = measure(torch.ones_like(leaked))
+        if self.leaks is None:
+            return metrics
+        metrics["leaked_images"] = int(leaked.sum())
+        if leaked.all():
+            return metrics
+        others = measure(~leaked)
+        return metrics | {f"{name}{WITHOUT_LEAKS}": value for name, value in others.items()}
 
     def cards(self) -> list[tuple[Card, tuple[str, ...]]]:
         """All cards that it reads, each with the splits."""
@@ -150,17 +155,19 @@ class ProbeEvaluator(Evaluator):
                 f"{self.kind}.pool: this encoder has no class token. Use {self.kind}.pool=mean."
             )
 
-    def features(self, model: nn.Module, split: str, folder: Path | None) -> tuple[Tensor, Tensor]:
+    def features(
+        self, model: nn.Module, split: str, source: Source, folder: Path | None
+    ) -> tuple[Tensor, Tensor]:
         """Features and labels of a split of the card, from the folder's cache if they are there."""
-        videos = "video" in self.card.open(split).fields
+        videos = "video" in source.fields
         batch_size = self.feature_batch
         if videos:  # as many frames as there are images of others
             frames = self.views.count * self.views.length(model.encoder)
             batch_size = max(1, batch_size // frames)
-        return labelled_features(
-            self.card,
-            split,
+        return extract(
             model,
+            source,
+            name=f"{self.card.name}:{split}",
             pool=self.pool,
             layer=self.layer,
             batch_size=batch_size,
@@ -195,7 +202,7 @@ class ContrastiveEvaluator(Evaluator):
         require(0 < share <= 1, f"{kind}.share", share, "must lie above 0 and up to 1")
         require(feature_batch >= 1, f"{kind}.feature_batch", feature_batch, "must be at least 1")
         self.kind, self.split, self.share = kind, split, share
-        self.splits = (split,)
+        self.splits, self.certified = (split,), split
         self.feature_batch, self.workers = feature_batch, decoding(workers)
 
     def check(self, model: nn.Module) -> None:
@@ -219,15 +226,17 @@ class ContrastiveEvaluator(Evaluator):
 
 def build(name: str, *, cache: bool, **given: Any) -> Evaluator:
     """The evaluator `name` with checked options. cache: whether it may keep features in its folder;
-    not of a model that is training, whose weights are others each time. Every evaluator that counts
-    images one by one (Evaluator.certified) also takes `leaks`, a curation's folder of the training data."""
+    not of a model that is training, whose weights are others each time. Every evaluator that says whose
+    images its results are of (Evaluator.certified) also takes `leaks`, a curation's folder of the
+    training data."""
     kind, folder = plugin.find("evaluators", name), given.pop("leaks", None)
     options = plugin.defaults(kind) | plugin.check(kind, given, "evaluator")
     built = kind(**options)
     built.options = {"name": name} | {k: v for k, v in options.items() if k not in SPEED}
     built.cache = cache
     if folder is not None:
-        require(built.certified is not None, "leaks", folder, f"is not for {name}, {_ONE_BY_ONE}")
+        rule = f"is for evaluators that say whose images they measure (Evaluator.certified); {name} does not"
+        require(built.certified is not None, "leaks", folder, rule)
         built.leaks, built.options = Path(folder), built.options | {"leaks": str(folder)}
     return built
 
@@ -254,13 +263,6 @@ def check_classifier(model: nn.Module, card: Card, who: str) -> None:
         )
 
 
-def labelled_features(
-    card: Any, split: str, model: nn.Module, **reading: Any
-) -> tuple[Tensor, Tensor]:
-    """Features and labels of a card's split, with errors that name both; reading: extract's."""
-    return extract(model, card.open(split), name=f"{card.name}:{split}", **reading)
-
-
 def class_count(card: Any, *labels: Tensor) -> int:
     """The number of classes: the card's, else one more than the largest label; labels must be in
     it."""
@@ -284,8 +286,13 @@ def accuracy(scores: Tensor, labels: Tensor) -> dict[str, float]:
 
     Raises RuntimeError for scores that are NaN.
     """
-    rank, tops = ranks(scores, labels), (1, 5) if scores.shape[1] > 5 else (1,)
-    return {f"top{k}": 100.0 * (rank < k).sum().item() / len(labels) for k in tops}
+    return tops(ranks(scores, labels), scores.shape[1])
+
+
+def tops(rank: Tensor, classes: int) -> dict[str, float]:
+    """Top-1 in percent, and top-5 where there are more than five classes, of `ranks`."""
+    most = (1, 5) if classes > 5 else (1,)
+    return {f"top{k}": 100.0 * (rank < k).sum().item() / len(rank) for k in most}
 
 
 def ranks(scores: Tensor, labels: Tensor) -> Tensor:

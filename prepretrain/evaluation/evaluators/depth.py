@@ -51,7 +51,7 @@ class Depth(DenseEvaluator):
     corruptions as of `segmentation`, of `delta1`.
     """
 
-    headline, field = "delta1", "depth"
+    headline, field, averaged = "delta1", "depth", {"delta1": ""}
 
     def __init__(
         self,

@@ -2,38 +2,32 @@
 
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from prepretrain import plugin
 from prepretrain.data.census.objects import draw_truth, require_objects
 from prepretrain.data.dense import masks
 from prepretrain.data.dense.boxes import upright
 from prepretrain.data.drawing import draw_objects, sheet
-from prepretrain.data.sources.base import Source, fingerprint_of
-from prepretrain.data.subset import evenly, evenly_spaced
+from prepretrain.data.sources.base import Source
+from prepretrain.data.subset import evenly
 from prepretrain.distributed import group as distributed
-from prepretrain.evaluation import corrupted
 from prepretrain.evaluation import corruptions as makers
-from prepretrain.evaluation.detection_metrics import average_precision, ground_truth
-from prepretrain.evaluation.evaluators.base import Evaluator, decoding
-from prepretrain.evaluation.feature_store import file_name
-from prepretrain.evaluation.features import fingerprint, state
-from prepretrain.evaluation.parts import forget
+from prepretrain.evaluation.detection_metrics import average_precision, ground_truth, some_of
+from prepretrain.evaluation.pictures import PictureEvaluator
 from prepretrain.evaluation.predictions import predict
 from prepretrain.files import write_json
 
-# of how an image becomes detections, weights and options apart: raise it with a change
-_VERSION = 1
 _SURE = 0.5  # not from the paper: the least score of what is drawn
 _COCO = {"threshold": 0.05, "most": 100}  # ViTDet's, by detectron2's configs of COCO and LVIS
 _LVIS = {"threshold": 0.02, "most": 300}
 
 
-class Detection(Evaluator):
+class Detection(PictureEvaluator):
     """Boxes, and masks where the head draws them, against those of a card's split: COCO's average
     precision, or LVIS's where its files say which classes are not in an image.
 
@@ -59,7 +53,8 @@ class Detection(Evaluator):
     results, classes.json, with the AP of each class, and the sheet.
     """
 
-    headline = "box_AP"
+    headline, averaged = "box_AP", {"box_AP": "box_", "mask_AP": "mask_"}
+    version = 1
 
     def __init__(
         self,
@@ -79,15 +74,20 @@ class Detection(Evaluator):
         feature_batch: int = 1,
         workers: int | None = None,
     ):
-        super().__init__(data=data)
+        super().__init__(
+            data=data,
+            split=split,
+            images=images,
+            pictures=pictures,
+            corruptions=corruptions,
+            severities=severities,
+            frost=frost,
+            feature_batch=feature_batch,
+            workers=workers,
+        )
         soft = None if soft is None else _checked(soft)
-        self.split, self.splits, self.sides = split, (split,), sides
+        self.sides = sides
         self.how = {"threshold": threshold, "overlap": overlap, "most": most, "soft": soft}
-        self.images, self.pictures = images, pictures
-        self.feature_batch, self.workers = feature_batch, decoding(workers)
-        self.corruptions = makers.chosen("detection", corruptions, severities, "imagenet")
-        self.severities = tuple(severities)
-        self.textures = makers.textures_of(self.corruptions, frost, "detection")
 
     def check(self, model: nn.Module) -> None:
         """See Evaluator.check: a head that finds objects of the card's classes is needed."""
@@ -96,81 +96,79 @@ class Detection(Evaluator):
         if self.card.classes and len(self.card.classes) != model.head.classes:
             self._refuse(len(self.card.classes), model.head.classes)
 
-    def open_data(self) -> dict[str, Source]:
-        """See Evaluator.open_data: the split must have objects."""
-        source = self.card.open(self.split)
-        require_objects(source, f"{self.card.name}:{self.split}")
-        return {self.split: source}
+    def open(self, split: str) -> Source:
+        """See Evaluator.open: a split must have objects."""
+        source = super().open(split)
+        require_objects(source, f"{self.card.name}:{split}")
+        return source
 
-    def run(self, model: nn.Module, folder: Path) -> dict[str, float]:
-        """See the class; ground truth and detections are compared on process 0."""
-        whole = self.card.open(self.split)
-        require_objects(whole, f"{self.card.name}:{self.split}")
-        if len(whole.classes) != model.head.classes:
-            self._refuse(len(whole.classes), model.head.classes)
-        source = evenly_spaced(whole, self.images)
-        place = folder / "predictions" / self._name(model, source)
-        truth = ground_truth(source) if distributed.is_main() else {}
-        found, speed = self._measured(model, source, truth, place, None)
-        found |= speed
-        if self.corruptions:
-            measure = lambda change, where: self._measured(
-                model, source, truth, place / where, change
-            )[0]
-            quoted = {f"{kind}_AP": f"{kind}_" for kind in ("box", "mask") if f"{kind}_AP" in found}
-            how = self.corruptions, self.severities, self.textures, quoted
-            found |= corrupted.measured(measure, found, *how)
-        return found
+    def prepare(self, model: nn.Module, sources: dict[str, Source]) -> None:
+        """See PictureEvaluator.prepare: the ground truth, on process 0."""
+        source = sources[self.split]
+        if len(source.classes) != model.head.classes:
+            self._refuse(len(source.classes), model.head.classes)
+        self.truth = ground_truth(source) if distributed.is_main() else {}
 
     def _refuse(self, classes: int, known: int) -> None:
         raise ValueError(
             f"detection/{self.data}: the data has {classes} classes, and the model's head {known}."
         )
 
-    def _name(self, model: nn.Module, source: Source) -> str:
-        """Of a folder for what is found: another for other weights, data or options. Not while the
-        model is training, where nothing is kept but the last."""
-        name = file_name(f"{self.card.name}-{self.split}")
-        if not self.cache:
-            return name
-        asked = [_VERSION, list(self.how.items()), *state(source), len(source)]
-        asked += [] if self.sides is None else [list(self.sides)]
-        return f"{name}-{fingerprint_of([fingerprint(model), *asked])}"
+    def asked(self) -> list[Any]:
+        """See PictureEvaluator.asked."""
+        return [list(self.how.items()), self.sides]
 
-    def _measured(
-        self, model: nn.Module, source: Source, truth: dict, place: Path, change: Any
-    ) -> tuple[dict[str, float], dict[str, float]]:
-        """(metrics, {"images", "fps"}) of the images as they are, or changed; written to the folder."""
+    def measured(
+        self, model: nn.Module, source: Source, leaked: Tensor, place: Path, change: Any
+    ) -> dict[str, float]:
+        """See PictureEvaluator.measured; ground truth and detections are compared on process 0."""
         lvis = "negative" in source.fields
         how = {
             k: v if v is not None else (_LVIS if lvis else _COCO).get(k)
             for k, v in self.how.items()
         }
-        parts = place / "parts" if self.cache else None
-        found, rate = predict(
-            model,
-            source,
-            batch_size=self.feature_batch,
-            workers=self.workers,
-            sides=self.sides,
-            parts=parts,
-            change=change,
-            **how,
-        )
-        metrics: dict[str, float] = {}
-        if distributed.is_main():
-            place.mkdir(parents=True, exist_ok=True)
-            metrics, classes = _compared(model, truth, found, "masks" in source.fields)
-            write_json(place / "detections.json", found, indent=None)
-            write_json(place / "classes.json", classes)
-            if self.pictures:
-                draw(source, found, self.pictures, change).save(place / "sheet.png")
-        metrics = distributed.from_main(metrics)
-        if parts is not None:
-            forget(parts)
+        with self.parts(place) as parts:
+            found, rate = predict(
+                model,
+                source,
+                batch_size=self.feature_batch,
+                workers=self.workers,
+                sides=self.sides,
+                parts=parts,
+                change=change,
+                **how,
+            )
+            metrics: dict[str, float] = {}
+            if distributed.is_main():
+                place.mkdir(parents=True, exist_ok=True)
+                kinds = (
+                    ("box", "mask") if model.head.draws and "masks" in source.fields else ("box",)
+                )
+                metrics, classes = self._compared(found, kinds, leaked)
+                write_json(place / "detections.json", found, indent=None)
+                write_json(place / "classes.json", classes)
+                if self.pictures:
+                    draw(source, found, self.pictures, change).save(place / "sheet.png")
+            metrics = distributed.from_main(metrics)
         # not of a model that is training: a resumed run has the same log
         speed = {"fps": rate} if rate and self.cache else {}
-        return metrics, {"images": len(source)} | speed
+        return metrics | {"images": len(source)} | speed
+
+    def _compared(
+        self, found: list[dict], kinds: tuple[Literal["box", "mask"], ...], leaked: Tensor
+    ) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
+        """(metrics, {"box": {class: AP}, …}) of what was found in all images."""
+        classes = {}
+
+        def measure(kept: Tensor) -> dict[str, float]:
+            metrics, some = {}, some_of(self.truth, found, kept.tolist())
+            for kind in kinds:
+                scored, each = average_precision(*some, kind)
+                classes.setdefault(kind, each)  # of all images, which come first
+                metrics |= scored
+            return metrics
+
+        return self.certify(measure, leaked), classes
 
 
 def _checked(soft: dict[str, Any]) -> dict[str, float]:
@@ -182,17 +180,6 @@ def _checked(soft: dict[str, Any]) -> dict[str, float]:
     if not 0 < value < math.inf:
         raise ValueError(f"detection.soft.{name}: {value} must be finite and above 0.")
     return {name: value}
-
-
-def _compared(
-    model: nn.Module, truth: dict, found: list[dict], annotated: bool
-) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
-    """(metrics, {"box": {class: AP}, …}); of masks where the head draws them and the data has some."""
-    metrics, classes = {}, {}
-    for kind in ("box", "mask") if model.head.draws and annotated else ("box",):
-        scored, classes[kind] = average_precision(truth, found, kind)
-        metrics |= scored
-    return metrics, classes
 
 
 def draw(source: Source, found: list[dict], count: int, change: Any = None):

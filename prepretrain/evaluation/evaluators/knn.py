@@ -9,7 +9,12 @@ from torch.nn.functional import normalize
 
 from prepretrain.data.sources.base import Source
 from prepretrain.distributed import group as distributed
-from prepretrain.evaluation.evaluators.base import ProbeEvaluator, class_count, require
+from prepretrain.evaluation.evaluators.base import (
+    ProbeEvaluator,
+    accuracy,
+    class_count,
+    require,
+)
 from prepretrain.evaluation.features import set_aside
 
 VALUES = 1 << 26  # similarities at once
@@ -77,15 +82,17 @@ class Knn(ProbeEvaluator):
     def run(self, model: nn.Module, folder: Path) -> dict[str, float]:
         """Top-1 (and top-5) on `val`, with the numbers of images that it was measured and trained
         on."""
-        train, train_labels = self.features(model, "train", folder)
-        val, val_labels = self.features(model, "val", folder)
+        sources = self.open_data()
+        train, train_labels = self.features(model, "train", sources["train"], folder)
+        val, val_labels = self.features(model, "val", sources["val"], folder)
         classes = class_count(self.card, train_labels, val_labels)
         mine = val.tensor_split(distributed.world())[distributed.rank()]
         with set_aside(model):
             votes = self.votes(train, train_labels, mine, classes)
         votes = torch.cat(distributed.all_gather_object(votes))
         votes[votes == 0] = -torch.inf  # no neighbour's class is no guess, whatever its number
-        found = self.metrics_of(votes, val_labels)
+        measure = lambda kept: accuracy(votes[kept], val_labels[kept])
+        found = self.certify(measure, self.leaked(sources["val"]))
         return distributed.from_main(found | {"images": len(val), "train_images": len(train)})
 
     def votes(self, train: Tensor, labels: Tensor, val: Tensor, classes: int) -> Tensor:

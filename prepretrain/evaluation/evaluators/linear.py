@@ -6,7 +6,12 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from prepretrain.distributed import group as distributed
-from prepretrain.evaluation.evaluators.base import ProbeEvaluator, class_count, require
+from prepretrain.evaluation.evaluators.base import (
+    ProbeEvaluator,
+    accuracy,
+    class_count,
+    require,
+)
 from prepretrain.evaluation.features import set_aside
 from prepretrain.evaluation.probing import probes
 from prepretrain.evaluation.probing.probes import PROTOCOLS
@@ -107,12 +112,14 @@ class Linear(ProbeEvaluator):
     def run(self, model: nn.Module, folder: Path) -> dict[str, float]:
         """Top-1 (and top-5) on `val`, with the numbers of images that it was measured and trained
         on."""
-        train, train_labels = self.features(model, "train", folder)
-        val, val_labels = self.features(model, "val", folder)
+        sources = self.open_data()
+        train, train_labels = self.features(model, "train", sources["train"], folder)
+        val, val_labels = self.features(model, "val", sources["val"], folder)
         classes = class_count(self.card, train_labels, val_labels)
         with set_aside(model):
-            head = self.fit(train, train_labels, classes)
-            found = self.metrics_of(probes.scores(head, val), val_labels)
+            scores = probes.scores(self.fit(train, train_labels, classes), val)
+        measure = lambda kept: accuracy(scores[kept], val_labels[kept])
+        found = self.certify(measure, self.leaked(sources["val"]))
         return distributed.from_main(found | {"images": len(val), "train_images": len(train)})
 
     def fit(self, features: Tensor, labels: Tensor, classes: int) -> nn.Module:

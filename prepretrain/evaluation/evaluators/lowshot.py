@@ -10,14 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from prepretrain.data.sources.base import Source, fingerprint_of
-from prepretrain.data.subset import Subset, evenly_spaced
+from prepretrain.data.subset import Subset, evenly
 from prepretrain.distributed import group as distributed
 from prepretrain.evaluation.evaluators.base import (
     Evaluator,
-    accuracy,
     class_count,
     decoding,
+    ranks,
     require,
+    tops,
 )
 from prepretrain.evaluation.features import extract, labels_of, set_aside, state
 from prepretrain.evaluation.probing import logistic, subsets, tuning
@@ -68,7 +69,7 @@ class Lowshot(Evaluator):
     evaluation that was cut off does not train it again.
     """
 
-    headline, splits = "top1_10shot", ("train", "val")
+    headline, splits, certified = "top1_10shot", ("train", "val"), "val"
 
     def __init__(
         self,
@@ -179,7 +180,10 @@ class Lowshot(Evaluator):
     def run(self, model: nn.Module, folder: Path) -> dict[str, float]:
         """Accuracies on `val` for each K, and the number of its images."""
         self.check(model)
-        source, val = self.card.open("train"), evenly_spaced(self.card.open("val"), self.val_images)
+        sources = self.open_data()
+        source, whole = sources["train"], sources["val"]
+        measured = evenly(len(whole), self.val_images)
+        val = Subset(whole, measured) if len(measured) < len(whole) else whole
         labels, val_labels = (_labels(s, self.card.name) for s in (source, val))
         classes = class_count(self.card, labels, val_labels)
         chosen = self.choose(source, labels, classes, folder)
@@ -187,7 +191,12 @@ class Lowshot(Evaluator):
             found = self._on_features(model, source, labels, chosen, val, classes)
         else:
             found = self._trained(model, source, chosen, val, classes, folder)
-        results = distributed.from_main(summary(found) | {"images": len(val)})
+
+        def measure(kept: Tensor) -> dict[str, float]:
+            return summary({job: tops(rank[kept], classes) for job, rank in found.items()})
+
+        results = self.certify(measure, self.leaked(whole)[measured])
+        results = distributed.from_main(results | {"images": len(val)})
         self.headline = self.quoted(results)
         return results
 
@@ -230,8 +239,8 @@ class Lowshot(Evaluator):
         chosen: dict[Job, Tensor],
         val: Source,
         classes: int,
-    ) -> dict[Job, dict[str, float]]:
-        """The accuracies of each job by logistic regression, on features of the images it needs."""
+    ) -> dict[Job, Tensor]:
+        """The ranks of each job by logistic regression, on features of the images it needs."""
         reading = {"pool": self.pool, "layer": self.layer, **self._reading()}
         there, answers = extract(model, val, name=f"{self.card.name}:val", **reading)
         needed = torch.cat(list(chosen.values())).unique()
@@ -249,8 +258,9 @@ class Lowshot(Evaluator):
         val: Tensor,
         val_labels: Tensor,
         classes: int,
-    ) -> dict[Job, dict[str, float]]:
-        """The accuracies on features `val` of each job; `chosen` holds its rows of `train`.
+    ) -> dict[Job, Tensor]:
+        """The ranks (base.ranks) of the labels of features `val` by each job; `chosen` holds its rows of
+        `train`.
 
         The fits are shared out among the ranks.
         """
@@ -262,9 +272,9 @@ class Lowshot(Evaluator):
             weight = logistic.fit(
                 train[rows].double(), labels[rows], classes, l2=self.l2 / len(rows), intercept=False
             )
-            mine[job] = accuracy(logistic.scores(val, weight).cpu(), val_labels)
+            mine[job] = ranks(logistic.scores(val, weight).cpu(), val_labels)
         found = {
-            job: top for part in distributed.all_gather_object(mine) for job, top in part.items()
+            job: rank for part in distributed.all_gather_object(mine) for job, rank in part.items()
         }
         return {job: found[job] for job in chosen}
 
@@ -276,8 +286,8 @@ class Lowshot(Evaluator):
         val: Source,
         classes: int,
         folder: Path,
-    ) -> dict[Job, dict[str, float]]:
-        """The accuracies of each job by training; all processes train each job together."""
+    ) -> dict[Job, Tensor]:
+        """The ranks of each job by training; all processes train each job together."""
         asked = tuning.identity(self.recipe, model) | {"classes": classes, "val": state(val)}
         tuned, found = None, {}
         for (size, number), rows in chosen.items():
@@ -291,9 +301,10 @@ class Lowshot(Evaluator):
                 tuned.train(images, number, place)
                 where = f"{self.card.name}:val"
                 scores = extract(tuned.model, val, pool="scores", name=where, **self._reading())
-                measured = distributed.from_main(accuracy(*scores))
-                _record(place / "result.json", {**record, "found": measured})
-            found[size, number] = measured
+                measured = distributed.from_main(ranks(*scores).tolist())
+                shown = tops(torch.tensor(measured), classes)
+                _record(place / "result.json", {**record, "found": shown, "ranks": measured})
+            found[size, number] = torch.tensor(measured)
         return found
 
 
@@ -308,14 +319,15 @@ def _scaled(features: Tensor) -> Tensor:
     return nn.functional.normalize(features - features.mean(dim=1, keepdim=True), dim=1)
 
 
-def _recorded(path: Path, asked: dict[str, Any]) -> dict[str, float] | None:
-    """The accuracies that a finished job left behind; None if it is another, or not finished."""
+def _recorded(path: Path, asked: dict[str, Any]) -> list[int] | None:
+    """The ranks that a finished job left behind; None if it is another, or not finished."""
     try:
         known = read_json(path)
     except (OSError, ValueError):  # not there, or damaged: fitted again
         known = {}
-    found = known.pop("found", None)
-    return distributed.from_main(found if known == asked else None)
+    known.pop("found", None)  # for people
+    measured = known.pop("ranks", None)
+    return distributed.from_main(measured if known == asked else None)
 
 
 def _record(path: Path, values: dict[str, Any]) -> None:

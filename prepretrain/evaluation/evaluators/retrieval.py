@@ -23,7 +23,8 @@ class Retrieval(ContrastiveEvaluator):
     feature_batch  images or texts at once a process;  workers: as data.workers
 
     An image is right at K if one of its captions is among its K nearest, a caption if its image is.
-    What is as near as the right one counts as nearer. Results are `image_to_text_r1` … `_r10`,
+    What is as near as the right one counts as nearer. With `leaks`, images that leaked are also left
+    out as candidates, with their captions, for the metrics without leaks. Results are `image_to_text_r1` … `_r10`,
     `text_to_image_r1` … `_r10` in percent, their mean, `images`, `captions`, and `cut_captions`,
     those longer than the tower reads.
     """
@@ -46,12 +47,14 @@ class Retrieval(ContrastiveEvaluator):
     def run(self, model: nn.Module, folder: Path) -> dict[str, float]:
         """Recalls on the split, each image and each caption counted once."""
         self.check(model)
-        source = self.card.open(self.split)
+        source = self.open_data()[self.split]
         name = f"{self.card.name}:{self.split}"
         texts, owner = self.read(source, name)
         text, cut = extract_texts(model, texts, batch_size=self.feature_batch)
         image, _ = self.images(model, source, labelled=False)
-        found = recalls(image, text, torch.tensor(owner))
+        owners = torch.tensor(owner)
+        measure = lambda kept: recalls(*some_of(image, text, owners, kept))
+        found = self.certify(measure, self.leaked(source))
         counts = {"images": len(image), "captions": len(texts), "cut_captions": cut}
         return distributed.from_main(found | counts)
 
@@ -74,6 +77,15 @@ class Retrieval(ContrastiveEvaluator):
             texts += found
             owner += [number] * len(found)
         return texts, owner
+
+
+def some_of(
+    image: Tensor, text: Tensor, owner: Tensor, kept: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The images that bool [n] keeps and their texts, as `recalls` takes them."""
+    number = kept.cumsum(0) - 1  # of an image among those kept
+    texts = kept[owner]
+    return image[kept], text[texts], number[owner[texts]]
 
 
 def recalls(image: Tensor, text: Tensor, owner: Tensor) -> dict[str, float]:

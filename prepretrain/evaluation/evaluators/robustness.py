@@ -2,6 +2,8 @@
 corrupted ones."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from os.path import splitext
 from pathlib import Path
 from statistics import fmean
 from typing import Any, Literal
@@ -15,7 +17,13 @@ from prepretrain.data.sources.base import Source
 from prepretrain.data.subset import Subset, evenly
 from prepretrain.distributed import group as distributed
 from prepretrain.evaluation import corruptions as makers
-from prepretrain.evaluation.evaluators.base import ProbeEvaluator, accuracy, class_count, require
+from prepretrain.evaluation.evaluators.base import (
+    WITHOUT_LEAKS,
+    ProbeEvaluator,
+    accuracy,
+    class_count,
+    require,
+)
 from prepretrain.evaluation.features import extract, set_aside
 from prepretrain.evaluation.probing import probes
 
@@ -39,6 +47,16 @@ ALEXNET = {
     "jpeg_compression": 0.606500,
 }
 IMAGENET_CLASSES = 1000
+
+
+@dataclass(frozen=True)
+class _Set:
+    """A set that a classifier is measured on."""
+
+    card: Card
+    source: Source
+    answers: list[list[int]] | None  # the right ones of each image; None if each has one, its label
+    leaked: Tensor  # bool [n]
 
 
 class Robustness(ProbeEvaluator):
@@ -72,10 +90,12 @@ class Robustness(ProbeEvaluator):
     Results are `top1`, `top5` where there are more than five classes, and `images` of the clean
     `val`; the same of each set under its card's name; for official images `<card>/fog/error`, for ours
     `corruption/fog/top1` (means over the severities) and `…/fog/3/top1` of one; and
-    `mean_corruption_error`, the plain mean of our corruptions' errors.
+    `mean_corruption_error`, the plain mean of our corruptions' errors. With `leaks` each set has leaked
+    images of its own, and a corrupted image leaks where its clean one does: of a published one, the
+    image of the same key but for the ending.
     """
 
-    headline, splits = "top1", ("val",)
+    headline, splits, certified = "top1", ("val",), "val"
 
     def __init__(
         self,
@@ -129,6 +149,12 @@ class Robustness(ProbeEvaluator):
         official = [] if self.official is None else [(self.official, ())]
         return [*super().cards(), *((card, ("val",)) for card in self.sets), *official]
 
+    def open_data(self) -> dict[str, Source]:
+        """See Evaluator.open_data: the list of leaks must know the sets, too."""
+        for card in self.sets if self.leaks is not None else ():
+            self.leaked(card.open("val"), card)
+        return super().open_data()
+
     @classmethod
     def quoted(cls, results: dict[str, float]) -> str:
         """mCE, else the error under our corruptions, else the clean accuracy."""
@@ -147,22 +173,24 @@ class Robustness(ProbeEvaluator):
         """Accuracies and errors in percent, each image counted once; all the data is looked for
         before any of it is measured."""
         self.check(model)
-        clean = self._part(self.card.open("val"))
-        opened = [(card, self._part(card.open("val")), self._answers(card)) for card in self.sets]
-        if self.official is not None:
-            _require_official(self.official)
-        score = self._classifier(model, clean, folder)
+        sources = super().open_data()
+        clean, leaked = self._part(sources["val"]), self.leaked(sources["val"])
+        opened = [self._opened(card) for card in self.sets]
+        copied = None if self.official is None else self._copied(sources["val"], leaked)
+        score = self._classifier(model, sources, folder)
         scores, labels = score(clean, f"{self.card.name}:val")
         self._check_classes(scores.shape[1], clean, labels)
-        found = accuracy(scores, labels) | {"images": len(labels)}
-        for card, source, answers in opened:
-            self._check_set(card, source, answers, scores.shape[1])
-        for card, source, answers in opened:
-            found |= _under(card.name, _of_set(score, card, source, answers))
-        if self.official is not None:
-            found |= self._officially(score, scores.shape[1])
+        leaked = self._rows(leaked)
+        found = self.certify(lambda kept: accuracy(scores[kept], labels[kept]), leaked)
+        found["images"] = len(labels)
+        for one in opened:
+            self._check_set(one, scores.shape[1])
+        for one in opened:
+            found |= _under(one.card.name, self._of_set(score, one))
+        if copied is not None:
+            found |= self._officially(score, copied, scores.shape[1])
         if self.corruptions:
-            found |= self._corrupted(score, clean)
+            found |= self._corrupted(score, clean, leaked)
         return distributed.from_main(found)
 
     def _set(self, name: str) -> Card:
@@ -177,15 +205,41 @@ class Robustness(ProbeEvaluator):
     def _part(self, source: Source) -> Source:
         return Subset(source, evenly(len(source), self.images)) if self.images else source
 
-    def _answers(self, card: Card) -> list[list[int]] | None:
-        """The right answers of each image of a set's part; None if each has one, its label."""
-        if card.answers is None:
-            return None
-        answers = card.open_answers("val")
-        return [answers[i] for i in evenly(len(answers), self.images)]
+    def _rows(self, values: Tensor) -> Tensor:
+        """Of values of all images those of `_part`."""
+        return values[evenly(len(values), self.images)]
+
+    def _opened(self, card: Card) -> "_Set":
+        """A set's part."""
+        whole, answers = card.open("val"), None
+        if card.answers is not None:
+            every = card.open_answers("val")
+            answers = [every[i] for i in evenly(len(every), self.images)]
+        return _Set(card, self._part(whole), answers, self._rows(self.leaked(whole, card)))
+
+    def _copied(self, clean: Source, leaked: Tensor) -> Callable[[Source], Tensor]:
+        """Gives of a source of published corrupted images bool [n]: which are of clean images that leaked.
+        Raises ValueError for what is missing."""
+        _require_official(self.official)
+        if self.leaks is None:
+            return lambda source: torch.zeros(len(source), dtype=torch.bool)
+        numbers = {_stem(clean, number): number for number in range(len(clean))}
+
+        def copied(source: Source) -> Tensor:
+            stems = [_stem(source, number) for number in range(len(source))]
+            if odd := [stem for stem in stems if stem not in numbers]:
+                raise ValueError(
+                    f"robustness.official: {len(odd)} images of '{self.official.name}' have a key that "
+                    f"none of {self.card.name}:val has, {odd[0]!r} first, so whether they leaked is not "
+                    "known. Measure them without evaluator.leaks."
+                )
+            return leaked[[numbers[stem] for stem in stems]]
+
+        copied(self.official.open("val", corruption=makers.OFFICIAL[0], severity=1))
+        return copied
 
     def _classifier(
-        self, model: nn.Module, clean: Source, folder: Path
+        self, model: nn.Module, sources: dict[str, Source], folder: Path
     ) -> Callable[..., tuple[Tensor, Tensor]]:
         """(source, its name, extract's options) to scores [n, C] and labels [n]."""
         reading = {
@@ -196,7 +250,7 @@ class Robustness(ProbeEvaluator):
             "pool": {"own": "scores", "zeroshot": "joint"}.get(self.classifier, self.pool),
             "layer": self.layer if self.classifier == "linear" else None,
         }
-        to_scores = self._fitted(model, clean, folder)
+        to_scores = self._fitted(model, sources, folder)
 
         def score(source: Source, name: str, **changed: Any) -> tuple[Tensor, Tensor]:
             features, labels = extract(model, source, name=name, **(reading | changed))
@@ -204,15 +258,17 @@ class Robustness(ProbeEvaluator):
 
         return score
 
-    def _fitted(self, model: nn.Module, clean: Source, folder: Path) -> Callable[[Tensor], Tensor]:
+    def _fitted(
+        self, model: nn.Module, sources: dict[str, Source], folder: Path
+    ) -> Callable[[Tensor], Tensor]:
         """What makes scores [n, C] of features [n, D]."""
         if self.classifier == "own":
             return lambda features: features
         if self.zeroshot is not None:
-            weight = self.zeroshot.weight(model, clean)[0]
+            weight = self.zeroshot.weight(model, sources["val"])[0]
             return lambda features: features @ weight.T
-        train, labels = self.features(model, "train", folder)
-        classes = max(class_count(self.card, labels), len(clean.classes or ()))
+        train, labels = self.features(model, "train", sources["train"], folder)
+        classes = max(class_count(self.card, labels), len(sources["val"].classes or ()))
         with set_aside(model):
             head = probes.fit("lbfgs", train, labels, classes, seed=self.seed)
         return lambda features: probes.scores(head, features)
@@ -225,13 +281,12 @@ class Robustness(ProbeEvaluator):
                 f"{self.card.name}:val has {named or int(labels.max()) + 1}."
             )
 
-    def _check_set(
-        self, card: Card, source: Source, answers: list[list[int]] | None, count: int
-    ) -> None:
+    def _check_set(self, one: "_Set", count: int) -> None:
         """Raises ValueError where a set's classes cannot be the classifier's."""
-        rows = answers if card.groups is None else card.groups.classes
+        card = one.card
+        rows = one.answers if card.groups is None else card.groups.classes
         most = max((index + 1 for row in rows or () for index in row), default=0)
-        named = 0 if card.groups else len(card.classes or source.classes or ())
+        named = 0 if card.groups else len(card.classes or one.source.classes or ())
         if most > count or named not in (0, count):
             raise ValueError(
                 f"robustness.sets: '{card.name}' has {max(most, named)} classes, and the classifier "
@@ -239,34 +294,68 @@ class Robustness(ProbeEvaluator):
                 "groups a card says which classes of another it has."
             )
 
-    def _officially(self, score: Callable, count: int) -> dict[str, float]:
+    def _of_set(self, score: Callable, one: "_Set") -> dict[str, float]:
+        """The accuracies of a set, by its groups or answers if it has such."""
+        card, answers = one.card, one.answers
+        scores, labels = score(one.source, f"{card.name}:val", labelled=answers is None)
+        if answers is not None:
+            counts = answered(scores, answers)
+            rows = torch.tensor([i for i, right in enumerate(answers) if right])
+
+            def top1(kept: Tensor) -> dict[str, float]:
+                some = rows[kept]
+                return {"top1": answered(scores[some], [answers[i] for i in some])["top1"]}
+
+            return counts | self.certify(top1, one.leaked[rows])
+        if card.groups is None:
+            class_count(card, labels)
+            measure = lambda kept: accuracy(scores[kept], labels[kept])
+        else:
+            measure = lambda kept: grouped(scores[kept], labels[kept], card.groups.classes)
+        return self.certify(measure, one.leaked) | {"images": len(labels)}
+
+    def _top1(self, scores: Tensor, labels: Tensor, leaked: Tensor) -> dict[str, float]:
+        """`top1`, and with `leaks` `top1_without_leaks`."""
+        measure = lambda kept: {"top1": accuracy(scores[kept], labels[kept])["top1"]}
+        found = self.certify(measure, leaked)
+        return {name: value for name, value in found.items() if name != "leaked_images"}
+
+    def _officially(
+        self, score: Callable, copied: Callable[[Source], Tensor], count: int
+    ) -> dict[str, float]:
         """The errors on published corrupted images, and their mCE if the classes are ImageNet's."""
         card, found, errors = self.official, {}, {}
         for name in makers.OFFICIAL:
+            each = []
             for severity in makers.SEVERITIES:
-                source = self._part(card.open("val", corruption=name, severity=severity))
+                whole = card.open("val", corruption=name, severity=severity)
                 where = f"{card.name}/{name}/{severity}"
-                scores, labels = score(source, where, share=1.0, resize="crop")
-                found[f"{where}/top1"] = accuracy(scores, labels)["top1"]
-            tops = [found[f"{card.name}/{name}/{severity}/top1"] for severity in makers.SEVERITIES]
-            errors[name] = 100 - fmean(tops)
-            found[f"{card.name}/{name}/error"] = errors[name]
+                scores, labels = score(self._part(whole), where, share=1.0, resize="crop")
+                each.append(self._top1(scores, labels, self._rows(copied(whole))))
+                found |= _under(where, each[-1])
+            errors[name] = _means(each, "error", lambda tops: 100 - fmean(tops))
+            found |= _under(f"{card.name}/{name}", errors[name])
         found[f"{card.name}/images"] = len(labels)
-        return found | ({"mce": mce(errors)} if count == IMAGENET_CLASSES else {})
+        if count != IMAGENET_CLASSES:
+            return found
+        for end in ("", WITHOUT_LEAKS)[: len(errors[name])]:
+            found[f"mce{end}"] = mce({kind: error[f"error{end}"] for kind, error in errors.items()})
+        return found
 
-    def _corrupted(self, score: Callable, clean: Source) -> dict[str, float]:
+    def _corrupted(self, score: Callable, clean: Source, leaked: Tensor) -> dict[str, float]:
         """Accuracies under our corruptions, and the plain mean of the errors."""
-        found, tops = {}, {}
+        found, tops = {}, []
         for name in self.corruptions:
             each = []
             for severity in self.severities:
                 change = makers.Corrupt(name, severity, self.table, self.textures)
                 where = f"corruption/{name}/{severity}"
                 scores, labels = score(clean, f"{self.card.name}:val, {where}", change=change)
-                each.append(accuracy(scores, labels)["top1"])
-                found[f"{where}/top1"] = each[-1]
-            tops[name] = found[f"corruption/{name}/top1"] = fmean(each)
-        return found | {"mean_corruption_error": 100 - fmean(tops.values())}
+                each.append(self._top1(scores, labels, leaked))
+                found |= _under(where, each[-1])
+            tops.append(_means(each, "top1", fmean))
+            found |= _under(f"corruption/{name}", tops[-1])
+        return found | _means(tops, "mean_corruption_error", lambda means: 100 - fmean(means))
 
 
 def _official(name: str) -> Card:
@@ -299,17 +388,17 @@ def _require_official(card: Card) -> None:
         )
 
 
-def _of_set(
-    score: Callable, card: Card, source: Source, answers: list[list[int]] | None
+def _stem(source: Source, number: int) -> str:
+    """An image's key without the ending of its file."""
+    return splitext(source.key(number))[0]
+
+
+def _means(
+    each: list[dict[str, float]], name: str, mean: Callable[[list[float]], float]
 ) -> dict[str, float]:
-    """The accuracies of a set, by its groups or answers if it has such."""
-    scores, labels = score(source, f"{card.name}:val", labelled=answers is None)
-    if answers is not None:
-        return answered(scores, answers)
-    if card.groups is None:
-        class_count(card, labels)
-        return accuracy(scores, labels) | {"images": len(labels)}
-    return grouped(scores, labels, card.groups.classes) | {"images": len(labels)}
+    """The mean of the `top1` of each as `name`, and that of those without leaks, where they have such."""
+    ends = [end for end in ("", WITHOUT_LEAKS) if f"top1{end}" in each[0]]
+    return {f"{name}{end}": mean([one[f"top1{end}"] for one in each]) for end in ends}
 
 
 def _under(prefix: str, found: dict[str, float]) -> dict[str, float]:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from prepretrain.data.dense.maps import VOID, Fitted
 from prepretrain.data.loader import evaluation_batches, to_device
+from prepretrain.data.sources.base import Source
 from prepretrain.data.subset import evenly_spaced
 from prepretrain.distributed import group as distributed
 from prepretrain.evaluation.dense import LabelMapEvaluator, Network
@@ -77,10 +78,12 @@ class SegmentationKnn(LabelMapEvaluator):
 
     def run(self, model: nn.Module, folder: Path) -> dict[str, float]:
         """See the class."""
+        return super().run(model, folder) | {"patches": len(self.bank[0])}
+
+    def prepare(self, model: nn.Module, sources: dict[str, Source]) -> None:
+        """See PictureEvaluator.prepare: the patches of `train`."""
         with frozen(model):
-            bank, classes = self._bank(model)
-        self.bank = bank, classes
-        return super().run(model, folder) | {"patches": len(bank)}
+            self.bank = self._bank(model, evenly_spaced(sources["train"], self.train_images))
 
     def network(self, model: nn.Module) -> Network:
         """See DenseEvaluator: the classes of the nearest patches."""
@@ -104,18 +107,17 @@ class SegmentationKnn(LabelMapEvaluator):
         (maps,) = model.encode(images, maps=(layer,))
         return F.normalize(maps.float(), dim=1)
 
-    def _bank(self, model: nn.Module) -> tuple[Tensor, Tensor]:
-        """Patches of `train` [N, D], and the share that each class has of each [N, C]; of all
+    def _bank(self, model: nn.Module, source: Source) -> tuple[Tensor, Tensor]:
+        """Patches of a source [N, D], and the share that each class has of each [N, C]; of all
         processes, in the order of the images."""
-        mine = sorted(self._patches(model), key=lambda row: row[0])
+        mine = sorted(self._patches(model, source), key=lambda row: row[0])
         rows = [row for part in distributed.all_gather_object(mine) for row in part]
         bank, classes = (torch.cat([row[i] for row in rows]) for i in (1, 2))
         device = distributed.device()
         return bank.to(device), classes.to(device)
 
-    def _patches(self, model: nn.Module) -> Iterator[tuple[int, Tensor, Tensor]]:
+    def _patches(self, model: nn.Module, source: Source) -> Iterator[tuple[int, Tensor, Tensor]]:
         """(number of the image, its patches, their classes) of this process's images, on the CPU."""
-        source = evenly_spaced(self.opened("train"), self.train_images)
         most = max(1, self.patches // len(source))  # of an image
         canvas = model.encoder.image_size
         reader = evaluation_batches(

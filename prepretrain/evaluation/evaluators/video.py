@@ -8,28 +8,25 @@ from torch import Tensor, nn
 
 from prepretrain.data.drawing import at_side, lines_of_text, sheet
 from prepretrain.data.loader import evaluation_batches, to_device
-from prepretrain.data.sources.base import Source, fingerprint_of
-from prepretrain.data.subset import evenly, evenly_spaced
+from prepretrain.data.sources.base import Source
+from prepretrain.data.subset import evenly
 from prepretrain.data.video.views import Views, Way, middle_frames
 from prepretrain.distributed import group as distributed
 from prepretrain.evaluation.evaluators.base import (
-    Evaluator,
     check_classifier,
-    decoding,
     ranks,
     require,
+    tops,
 )
-from prepretrain.evaluation.feature_store import file_name
-from prepretrain.evaluation.features import fingerprint, frozen, state
-from prepretrain.evaluation.parts import by_parts, forget
+from prepretrain.evaluation.features import frozen
+from prepretrain.evaluation.parts import by_parts
+from prepretrain.evaluation.pictures import PictureEvaluator
 from prepretrain.files import write_json
 
-# of how a video becomes ranks, weights and options apart: raise it with a change
-_VERSION = 1
 _SHOWN = 8  # frames of a video on the sheet
 
 
-class Video(Evaluator):
+class Video(PictureEvaluator):
     """How often the classifier of a model of clips is right about a video, by the mean of its
     probabilities over several clips of the video and several crops of each.
 
@@ -48,7 +45,7 @@ class Video(Evaluator):
     said of each video, classes.json, the top-1 of each class, and the sheet.
     """
 
-    headline = "top1"
+    headline, version = "top1", 1
 
     def __init__(
         self,
@@ -66,8 +63,14 @@ class Video(Evaluator):
         feature_batch: int = 16,
         workers: int | None = None,
     ):
-        super().__init__(data=data)
-        require(feature_batch >= 1, "video.feature_batch", feature_batch, "must be at least 1")
+        super().__init__(
+            data=data,
+            split=split,
+            images=images,
+            pictures=pictures,
+            feature_batch=feature_batch,
+            workers=workers,
+        )
         require(clips >= 1, "video.clips", clips, "must be at least 1")
         self.views = Views(
             sampling=sampling,
@@ -77,9 +80,6 @@ class Video(Evaluator):
             crops=crops,
             short_side=short_side,
         )
-        self.split, self.splits = split, (split,)
-        self.images, self.pictures = images, pictures
-        self.feature_batch, self.workers = feature_batch, decoding(workers)
 
     def check(self, model: nn.Module) -> None:
         """See Evaluator.check: a classifier of the card's classes, on clips."""
@@ -91,58 +91,57 @@ class Video(Evaluator):
             )
         self.views.of(model.encoder)
 
-    def open_data(self) -> dict[str, Source]:
-        """See Evaluator.open_data: the split must have labelled videos."""
-        source = self.card.open(self.split)
+    def open(self, split: str) -> Source:
+        """See Evaluator.open: a split must have labelled videos."""
+        source = super().open(split)
         if lacking := [field for field in ("video", "label") if field not in source.fields]:
             raise ValueError(
-                f"video: {self.card.name}:{self.split} has no {' and no '.join(lacking)} (its fields: "
+                f"video: {self.card.name}:{split} has no {' and no '.join(lacking)} (its fields: "
                 f"{', '.join(source.fields)})."
             )
-        return {self.split: source}
+        return source
 
-    def run(self, model: nn.Module, folder: Path) -> dict[str, float]:
-        """See the class."""
-        source = evenly_spaced(self.card.open(self.split), self.images).only(("video", "label"))
-        place = folder / "predictions" / self._name(model, source)
-        parts = place / "parts" if self.cache else None
+    def asked(self) -> list[Any]:
+        """See PictureEvaluator.asked."""
+        return self.views.asked()
+
+    def measured(
+        self, model: nn.Module, source: Source, leaked: Tensor, place: Path, change: Any
+    ) -> dict[str, float]:
+        """See PictureEvaluator.measured."""
+        source = source.only(("video", "label"))
         rows: list[dict[str, Any]] = []
-        with frozen(model):
+        with frozen(model), self.parts(place) as parts:
             measure = lambda some: _part(model, some, self.views, self.feature_batch, self.workers)
             for _, part in by_parts(source, parts, measure, _whole):
                 rows += part.get("videos", ())
-        found: dict[str, float] = {}
-        if distributed.is_main():
-            place.mkdir(parents=True, exist_ok=True)
-            found = self._metrics(rows, model.head.classes)
-            write_json(place / "videos.json", rows)
-            write_json(place / "classes.json", self._of_classes(rows))
-            if self.pictures:
-                self._drawn(source, rows, model.encoder.frames).save(place / "sheet.png")
-        found = distributed.from_main(found)
-        if parts is not None:
-            forget(parts)
-        return found
+            found: dict[str, float] = {}
+            if distributed.is_main():
+                place.mkdir(parents=True, exist_ok=True)
+                found = self._metrics(rows, model.head.classes, leaked)
+                write_json(place / "videos.json", rows)
+                write_json(place / "classes.json", self._of_classes(rows))
+                if self.pictures:
+                    self._drawn(source, rows, model.encoder.frames).save(place / "sheet.png")
+            found = distributed.from_main(found)
+        return found | {"videos": len(source)}
 
-    def _name(self, model: nn.Module, source: Source) -> str:
-        """Of a folder for what is found: another for other weights, data or options. Not while the
-        model is training, where nothing is kept but the last."""
-        name = file_name(f"video-{self.card.name}-{self.split}")
-        if not self.cache:
-            return name
-        asked = [_VERSION, *self.views.asked(), *state(source), len(source)]
-        return f"{name}-{fingerprint_of([fingerprint(model), *asked])}"
-
-    def _metrics(self, rows: list[dict[str, Any]], classes: int) -> dict[str, float]:
+    def _metrics(
+        self, rows: list[dict[str, Any]], classes: int, leaked: Tensor
+    ) -> dict[str, float]:
         """Of the mean over views, and of each view where there are several."""
-        tops = (1, 5) if classes > 5 else (1,)
-        share = lambda places, top: 100.0 * sum(place < top for place in places) / len(places)
-        found = {f"top{top}": share([row["rank"] for row in rows], top) for top in tops}
-        for view in range(self.views.count) if self.views.count > 1 else ():
-            clip, crop = divmod(view, self.views.crops)
-            each = [row["ranks"][view] for row in rows]
-            found |= {f"view/{clip}x{crop}/top{top}": share(each, top) for top in tops}
-        return found | {"videos": len(rows)}
+        mean = torch.tensor([row["rank"] for row in rows])
+        each = torch.tensor([row["ranks"] for row in rows])
+
+        def measure(kept: Tensor) -> dict[str, float]:
+            metrics = tops(mean[kept], classes)
+            for view in range(self.views.count) if self.views.count > 1 else ():
+                clip, crop = divmod(view, self.views.crops)
+                of_view = tops(each[kept, view], classes)
+                metrics |= {f"view/{clip}x{crop}/{top}": share for top, share in of_view.items()}
+            return metrics
+
+        return self.certify(measure, leaked)
 
     def _of_classes(self, rows: list[dict[str, Any]]) -> dict[str, float]:
         """The top-1 in percent of each class that some video is of."""

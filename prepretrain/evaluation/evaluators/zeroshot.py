@@ -55,7 +55,6 @@ class Zeroshot(ContrastiveEvaluator):
         super().__init__(
             data=data, split=split, share=share, feature_batch=feature_batch, workers=workers
         )
-        self.certified = split
         known = sorted({"en", *self.card.names, *self.card.templates})
         require(language in known, "zeroshot.language", language, f"is one of {', '.join(known)}")
         self.names, self.templates, self.language = names, templates, language
@@ -63,7 +62,7 @@ class Zeroshot(ContrastiveEvaluator):
     def run(self, model: nn.Module, folder: Path) -> dict[str, float]:
         """Accuracies on the split, each image counted once."""
         self.check(model)
-        source = self.card.open(self.split)
+        source = self.open_data()[self.split]
         weight, cut = self.weight(model, source)
         features, labels = self.images(model, source)
         if int(labels.max()) >= len(weight) or class_count(self.card, labels) > len(weight):
@@ -71,7 +70,9 @@ class Zeroshot(ContrastiveEvaluator):
                 f"zeroshot.names: '{self.names}' names {len(weight)} classes, and the labels of "
                 f"{self.card.name}:{self.split} go to {int(labels.max())}."
             )
-        found = self.metrics_of(features @ weight.T, labels, measure=per_class)
+        scores = features @ weight.T
+        measure = lambda kept: per_class(scores[kept], labels[kept])
+        found = self.certify(measure, self.leaked(source))
         return distributed.from_main(found | {"images": len(labels), "cut_prompts": cut})
 
     def weight(self, model: nn.Module, source: Any) -> tuple[Tensor, int]:

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from prepretrain.data.sources.base import Source
 from prepretrain.data.tags.nearest import Labels, Nearest
 from prepretrain.data.tags.wordnet import Nouns
 from prepretrain.distributed import group as distributed
@@ -17,10 +18,10 @@ from prepretrain.evaluation.evaluators.base import (
     class_count,
     class_names,
     decoding,
-    labelled_features,
     per_class,
     require,
 )
+from prepretrain.evaluation.features import extract
 from prepretrain.models import tagger
 from prepretrain.models.tagger import Tagger
 
@@ -100,11 +101,12 @@ class ZeroshotTags(Evaluator):
     def run(self, model: nn.Module, folder: Path) -> dict[str, float]:
         """Accuracies on the split, each image counted once."""
         found = Tagger.open(self.tags or str(folder), model.encoder)
-        classes = self.nearest(found)
-        features, labels = labelled_features(
-            self.card,
-            self.split,
+        source = self.open_data()[self.split]
+        classes = self.nearest(found, source)
+        features, labels = extract(
             model,
+            source,
+            name=f"{self.card.name}:{self.split}",
             pool=found.head.pool,
             batch_size=self.feature_batch,
             workers=self.workers,
@@ -117,17 +119,18 @@ class ZeroshotTags(Evaluator):
                 f"{int(labels.max())}."
             )
         scored = scores(found, features, classes, self.calibration)
-        results = self.metrics_of(scored, labels, measure=per_class)
+        measure = lambda kept: per_class(scored[kept], labels[kept])
+        results = self.certify(measure, self.leaked(source))
         counts = [nearest.distance for nearest in classes]
         without = counts.count(None)
         own = counts.count(0)
         results |= {"own": own, "near": len(counts) - own - without, "without": without}
         return distributed.from_main(results | {"images": len(labels)})
 
-    def nearest(self, found: Tagger) -> list[Nearest]:
+    def nearest(self, found: Tagger, source: Source) -> list[Nearest]:
         """The tags of each class of the card. Raises ValueError for classes that have none, where asked."""
         labels = Labels(found.vocabulary, Nouns.open(self.synsets))
-        names = class_names(self.card, self.card.open(self.split), self.language)
+        names = class_names(self.card, source, self.language)
         classes = [labels.nearest(row, self.reach) for row in names]
         without = [row[0] for row, nearest in zip(names, classes) if not nearest.ids]
         if without and (self.missing == "error" or len(without) == len(classes)):
