@@ -153,7 +153,7 @@ class Shards(Source):
                 return column, ""
         except (img2dataset.Disagrees, BadImage) as error:
             said = str(error)
-        return read_column(shard.path, shard.index, place), said
+        return read_column(shard.path, shard.index, place, MAX_MEMBER), said
 
     def texts(self, index: int) -> dict:
         return self._some(index, tuple(f for f in ("text", "captions") if f in self.fields))
