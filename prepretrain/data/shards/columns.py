@@ -12,7 +12,7 @@ import pyarrow.json as arrow_json
 
 from prepretrain.data.shards.tar_index import Index
 
-_AT_ONCE = 1 << 24  # not from the paper: bytes of members that are parsed together
+_AT_ONCE = 1 << 21  # not from the paper: bytes of members that are parsed together
 _BLANK = np.frombuffer(b" \t\r\n", np.uint8)
 _KINDS = (pa.list_(pa.string()), pa.string())
 
