@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 from test_sources import flat, jpeg, open_shards, write_tar
 
-from prepretrain.data.shards import columns, img2dataset, tar_index
+from prepretrain.data.shards import columns, img2dataset, opened, tar_index
 from prepretrain.data.shards.indexing import index_shards, read_heads
 from prepretrain.data.sources import shards as shards_module
 from prepretrain.data.sources.base import Source
@@ -162,7 +162,7 @@ def test_a_member_that_is_too_large_to_be_read_one_by_one_has_no_tags(tmp_path, 
     write_tar(tmp_path / "0.tar", flat(*(described(f"k{i}", s) for i, s in enumerate(samples))))
     source = open_shards(tmp_path)
     assert by_map(source)[0] == [{"a"}, {"b"}]
-    monkeypatch.setattr(shards_module, "MAX_MEMBER", 500)
+    monkeypatch.setattr(opened, "MAX_MEMBER", 500)
     assert by_map(source) == by_one(source) and by_map(source)[0] == [set(), {"b"}]
 
 
