@@ -76,6 +76,7 @@ setup(
         "pyyaml>=6,<7",
         "safetensors<1",
         "pyarrow<27",
+        "msgspec>=0.19,<0.23",  # finds a value in JSON in a quarter of the time that pyarrow takes
         "pillow<14",
         "numpy<3",
         "scipy<2",

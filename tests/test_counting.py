@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 from test_sources import flat, jpeg, open_shards, write_tar
 
-from prepretrain.data.shards import img2dataset, tar_index
+from prepretrain.data.shards import columns, img2dataset, opened, tar_index
 from prepretrain.data.shards.indexing import index_shards, read_heads
 from prepretrain.data.sources import shards as shards_module
 from prepretrain.data.sources.base import Source
@@ -124,6 +124,16 @@ ODD = {
     "inside": [b'{"x": {"hashtags": ["n"]}, "hashtags": ["b"], "y": "\\"hashtags\\": [1]"}'],
     "printed": [json.dumps({"hashtags": ["a", "b"], "x": [1]}, indent=4).encode() + b"\n", {}],
     "nan": [b'{"hashtags": ["a"], "x": NaN}', {"hashtags": float("nan")}],
+    "nan elsewhere": [b'{"hashtags": ["a"], "x": NaN}', b'{"hashtags": ["b"], "x": -Infinity}'],
+    "a long number": [b'{"hashtags": ["a"], "x": %s}' % (b"9" * 5000), {"hashtags": ["b"]}],
+    "a long number of tags": [b'{"hashtags": %s}' % (b"9" * 5000), {"hashtags": ["b"]}],
+    "a large number": [b'{"hashtags": ["a"], "x": 1e400, "y": %s}' % (b"9" * 4000)],
+    "numbers that are none": [b'{"hashtags": ["a"], "x": 01}', b'{"hashtags": ["a"], "x": 1.}'],
+    "deep": [b'{"hashtags": ["a"], "x": %s}' % (b"[" * 90 + b"]" * 90)],
+    "a mark before": [b'\xef\xbb\xbf{"hashtags": ["a"]}', {"hashtags": ["b"]}],
+    "nul": [b'{"hashtags": ["a"]}\0', b'{\0"hashtags": ["b"]}', {"hashtags": ["c"]}],
+    "no object": [b"null", b'["hashtags"]', b'"hashtags"', b"5", {"hashtags": ["c"]}],
+    "lines": [b'{"hashtags":\n["a",\r\n"b"]}\n', b'{\t"hashtags" : [ "a\\n" ] } \r\n'],
     "no json": [b"{", {"hashtags": ["a"]}, b"", b"[]", b'{"hashtags": ["b"]} {"hashtags": ["c"]}'],
     "two and none": [b'{"hashtags": ["a"]}\n{"hashtags": ["b"]}', b" ", {"hashtags": ["c"]}],
     "not utf-8": [b'{"hashtags": ["a"], "x": "\xff"}', {"hashtags": ["a"]}],
@@ -143,7 +153,27 @@ def test_a_map_counts_what_reading_one_by_one_does(tmp_path, name):
     assert name not in FAST or source.column(0, "hashtags")[0] is not None
 
 
-FAST = ("plain", "texts", "lists in texts", "nulls", "inside", "printed")
+FAST = ("plain", "texts", "lists in texts", "nulls", "twice", "inside", "printed", "nan elsewhere")
+FAST += ("escaped", "a large number", "deep", "lines")
+
+
+def test_a_member_that_is_too_large_to_be_read_one_by_one_has_no_tags(tmp_path, monkeypatch):
+    samples = [{"hashtags": ["a"], "x": "y" * 600}, {"hashtags": ["b"]}]
+    write_tar(tmp_path / "0.tar", flat(*(described(f"k{i}", s) for i, s in enumerate(samples))))
+    source = open_shards(tmp_path)
+    assert by_map(source)[0] == [{"a"}, {"b"}]
+    monkeypatch.setattr(opened, "MAX_MEMBER", 500)
+    assert by_map(source) == by_one(source) and by_map(source)[0] == [set(), {"b"}]
+
+
+def test_json_members_that_are_parsed_in_parts_are_the_same(tmp_path, monkeypatch):
+    samples = [{"hashtags": [f"t{i}"]} if i % 3 else {} for i in range(20)]
+    members = [one for i, s in enumerate(samples) for one in described(f"k{i:02d}", s)]
+    write_tar(tmp_path / "0.tar", [m for m in members if m[0] not in ("k03.json", "k19.json")])
+    source, whole = open_shards(tmp_path), by_map(open_shards(tmp_path))
+    monkeypatch.setattr(columns, "_AT_ONCE", 100)
+    assert by_map(source) == by_one(source) == whole
+    assert source.column(0, "hashtags")[0] is not None
 
 
 @pytest.mark.parametrize("texts", [("Red, blue", "#x#y", ""), (b"\xff", "a"), ("\ufeffa b",)])

@@ -2,6 +2,7 @@
 
 import http.server
 import importlib.util
+import json
 import multiprocessing
 import os
 import resource
@@ -13,13 +14,17 @@ import traceback
 from urllib.parse import unquote
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from test_sources import flat, open_shards, sample, write_tar
 
+from prepretrain.data import loader
 from prepretrain.data.io import remote as remotes
 from prepretrain.data.io.paths import find_shards
 from prepretrain.data.io.remote import Remote, Unreachable
 from prepretrain.data.loader import Stream
+from prepretrain.data.order import Order
 from prepretrain.data.sampling.mix import Mix
 from prepretrain.data.shards import cache as shard_cache
 from prepretrain.data.shards.cache import CacheFull, NoSpace, ShardCache
@@ -230,6 +235,44 @@ def test_shards_that_come_next_are_fetched_while_others_are_read(folder, web, ca
     assert len(kept(cache)) == 2
 
 
+def test_an_evaluation_fetches_ahead_the_shard_that_comes_next(folder, web, monkeypatch):
+    source, asked = open_shards(web.url + "/{00000..00003}.tar"), []
+    monkeypatch.setattr(source, "read_ahead", lambda indexes: asked.append(indexes.tolist()))
+    few = {"batch_size": 4, "rank": 0, "world": 2}
+    keys = [key for batch in evaluated(source, **few) for key in batch["key"]]
+    assert keys == [source.key(index) for index in range(10)] + ["", ""]
+    assert asked == [[9] * 4, [9] * 4, [9] * 2]  # no images of another process
+    monkeypatch.setattr(loader, "_AHEAD", 1)
+    asked.clear()
+    list(evaluated(source, **few | {"world": 1}))
+    assert asked[:2] == [[5, 6, 7, 8], [9, 10, 11, 12]] and asked[-1] == [19] * 4
+
+
+def evaluated(source, **how):
+    return loader.evaluation_batches(source, lambda s: {"n": len(s["image"])}, **how)
+
+
+def test_counting_by_parquet_files_and_indexes_in_a_store_fetches_no_shard(web, cache):
+    for shard in range(4):
+        rows = [{"key": f"{shard}{row}", "hashtags": ["all", f"t{row}"]} for row in range(5)]
+        members = [
+            (f"{row['key']}.{ending}", content)
+            for row in rows
+            for ending, content in (("jpg", b"x"), ("json", json.dumps(row).encode()))
+        ]
+        write_tar(web.folder / f"{shard:05d}.tar", members)
+        table = pa.Table.from_pylist([row | {"status": "success"} for row in rows])
+        pq.write_table(table, web.folder / f"{shard:05d}.parquet")
+    read_heads(sorted(web.folder.glob("*.tar")))
+    pq.write_table(table, web.folder / "00002.parquet")  # another shard's
+    source = open_shards(web.url + "/{00000..00003}.tar")
+    tags = [source.tags_of_group(group) for group in range(4)]
+    assert [one.counts() for one in tags] == [{"all": 5} | {f"t{row}": 1 for row in range(5)}] * 4
+    assert [bool(one.said) for one in tags] == [False, False, True, False]
+    there = [ShardCache().path(shard).exists() for shard in source.paths]
+    assert there == [False, False, True, False]
+
+
 # What goes wrong on the way.
 
 
@@ -352,6 +395,66 @@ def test_a_source_with_room_for_one_shard_reads_all(folder, web, cache, monkeypa
     monkeypatch.setenv("PREPRETRAIN_CACHE_GB", str(0.5 * size / 1e9))
     with pytest.raises(ValueError, match="the cache .* holds .*Raise PREPRETRAIN_CACHE_GB"):
         open_shards(web.url + "/{00000..00003}.tar?other")
+
+
+def room(monkeypatch, size):
+    monkeypatch.setenv("PREPRETRAIN_CACHE_GB", str((size + 1) / 1e9))
+
+
+def test_a_cache_that_is_too_small_for_all_processes_is_refused_with_the_size_that_will_do(
+    folder, web, cache, monkeypatch
+):
+    source = open_shards(web.url + "/{00000..00003}.tar")
+    size = (folder / "00000.tar").stat().st_size
+    stream = lambda **how: Stream(
+        source, lambda s: {"n": len(s["image"])}, batch_size=4, seed=0, window=2, **how
+    )
+    room(monkeypatch, 2 * size)
+    small = f"CACHE_GB: .*: 2 processes .* up to {size:,} bytes. Set at least 0.001,"
+    with pytest.raises(ValueError, match=small):
+        stream(workers=2)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match=small):
+        list(evaluated(source, batch_size=4))
+    monkeypatch.delenv("LOCAL_WORLD_SIZE")
+    room(monkeypatch, 4 * size)
+    assert [source[index]["key"] for index in (0, 5)] == ["00", "10"]  # what this process holds
+    batches = stream(workers=2).batches()
+    keys = [key for _ in range(15) for key in next(batches)["key"]]
+    batches.close()
+    order = Order(source.groups, seed=0, window=2)
+    assert keys == [source.key(index) for index in order(np.arange(60))[1].tolist()]
+
+
+def test_parts_of_a_mix_share_the_cache(folder, web, cache, monkeypatch):
+    parts = [open_shards(f"{web.url}/{{0000{a}..0000{a + 1}}}.tar") for a in (0, 2)]
+    size = (folder / "00000.tar").stat().st_size
+    mix = Mix(["one", "two"], parts)
+    assert mix.cached == 2 * size
+    room(monkeypatch, 2.5 * size)
+    for source in parts:
+        source.keep_open(2)  # as if each had the cache for itself
+    keys = [mix[index]["key"] for index in (0, 10, 5, 15, 0)]
+    assert keys == ["one/00", "two/20", "one/10", "two/30", "one/00"]
+
+
+def test_a_shard_stays_in_the_cache_as_long_as_there_is_a_handle_of_one_of_its_videos(
+    folder, web, cache, monkeypatch
+):
+    pytest.importorskip("av")
+    for number in range(3):
+        write_tar(web.folder / f"{number:05d}.tar", [(f"{number}.mp4", b"x" * 9000)])
+    room(monkeypatch, 2.5 * (folder / "00000.tar").stat().st_size)
+    source = open_shards(web.url + "/{00000..00002}.tar")
+    assert source.open_at_once == 1
+    held = source[0]["video"]
+    for index in (1, 2, 1):
+        source[index]
+    assert held.path.exists()
+    path = held.path
+    del held
+    source[2], source[1]
+    assert not path.exists()
 
 
 @pytest.mark.parametrize("given", ["many", "0", "-1", "nan", "inf"])

@@ -14,8 +14,7 @@ from PIL import Image
 
 from prepretrain import plugin
 from prepretrain.data.loader import Stream
-from prepretrain.data.shards import tar_index
-from prepretrain.data.sources import shards as shards_module
+from prepretrain.data.shards import opened, tar_index
 from prepretrain.data.transforms import BadImage, decode
 
 
@@ -213,7 +212,7 @@ def test_unreadable_metadata_is_a_bad_image(tmp_path, member):
 
 def test_a_member_past_the_size_limit_is_not_read(tmp_path, monkeypatch):
     write_tar(tmp_path / "x.tar", [("a.jpg", jpeg() + b"\0" * 5000)])
-    monkeypatch.setattr(shards_module, "MAX_MEMBER", 4000)
+    monkeypatch.setattr(opened, "MAX_MEMBER", 4000)
     with pytest.raises(BadImage) as caught:
         open_shards(tmp_path)[0]
     assert caught.value.cause == "too large"

@@ -1,14 +1,17 @@
 """How often images come: mixes, files of weights, laws of tags, and changes of all that in a run."""
 
+import hashlib
 import itertools
 import json
 import os
+import signal
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from conftest import processes
 from test_loader import Numbers, assert_equal, taken, transform
 from test_sources import flat, sample, write_tar
 
@@ -20,6 +23,8 @@ from prepretrain.data.sampling.bounds import Bounds
 from prepretrain.data.sampling.mix import Mix
 from prepretrain.data.sources.base import Source
 from prepretrain.data.tags.vocabulary import Vocabulary
+from prepretrain.distributed import group as distributed
+from prepretrain.objectives.mae import MAE
 from prepretrain.runs import run
 from prepretrain.runs.launch import launch
 from prepretrain.runs.plan import Plan
@@ -477,6 +482,66 @@ def keep_steps(folder, steps):
     for checkpoint in Path(folder, "checkpoints").iterdir():
         if checkpoint.name.isdigit() and int(checkpoint.name) > steps:
             checkpoint.rename(Path(folder).parent / f"gone-{os.urandom(4).hex()}")
+
+
+WEIGHTED = [
+    "data.train=scenes",
+    "data.resample={law: repeat_factor, epoch: 1.5, vocabulary: tags.json}",
+    f"data.changes=[{{from: 3it, resample: null, train: {TWO[11:]}}}, {{from: 5it, train: colours}}]",
+    "checkpoint.every=2it",
+]
+
+
+def _trained(rank: int, where: str, folder: str, deadly: int | None) -> None:
+    """Trains, and says which pixels were at which position; killed as soon as it has met one."""
+    os.chdir(where)
+    distributed.init()
+    forward = MAE.forward
+
+    def told(self: MAE, batch: dict) -> dict:
+        positions = batch.get("position", [])  # none in the example, by which FLOPs are counted
+        with open(f"{folder}.{rank}.txt", "a") as file:
+            for position, key, image in zip(positions, batch.get("key", []), batch["image"]):
+                digest = hashlib.sha256(image.numpy().tobytes()).hexdigest()
+                print(position, key, digest, file=file)
+        if deadly in positions:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return forward(self, batch)
+
+    MAE.forward = told
+    train(folder, *WEIGHTED)
+    distributed.shutdown()
+
+
+def read_images(folder):
+    """What was at each position, over all processes and repeated steps; each position once."""
+    lines = {line for file in Path().glob(f"{folder}.*.txt") for line in file.open()}
+    images = {int(position): rest for position, *rest in map(str.split, lines)}
+    assert len(images) == len(lines)
+    return images
+
+
+def _of_ranks(before, after):
+    marks = [] if before == after else [pytest.mark.faults]
+    return pytest.param(before, after, marks=marks)
+
+
+@pytest.mark.parametrize("before, after", [_of_ranks(1, 1), _of_ranks(1, 2), _of_ranks(2, 1)])
+def test_a_killed_run_goes_on_bitwise_through_weights_mixes_and_changes(place, before, after):
+    processes(1, _trained, str(place), "runs/whole", None)
+    with pytest.raises(RuntimeError):
+        processes(before, _trained, str(place), "runs/killed", 48)
+    assert max(read_images("runs/killed")) < 64
+    processes(after, _trained, str(place), "runs/killed", None)
+    whole, killed = read_images("runs/whole"), read_images("runs/killed")
+    assert whole == killed and sorted(whole) == list(range(8 * 16))
+    # other ranks add up in another order, and Adam makes much of rounding where a gradient is 0
+    np.testing.assert_allclose(
+        losses("runs/whole"), losses("runs/killed"), rtol=0 if before == after else 1e-5
+    )
+    if before == after:
+        one, other = (Path(f"runs/{name}/export/model.safetensors") for name in ("whole", "killed"))
+        assert one.read_bytes() == other.read_bytes()
 
 
 def test_a_change_of_steps_that_were_trained_is_refused(place, group):

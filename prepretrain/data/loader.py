@@ -1,6 +1,7 @@
 """Batches in an order that is a pure function: the same for any number of processes and workers."""
 
 import errno
+import math
 import mmap
 import os
 import signal
@@ -17,6 +18,7 @@ from prepretrain.data.batch import collate
 from prepretrain.data.order import Interleaved, Order
 from prepretrain.data.random import Random
 from prepretrain.data.sampling.weights import Weights
+from prepretrain.data.shards.cache import ShardCache
 from prepretrain.data.sources.base import FIELDS, Source, fingerprint_of
 from prepretrain.data.transforms import BadImage
 from prepretrain.distributed import group as distributed
@@ -83,6 +85,7 @@ class Stream:
             order = Order(source.groups, seed=seed, window=window, repeats=repeats)
         self.length = order.length  # of an epoch
         self._parts = [Change(0, source, order), *changes]
+        _share_cache([part.source for part in self._parts], workers)
         self._reader = _Training(self._parts, transform)
 
     def epoch_of(self, position: int) -> int:
@@ -104,6 +107,7 @@ class Stream:
         A batch also holds "key", "position" and "bad", the substitutions made in it. Workers start at
         once, and end when it is closed.
         """
+        _share_cache([part.source for part in self._parts], self.workers)
         return _load(self._reader, _Slices(self, consumed), self.workers)
 
 
@@ -190,10 +194,11 @@ def evaluation_batches(
     shares = []
     for first in range(rank * share, (rank + 1) * share, size):
         shares.append(np.arange(first, min(first + size, end)))
-    reader = _Evaluation(source, transform, size, seed, leave_out)
+    reader = _Evaluation(source, transform, size, end - 1, seed, leave_out)
     if len(shares) == 1:  # there is nothing to do while it is read
         workers = min(workers, 0)
     workers = min(workers, len(shares))
+    _share_cache([source], workers)
     return _beating(_load(reader, shares, workers))
 
 
@@ -206,11 +211,23 @@ def _beating(batches: Iterator[dict]) -> Generator[dict, None, None]:
 class _Evaluation(Dataset):
     """Indexes to a batch of a fixed size, filled up with copies of a row."""
 
-    def __init__(self, source: Source, transform: Transform, size: int, seed: int, leave_out: bool):
+    def __init__(
+        self,
+        source: Source,
+        transform: Transform,
+        size: int,
+        last: int,
+        seed: int,
+        leave_out: bool,
+    ):
+        """size: of a batch. last: the last index that is read."""
         self.source, self.transform, self.size, self.seed = source, transform, size, seed
-        self.leave_out = leave_out
+        self.last, self.leave_out = last, leave_out
 
     def __getitem__(self, indexes: np.ndarray) -> dict:
+        if self.source.reads_ahead:
+            ahead = max(len(self.source) // len(self.source.groups), _AHEAD * self.size)
+            self.source.read_ahead(np.minimum(indexes + ahead, self.last))
         pairs = [self._read(int(index)) for index in indexes]
         missing = self.size - len(pairs)
         filler = next((row for _, row in reversed(pairs) if row is not None), None)
@@ -360,6 +377,25 @@ def _check(source: Source, batch_size: int, world: int, accumulate: int) -> None
             f"{accumulate} parts. Take a multiple of {parts}, such as {near}, or "
             "another accumulate."
         )
+
+
+def _share_cache(sources: Sequence[Source], workers: int) -> None:
+    """Gives each process that reads its part of the shard cache, and lets go of what this one holds, which
+    its workers would hold, too. Raises ValueError where the cache cannot hold two shards for each of them:
+    the one that is read and the one that comes next."""
+    shards = sum({id(source): source.cached for source in sources}.values())
+    if not shards:
+        return
+    readers = max(1, workers) * int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    limit, least = ShardCache().limit, 2 * readers * shards
+    if limit < least:
+        raise ValueError(
+            f"PREPRETRAIN_CACHE_GB: {limit / 1e9:g} is too little: {readers} processes of this machine each "
+            f"read a shard and fetch another, of up to {shards:,} bytes. Set at least "
+            f"{math.ceil(least / 1e6) / 1e3:g}, or fewer data.workers."
+        )
+    for source in sources:
+        source.keep_open(limit // least)
 
 
 def loading(asked: int | None) -> int:

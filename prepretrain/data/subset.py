@@ -23,7 +23,7 @@ class Subset(Source):
         self.fields, self.classes = source.fields, source.classes
         self.categories = source.categories
         self.left_out, self.open_at_once = source.left_out, source.open_at_once
-        self.reads_ahead = source.reads_ahead
+        self.reads_ahead, self.cached = source.reads_ahead, source.cached
         self.stamp, self.groups = source.stamp, self._groups()
         if source.weights is not None:
             self.weights = source.weights.taken(self.indexes)
@@ -51,6 +51,9 @@ class Subset(Source):
 
     def read_ahead(self, indexes: np.ndarray) -> None:
         self.source.read_ahead(self.indexes[indexes])
+
+    def keep_open(self, shards: int) -> None:
+        self.source.keep_open(shards)
 
     def key(self, index: int) -> str:
         return self.source.key(self._index(index))

@@ -97,6 +97,7 @@ class Mix(Source):
         self.fingerprint = fingerprint_of(source.fingerprint for source in sources)
         self.stamp = fingerprint_of(source.stamp for source in sources)
         self.reads_ahead = any(source.reads_ahead for source in sources)
+        self.cached = sum(source.cached for source in sources)
         self.weights = joined([source.weights for source in sources], [*map(len, sources)])
         if all(source.open_at_once is not None for source in sources):
             self.open_at_once = sum(source.open_at_once or 0 for source in sources)
@@ -152,6 +153,10 @@ class Mix(Source):
             inside = (first <= indexes) & (indexes < first + len(source))
             if source.reads_ahead and inside.any():
                 source.read_ahead(indexes[inside] - first)
+
+    def keep_open(self, shards: int) -> None:
+        for source in self.sources:
+            source.keep_open(shards)
 
 
 def open_together(addresses: str) -> Source:

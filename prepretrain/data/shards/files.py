@@ -5,28 +5,40 @@ import logging
 import os
 import queue
 import threading
+import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from prepretrain.data.io.remote import Remote
 from prepretrain.data.shards import tar_index
-from prepretrain.data.shards.cache import ShardCache
+from prepretrain.data.shards.cache import CacheFull, ShardCache
 from prepretrain.data.sources.base import fingerprint_of, stamp_of
 
 logger = logging.getLogger(__name__)
 
 Shard = Path | Remote
 
+_PATIENCE = 60.0  # not from the paper: seconds to wait for others who read from a full cache
 _MTIME = 0  # of all shards in the cache, for which their indexes were built
 
 
-def open_shard(shard: Shard, *, wait: float = 0.0) -> tuple[Path, int]:
+# What this process holds of the cache, and can let go of: close().
+holders: weakref.WeakSet[Any] = weakref.WeakSet()
+
+
+def open_shard(shard: Shard) -> tuple[Path, int]:
     """(where a shard lies on this machine, its open file); one of a store is fetched if need be, and
     stays while the file is open. See ShardCache.open."""
     if isinstance(shard, Path):
         return shard, os.open(shard, os.O_RDONLY)
     cache = ShardCache()
-    handle = cache.open(shard, wait=wait)
+    try:
+        handle = cache.open(shard)
+    except CacheFull:  # perhaps because of what this process holds
+        for holder in list(holders):
+            holder.close()
+        handle = cache.open(shard, wait=_PATIENCE)
     return cache.path(shard), handle
 
 
@@ -60,16 +72,28 @@ def read_head(shard: Shard) -> dict:
         os.close(handle)
 
 
-def read_members(shard: Remote, rows: Sequence[int], field: str) -> Iterator[bytes]:
-    """A member of some samples of a shard in a store, without fetching the whole."""
-    index = tar_index.Index.of_head(read_head(shard))
-    spans = [index.span(row, field) for row in rows if index.has(row, field)]
-    ends = [(start, start + size) for start, size in spans if size]
+def open_index(shard: Remote) -> tar_index.Index:
+    """The index of a shard of a store, which is fetched only if there is no sound one."""
+    if (head := kept_head(shard)) and tar_index.is_sound(head):
+        return tar_index.Index.of_head(head)
+    path, handle = open_shard(shard)
+    try:
+        return tar_index.Index(path)
+    finally:
+        os.close(handle)
+
+
+def read_members(shard: Remote, rows: Sequence[int], field: str) -> dict[int, bytes]:
+    """A member of some samples of a shard in a store, of those that have it, without fetching the whole."""
+    index = open_index(shard)
+    spans = {row: index.span(row, field) for row in rows if index.has(row, field)}
+    ends = [(start, start + size) for start, size in spans.values() if size]
     if not ShardCache().path(shard).exists():
-        return iter(_read_all(shard, ends))
+        pieces = iter(_read_all(shard, ends))
+        return {row: next(pieces) if size else b"" for row, (_, size) in spans.items()}
     _, handle = open_shard(shard)
     try:
-        return iter([os.pread(handle, end - start, start) for start, end in ends])
+        return {row: os.pread(handle, size, start) for row, (start, size) in spans.items()}
     finally:
         os.close(handle)
 

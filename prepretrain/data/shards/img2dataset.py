@@ -40,7 +40,11 @@ def read_rows(file: Path, index: Index, columns: Sequence[str]) -> pa.Table | No
 
 
 def column(
-    file: Path, index: Index, place: str, read: Callable[[int], Any], convert: Callable
+    file: Path,
+    index: Index,
+    place: str,
+    read: Callable[[Sequence[int]], Sequence[Any]],
+    convert: Callable,
 ) -> pa.Array | None:
     """The column of a place ("json.tags", or "txt", which is the column caption) of a shard's Parquet
     file: see `read_rows`. Raises Disagrees, too, where one of some rows, spread evenly, is not what the
@@ -50,9 +54,9 @@ def column(
     values = None if rows is None else _plain(rows[name])
     if values is None:
         return None
-    for row in evenly(len(values), _COMPARED):
-        written = convert(values[row].as_py())
-        if (held := read(row)) != written:
+    rows_compared = evenly(len(values), _COMPARED)
+    for row, held in zip(rows_compared, read(rows_compared)):
+        if held != (written := convert(values[row].as_py())):
             raise Disagrees(
                 f"{file}: {name} of '{index.key(row)}' is {written!r}, and in the shard {held!r}"
             )

@@ -148,9 +148,14 @@ def _sound_head(shard: Path) -> dict:
     asked = _asked(shard)
     for file in _sidecars(shard):
         head = _valid(file, asked)
-        if head and _is_sound(file, head["state"], asked["bytes"]):
+        if head and is_sound(head):
             return head
     return _built(shard, asked)
+
+
+def is_sound(head: dict) -> bool:
+    """Whether the body of this head's sidecar is what was written."""
+    return _is_sound(head["file"], head["state"], head["bytes"])
 
 
 def _asked(shard: Path) -> dict:

@@ -62,6 +62,7 @@ class Source:
     fingerprint: str
     stamp: str = ""
     reads_ahead: bool = False  # whether `read_ahead` does anything
+    cached: int = 0  # bytes of one shard of each store, which a process needs in the cache to read
     weights: Weights | None = None
 
     def __len__(self) -> int:
@@ -84,6 +85,9 @@ class Source:
 
     def read_ahead(self, indexes: np.ndarray) -> None:
         """These images will be read soon: what lies far away may be fetched meanwhile."""
+
+    def keep_open(self, shards: int) -> None:
+        """Holds at most so many shards of each store open from now on, and none until one is read."""
 
     def key(self, index: int) -> str:
         """The key alone, without reading the image where the source can."""

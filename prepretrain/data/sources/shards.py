@@ -1,15 +1,11 @@
 """Tar shards in img2dataset's (webdataset's) layout, read at random through an index of our own."""
 
-import errno
-import os
-import resource
-import sys
-from collections import Counter, OrderedDict
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -18,19 +14,13 @@ from prepretrain.data.io import names, values
 from prepretrain.data.io.paths import find_shards
 from prepretrain.data.io.remote import Remote, Unreachable
 from prepretrain.data.sampling.keep import read_weights
-from prepretrain.data.shards import img2dataset
-from prepretrain.data.shards.cache import CacheFull, NoSpace, ShardCache
+from prepretrain.data.shards import img2dataset, opened
+from prepretrain.data.shards.cache import NoSpace
 from prepretrain.data.shards.columns import read_column
-from prepretrain.data.shards.files import (
-    ReadAhead,
-    Shard,
-    beside,
-    open_shard,
-    read_members,
-    stamp,
-)
+from prepretrain.data.shards.files import ReadAhead, beside, open_index, read_members, stamp
 from prepretrain.data.shards.indexing import read_heads
-from prepretrain.data.shards.tar_index import FILMS, MEMBERS, Index
+from prepretrain.data.shards.opened import FarShard, OpenShard, OpenShards
+from prepretrain.data.shards.tar_index import FILMS, MEMBERS
 from prepretrain.data.sources.base import Source, fingerprint_of
 from prepretrain.data.subset import evenly
 from prepretrain.data.tags.hashtags import Tags, of_column
@@ -38,10 +28,6 @@ from prepretrain.data.transforms import BadImage
 from prepretrain.data.video.container import require
 from prepretrain.data.video.handles import Video
 
-MAX_MEMBER = 64_000_000  # not from the paper: bytes of one member, checked before it is read
-
-_PATIENCE = 60.0  # not from the paper: seconds to wait for others who read from a full cache
-_MAPPINGS = Path("/proc/sys/vm/max_map_count")  # Linux's
 _LOOK = (16, 400)  # shards, and samples in all, that are looked at for what json members hold
 _LOOK_FOR = (100, 10_000)  # and where the options name something that these have not
 
@@ -97,12 +83,9 @@ class Shards(Source):
         self.stamp = stamp(self.paths)
         self._starts = np.cumsum(self.groups) - self.groups
         self._length = sum(self.groups)
-        self._opened: OrderedDict[int, _Shard] = OrderedDict()
-        self.open_at_once = _most_open(len(self.paths))
-        far = [shard.size for shard in self.paths if isinstance(shard, Remote)]
-        if far:  # half of the cache at most: the other half is for those that come next
-            self.open_at_once = max(1, min(self.open_at_once, ShardCache().limit // max(far) // 2))
-        self.reads_ahead, self._ahead = bool(far), ReadAhead()
+        self._opened = OpenShards(self.paths)
+        self.open_at_once, self.cached = self._opened.most, self._opened.cached
+        self.reads_ahead, self._ahead = bool(self.cached), ReadAhead()
 
     def _where(self) -> str:
         return f"{self.paths[0]}, …" if self.paths[1:] else str(self.paths[0])
@@ -141,29 +124,36 @@ class Shards(Source):
     def column(self, group: int, field: str) -> tuple[pa.Array | None, str]:
         """(a field of all samples of a shard, what is wrong with the file beside it): texts or lists of
         texts as they are written; None where only reading them one by one will do."""
-        shard, place, convert = self._shard(group), self.places[field], values.CONVERT[field]
-        first = int(self._starts[group])
-        read = lambda row: self._some(first + row, (field,))[field]
         said = ""
         try:
-            with beside(shard.place, f"{shard.place.stem}.parquet") as file:
-                args = (shard.index, place, read, convert)
-                column = None if file is None else img2dataset.column(file, *args)
-            if column is not None:
+            if (column := self._column_beside(group, field)) is not None:
                 return column, ""
         except (img2dataset.Disagrees, BadImage) as error:
             said = str(error)
-        return read_column(shard.path, shard.index, place), said
+        shard = self._opened[group]
+        return read_column(shard.path, shard.index, self.places[field], opened.MAX_MEMBER), said
+
+    def _column_beside(self, group: int, field: str) -> pa.Array | None:
+        """The same from img2dataset's Parquet file, for which a shard in a store is not fetched."""
+        shard, place, convert = self.paths[group], self.places[field], values.CONVERT[field]
+        with beside(shard, f"{shard.stem}.parquet") as file:
+            if file is None:
+                return None
+            far = isinstance(shard, Remote) and group not in self._opened
+
+            def read(rows: Sequence[int]) -> list[Any]:
+                member = place.partition(".")[0]
+                shown = FarShard(shard, rows, member) if far else self._opened[group]
+                return [self._values(shown, row, (field,))[field] for row in rows]
+
+            index = open_index(shard) if far else self._opened[group].index
+            return img2dataset.column(file, index, place, read, convert)
 
     def texts(self, index: int) -> dict:
         return self._some(index, tuple(f for f in ("text", "captions") if f in self.fields))
 
     def _some(self, index: int, fields: tuple[str, ...]) -> dict:
-        shard, row = self._find(index)
-        try:
-            return self._values(shard, row, fields)
-        except BadImage as error:
-            raise BadImage(error.cause, error.detail, shard.index.key(row)) from error
+        return self._values(*self._find(index), fields)
 
     def _value(self, index: int, field: str):
         shard, row = self._find(index)
@@ -172,23 +162,29 @@ class Shards(Source):
             raise BadImage(f"no {field}", f"in {shard.place}", shard.index.key(row))
         return found[field]
 
-    def _find(self, index: int) -> tuple["_Shard", int]:
+    def _find(self, index: int) -> tuple[OpenShard, int]:
         if not 0 <= index < self._length:
             raise IndexError(f"image {index} of {self._length}")
         number = int(self._starts.searchsorted(index, side="right")) - 1
         return self._shard(number), int(index - self._starts[number])
 
-    def _sample(self, key: str, shard: "_Shard", row: int) -> dict:
+    def _sample(self, key: str, shard: OpenShard, row: int) -> dict:
         sample = {"key": key}
         if "image" in self.fields:
             sample["image"] = shard.read(row, _first(shard, row, names.IMAGES, "image"))
         if "video" in self.fields:
             span = shard.index.span(row, _first(shard, row, FILMS, "video"))
-            sample["video"] = Video(shard.path, span=span, key=key)
+            sample["video"] = Video(shard.path, span=span, key=key, held=shard)
         written = tuple(field for field in self.fields if field in self.places)
-        return sample | self._values(shard, row, written)
+        return sample | self._converted(shard, row, written)
 
-    def _values(self, shard: "_Shard", row: int, wanted: tuple[str, ...]) -> dict:
+    def _values(self, shard: OpenShard | FarShard, row: int, wanted: tuple[str, ...]) -> dict:
+        try:
+            return self._converted(shard, row, wanted)
+        except BadImage as error:
+            raise BadImage(error.cause, error.detail, shard.index.key(row)) from error
+
+    def _converted(self, shard: OpenShard | FarShard, row: int, wanted: tuple[str, ...]) -> dict:
         places = {field: self.places[field] for field in wanted}
         members = {place.partition(".")[0] for place in places.values()}
         read = {m: shard.read(row, m) for m in members if shard.index.has(row, m)}
@@ -239,7 +235,7 @@ class Shards(Source):
     def _jsons(self, number: int, rows: list[int]) -> Iterator[bytes]:
         """The json members of some samples of a shard."""
         if isinstance(place := self.paths[number], Remote):
-            yield from read_members(place, rows, "json")
+            yield from read_members(place, rows, "json").values()
             return
         shard = self._shard(number)
         for row in rows:
@@ -247,22 +243,11 @@ class Shards(Source):
                 with suppress(BadImage):
                     yield shard.read(row, "json")
 
-    def _shard(self, number: int) -> "_Shard":
-        if number in self._opened:
-            self._opened.move_to_end(number)
-        else:
-            self._opened[number] = self._open(self.paths[number])
-            if len(self._opened) > self.open_at_once:
-                self._opened.popitem(last=False)[1].close()
+    def _shard(self, number: int) -> OpenShard:
         return self._opened[number]
 
-    def _open(self, place: Shard) -> "_Shard":
-        try:
-            return _Shard(place)
-        except CacheFull:  # perhaps because of what this process holds
-            while self._opened:
-                self._opened.popitem()[1].close()
-            return _Shard(place, wait=_PATIENCE)
+    def keep_open(self, shards: int) -> None:
+        self._opened.keep(shards)
 
     def read_ahead(self, indexes: np.ndarray) -> None:
         """See Source.read_ahead."""
@@ -282,51 +267,10 @@ def _pictures(members: set[str]) -> tuple[str, ...]:
     return ("video",)
 
 
-def _first(shard: "_Shard", row: int, endings: tuple[str, ...], what: str) -> str:
+def _first(shard: OpenShard, row: int, endings: tuple[str, ...], what: str) -> str:
     """The first of these members that a sample has."""
     ending = next((ending for ending in endings if shard.index.has(row, ending)), None)
     if ending is None:
         some = ", ".join(endings[:3])
         raise BadImage(f"no {what}", f"{shard.place} has no {some}, … under this key")
     return ending
-
-
-def _most_open(shards: int) -> int:
-    """How many of so many shards are held open at once; others are closed and opened again, which
-    takes ten times as long as reading an image.
-
-    An open shard takes two files and a mapping, and a source takes a quarter of what its process may
-    have. Where that is too few, the process's limit of files is raised as far as it may be.
-    """
-    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
-    files, highest = (sys.maxsize if n == resource.RLIM_INFINITY else n for n in limits)
-    if files < 8 * shards:
-        files = min(8 * shards, highest)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (files, limits[1]))
-    mappings = int(_MAPPINGS.read_text()) if _MAPPINGS.exists() else sys.maxsize
-    return max(1, min(shards, files // 8, mappings // 4))
-
-
-class _Shard:
-    """One open shard and its index; `pread` keeps no position, so forked workers may share it."""
-
-    def __init__(self, place: Shard, *, wait: float = 0.0):
-        self.place = place
-        self.path, self._file = open_shard(place, wait=wait)
-        self.index = Index(self.path)
-
-    def read(self, row: int, field: str) -> bytes:
-        offset, size = self.index.span(row, field)
-        if size > MAX_MEMBER:
-            raise BadImage("too large", f"{field}: {size} bytes, the limit is {MAX_MEMBER}")
-        data = os.pread(self._file, size, offset)
-        if len(data) != size:
-            raise OSError(
-                errno.ESTALE,
-                f"{self.place}: {len(data)} of {size} bytes at offset {offset}: the file "
-                "was cut since it was opened.",
-            )
-        return data
-
-    def close(self) -> None:
-        os.close(self._file)

@@ -55,15 +55,24 @@ class Video(Clip):
     The copy in another process opens the file anew. All that is wrong raises BadImage.
     """
 
-    def __init__(self, path: str | Path, *, span: tuple[int, int] | None = None, key: str = ""):
-        """span: (offset, size) in bytes, of a part of the file."""
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        span: tuple[int, int] | None = None,
+        key: str = "",
+        held: object = None,
+    ):
+        """span: (offset, size) in bytes, of a part of the file. held: what keeps the file in its place
+        as long as the video is there."""
         self.path, self.span, self.key = Path(path), span, key or str(path)
+        self._held = held
         self._opened: OpenFile | None = None
         self._index: Index | None = None
         self._size: tuple[int, int] | None = None
 
     def __getstate__(self) -> dict:
-        return self.__dict__ | {"_opened": None}
+        return self.__dict__ | {"_opened": None, "_held": None}
 
     @property
     def times(self) -> np.ndarray:
