@@ -5,6 +5,7 @@ import pyarrow as pa
 
 from prepretrain.curation.copies import roots
 from prepretrain.curation.engine import Tables
+from prepretrain.curation.similarity import COLUMNS, models_of, unit_rows
 from prepretrain.curation.stages.base import Stage
 from prepretrain.plugin import require
 
@@ -57,7 +58,7 @@ class Semantic(Stage):
                 raise ValueError(f"{name}: {value!r} does not fit; it must be at least 1.")
         self.features, self.eps, self.clusters = features, eps, clusters
         self.rounds, self.after, self.seed = rounds, after, seed
-        self.reads = {features: ("feature", "model")} | {name: ("reason",) for name in after}
+        self.reads = {features: COLUMNS} | {name: ("reason",) for name in after}
 
     def check(self) -> None:
         """See Stage.check."""
@@ -100,13 +101,11 @@ class Semantic(Stage):
                 wanted = table["feature"].is_valid().to_numpy()
                 for name in self.after:
                     wanted &= tables.read(name, shard)["reason"].is_null().to_numpy()
-                models |= set(table["model"].drop_null().unique().to_pylist())
+                models |= models_of(table)
                 self._require_one(models)
                 if not wanted.any():
                     continue
-                features = table["feature"].combine_chunks().filter(pa.array(wanted)).flatten()
-                rows = features.to_numpy().reshape(wanted.sum(), -1).astype(np.float32)
-                rows /= np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
+                rows = unit_rows(table, wanted)
                 file.write(rows.astype(np.float16).tobytes())
                 width, count = rows.shape[1], count + len(rows)
                 numbers.append((shard << 32) + np.flatnonzero(wanted))
