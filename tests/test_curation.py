@@ -350,8 +350,8 @@ def test_written_shards_hold_what_is_kept_byte_by_byte(card, tmp_path):
     "stages, message",
     [
         ({}, "a recipe is a mapping of stages"),
-        ({"lok": {}}, "lok: no stage 'lok'. Did you mean 'look'"),
-        ({"look": {"size": 3}}, "look: stage.size: unknown option"),
+        ({"lok": {}}, "lok: no curation stage 'lok'. Did you mean 'look'"),
+        ({"look": {"size": 3}}, "look: curation_stage.size: unknown option"),
         ({"look": [3]}, r"look: \[3\] is no mapping"),
         ({"../look": {}}, "is no name of a stage"),
         ({"filter": {"rules": {"look.entropy": {"above": 3}}}}, "reads the table 'look', which no"),
@@ -402,11 +402,21 @@ def test_a_source_that_is_no_shards_is_refused(tmp_path):
 
 
 def test_what_img2dataset_says_is_taken_over(card, tmp_path):
-    stated = {"key": ["0000", "0002"], "status": ["success"] * 2, "sha256": ["aa", "bb"]}
+    status = ["success", "failed_to_download", "success", "success", "success"]
+    stated = {
+        "key": ["0002", "0009", "0000", "0001", "0003"],
+        "status": status,
+        "sha256": list("cxabd"),
+    }
     pq.write_table(pa.table(stated), tmp_path / "shards/00000.parquet")
-    commands.run(card, recipe(tmp_path, meta={}), tmp_path / "out", None, HERE)
-    assert column(tmp_path / "out", "meta", "original_sha256")[:4] == ["aa", None, "bb", None]
+    chosen = recipe(tmp_path, meta={})
+    commands.run(card, chosen, tmp_path / "out", None, HERE)
+    assert column(tmp_path / "out", "meta", "original_sha256")[:5] == [*"abcd", None]
+    assert column(tmp_path / "out", "meta", "status")[3:5] == ["success", None]
     assert column(tmp_path / "out", "meta", "width") == [48] * 12
+    pq.write_table(pa.table(stated).slice(1), tmp_path / "shards/00000.parquet")
+    with pytest.raises(ValueError, match="has 3 successful rows, and the shard 4 samples.*move it"):
+        commands.run(card, chosen, tmp_path / "again", None, HERE)
 
 
 def test_the_nouns_of_a_text_are_synsets_by_catlips_rule(tmp_path):

@@ -141,11 +141,12 @@ class Leaks(Stage):
         has made them of the data; None for an image that cannot be read."""
         file = tables.folder.stage_file(self.features)
         options = read_json(file)
-        if options.pop("name") != "embed":
+        del options["mark"]
+        if options["name"] != "embed":
             raise ValueError(
                 f"{file}: is no stage embed, so what it makes of an evaluation is not known."
             )
-        embed = plugin.build("stages", "embed", **{k: v for k, v in options.items() if k != "mark"})
+        embed = plugin.build("curation_stages", options.pop("name"), **options)
         models = f'SELECT DISTINCT model FROM "{self.features}" WHERE model IS NOT NULL'
         if {model for (model,) in tables.query(models).fetchall()} - {embed.embedder.mark}:
             raise ValueError(
