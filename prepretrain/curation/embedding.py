@@ -26,6 +26,7 @@ class Embedder:
     model where it is used first, onto the GPU where there is one."""
 
     model: str
+    options: dict[str, Any]
     pool: Literal["class", "mean"]
     layer: int | None
     share: float
@@ -38,7 +39,7 @@ class Embedder:
 
     def check(self) -> None:
         """Raises ValueError where the model is not there, or does not give what is asked of it."""
-        model, _ = described(self.model)
+        model, _ = described(self.model, **self.options)
         if self.pool == "class" and model.encoder.prefix < 1:
             raise ValueError(f"embed.pool: {self.model} has no class token. Use pool: mean.")
         if self.loss and not Path(self.model).is_dir():
@@ -51,7 +52,7 @@ class Embedder:
         """The model, and its objective where its loss is asked for, on the device."""
         device = "cuda" if torch.cuda.is_available() else "cpu"
         if not self.loss:
-            return load(self.model).to(device), None
+            return load(self.model, **self.options).to(device), None
         objective = load_objective(Path(self.model)).to(device)
         return objective.model, objective
 

@@ -16,6 +16,8 @@ class Embed(Stage):
     of; with `loss` also that of the run's own objective. Null for an image that cannot be read.
 
     model       a run's folder, a file of weights, or a release: maws/vit_b16
+    options     to make the model with instead, as load() takes them: {encoder: vit_b16} for a file that does
+                not say what it is, {image_size: 448}
     pool        "class" (the class token) or "mean" (of the patch tokens)
     layer       read the tokens after that many blocks; None: after the last, and its norm
     share       of the image's short side that the centre crop shows
@@ -33,6 +35,7 @@ class Embed(Stage):
         self,
         *,
         model: str,
+        options: dict[str, Any] | None = None,
         pool: Literal["class", "mean"] = "mean",
         layer: int | None = None,
         share: float = 0.875,
@@ -45,7 +48,11 @@ class Embed(Stage):
         for name, value, least in (("batch_size", batch_size, 1), ("workers", workers, 0)):
             if value < least:
                 raise ValueError(f"{name}: {value!r} does not fit; it must be at least {least}.")
-        self.embedder = Embedder(model, pool, layer, share, loss, batch_size, workers)
+        if options and loss:
+            raise ValueError("options: the loss is that of a run as it was trained. Leave one out.")
+        self.embedder = Embedder(
+            model, options or {}, pool, layer, share, loss, batch_size, workers
+        )
         self.columns = {"feature": pa.list_(pa.float16()), "model": pa.string()}
         if loss:
             self.columns |= {"loss": pa.float32()}
