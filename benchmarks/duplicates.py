@@ -8,6 +8,7 @@ planted: of each card's train some pictures are changed (encoded anew, scaled, c
 brighter) and put beside all. Recall is the share of changed pictures that are near-copies of their own
 original; false pairs are those of a changed picture and an image that is not its original, nor a copy
 of it by file. The set's own near-copies are among them, so precision is a lower bound.
+brightness: precision and recall if near-copies also had to be about as bright.
 scale: stage duplicates among so many random hashes (cards: 1000000), a twentieth of them in families of
 copies; in the current folder, with DuckDB's memory limited.
 leaks: pairs of an image of `train` and one of `val`, by how far their hashes are apart, and a sheet
@@ -35,12 +36,12 @@ from PIL import Image, ImageDraw, ImageOps
 from prepretrain.curation.copies import Alike, masks, near_pairs, with_hashes
 from prepretrain.curation.engine import Tables
 from prepretrain.curation.folder import Folder, Manifest, ShardFile
-from prepretrain.curation.hashes import COLOURS, SCHEMA, WORDS, hashes
+from prepretrain.curation.hashes import COLOURS, SCHEMA, SIDE, WORDS, hashes
 from prepretrain.curation.stages.duplicates import Duplicates
 from prepretrain.curation.thumbnail import thumbnail
 from prepretrain.data.card import load_card
 from prepretrain.data.sources.base import Source
-from prepretrain.data.transforms import BadImage
+from prepretrain.data.transforms import BadImage, resized
 
 SETTINGS = {  # (coarse, fine, colour)
     "defaults": Alike(),
@@ -111,23 +112,28 @@ def pairs_of(one: pa.Table, other: pa.Table, alike: Alike) -> dict[str, np.ndarr
     return near_pairs(database, "plain", "both_ways", alike)
 
 
-def planted(source: Source, changed: int, seed: int) -> dict[str, Any]:
-    """Recall by change and false pairs, by setting."""
-    files = {number: source[number]["image"] for number in range(len(source))}
-    chosen = np.random.default_rng(seed).choice(
-        len(source), min(changed, len(source)), replace=False
-    )
+def changed_pictures(files: dict[int, bytes], changed: int, seed: int) -> dict[int, bytes]:
+    """Some files, changed in each way, by the number of the way and their own."""
+    chosen = np.random.default_rng(seed).choice(len(files), changed, replace=False)
     copies: dict[int, bytes] = {}
     for number in np.sort(chosen).tolist():
         image = Image.open(io.BytesIO(files[number])).convert("RGB")
         for kind, change in enumerate(CHANGES.values(), start=1):
             copies[kind * OFF + number] = change(image)
+    return copies
+
+
+def planted(source: Source, changed: int, seed: int) -> dict[str, Any]:
+    """Recall by change and false pairs, by setting."""
+    files = {number: source[number]["image"] for number in range(len(source))}
+    changed = min(changed, len(source))
+    copies = changed_pictures(files, changed, seed)
     start = time.process_time()
     (originals, _), (others, _) = hashed(files), hashed(copies)
     rate = (len(files) + len(copies)) / (time.process_time() - start)
     found: dict[str, Any] = {
         "images": len(files),
-        "changed": len(chosen),
+        "changed": changed,
         "hashed_a_second_of_cpu": round(rate),
     }
     for name, alike in SETTINGS.items():
@@ -137,7 +143,7 @@ def planted(source: Source, changed: int, seed: int) -> dict[str, Any]:
         same = np.array([files[a] == files[b] for a, b in zip(pairs["one"], number)], bool)
         own = pairs_of(originals, originals, alike)
         recall = {
-            change: round(float((right & (kind == place)).sum() / len(chosen)), 4)
+            change: round(float((right & (kind == place)).sum() / changed), 4)
             for place, change in enumerate(CHANGES, start=1)
         }
         found[name] = {
@@ -148,6 +154,42 @@ def planted(source: Source, changed: int, seed: int) -> dict[str, Any]:
             "own_pairs": int((own["one"] < own["other"]).sum()),
         }
     return found
+
+
+def brightness(source: Source, changed: int, seed: int) -> list[dict[str, Any]]:
+    """What it would change if near-copies also had to be about as bright: on average, or in each of the
+    parts that colours are of, as the most levels of 255 between them; with `fine: 60`."""
+    files = {number: source[number]["image"] for number in range(len(source))}
+    copies = changed_pictures(files, changed, seed)
+    (originals, _), (others, _) = hashed(files), hashed(copies)
+    pairs = pairs_of(originals, others, Alike(fine=60))
+    kind, number = pairs["other"] >> 32, pairs["other"] & (OFF - 1)
+    right = pairs["one"] == number
+    same = np.array([files[a] == files[b] for a, b in zip(pairs["one"], number)], bool)
+    greys = [np.array([grey(files[n]) for n in pairs["one"].tolist()])]
+    greys += [np.array([grey(copies[n]) for n in pairs["other"].tolist()])]
+    parts = np.abs(greys[0] - greys[1])
+    measures = {"mean": parts[:, 0], "parts": parts[:, 1:].max(1)}
+    names = dict(enumerate(CHANGES, start=1))
+    found = []
+    for by, apart in measures.items():
+        for most in (4, 8, 12, 16, 24, 32, 255):
+            alike = apart <= most
+            shares = {
+                c: round(float((right & alike & (kind == k)).sum() / changed), 4)
+                for k, c in names.items()
+            }
+            true, false = int((right & alike).sum()), int((~same & alike).sum())
+            precision = round(true / max(1, true + false), 4)
+            found.append({"by": by, "most": most, "precision": precision, "recall": shares})
+    return found
+
+
+def grey(data: bytes) -> np.ndarray:
+    """The mean grey level of a picture, and those of its 4 x 4 parts, each with its mirror image's."""
+    small = resized(thumbnail(data)[0], SIDE, SIDE).permute(1, 2, 0).numpy().mean(2)
+    parts = small.reshape(4, SIDE // 4, 4, SIDE // 4).mean((1, 3))
+    return np.concatenate([[small.mean()], (parts + parts[:, ::-1])[:, :2].ravel() / 2])
 
 
 def scale(count: int, seed: int, memory: str, coarse: list[int]) -> dict[str, Any]:
@@ -286,7 +328,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("what", choices=("planted", "scale", "leaks"))
+    parser.add_argument("what", choices=("planted", "brightness", "scale", "leaks"))
     parser.add_argument("cards", nargs="+")
     parser.add_argument("--changed", type=int, default=200)
     parser.add_argument("--shown", type=int, default=48)
@@ -301,9 +343,10 @@ def main() -> None:
             found[card] = scale(int(card), asked.seed, asked.memory, asked.coarse)
             continue
         name = load_card(card).name
-        if asked.what == "planted":
+        if asked.what in ("planted", "brightness"):
             source = load_card(card).open("train").only(("image",))
-            found[name] = planted(source, asked.changed, asked.seed)
+            measure = planted if asked.what == "planted" else brightness
+            found[name] = measure(source, asked.changed, asked.seed)
         else:
             found[name] = leaks(card, asked.out.with_suffix(".jpg"), asked.shown)
     git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
