@@ -9,6 +9,7 @@ from prepretrain.curation.similarity import COLUMNS, models_of, unit_rows
 from prepretrain.curation.stages.base import Stage
 from prepretrain.plugin import require
 
+_PER_CLUSTER, _CLUSTERS = 1000, 50_000  # images; the latter is the paper's for 440 million images
 _SAMPLE = 256  # images of a cluster that k-means learns from, as faiss has it
 _AT_ONCE = 4096  # not from the paper: rows whose similarities are computed at once
 
@@ -21,7 +22,8 @@ class Semantic(Stage):
 
     features  the table of a stage embed
     eps       not from the paper; the larger, the more is dropped
-    clusters  None: one for each 1,000 images (the paper: 50,000)
+    clusters  None: one for each 1,000 images, at most the paper's 50,000, since the time of k-means grows
+              with images times clusters
     rounds    of k-means
     after     tables with a column `reason`: what they drop is not looked at
     seed      of the images that k-means begins from
@@ -128,7 +130,8 @@ class Semantic(Stage):
         threads = faiss.omp_get_max_threads()
         faiss.omp_set_num_threads(1)
         try:
-            count = min(self.clusters or max(1, len(rows) // 1000), len(rows))
+            usual = min(max(1, len(rows) // _PER_CLUSTER), _CLUSTERS)
+            count = min(self.clusters or usual, len(rows))
             kmeans = faiss.Kmeans(
                 rows.shape[1], count, niter=self.rounds, spherical=True, seed=self.seed
             )
