@@ -4,7 +4,10 @@ import importlib.util
 import io
 import json
 import os
+import subprocess
+import sys
 import tarfile
+import time
 from pathlib import Path
 
 import numpy as np
@@ -127,6 +130,19 @@ class Mortal(Stage):
             Path("MARK").touch()
             os.kill(os.getpid(), signal.SIGKILL)
         return {"key": [shard.key(row) for row in range(len(shard))]}
+"""
+SLOW = """
+import os, time
+from pathlib import Path
+import pyarrow as pa
+from prepretrain.curation.stages.base import Stage
+
+class Slow(Stage):
+    columns = {"key": pa.string()}
+
+    def shard(self, shard):
+        Path(f"MARK{shard.number}").write_text(str(os.getpid()))
+        time.sleep(100)
 """
 FULL = """
 import errno, os
@@ -253,6 +269,25 @@ def test_a_task_that_is_killed_is_named_and_run_alone_by_the_relaunch(card, tmp_
     assert sorted(made) == ["mortal/00000.parquet", "mortal/00002.parquet"]
     commands.run(card, chosen, out, None, HERE)
     assert len(tables(out)) == 3 and not set(made.items()) - set(tables(out).items())
+
+
+@pytest.mark.faults
+def test_workers_end_with_a_command_that_is_killed(card, tmp_path):
+    (tmp_path / "lab").mkdir()
+    (tmp_path / "lab/slow.py").write_text(SLOW.replace("MARK", str(tmp_path / "worker")))
+    tool = str(Path(__file__).parents[1] / "tools/curate.py")
+    chosen = recipe(tmp_path, slow={"name": "lab.slow"})
+    arguments = ["run", card, "--recipe", chosen, "--out", str(tmp_path / "out"), "--workers", "2"]
+    paths = os.pathsep.join([str(tmp_path), *sys.path[1:]])
+    environment = os.environ | {"PYTHONPATH": paths, "PREPRETRAIN_PLUGINS": "lab"}
+    command = subprocess.Popen([sys.executable, tool, *arguments], env=environment)
+    while len(numbers := list(tmp_path.glob("worker?"))) < 2:
+        assert command.poll() is None
+        time.sleep(0.1)
+    command.kill()
+    command.wait()
+    while any(Path(f"/proc/{file.read_text()}").exists() for file in numbers):
+        time.sleep(0.1)
 
 
 def test_a_failing_task_says_why_and_the_others_end_well(card, tmp_path):

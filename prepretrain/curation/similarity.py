@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow as pa
 
 from prepretrain.curation.engine import Tables
-from prepretrain.data.on_cores import cores
+from prepretrain.data.shards.on_cores import cores
 
 _AT_ONCE = 1024  # not from the paper: rows that are compared at once
 _MOST = 100  # not from the paper: pairs for each of them

@@ -7,7 +7,7 @@ import pyarrow as pa
 
 from prepretrain.curation.shard import Shard
 from prepretrain.curation.stages.base import Stage
-from prepretrain.data.img2dataset import Disagrees, read_rows
+from prepretrain.data.shards.img2dataset import Disagrees, read_rows
 from prepretrain.data.transforms import BadImage, header
 
 
