@@ -7,8 +7,9 @@ FOLDER holds fashion_titles: shards of shop photos with tags, in img2dataset's l
 out. For each seed: a small ViT learns the tags from scratch, with every photo equally often, and by
 data.resample's inverse_sqrt with an epoch of the same length; both see equally many images. Measured on
 the photos that are held out, for frequent and for rare tags apart: the share of a tag's photos on which it
-is among the seven highest scores (each photo has seven tags), and its cross-entropy there; both averaged
-over tags. One thread a run. Prints one JSON line a model and seed, and the table. A model that is done is not
+is among the seven highest scores (each photo has seven tags), its cross-entropy there, and how well it
+ranks the photos, as average precision, which does not depend on how frequent it is taken to be; all
+averaged over tags. One thread a run. Prints one JSON line a model and seed, and the table. A model that is done is not
 trained again.
 """
 
@@ -85,6 +86,7 @@ def measured(work: Path, run: str) -> dict[str, float]:
     source, objective = HeldOut(path=path, part="val"), load_objective(work / "runs" / run)
     tags = len(objective.vocabulary)
     found, loss, count = np.zeros(tags), np.zeros(tags), np.zeros(tags)
+    scores, truth = [], []
     batches = evaluation_batches(source, objective.transform(train=False), batch_size=256)
     with torch.inference_mode():
         for batch in batches:
@@ -92,9 +94,12 @@ def measured(work: Path, run: str) -> dict[str, float]:
             best, entropy = logits.topk(SCORES).indices, -logits.log_softmax(1)
             for row in batch["mask"].nonzero().flatten().tolist():
                 own = batch["tags"][row][batch["tags"][row] >= 0]
+                scores.append(-entropy[row].numpy())
+                truth.append(np.isin(np.arange(tags), own.numpy()))
                 found[own] += torch.isin(own, best[row]).numpy()
                 loss[own] += entropy[row, own].numpy()
                 count[own] += 1
+    precision = average_precision(np.stack(scores), np.stack(truth))
     share = np.array(objective.vocabulary.counts) / objective.vocabulary.images
     figures = {}
     for name, (low, high) in GROUPS.items():
@@ -102,8 +107,20 @@ def measured(work: Path, run: str) -> dict[str, float]:
         figures[f"{name}: tags"] = int(group.sum())
         figures[f"{name}: recall"] = float(100 * np.mean(found[group] / count[group]))
         figures[f"{name}: loss"] = float(np.mean(loss[group] / count[group]))
+        figures[f"{name}: average precision"] = float(100 * np.mean(precision[group]))
+        chance = np.stack(truth)[:, group].mean()
+        figures[f"{name}: average precision by chance"] = float(100 * chance)
     figures["all mentions: recall"] = float(100 * found.sum() / count.sum())
     return figures
+
+
+def average_precision(scores: np.ndarray, truth: np.ndarray) -> np.ndarray:
+    """That of each tag, of scores and truth [photos, tags]: the mean, over the photos that have it, of the
+    share of such among those that score no less; NaN for a tag that none has."""
+    order = np.argsort(-scores, axis=0, kind="stable")
+    right = np.take_along_axis(truth, order, 0)
+    precision = right.cumsum(0) / np.arange(1, len(right) + 1)[:, None]
+    return (precision * right).sum(0) / np.where(right.any(0), right.sum(0), np.nan)
 
 
 def main() -> None:

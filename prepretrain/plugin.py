@@ -18,13 +18,13 @@ from typing import Any
 from prepretrain import contracts, ranges
 
 KINDS = {  # the folder of each kind of part
+    "curation_stages": "prepretrain.curation.stages",
     "encoders": "prepretrain.models.encoders",
     "evaluators": "prepretrain.evaluation.evaluators",
     "heads": "prepretrain.models.heads",
     "objectives": "prepretrain.objectives",
     "optimizers": "prepretrain.training.optimizers",
     "sources": "prepretrain.data.sources",
-    "stages": "prepretrain.curation.stages",
     "towers": "prepretrain.models.text",
 }
 TRUSTED = "PREPRETRAIN_PLUGINS"  # packages whose modules files may name, separated by commas
@@ -73,7 +73,9 @@ def find(kind: str, name: str) -> type:
     if not all(part.isidentifier() for part in name.split(".")):
         raise ValueError(unknown(f"{kind}: no module", name, names(kind), quote=True))
     if "." not in name and name not in names(kind):
-        raise ValueError(unknown(f"no {kind.rstrip('s')}", name, names(kind), quote=True))
+        raise ValueError(
+            unknown(f"no {kind.rstrip('s').replace('_', ' ')}", name, names(kind), quote=True)
+        )
     if "." in name and not _is_module(name):
         raise ValueError(f"{kind}: {name!r} is no name of a module, such as my_lab.jepa.")
     module = name if "." in name else f"{KINDS[kind]}.{name}"
@@ -135,7 +137,7 @@ def check_trusted(content: Any, where: str, known: Collection[str] = ()) -> None
 
 def _base(kind: str) -> type:
     loaded = importlib.import_module(f"{KINDS[kind]}.base")
-    return getattr(loaded, kind.rstrip("s").capitalize())
+    return getattr(loaded, kind.rpartition("_")[2].rstrip("s").capitalize())
 
 
 def options(factory: Any) -> dict[str, inspect.Parameter]:

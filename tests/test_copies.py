@@ -12,6 +12,7 @@ from test_curation import column, recipe, write_shard, write_yaml
 from prepretrain.curation import commands, copies
 from prepretrain.curation.engine import Machines
 from prepretrain.curation.hashes import COLOURS, SCHEMA, WORDS, distance, hashes
+from prepretrain.curation.stages import duplicates
 
 duckdb = pytest.importorskip("duckdb", reason="the extra `data` is not installed")
 HERE = Machines()
@@ -173,6 +174,29 @@ def test_what_an_earlier_stage_drops_is_kept_in_favour_of_nothing(curated):
     reason = column(folder / "after", "duplicates", "reason")
     assert reason[:4] == ["mirrored near-copy", None, None, None] and reason[4] is reason[6] is None
     assert column(folder / "after", "duplicates", "kept_row")[0] == 1  # the mirrored one
+
+
+def test_a_picture_that_is_there_many_times_makes_few_pairs(tmp_path, monkeypatch):
+    files = [encoded(picture(20), quality=quality) for quality in range(76, 94)]
+    files += [encoded(ImageOps.mirror(picture(20)), quality=95), encoded(picture(21))]
+    write_shard(tmp_path / "shards/00000.tar", [{"jpg": data} for data in files])
+    split = {"source": "shards", "path": str(tmp_path / "shards")}
+    card, pairs = write_yaml(tmp_path / "card.yaml", {"train": split}), []
+
+    def counted(*given, **how):
+        found = copies.near_pairs(*given, **how)
+        pairs.append(len(found["one"]))
+        return found
+
+    monkeypatch.setattr(duplicates, "near_pairs", counted)
+    monkeypatch.setattr(duplicates, "_CROWD", 4)
+    stages = {"meta": {}, "look": {}, "duplicates": {}}
+    commands.run(card, recipe(tmp_path, **stages), tmp_path / "out", None, HERE)
+    reasons = column(tmp_path / "out", "duplicates", "reason")
+    assert reasons.count(None) == 2 and reasons[19] is None
+    assert {"near-copy", "mirrored near-copy"} <= set(reasons)
+    assert len(set(column(tmp_path / "out", "duplicates", "kept_row")) - {None}) == 1
+    assert sum(pairs) < 3 * 20
 
 
 def test_a_distance_that_no_hash_has_is_refused(curated):

@@ -4,7 +4,10 @@ import importlib.util
 import io
 import json
 import os
+import subprocess
+import sys
 import tarfile
+import time
 from pathlib import Path
 
 import numpy as np
@@ -127,6 +130,19 @@ class Mortal(Stage):
             Path("MARK").touch()
             os.kill(os.getpid(), signal.SIGKILL)
         return {"key": [shard.key(row) for row in range(len(shard))]}
+"""
+SLOW = """
+import os, time
+from pathlib import Path
+import pyarrow as pa
+from prepretrain.curation.stages.base import Stage
+
+class Slow(Stage):
+    columns = {"key": pa.string()}
+
+    def shard(self, shard):
+        Path(f"MARK{shard.number}").write_text(str(os.getpid()))
+        time.sleep(100)
 """
 FULL = """
 import errno, os
@@ -255,6 +271,25 @@ def test_a_task_that_is_killed_is_named_and_run_alone_by_the_relaunch(card, tmp_
     assert len(tables(out)) == 3 and not set(made.items()) - set(tables(out).items())
 
 
+@pytest.mark.faults
+def test_workers_end_with_a_command_that_is_killed(card, tmp_path):
+    (tmp_path / "lab").mkdir()
+    (tmp_path / "lab/slow.py").write_text(SLOW.replace("MARK", str(tmp_path / "worker")))
+    tool = str(Path(__file__).parents[1] / "tools/curate.py")
+    chosen = recipe(tmp_path, slow={"name": "lab.slow"})
+    arguments = ["run", card, "--recipe", chosen, "--out", str(tmp_path / "out"), "--workers", "2"]
+    paths = os.pathsep.join([str(tmp_path), *sys.path[1:]])
+    environment = os.environ | {"PYTHONPATH": paths, "PREPRETRAIN_PLUGINS": "lab"}
+    command = subprocess.Popen([sys.executable, tool, *arguments], env=environment)
+    while len(numbers := list(tmp_path.glob("worker?"))) < 2:
+        assert command.poll() is None
+        time.sleep(0.1)
+    command.kill()
+    command.wait()
+    while any(Path(f"/proc/{file.read_text()}").exists() for file in numbers):
+        time.sleep(0.1)
+
+
 def test_a_failing_task_says_why_and_the_others_end_well(card, tmp_path):
     chosen, out = recipe(tmp_path, meta={}), tmp_path / "out"
     commands.run(card, chosen, out, None, HERE)
@@ -350,8 +385,8 @@ def test_written_shards_hold_what_is_kept_byte_by_byte(card, tmp_path):
     "stages, message",
     [
         ({}, "a recipe is a mapping of stages"),
-        ({"lok": {}}, "lok: no stage 'lok'. Did you mean 'look'"),
-        ({"look": {"size": 3}}, "look: stage.size: unknown option"),
+        ({"lok": {}}, "lok: no curation stage 'lok'. Did you mean 'look'"),
+        ({"look": {"size": 3}}, "look: curation_stage.size: unknown option"),
         ({"look": [3]}, r"look: \[3\] is no mapping"),
         ({"../look": {}}, "is no name of a stage"),
         ({"filter": {"rules": {"look.entropy": {"above": 3}}}}, "reads the table 'look', which no"),
@@ -402,11 +437,21 @@ def test_a_source_that_is_no_shards_is_refused(tmp_path):
 
 
 def test_what_img2dataset_says_is_taken_over(card, tmp_path):
-    stated = {"key": ["0000", "0002"], "status": ["success"] * 2, "sha256": ["aa", "bb"]}
+    status = ["success", "failed_to_download", "success", "success", "success"]
+    stated = {
+        "key": ["0002", "0009", "0000", "0001", "0003"],
+        "status": status,
+        "sha256": list("cxabd"),
+    }
     pq.write_table(pa.table(stated), tmp_path / "shards/00000.parquet")
-    commands.run(card, recipe(tmp_path, meta={}), tmp_path / "out", None, HERE)
-    assert column(tmp_path / "out", "meta", "original_sha256")[:4] == ["aa", None, "bb", None]
+    chosen = recipe(tmp_path, meta={})
+    commands.run(card, chosen, tmp_path / "out", None, HERE)
+    assert column(tmp_path / "out", "meta", "original_sha256")[:5] == [*"abcd", None]
+    assert column(tmp_path / "out", "meta", "status")[3:5] == ["success", None]
     assert column(tmp_path / "out", "meta", "width") == [48] * 12
+    pq.write_table(pa.table(stated).slice(1), tmp_path / "shards/00000.parquet")
+    with pytest.raises(ValueError, match="has 3 successful rows, and the shard 4 samples.*move it"):
+        commands.run(card, chosen, tmp_path / "again", None, HERE)
 
 
 def test_the_nouns_of_a_text_are_synsets_by_catlips_rule(tmp_path):

@@ -3,15 +3,19 @@
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import torch
 from test_copies import encoded, picture
 from test_curation import column, recipe, write_shard, write_yaml
+from test_features import tiny_model
 from test_train import train
 
 from prepretrain.curation import commands
 from prepretrain.curation.copies import roots
 from prepretrain.curation.engine import Machines
 from prepretrain.curation.stages import semantic
+from prepretrain.curation.stages.embed import Embed
 from prepretrain.data.card import load_card
+from prepretrain.data.transforms import decode, resize_center_crop
 from prepretrain.evaluation import validation
 from prepretrain.evaluation.features import extract
 from prepretrain.models.load import load
@@ -50,6 +54,21 @@ def test_features_and_the_loss_of_a_run_are_those_of_its_evaluation(web, place, 
     assert np.mean([one for one in loss if one is not None]) == pytest.approx(mean, rel=1e-5)
     models = column(place / "out", "embed", "model")
     assert len({one for one in models if one}) == 1 and models[1] is None
+
+
+def test_a_released_file_is_embedded_that_is_told_what_it_is(web, place):
+    torch.save({"model": tiny_model().encoder.state_dict()}, place / "released.pth")
+    stages = {"meta": {}, "look": {}, "embed": {"model": "released.pth"}}
+    with pytest.raises(ValueError, match="released.pth: does not say which encoder it is"):
+        commands.run(web, recipe(place, **stages), place / "out", None, HERE)
+    stages["embed"]["options"] = {"encoder": "vit_test8"}
+    commands.run(web, recipe(place, **stages), place / "out", None, HERE)
+    feature = column(place / "out", "embed", "feature")
+    image = resize_center_crop(decode(encoded(picture(2))), 32, share=0.875)
+    expected = tiny_model().eval().features(image[None], "mean")[0]
+    np.testing.assert_allclose(feature[2], expected.detach().numpy(), atol=2e-3, rtol=2e-3)
+    with pytest.raises(ValueError, match="the loss is that of a run as it was trained"):
+        Embed(model="run", options={"encoder": "vit_test8"}, loss=True)
 
 
 def test_the_nearest_earlier_row_is_that_of_all_similarities(monkeypatch):

@@ -1,5 +1,7 @@
 """Leaks: near-copies of evaluation images in the training data, and what is right without them."""
 
+import shutil
+
 import pytest
 import torch
 from PIL import Image, ImageOps
@@ -7,11 +9,16 @@ from test_copies import encoded, picture
 from test_curation import column, recipe, write_shard, write_yaml
 from test_features import tiny_model
 
-from prepretrain.curation import commands
+from prepretrain.curation import commands, similarity
+from prepretrain.curation.embedding import Embedder, require_images
 from prepretrain.curation.engine import Machines
+from prepretrain.curation.stages.leaks import Leaks
 from prepretrain.data.card import load_card
+from prepretrain.data.subset import Subset
 from prepretrain.evaluation import leaks
 from prepretrain.evaluation.evaluators.base import accuracy, build
+from prepretrain.evaluation.features import extract
+from prepretrain.models.export import save
 
 HERE = Machines()
 
@@ -91,6 +98,93 @@ def test_a_set_that_was_not_searched_or_has_changed_has_no_certificate(curated):
         leaks.read(curated / "out", "pets:val", changed)
     with pytest.raises(ValueError, match="there is no found.json"):
         evaluator(curated, leaks=str(curated / "nowhere")).open_data()
+
+
+@pytest.fixture(scope="module")
+def embedded(curated):
+    """The folder with a model, and features of three shards, one of which has nothing to read."""
+    save(tiny_model(), curated / "model", "a test")
+    files = [picture(1), picture(4).crop((20, 15, 108, 81)), picture(51), picture(52)]
+    data = [encoded(image) for image in files]
+    for shard, some in enumerate((data[:2], [b"no picture"], data[2:])):
+        write_shard(curated / f"more/{shard:05d}.tar", [{"jpg": one} for one in some])
+    write_yaml(
+        curated / "more.yaml", {"train": {"source": "shards", "path": str(curated / "more")}}
+    )
+    return curated
+
+
+def leaks_by_features(embedded, out, above=0.9):
+    """The matches of each image, among others by features."""
+    against = [f"{embedded / 'pets.yaml'}:{split}" for split in ("val", "odd")]
+    chosen = {"against": against, "features": "embed", "similarity": above}
+    model = str(embedded / "model")
+    stages = {"meta": {}, "look": {}, "embed": {"model": model}, "leaks": chosen}
+    commands.run(str(embedded / "more.yaml"), recipe(embedded, **stages), out, None, HERE)
+    return column(out, "leaks", "matches")
+
+
+def test_features_above_the_similarity_are_matches_as_all_pairs_say(
+    embedded, tmp_path, monkeypatch
+):
+    def unit(card, split):
+        source = load_card(str(embedded / card)).open(split)
+        source = Subset(source, [n for n in range(len(source)) if (card, n) != ("more.yaml", 2)])
+        return torch.nn.functional.normalize(
+            extract(tiny_model(), source, pool="mean", labelled=False)[0]
+        )
+
+    cosine = unit("more.yaml", "train") @ unit("pets.yaml", "val").T
+    middle = float(cosine.flatten().sort().values[-8:-6].mean())
+    found = leaks_by_features(embedded, tmp_path / "out", middle)
+    assert found.pop(2) is None
+    for row, matches in enumerate(found):
+        expected = set((cosine[row] > middle).nonzero().flatten().tolist())
+        assert {match["number"] for match in matches or []} == expected
+        for match in matches or []:
+            assert match["similarity"] == pytest.approx(
+                float(cosine[row, match["number"]]), abs=2e-3
+            )
+    assert found[0][0]["distance"] is not None, "a near-copy by its hashes comes first"
+    sets = leaks.content_of(tmp_path / "out")["sets"]
+    assert sets["pets:val"]["leaked"] == (cosine > middle).any(0).nonzero().flatten().tolist()
+    assert sets["pets:odd"]["unreadable"] == ["broken.jpg"]
+    monkeypatch.setattr(similarity, "cores", lambda: 3)
+    leaks_by_features(embedded, tmp_path / "again", middle)
+    for file in sorted((tmp_path / "out/leaks").glob("*.parquet")):
+        assert file.read_bytes() == (tmp_path / "again/leaks" / file.name).read_bytes()
+
+
+def test_a_similarity_that_nearly_all_images_pass_is_refused(embedded, tmp_path, monkeypatch):
+    monkeypatch.setattr(similarity, "_MOST", 1)
+    with pytest.raises(ValueError, match="is passed by .* images of the evaluation sets for each"):
+        leaks_by_features(embedded, tmp_path / "out", 0.01)
+
+
+def test_features_of_another_model_than_is_there_now_are_refused(embedded, tmp_path, monkeypatch):
+    leaks_by_features(embedded, tmp_path / "out")
+    shutil.rmtree(tmp_path / "out/leaks")
+    monkeypatch.setattr(Embedder, "mark", "another")
+    with pytest.raises(ValueError, match="'embed' is of another model than"):
+        leaks_by_features(embedded, tmp_path / "out")
+
+
+def test_features_of_videos_are_refused_before_any_stage_runs(embedded):
+    videos = load_card(str(embedded / "pets.yaml")).open("val").only(("key",))
+    with pytest.raises(ValueError, match="leaks.features: pets:val: holds no images"):
+        require_images(videos, "leaks.features: pets:val")
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"features": "embed"}, "one needs the other"),
+        ({"features": "embed", "similarity": 1.5}, "between 0 and 1"),
+    ],
+)
+def test_features_and_their_similarity_are_named_together(options, message):
+    with pytest.raises(ValueError, match=message):
+        Leaks(against=["pets:val"], **options)
 
 
 def test_an_evaluation_set_without_data_is_an_error_before_any_stage_runs(curated):

@@ -15,6 +15,7 @@ import os
 import shlex
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -255,7 +256,14 @@ def _check_status(status: int) -> None:
 
 
 def _worker(*given: Any) -> None:
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     sys.exit(_work(*given))
+
+
+def _end_with_parent() -> None:
+    """Ends this process once the command was killed: a relaunch would work beside it."""
+    multiprocessing.parent_process().join()
+    os._exit(1)
 
 
 def _work(task: Task, count: int, logs: Path, numbers: Iterable[int], worker: int) -> int:

@@ -37,7 +37,7 @@ class Recipe:
         given = {"name": name, **options}
         try:
             stage = plugin.build(
-                "stages", given["name"], **{k: v for k, v in given.items() if k != "name"}
+                "curation_stages", given["name"], **{k: v for k, v in given.items() if k != "name"}
             )
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from error

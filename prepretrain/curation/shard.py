@@ -9,7 +9,7 @@ import pyarrow as pa
 
 from prepretrain.curation.folder import Folder, checksum
 from prepretrain.curation.thumbnail import pictures
-from prepretrain.data.shards.tar_index import MEMBERS
+from prepretrain.data.shards.tar_index import MEMBERS, Index
 from prepretrain.data.sources.shards import Shards
 from prepretrain.data.transforms import BadImage
 from prepretrain.files import draft
@@ -47,6 +47,11 @@ class Shard:
     def source(self) -> Shards:
         """Its samples, for the loader."""
         return self._source
+
+    @property
+    def index(self) -> Index:
+        """Where its samples' members lie in the tar."""
+        return self._source.index
 
     def key(self, row: int) -> str:
         """A sample's key, which may be any text: never part of a path."""
@@ -94,6 +99,11 @@ class _OneShard(Shards):
     def __init__(self, path: Path, fields: list[str], options: dict[str, Any]):
         self._of_split = [field for field in fields if field not in ("image", "video")]
         super().__init__(path=[str(path)], **options)
+
+    @property
+    def index(self) -> Index:
+        """Of the shard."""
+        return self._shard(0).index
 
     def members(self, row: int) -> dict[str, bytes]:
         """The files of a row, by their endings, as they are."""

@@ -292,18 +292,20 @@ def _leaks(tables: Tables, drawer: "_Drawer") -> dict[str, Any]:
     against = read_json(tables.folder.stage_file("leaks"))["against"]
     addresses = dict(zip(sets, against, strict=True))  # a card may be named by its file
     rows = tables.query(
-        f"""SELECT shard, "row", m.set, m.number, m.key, m.distance, m.mirrored FROM (
+        f"""SELECT shard, "row", m.set, m.number, m.key, m.distance, m.mirrored, m.similarity FROM (
             SELECT shard, "row", matches[1] AS m FROM leaks WHERE matches IS NOT NULL
         ) ORDER BY md5(shard || ' ' || "row") LIMIT {_LEAKS}"""
     ).fetchall()
     pairs = []
-    for shard, row, name, number, key, distance, mirrored in rows:
-        words = f"{name}, {distance} of 256 bits{', mirrored' if mirrored else ''}"
+    for shard, row, name, number, key, distance, mirrored, similarity in rows:
+        words = [name, *([] if distance is None else [f"{distance} of 256 bits"])]
+        words += ["mirrored"] if mirrored else []
+        words += [] if similarity is None else [f"features alike by {similarity:.3f}"]
         pairs.append(
             (
                 drawer.picture(shard, row, "in the data"),
                 _of_set(addresses[name], number, key),
-                words,
+                ", ".join(words),
             )
         )
     return {"sets": sets, "pairs": pairs}

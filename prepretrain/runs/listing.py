@@ -11,7 +11,6 @@ from prepretrain import plugin
 from prepretrain.data import card as cards
 from prepretrain.models.encoders import base as encoders
 
-HEADS = {"stages": "curation"}  # of kinds of parts, where another list has the kind's name
 _SENTENCE = re.compile(r".*?\.(?=\s+[A-Z`]|$)", re.DOTALL)  # does not end at "et al. 2018"
 
 
@@ -43,9 +42,7 @@ def listing(what: str = "") -> str:
 
 def _catalogues() -> dict[str, Catalogue]:
     parts = {
-        HEADS.get(kind, kind): Catalogue(
-            *(partial(f, kind) for f in (plugin.names, _part, _part_options))
-        )
+        kind: Catalogue(*(partial(f, kind) for f in (plugin.names, _part, _part_options)))
         for kind in plugin.KINDS
     }
     return {

@@ -5,11 +5,12 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from prepretrain.curation.copies import NUMBER, Alike, Pairs, near_pairs, with_hashes
+from prepretrain.curation.copies import NUMBER, Alike, Pairs, masks, near_pairs, with_hashes
 from prepretrain.curation.engine import Tables
 from prepretrain.curation.hashes import SCHEMA
 from prepretrain.curation.stages.base import Stage
 
+_CROWD = 200  # not from the paper: how many images make one
 FILE, PIXELS, NEAR, MIRRORED = "same file", "same pixels", "near-copy", "mirrored near-copy"
 
 
@@ -27,7 +28,8 @@ class Duplicates(Stage):
     after     tables with a column `reason`: what they drop is no copy and has none
 
     Of equal files and pixels the first is kept; of near-copies the largest picture, then the largest
-    file, then the first, and every one that has no copy among those that are kept. `group`
+    file, then the first, and every one that has no copy among those that are kept. A picture that is
+    there hundreds of times is compared with the best of them alone. `group`
     is a number that all of a group have, those that are kept included; the other columns are null for these:
     `reason`, `distance` (bits of the fine hash) to the image that is kept instead, and its
     `kept_shard`, `kept_row` and key, `kept`. An image that cannot be decoded has no hash, and so no
@@ -79,24 +81,53 @@ class Duplicates(Stage):
         database.sql(f"CREATE TEMP TABLE hashed AS {with_hashes(left)}")
         turned = f"UNION ALL {with_hashes(left, flipped=True)}" if self.mirrored else ""
         database.sql(f"CREATE TEMP TABLE turned AS SELECT *, false AS flipped FROM hashed {turned}")
+        while self._thin(tables):
+            pass
         found = near_pairs(database, "hashed", "turned", self.alike, ordered=True)
         pairs = Pairs(**found)
         dropped_by = pairs.keep(self._best_first(tables, pairs.images))
         dropped = np.flatnonzero(dropped_by >= 0)
         by = dropped_by[dropped]
         kept = pairs.one[by] + pairs.other[by] - dropped  # a pair's other end
-        reasons = np.where(pairs.flipped[by], MIRRORED, NEAR)
         return (
-            pa.table(
-                {
-                    "number": pairs.images[dropped],
-                    "kept": pairs.images[kept],
-                    "reason": pa.array(reasons, pa.string()),
-                    "distance": pairs.distance[by],
-                }
-            ),
+            _dropped(pairs.images[dropped], pairs.images[kept], found, by),
             pa.table({"number": pairs.images, "first": pairs.groups()}),
         )
+
+    def _thin(self, tables: Tables) -> bool:
+        """Drops the copies of the best image of each crowd, of images that agree in the bits of one mask:
+        a picture that is there n times would make n²/2 pairs with itself. What remains in `hashed` is
+        like none of the images that are kept here. Returns whether there was such a picture, beside which
+        a crowd may hold others."""
+        database = tables.database
+        ((images,),) = database.sql("SELECT count(*) FROM turned").fetchall()
+        bits = f"coarse & {masks(self.alike.coarse, images)[0]}::UBIGINT"
+        database.sql(
+            f"""CREATE OR REPLACE TEMP TABLE leaders AS SELECT h.* FROM hashed h SEMI JOIN (
+            SELECT arg_max(number, (width::BIGINT * height, bytes, -number)) AS number FROM hashed
+            JOIN meta ON number = {NUMBER}
+            WHERE {bits} IN (SELECT {bits} FROM hashed GROUP BY ALL HAVING count(*) > {_CROWD})
+            GROUP BY {bits}) USING (number)"""
+        )
+        leaders = database.sql("SELECT number FROM leaders ORDER BY number").fetchnumpy()["number"]
+        if not len(leaders):
+            return False
+        found = near_pairs(database, "leaders", "turned", self.alike)
+        found = {name: values[found["one"] != found["other"]] for name, values in found.items()}
+        among = np.isin(found["other"], leaders)
+        pairs = Pairs(**{name: values[among] for name, values in found.items()})
+        lost = pairs.images[pairs.keep(self._best_first(tables, pairs.images)) >= 0]
+        by_kept = np.flatnonzero(~np.isin(found["one"], lost))
+        by_kept = by_kept[np.lexsort((found["distance"][by_kept], found["other"][by_kept]))]
+        dropped, nearest = np.unique(found["other"][by_kept], return_index=True)
+        by = by_kept[nearest]
+        database.register("thinned", _dropped(dropped, found["one"][by], found, by))
+        database.register("settled", pa.table({"number": np.union1d(dropped, leaders)}))
+        database.sql("INSERT INTO dropped FROM thinned")
+        for table in ("hashed", "turned"):
+            database.sql(f"DELETE FROM {table} WHERE number IN (FROM settled)")
+        _, copies = np.unique(found["one"][by], return_counts=True)
+        return bool((copies >= _CROWD).any())
 
     def _best_first(self, tables: Tables, images: np.ndarray) -> np.ndarray:
         """The places of these images, those first that are kept rather than others."""
@@ -106,6 +137,21 @@ class Duplicates(Stage):
             f"JOIN meta ON number = {NUMBER} ORDER BY number"
         ).fetchnumpy()
         return np.lexsort((images, -np.asarray(about["bytes"]), -np.asarray(about["pixels"])))
+
+
+def _dropped(
+    number: np.ndarray, kept: np.ndarray, pairs: dict[str, np.ndarray], by: np.ndarray
+) -> pa.Table:
+    """Which images are dropped, in favour of which, and by which of the pairs."""
+    reasons = np.where(pairs["flipped"][by], MIRRORED, NEAR)
+    return pa.table(
+        {
+            "number": number,
+            "kept": kept,
+            "reason": pa.array(reasons, pa.string()),
+            "distance": pairs["distance"][by],
+        }
+    )
 
 
 def _equal(rows: str, column: str, reason: str) -> str:

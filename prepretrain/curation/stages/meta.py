@@ -1,23 +1,21 @@
 """What each sample is: its key, bytes, size and checksum, and what img2dataset says of it."""
 
 import hashlib
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from prepretrain.curation.shard import Shard
 from prepretrain.curation.stages.base import Stage
+from prepretrain.data.shards.img2dataset import Disagrees, read_rows
 from prepretrain.data.transforms import BadImage, header
-
-_STATED = ("status", "sha256")  # columns of img2dataset's parquet
 
 
 class Meta(Stage):
     """The key, the image's bytes, width, height and SHA-256 of each sample, and the `status` and
     `sha256` (here `original_sha256`: of the file before it was resized) of img2dataset's parquet
-    beside the shard, where there is one; null where there is none."""
+    beside the shard, where there is one; null where there is none. One whose successful rows are not
+    the shard's samples is an error."""
 
     columns = {
         "key": pa.string(),
@@ -33,12 +31,12 @@ class Meta(Stage):
     def shard(self, shard: Shard) -> dict[str, list[Any]]:
         keys = [shard.key(row) for row in range(len(shard))]
         images = [_image(sample) for sample in shard.pictures()]
-        stated = _stated(shard.path, keys)
+        stated = _stated(shard)
         return {
             "key": [key.encode(errors="replace").decode() for key in keys],
             **{name: [image.get(name) for image in images] for name in list(self.columns)[1:5]},
-            "status": [stated.get(key, {}).get("status") for key in keys],
-            "original_sha256": [stated.get(key, {}).get("sha256") for key in keys],
+            "status": stated["status"],
+            "original_sha256": stated["sha256"],
         }
 
 
@@ -55,19 +53,17 @@ def _image(sample: dict[str, Any] | BadImage) -> dict[str, Any]:
     return found | {"width": width, "height": height}
 
 
-def _stated(shard: Path, keys: list[str]) -> dict[str, dict[str, Any]]:
-    """What img2dataset's parquet beside a shard says of its keys."""
-    file = shard.with_suffix(".parquet")
-    if not file.exists():
-        return {}
+def _stated(shard: Shard) -> dict[str, list[Any]]:
+    """What img2dataset's parquet beside a shard says of each of its samples."""
+    file, columns = shard.path.with_suffix(".parquet"), ["status", "sha256"]
+    rows = None
     try:
-        names = set(pq.read_schema(file).names)
-        if "key" not in names:
-            return {}
-        rows = pq.read_table(file, columns=["key", *(n for n in _STATED if n in names)])
-    except (OSError, pa.ArrowException) as error:
+        for wanted in (columns, columns[:1]) if file.exists() else ():
+            if (rows := read_rows(file, shard.index, wanted)) is not None:
+                break
+    except Disagrees as error:
         raise ValueError(
-            f"{file}: cannot be read: {error}. Remove it, or fetch it again."
+            f"{error}. Fetch it again, or move it away where the shard was packed anew."
         ) from error
-    wanted = set(keys)
-    return {str(row["key"]): row for row in rows.to_pylist() if str(row["key"]) in wanted}
+    names = [] if rows is None else rows.column_names
+    return {n: rows[n].to_pylist() if n in names else [None] * len(shard) for n in columns}

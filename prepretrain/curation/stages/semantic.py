@@ -5,9 +5,11 @@ import pyarrow as pa
 
 from prepretrain.curation.copies import roots
 from prepretrain.curation.engine import Tables
+from prepretrain.curation.similarity import COLUMNS, models_of, unit_rows
 from prepretrain.curation.stages.base import Stage
 from prepretrain.plugin import require
 
+_PER_CLUSTER, _CLUSTERS = 1000, 50_000  # images; the latter is the paper's for 440 million images
 _SAMPLE = 256  # images of a cluster that k-means learns from, as faiss has it
 _AT_ONCE = 4096  # not from the paper: rows whose similarities are computed at once
 
@@ -20,7 +22,8 @@ class Semantic(Stage):
 
     features  the table of a stage embed
     eps       not from the paper; the larger, the more is dropped
-    clusters  None: one for each 1,000 images (the paper: 50,000)
+    clusters  None: one for each 1,000 images, at most the paper's 50,000, since the time of k-means grows
+              with images times clusters
     rounds    of k-means
     after     tables with a column `reason`: what they drop is not looked at
     seed      of the images that k-means begins from
@@ -57,7 +60,7 @@ class Semantic(Stage):
                 raise ValueError(f"{name}: {value!r} does not fit; it must be at least 1.")
         self.features, self.eps, self.clusters = features, eps, clusters
         self.rounds, self.after, self.seed = rounds, after, seed
-        self.reads = {features: ("feature", "model")} | {name: ("reason",) for name in after}
+        self.reads = {features: COLUMNS} | {name: ("reason",) for name in after}
 
     def check(self) -> None:
         """See Stage.check."""
@@ -100,13 +103,11 @@ class Semantic(Stage):
                 wanted = table["feature"].is_valid().to_numpy()
                 for name in self.after:
                     wanted &= tables.read(name, shard)["reason"].is_null().to_numpy()
-                models |= set(table["model"].drop_null().unique().to_pylist())
+                models |= models_of(table)
                 self._require_one(models)
                 if not wanted.any():
                     continue
-                features = table["feature"].combine_chunks().filter(pa.array(wanted)).flatten()
-                rows = features.to_numpy().reshape(wanted.sum(), -1).astype(np.float32)
-                rows /= np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
+                rows = unit_rows(table, wanted)
                 file.write(rows.astype(np.float16).tobytes())
                 width, count = rows.shape[1], count + len(rows)
                 numbers.append((shard << 32) + np.flatnonzero(wanted))
@@ -129,7 +130,8 @@ class Semantic(Stage):
         threads = faiss.omp_get_max_threads()
         faiss.omp_set_num_threads(1)
         try:
-            count = min(self.clusters or max(1, len(rows) // 1000), len(rows))
+            usual = min(max(1, len(rows) // _PER_CLUSTER), _CLUSTERS)
+            count = min(self.clusters or usual, len(rows))
             kmeans = faiss.Kmeans(
                 rows.shape[1], count, niter=self.rounds, spherical=True, seed=self.seed
             )
