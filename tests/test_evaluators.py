@@ -285,7 +285,8 @@ def test_the_labels_of_val_do_not_influence_the_probe(protocol, card, tmp_path, 
     for val_labels in (labels, (labels + 1) % 3):
         splits = {"train": (features, labels), "val": (features, val_labels)}
         evaluator = Linear(data=card, protocol=protocol)
-        evaluator.features = lambda model, split, folder, splits=splits: splits[split]
+        evaluator.open = lambda split, splits=splits: splits[split][0]
+        evaluator.features = lambda model, split, source, folder, splits=splits: splits[split]
         evaluator.run(tiny_model(), tmp_path)
     for one, other in zip(*(head.state_dict().values() for head in fitted)):
         assert torch.equal(one, other)

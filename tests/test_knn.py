@@ -60,7 +60,8 @@ def test_a_class_without_a_vote_is_not_among_the_first_five_whatever_its_number(
     splits = {"train": (train, labels), "val": (val, truth)}
     for k in (1, 2, 3, 20):
         evaluator = Knn(data=card, k=k)
-        evaluator.features = lambda model, split, folder: splits[split]
+        evaluator.open = lambda split: splits[split][0]
+        evaluator.features = lambda model, split, source, folder: splits[split]
         found = evaluator.run(tiny_model(), tmp_path)
         votes = evaluator.votes(train, labels, val, 10)
         order = votes.argsort(dim=1, descending=True, stable=True)[:, :5]
