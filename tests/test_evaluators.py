@@ -168,7 +168,8 @@ def test_the_model_waits_in_the_hosts_memory_while_its_features_are_probed(
     name, options, method, card, monkeypatch
 ):
     evaluator = plugin.build("evaluators", name, data=card, **options)
-    monkeypatch.setattr(evaluator, "features", lambda *_: clouds(60, 3, 1.0, 0))
+    number = len(evaluator.card.open("val"))
+    monkeypatch.setattr(evaluator, "features", lambda *_: clouds(number, 3, 1.0, 0))
     compute, model = getattr(evaluator, method), OnGpu().eval()
     monkeypatch.setattr(
         evaluator, method, lambda *given: model.moves.append("probe") or compute(*given)
