@@ -10,8 +10,7 @@ import sys
 from pathlib import Path
 
 from prepretrain.data.card import load_card
-from prepretrain.data.census import maps
-from prepretrain.data.subset import evenly
+from prepretrain.data.census import bad, maps
 
 
 def main() -> None:
@@ -30,14 +29,10 @@ def main() -> None:
     print(f"{len(source):,} images; of {len(found.bad):,} the map is bad")
     for line in found.lines(source.classes):
         print(line)
-    for bad in found.bad[:20]:
-        print(f"bad: {bad}")
-    if len(found.bad) > 20:
-        print(f"… and {len(found.bad) - 20:,} more")
+    for line in bad.lines(found.bad):
+        print(line)
     if args.out is not None:
-        keys = {bad.key for bad in found.bad}
-        usable = [i for i in range(len(source)) if source.key(i) not in keys]
-        chosen = [usable[i] for i in evenly(len(usable), args.images)]
+        chosen = bad.some_usable(source, found.bad, args.images)
         maps.draw(card, source, chosen).save(args.out)
         print(f"{args.out}: {len(chosen)} images with their maps")
 

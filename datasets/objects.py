@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from prepretrain.data.card import open_data
-from prepretrain.data.census import objects
+from prepretrain.data.census import bad, objects
 from prepretrain.data.subset import evenly
 
 
@@ -29,10 +29,8 @@ def main() -> None:
     source = open_data(args.card)
     found = objects.count(source, decode=args.decode)
     show(source, found, args.top)
-    for bad in found.bad[:20]:
-        print(f"bad: {bad}")
-    if len(found.bad) > 20:
-        print(f"… and {len(found.bad) - 20:,} more")
+    for line in bad.lines(found.bad):
+        print(line)
     if args.out is not None:
         usable = np.flatnonzero(found.of_image)
         chosen = usable[evenly(len(usable), args.images)].tolist()

@@ -9,8 +9,7 @@ import sys
 from pathlib import Path
 
 from prepretrain.data.card import open_data
-from prepretrain.data.census import videos
-from prepretrain.data.subset import evenly
+from prepretrain.data.census import bad, videos
 
 
 def main() -> None:
@@ -28,14 +27,10 @@ def main() -> None:
     print(f"{len(source):,} videos, {len(census.bad):,} of them bad")
     for line in census.lines():
         print(line)
-    for bad in census.bad[:20]:
-        print(f"bad: {bad}")
-    if len(census.bad) > 20:
-        print(f"… and {len(census.bad) - 20:,} more")
+    for line in bad.lines(census.bad):
+        print(line)
     if args.out is not None:
-        keys = {bad.key for bad in census.bad}
-        usable = [i for i in range(len(source)) if source.key(i) not in keys]
-        chosen = [usable[i] for i in evenly(len(usable), args.videos)]
+        chosen = bad.some_usable(source, census.bad, args.videos)
         videos.draw(source, chosen).save(args.out)
         print(f"{args.out}: {len(chosen)} videos")
 
