@@ -68,7 +68,8 @@ class RelativeAttention(nn.Module):
         """[B, prefix + N, D] tokens, of which those after the prefix lie on the grid, to the same
         shape."""
         B, N, _ = tokens.shape
-        q, k, v = self.qkv(tokens).view(B, N, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        apart = self.qkv(tokens).view(B, N, 3, self.heads, -1).unbind(2)
+        q, k, v = (one.transpose(1, 2) for one in apart)  # so that gradients are copied once
         channels = q.shape[-1]
         scale = channels**-0.5
         if self.reach is not None:
@@ -90,8 +91,9 @@ class RelativeAttention(nn.Module):
         tables = [relative(getattr(self, name), n) for name, n in zip(self._names(), grid)]
         products = by_distance(q[:, :, prefix:], *tables) / scale
         place = places(grid, k).expand(*k.shape[:2], -1, -1)
-        found = (F.pad(one, (0, 0, prefix, 0)) for one in (products, place))
-        return tuple(torch.cat(pair, -1) for pair in zip((q, k), found))
+        if prefix:
+            products, place = (F.pad(one, (0, 0, prefix, 0)) for one in (products, place))
+        return torch.cat([q, products], -1), torch.cat([k, place], -1)
 
 
 class GridAttention(RelativeAttention):
