@@ -139,12 +139,15 @@ def test_a_group_stays_in_a_node_or_takes_whole_ones(place):
     assert chosen == [1, 2, 4, 4, 8, 16, 32]
 
 
+NARROW = "model.head={channels: 8, auxiliary_channels: 6}"
 DEEP = {
     "wsp": (["model.encoder=vit_test8", "model.depth=12"], 4, 2),
     "finetune": (["model.encoder=vit_test8", "model.depth=12", "data.train=cifar10"], 1, 1),
     "mae": (["base=[]", "model.encoder=vit_test8", "model.depth=24"], 4, 1),
+    # its head reads blocks by their numbers
+    "finetune/ade20k_upernet_b": (["model.encoder=vit_test8", "model.depth=12", NARROW], 1, 1),
 }
-QUICK = [("wsp", "block"), ("finetune", "none")]
+QUICK = [("wsp", "block"), ("finetune", "none"), ("finetune/ade20k_upernet_b", "none")]
 REST = [(stage, how) for stage in DEEP for how in ("none", "block", "offload")]
 REST = [pytest.param(*pair, marks=pytest.mark.faults) for pair in REST if pair not in QUICK]
 

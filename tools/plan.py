@@ -20,7 +20,7 @@ MACHINE = {  # a flag's option of capacity.Machine, which has the defaults: an H
     "--tflops": ("tflops", "a GPU's peak, dense bf16 (default: 989)"),
     "--mfu": (
         "mfu",
-        "share of the peak that the step's FLOPs run at (default: 0.4, an assumption)",
+        "share of the peak that the step's FLOPs run at (default: 0.4; one H200, compiled: 0.29 to 0.36 in MAE, 0.42 to 0.44 on hashtags)",
     ),
     "--bandwidth": ("bandwidth", "of a GPU's memory, in GB/s (default: 3350)"),
     "--per-node": ("per_node", "GPUs in a node (default: 8)"),

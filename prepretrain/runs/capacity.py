@@ -40,7 +40,7 @@ class Machine:
 
     gigabytes: float = 80.0
     tflops: float = 989.0
-    mfu: float = 0.4  # not from the paper
+    mfu: float = 0.4  # not from the paper; an H200 reached 0.29 to 0.44 (docs/precision.md)
     bandwidth: float = 3350.0
     per_node: int = 8
     inside: float = 450.0

@@ -157,9 +157,13 @@ def simulate(
         finally:
             dist.destroy_process_group()
 
-    lists = _block_lists(build())
+    built = build()
+    lists, numbered = _block_lists(built), _numbered(built)
     units = [shard.together(blocks) if world > 1 else 1 for blocks in lists]
-    few = [_few(blocks, unit) for blocks, unit in zip(lists, units)]
+    few = [
+        len(blocks) if blocks in numbered else _few(blocks, unit)
+        for blocks, unit in zip(lists, units)
+    ]
     longer = [i for i, blocks in enumerate(lists) if len(blocks) > few[i]]
     if not shorten or sum(few) * (1 + len(longer)) >= sum(map(len, lists)):
         return run().step()
@@ -243,6 +247,14 @@ class _Kept:
 def _block_lists(objective: Objective) -> list[nn.ModuleList]:
     parts = (objective, *objective.frozen())
     return [blocks for part in parts for blocks in shard.block_lists(part)]
+
+
+def _numbered(objective: Objective) -> list[nn.ModuleList]:
+    """The lists of which a head reads blocks by their numbers; they stay as they are."""
+    encoder, head = objective.model.encoder, objective.model.head
+    every = _block_lists(objective) if head is not None and head.layers else []
+    inside = {id(module) for module in encoder.modules()}
+    return [blocks for blocks in every if id(blocks) in inside]
 
 
 def _few(blocks: nn.ModuleList, unit: int) -> int:
