@@ -10,6 +10,8 @@ from prepretrain.data.sampling.bounds import BITS, bounds
 
 _ROUNDS = 8
 _BLOCK, _BLOCKS = 1 << 10, 1 << 14  # not from the paper: images of a block, blocks of a cycle
+_SHIFTS = np.uint64(30), np.uint64(27), np.uint64(31)
+_FACTORS = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
 _GOLDEN = 10127  # the golden section of _BLOCKS, odd: its multiples are spread evenly over them
 
 
@@ -193,23 +195,30 @@ def permute(values: np.ndarray, n: int, rng: np.random.Generator) -> np.ndarray:
     A Feistel network over the cells of a grid of about sqrt(n) x sqrt(n); what falls on the few
     cells past n goes through again until it does not.
     """
-    rows = math.isqrt(n - 1) + 1
-    columns = -(-n // rows)
+    side = math.isqrt(n - 1) + 1
+    rows, columns = np.uint64(side), np.uint64(-(-n // side))
     keys = rng.integers(2**64, size=_ROUNDS, dtype=np.uint64)
     out = np.array(values, dtype=np.uint64)
     todo = np.arange(len(out))
     while len(todo):
-        row, column = np.divmod(out[todo], np.uint64(columns))
-        for i in range(0, _ROUNDS, 2):
-            row = (row + _mixed(column ^ keys[i]) % np.uint64(rows)) % np.uint64(rows)
-            column = (column + _mixed(row ^ keys[i + 1]) % np.uint64(columns)) % np.uint64(columns)
-        out[todo] = row * np.uint64(columns) + column
-        todo = todo[out[todo] >= n]
+        row, column = np.divmod(out[todo], columns)
+        for first, second in zip(keys[::2], keys[1::2]):
+            row += _mixed(column ^ first) % rows
+            row %= rows
+            column += _mixed(row ^ second) % columns
+            column %= columns
+        row *= columns
+        row += column
+        out[todo] = row
+        todo = todo[row >= n]
     return out.astype(np.int64)
 
 
 def _mixed(x: np.ndarray) -> np.ndarray:
-    """Spread every bit over all 64 (Stafford's thirteenth mix, the finaliser of SplitMix64)."""
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
+    """Spread every bit over all 64 (Stafford's thirteenth mix, the finaliser of SplitMix64), in place."""
+    x ^= x >> _SHIFTS[0]
+    x *= _FACTORS[0]
+    x ^= x >> _SHIFTS[1]
+    x *= _FACTORS[1]
+    x ^= x >> _SHIFTS[2]
+    return x
