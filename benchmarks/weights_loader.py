@@ -38,8 +38,8 @@ def transform(sample: dict) -> dict:
 
 
 def shards(place: Path, count: int, each: int) -> list[Path]:
-    """Shards of images, and a file of weights for each."""
-    rng, images = np.random.default_rng(0), list(textures(each))
+    """Shards of images, of which 64 differ, and a file of weights for each."""
+    rng, images = np.random.default_rng(0), list(textures(64)) * (each // 64)
     (place / "keep").mkdir()
     for number in range(count):
         write(images, place / f"{number:05d}.tar")
@@ -76,7 +76,7 @@ def main() -> None:
     given = parser.parse_args()
     start, seconds = time.time(), {}
     with tempfile.TemporaryDirectory() as place:
-        shards(Path(place), 8, 64)
+        shards(Path(place), 8, 512)  # windows are larger than the blocks of a mix
         running = {name: stream.batches() for name, stream in streams(Path(place)).items()}
         names = list(running)
         for number in range(given.rounds + 1):
