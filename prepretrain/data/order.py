@@ -38,8 +38,7 @@ class Order:
     ):
         self.seed, self.window = seed, window
         images = sum(groups)
-        if images >= 1 << 63:
-            raise ValueError(f"data.train: {images:,} images are more than an epoch can hold.")
+        _check_length(images)
         if repeats is not None and len(repeats) != images:
             raise ValueError(f"weights: there are {len(repeats)}, and there are {images} images.")
         self._groups = np.concatenate([[0], np.cumsum(groups, dtype=np.int64)])
@@ -131,6 +130,7 @@ class Interleaved:
     """
 
     def __init__(self, orders: list[Order], images: list[int], shares: list[float]):
+        _check_length(max(sum(images), sum(order.length for order in orders)))
         self.orders, self.seed = orders, orders[0].seed
         self.length = sum(order.length for order in orders)
         self._firsts = np.cumsum([0, *images], dtype=np.int64)
@@ -181,6 +181,11 @@ class Interleaved:
         first = int(self._firsts[number])
         found, copy = self.orders[number].another(epoch, index - first, generator)
         return first + found, copy
+
+
+def _check_length(images: int) -> None:
+    if images >= 1 << 63:
+        raise ValueError(f"data.train: {images:,} images are more than an epoch can hold.")
 
 
 def _different(values: np.ndarray) -> list[int]:
