@@ -4,11 +4,11 @@
 
 Photo-like JPEGs in shards go through the first stage's crop and flip to batches, in one process: once with
 every image equally often, once with weights from 0 to 3 by a file beside the shards, once as a mix of two
-cards. CPU time of as many images of each, in turns; the ratio is that of the medians. Prints one JSON line.
+cards, and once more as the first, which says what the noise is. CPU time of a batch of each, in turns that
+go forth and back; the ratio is that of the medians. Prints one JSON line.
 """
 
 import argparse
-import itertools
 import json
 import statistics
 import tempfile
@@ -38,8 +38,8 @@ def transform(sample: dict) -> dict:
 
 
 def shards(place: Path, count: int, each: int) -> list[Path]:
-    """Shards of images, and a file of weights for each."""
-    rng, images = np.random.default_rng(0), list(textures(each))
+    """Shards of images, of which 64 differ, and a file of weights for each."""
+    rng, images = np.random.default_rng(0), list(textures(64)) * (each // 64)
     (place / "keep").mkdir()
     for number in range(count):
         write(images, place / f"{number:05d}.tar")
@@ -60,6 +60,7 @@ def streams(place: Path) -> dict[str, Stream]:
         "plain": (plain, order(plain)),
         "weights": (kept, order(kept)),
         "mix": (Mix(["a", "b"], [plain, kept]), mixed),
+        "plain again": (plain, order(plain)),
     }
     how = {"batch_size": BATCH}
     return {name: Stream(s, transform, order=o, **how) for name, (s, o) in read.items()}
@@ -71,27 +72,25 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--batches", type=int, default=4, help="of each stream in a round")
+    parser.add_argument("--rounds", type=int, default=100)
     given = parser.parse_args()
     start, seconds = time.time(), {}
     with tempfile.TemporaryDirectory() as place:
-        shards(Path(place), 8, 64)
+        shards(Path(place), 8, 512)  # windows are larger than the blocks of a mix
         running = {name: stream.batches() for name, stream in streams(Path(place)).items()}
-        for _ in range(given.rounds + 1):
-            for name, batches in running.items():
+        names = list(running)
+        for number in range(given.rounds + 1):
+            for name in names[:: 1 if number % 2 else -1]:
                 begin = time.process_time()
-                for _ in itertools.islice(batches, given.batches):
-                    pass
+                next(running[name])
                 seconds.setdefault(name, []).append(time.process_time() - begin)
-    images = given.batches * BATCH
     medians = {name: statistics.median(some[1:]) for name, some in seconds.items()}
     found = {
-        "images_per_second": {name: round(images / some, 1) for name, some in medians.items()},
+        "images_per_second": {name: round(BATCH / some, 1) for name, some in medians.items()},
         "over_plain": {name: round(medians["plain"] / some, 4) for name, some in medians.items()},
     }
     print(json.dumps(found))
-    command = f"weights_loader.py --rounds {given.rounds} --batches {given.batches}"
+    command = f"weights_loader.py --rounds {given.rounds}"
     record(given.out, command, start, **found)
 
 

@@ -1,6 +1,7 @@
 """Captions as labels: CatLIP's and SuperClass's numbers, on any number of processes, resumed."""
 
 import json
+import math
 import os
 import shutil
 from pathlib import Path
@@ -26,6 +27,8 @@ from prepretrain.models.tagger import Tagger
 from prepretrain.objectives.hashtag import Hashtag
 from prepretrain.runs.export import load_objective
 from prepretrain.runs.launch import launch
+from prepretrain.runs.replay import replay
+from prepretrain.training import fit
 
 GOLDEN = Path(os.environ.get("PREPRETRAIN_GOLDEN", Path(__file__).parent / "golden"))
 golden = pytest.mark.skipif(not GOLDEN.is_dir(), reason=f"no {GOLDEN}")
@@ -158,6 +161,26 @@ def test_a_run_that_weighs_labels_is_the_same_on_one_process_and_on_three_and_re
     assert_close(head.state_dict(), trained.head.state_dict(), rtol=0, atol=0)  # of three shards
     with pytest.raises(ValueError, match="batch_per_process: 6 .*looks at all of a batch at once"):
         launch("small.yaml", [*RARE, "batch_per_process=6"], dry_run=True)
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_a_replay_counts_the_labels_of_its_step_once(place, group, monkeypatch, late):
+    monkeypatch.setattr(fit, "_reads_late", lambda: late)
+    forward, losses = Hashtag.forward, []
+
+    def spoilt(self, batch):
+        figures = forward(self, batch)
+        if "position" in batch:
+            losses.append(figures["loss"].item())
+            figures["loss"] = figures["loss"] * (math.nan if len(losses) == 3 else 1)
+        return figures
+
+    monkeypatch.setattr(Hashtag, "forward", spoilt)
+    with pytest.raises(FloatingPointError, match="step 3 is not finite"):
+        train("runs/a", *RARE)
+    monkeypatch.setattr(Hashtag, "forward", forward)
+    (row,) = replay(Path("runs/a/dumps/000000003"))
+    assert row["loss"] == losses[2] and row["found"] is None
 
 
 def nouns(tmp_path: Path, monkeypatch) -> Vocabulary:

@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 import traceback
+from pathlib import Path
 from urllib.parse import unquote
 
 import numpy as np
@@ -19,6 +20,7 @@ import pyarrow.parquet as pq
 import pytest
 from test_sources import flat, open_shards, sample, write_tar
 
+from prepretrain.curation import commands
 from prepretrain.data import loader
 from prepretrain.data.io import remote as remotes
 from prepretrain.data.io.paths import find_shards
@@ -29,6 +31,7 @@ from prepretrain.data.sampling.mix import Mix
 from prepretrain.data.shards import cache as shard_cache
 from prepretrain.data.shards.cache import CacheFull, NoSpace, ShardCache
 from prepretrain.data.shards.indexing import read_heads
+from prepretrain.runs.launch import launch
 
 SECRET = "abc123secret"
 needs_web = pytest.mark.skipif(
@@ -328,6 +331,40 @@ def test_a_source_whose_shards_cannot_be_had_is_a_plain_error(web, fault):
     with pytest.raises(ValueError, match="00000.tar: .*" + str(fault)) as raised:
         open_shards(f"{web.url}/00000.tar?sig={SECRET}")
     assert SECRET not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "path, said",
+    [
+        ("refused/00000.tar", "refused/00000.tar: access is refused .403."),
+        ("{00000..00004}.tar", "00004.tar: there is no such file .404."),
+        ("", ": a web server does not say which files it has"),
+        ("torn.tar", "torn.tar: .*truncated"),
+    ],
+)
+def test_a_run_a_dry_run_and_a_curation_refuse_shards_that_cannot_be_had(
+    place, web, group, path, said
+):
+    (web.folder / "torn.tar").write_bytes((web.folder / "00000.tar").read_bytes()[:2000])
+    web.fault = lambda request: 403 if "refused" in request.path else None
+    Path("look.yaml").write_text("meta: {}\n")
+    Path("datasets/far.yaml").write_text(f'train: {{source: shards, path: "{web.url}/{path}"}}\n')
+    with pytest.raises(ValueError, match=said):
+        launch("small.yaml", ["data.train=far"], dry_run=True)
+    with pytest.raises(ValueError, match=said):
+        launch("small.yaml", ["data.train=far"], out="runs/far")
+    assert not list(Path("runs").rglob("metrics.jsonl"))
+    with pytest.raises(ValueError, match=said):
+        commands.plan("far", "look.yaml", Path("curated"), None, commands.Machines())
+
+
+def test_shards_of_a_store_are_not_curated(place, web):
+    Path("datasets/far.yaml").write_text(f"train: {{source: shards, path: {web.url}/00000.tar}}\n")
+    Path("look.yaml").write_text("meta: {}\n")
+    for act in (commands.plan, commands.run):
+        with pytest.raises(ValueError, match="00000.tar: shards are curated on disks of their own"):
+            act("far", "look.yaml", Path("curated"), None, commands.Machines())
+    assert not Path("curated").exists()
 
 
 def test_half_a_tar_in_a_store_is_said_with_its_address(web):

@@ -257,6 +257,9 @@ def test_a_streams_fingerprint_covers_the_changes_that_have_begun_and_no_others(
 def test_an_epoch_that_no_number_holds_is_refused():
     with pytest.raises(ValueError, match="data.train: .* images are more than an epoch can hold"):
         Order([1 << 62, 1 << 62], seed=0)
+    halves = [Order([1 << 62], seed=0), Order([1 << 62], seed=0)]
+    with pytest.raises(ValueError, match="data.train: .* images are more than an epoch can hold"):
+        Interleaved(halves, [1 << 62, 1 << 62], [1, 1])
     with pytest.raises(ValueError, match="weights: their sum, 6e\\+14, is no length of an epoch"):
         Order([3], seed=0, repeats=np.full(3, 2e14))
     with pytest.raises(ValueError, match="weights: their sum, .*, is no length of an epoch"):

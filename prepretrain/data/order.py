@@ -10,6 +10,8 @@ from prepretrain.data.sampling.bounds import BITS, bounds
 
 _ROUNDS = 8
 _BLOCK, _BLOCKS = 1 << 10, 1 << 14  # not from the paper: images of a block, blocks of a cycle
+_SHIFTS = np.uint64(30), np.uint64(27), np.uint64(31)
+_FACTORS = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
 _GOLDEN = 10127  # the golden section of _BLOCKS, odd: its multiples are spread evenly over them
 
 
@@ -36,8 +38,7 @@ class Order:
     ):
         self.seed, self.window = seed, window
         images = sum(groups)
-        if images >= 1 << 63:
-            raise ValueError(f"data.train: {images:,} images are more than an epoch can hold.")
+        _check_length(images)
         if repeats is not None and len(repeats) != images:
             raise ValueError(f"weights: there are {len(repeats)}, and there are {images} images.")
         self._groups = np.concatenate([[0], np.cumsum(groups, dtype=np.int64)])
@@ -60,10 +61,10 @@ class Order:
         """The epochs, the indexes and the copies at these positions."""
         epochs, within = np.divmod(positions, self.length)
         indexes, copies = np.empty_like(within), np.empty_like(within)
-        for epoch in np.unique(epochs):
+        for epoch in _different(epochs):
             here = epochs == epoch
             find = self._in_windows if self.window else self._in_all
-            indexes[here], copies[here] = self.at(int(epoch), find(int(epoch), within[here]))
+            indexes[here], copies[here] = self.at(epoch, find(epoch, within[here]))
         return epochs, indexes, copies
 
     def at(self, epoch: int, slots: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -99,9 +100,9 @@ class Order:
         ends = np.append(starts[self.window :: self.window], self.length)
         windows = np.searchsorted(ends, within, side="right")
         slots = np.empty_like(within)
-        for window in np.unique(windows):
+        for window in _different(windows):
             here, first = windows == window, starts[window * self.window]
-            rng = Random(self.seed, epoch, int(window))("window")
+            rng = Random(self.seed, epoch, window)("window")
             moved = first + permute(within[here] - first, int(ends[window] - first), rng)
             place = np.searchsorted(starts, moved, side="right") - 1
             slots[here] = firsts[place] + moved - starts[place]
@@ -129,6 +130,7 @@ class Interleaved:
     """
 
     def __init__(self, orders: list[Order], images: list[int], shares: list[float]):
+        _check_length(max(sum(images), sum(order.length for order in orders)))
         self.orders, self.seed = orders, orders[0].seed
         self.length = sum(order.length for order in orders)
         self._firsts = np.cumsum([0, *images], dtype=np.int64)
@@ -154,7 +156,7 @@ class Interleaved:
         """See Order; the epochs are those of each image's set."""
         sets, own = self.places(positions)
         found = np.empty((3, len(positions)), np.int64)
-        for number in np.unique(sets):
+        for number in _different(sets):
             here = sets == number
             epochs, indexes, copies = self.orders[number](own[here])
             found[:, here] = epochs, self._firsts[number] + indexes, copies
@@ -164,9 +166,9 @@ class Interleaved:
         """The set of each position, and the position in the order of that set."""
         blocks, slots = np.divmod(positions, _BLOCK)
         sets, own = np.empty_like(slots), np.empty_like(slots)
-        for block in np.unique(blocks):
-            here, (cycle, row) = blocks == block, divmod(int(block), _BLOCKS)
-            moved = permute(slots[here], _BLOCK, Random(self.seed, int(block), 0)("mix"))
+        for block in _different(blocks):
+            here, (cycle, row) = blocks == block, divmod(block, _BLOCKS)
+            moved = permute(slots[here], _BLOCK, Random(self.seed, block, 0)("mix"))
             chosen = np.searchsorted(self._ends[row], moved, side="right")
             first = self._ends[row] - self._sizes[row]
             before = cycle * self.counts + self._before[row]
@@ -181,6 +183,16 @@ class Interleaved:
         return first + found, copy
 
 
+def _check_length(images: int) -> None:
+    if images >= 1 << 63:
+        raise ValueError(f"data.train: {images:,} images are more than an epoch can hold.")
+
+
+def _different(values: np.ndarray) -> list[int]:
+    """The different ones, which rise; of a batch in a tenth of the time of np.unique."""
+    return sorted(set(values.tolist()))
+
+
 def _whole_shares(shares: list[float], total: int) -> np.ndarray:
     """Whole numbers with this sum, in the proportion of the shares."""
     ends = np.rint(np.cumsum(shares) / np.sum(shares) * total).astype(np.int64)
@@ -193,23 +205,30 @@ def permute(values: np.ndarray, n: int, rng: np.random.Generator) -> np.ndarray:
     A Feistel network over the cells of a grid of about sqrt(n) x sqrt(n); what falls on the few
     cells past n goes through again until it does not.
     """
-    rows = math.isqrt(n - 1) + 1
-    columns = -(-n // rows)
+    side = math.isqrt(n - 1) + 1
+    rows, columns = np.uint64(side), np.uint64(-(-n // side))
     keys = rng.integers(2**64, size=_ROUNDS, dtype=np.uint64)
     out = np.array(values, dtype=np.uint64)
     todo = np.arange(len(out))
     while len(todo):
-        row, column = np.divmod(out[todo], np.uint64(columns))
-        for i in range(0, _ROUNDS, 2):
-            row = (row + _mixed(column ^ keys[i]) % np.uint64(rows)) % np.uint64(rows)
-            column = (column + _mixed(row ^ keys[i + 1]) % np.uint64(columns)) % np.uint64(columns)
-        out[todo] = row * np.uint64(columns) + column
-        todo = todo[out[todo] >= n]
+        row, column = np.divmod(out[todo], columns)
+        for first, second in zip(keys[::2], keys[1::2]):
+            row += _mixed(column ^ first) % rows
+            row %= rows
+            column += _mixed(row ^ second) % columns
+            column %= columns
+        row *= columns
+        row += column
+        out[todo] = row
+        todo = todo[row >= n]
     return out.astype(np.int64)
 
 
 def _mixed(x: np.ndarray) -> np.ndarray:
-    """Spread every bit over all 64 (Stafford's thirteenth mix, the finaliser of SplitMix64)."""
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
+    """Spread every bit over all 64 (Stafford's thirteenth mix, the finaliser of SplitMix64), in place."""
+    x ^= x >> _SHIFTS[0]
+    x *= _FACTORS[0]
+    x ^= x >> _SHIFTS[1]
+    x *= _FACTORS[1]
+    x ^= x >> _SHIFTS[2]
+    return x

@@ -163,21 +163,23 @@ def _fit(
             if save_every is not None:
                 facts = {"seed": seed, "position": guard.position(taken.step, data.batch_size)}
                 parts = (objective, optimizer, state(taken.step))
-                place = numerics.dump(
-                    folder, taken.step, *parts, *taken.described(objective), facts
-                )
+                with counted.as_of(taken.counts):
+                    place = numerics.dump(
+                        folder, taken.step, *parts, *taken.described(objective), facts
+                    )
                 said += f" To look into it: tools/launch.py --replay {place}"
             event = guard.not_finite(taken.step, said)
         ledger.note(taken.step + 1, taken.rate, found, taken.replaced, event)
         return found.stop
 
-    late, stop = _reads_late(), False
+    late, stop, counted = _reads_late(), False, numerics.Counted(objective)
     unread: _Taken | None = None
     try:
         while step < schedule.steps:
             heartbeat.beat(f"step {step + 1}")
             seed_all(seed, step)
             rate = schedule.apply(optimizer, step)
+            before = counted.copy()
             figures, replaced, seen = _gradients(objective, feed, data.accumulate)
             # a stop saves, which raises what an earlier save met
             failed = saver is not None and saver.problem is not None
@@ -190,7 +192,7 @@ def _fit(
                 gradients.clip(outcome.norm, clip)
             optim.step(optimizer, left_out)
             outcome.send()
-            unread = _Taken(step, rate, outcome, replaced, seen)
+            unread = _Taken(step, rate, outcome, replaced, seen, before)
             step += 1
             saves = save_every is not None and (
                 step in always or durations.due(step, save_every, schedule.steps)
@@ -242,13 +244,14 @@ def _fit(
 @dataclass(frozen=True)
 class _Taken:
     """A step that the device was given. step: the number of those before it. replaced, seen: this
-    process's images, see `_gradients`."""
+    process's images, see `_gradients`. counts: what the objective had counted before it."""
 
     step: int
     rate: float
     outcome: Outcome
     replaced: list[dict]
     seen: list[dict]
+    counts: list[Tensor]
 
     def described(self, objective: nn.Module) -> tuple[dict[str, Any], dict[str, float]]:
         """What a dump says of it: of this process, and the square of each gradient's norm over all of

@@ -1,8 +1,10 @@
 """Decides what to do about NaN, Inf and gradient spikes: skip the step, roll back to the last
 checkpoint, or stop. Dumps the failing step for `--replay`."""
 
+import contextlib
 import logging
 import math
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
@@ -154,6 +156,33 @@ def _block(name: str) -> str:
     parts = name.split(".")
     number = next((i for i, part in enumerate(parts) if part.isdigit()), None)
     return ".".join(parts[: number + 1] if number is not None else parts[:-1])
+
+
+class Counted:
+    """What a forward pass itself changes of an objective: the buffers that checkpoints keep, such as counts
+    of labels. A dump must hold them as they were before its step, or a replay would count that twice."""
+
+    def __init__(self, objective: nn.Module):
+        kept = objective.state_dict().keys()
+        self._buffers = [found for name, found in objective.named_buffers() if name in kept]
+
+    def copy(self) -> list[Tensor]:
+        """Their values now."""
+        return [buffer.clone() for buffer in self._buffers]
+
+    @contextlib.contextmanager
+    def as_of(self, values: list[Tensor]) -> Iterator[None]:
+        """They have these values for as long."""
+        now = self.copy()
+        self._set(values)
+        try:
+            yield
+        finally:
+            self._set(now)
+
+    def _set(self, values: list[Tensor]) -> None:
+        for buffer, value in zip(self._buffers, values, strict=True):
+            buffer.copy_(value)
 
 
 def dump(

@@ -122,9 +122,8 @@ class Mix(Source):
             raise BadImage(error.cause, error.detail, key) from error
 
     def __getitem__(self, index: int) -> dict:
-        sample = dict(self._of("__getitem__", index))
-        sample["key"] = f"{self.names[self._find(index)[0]]}/{sample['key']}"
-        return sample
+        sample = self._of("__getitem__", index)
+        return sample | {"key": f"{self.names[self._find(index)[0]]}/{sample['key']}"}
 
     def key(self, index: int) -> str:
         return f"{self.names[self._find(index)[0]]}/{self._of('key', index)}"
