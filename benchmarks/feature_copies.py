@@ -30,6 +30,7 @@ from prepretrain.curation import commands, similarity
 from prepretrain.curation.copies import Alike
 from prepretrain.curation.embedding import Embedder
 from prepretrain.curation.engine import Machines
+from prepretrain.curation.stages.semantic import Semantic, nearest_earlier
 from prepretrain.data.card import load_card
 from prepretrain.data.sources.base import Source
 from prepretrain.evaluation import leaks
@@ -116,6 +117,27 @@ def by_hashes(planted: Planted) -> dict[str, Any]:
     return found
 
 
+def by_clusters(
+    rows: np.ndarray, others: np.ndarray, original: np.ndarray, eps: float
+) -> dict[str, Any]:
+    """What stage semantic makes of all pictures and the changed ones together: of how many changed pictures
+    that are so near to their original it drops one of the two, the clusters of k-means notwithstanding."""
+    stage, both = Semantic(eps=eps, after=()), np.concatenate([rows, others])
+    dropped = np.zeros(len(both), bool)
+    clusters = stage._clusters(both.astype(np.float16))
+    for members in clusters:
+        _, cosine = nearest_earlier(both[members])
+        dropped[members[cosine > 1 - eps]] = True
+    near = (rows[original] * others).sum(1) > 1 - eps
+    resolved = dropped[original] | dropped[len(rows) :]
+    return {
+        "clusters": len(clusters),
+        "near": int(near.sum()),
+        "resolved": int((near & resolved).sum()),
+        "dropped": int(dropped.sum()),
+    }
+
+
 def by_features(planted: Planted, model: str, pool: str) -> tuple[dict[str, Any], np.ndarray]:
     """Recall at the similarities with which precision is still so much, and all cosines."""
     embedder = Embedder(model, {}, pool, None, 0.875, False, 128, 0)
@@ -127,13 +149,16 @@ def by_features(planted: Planted, model: str, pool: str) -> tuple[dict[str, Any]
     rate = (len(rows) + len(others)) / (time.process_time() - start)
     cosine, found = rows @ others.T, {"images_a_second_of_cpu": round(rate)}
     for precision in PRECISIONS:
-        for threshold in np.arange(0.5, 1, 0.0025).round(4).tolist():
+        for threshold in (1 - np.geomspace(0.5, 2e-4, 80)).round(4).tolist():
             if (cosine > threshold).sum() > 50 * len(others):
                 continue
             scores = planted.scores(*np.nonzero(cosine > threshold))
             if scores["precision"] >= precision:
                 found[f"precision {precision:.0%}"] = {"similarity": threshold, **scores}
                 break
+    if chosen := found.get("precision 95%"):
+        eps = 1 - chosen["similarity"]
+        found["semantic"] = by_clusters(rows, others, planted.original, eps)
     apart = [float(cosine[n, k]) for k, n in enumerate(planted.original)]
     found["similarity_to_own"] = {
         change: [

@@ -58,6 +58,7 @@ TINY = {  # each benchmark's arguments; where it takes hours, that it starts
     "detection_raccoon": "--help",
     "detection_step": "--encoder vit_test8 --pixels 64 --channels 8 --regions 8 --batch 1 --steps 1 --train 1",
     "duplicates": "--help",
+    "feature_copies": "--help",
     "demo_seeds": "--show benchmarks/results/demo_seeds.json",
     "features": "--images 2 --batch 1 --rows 100",
     "finetune_step": "--batch 1 --steps 1",
