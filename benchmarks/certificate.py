@@ -8,7 +8,9 @@ FOLDER holds cifar10/ (train.parquet and val.parquet) and flickr8k_1k/ (shards).
 learns the classes' names as hashtags, and is measured by evaluators of three kinds, by the lists of stage
 leaks at its defaults and with fine: 60, which finds more and is right, too (docs/copies.md). Captions: CLIP
 on four fifths of the photos, "clean", and "leaky", on these and copies, smaller and encoded anew, of every
-fourth of the others, with their captions; retrieval is measured on the others. Everything runs in this process, in one thread. What is
+fourth of the others, with their captions; retrieval is measured on the others. With --detector, the run of
+detection_coco.py (FOLDER then holds coco/, too): its training images, encoded anew, are what it was trained
+on, and average precision is measured on these and the others together, and on the others. Everything runs in this process, in one thread. What is
 done is not done again.
 """
 
@@ -39,6 +41,7 @@ train: {source: parquet, path: "%(data)s/cifar10/train.parquet"}
 val: {source: parquet, path: "%(data)s/cifar10/val.parquet"}
 """
 SHARDS = "description: {0}\nlicence: as the photos\ntrain: {{source: shards, path: {0}}}\n"
+OBJECTS = "description: some of COCO\nlicence: as the photos\nval: {{source: coco, path: {}/images, listing: {}}}\n"
 LISTS = {"defaults": "{}", "fine 60": "{fine: 60}"}
 RECIPE = "meta:\nlook:\nleaks: {against: ['%s'], %s}\n"
 EVALUATORS = {
@@ -133,6 +136,32 @@ def captions(work: Path, data: Path, steps: int) -> dict[str, dict]:
     return found
 
 
+def objects(work: Path, data: Path, detector: str) -> dict[str, dict]:
+    """Average precision on training and other images together, with the certificate, and on the others."""
+    folder = data / "coco"
+    parts = [
+        json.loads((folder / f"annotations/instances_{n}.json").read_text())
+        for n in ("train", "val")
+    ]
+    both = {key: parts[0][key] + parts[1][key] for key in ("images", "annotations")}
+    (work / "both.json").write_text(json.dumps({**both, "categories": parts[0]["categories"]}))
+    (work / "datasets/both.yaml").write_text(OBJECTS.format(folder, work / "both.json"))
+    listing = folder / "annotations/instances_val.json"
+    (work / "datasets/others.yaml").write_text(OBJECTS.format(folder, listing))
+    (work / "datasets/seen.yaml").write_text(SHARDS.format("seen"))
+    if not (work / "data/seen").exists():
+        files = [folder / "images" / image["file_name"] for image in parts[0]["images"]]
+        write(
+            work / "data/seen",
+            [(f.stem, {"image": copied(f.read_bytes()), "captions": []}) for f in files],
+        )
+    leaked, model = curated(work, "seen", "both:val", "seen", "{}"), prepretrain.load(detector)
+    measure = lambda card, **how: prepretrain.evaluate(
+        model, "detection", data=card, pictures=0, **how
+    )
+    return {"both": measure("both", leaks=leaked), "others": measure("others")}
+
+
 def copied(data: bytes) -> bytes:
     """A smaller photo, encoded anew."""
     image, file = Image.open(io.BytesIO(data)).convert("RGB"), io.BytesIO()
@@ -161,6 +190,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--work", type=Path, default=Path("runs/certificate"))
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--detector", help="a run of detection_coco.py")
     parser.add_argument("--cifar-steps", type=int, default=1500, help="of 128 images")
     parser.add_argument("--clip-steps", type=int, default=400, help="of 128 images")
     given = parser.parse_args()
@@ -168,10 +198,15 @@ def main() -> None:
     start, work, data = time.time(), given.work.resolve(), given.data.resolve()
     out = given.out and given.out.resolve()
     (work / "datasets").mkdir(parents=True, exist_ok=True)
+    detector = given.detector and str(Path(given.detector).resolve())
     os.environ["PREPRETRAIN_DATA"] = "data"
     os.chdir(work)
-    found = {"flickr8k": captions(work, data, given.clip_steps)}
-    print(json.dumps(found), flush=True)
+    found: dict[str, dict] = {}
+    if detector is not None:
+        found["coco"] = objects(work, data, detector)
+        print(json.dumps(found["coco"]), flush=True)
+    found["flickr8k"] = captions(work, data, given.clip_steps)
+    print(json.dumps(found["flickr8k"]), flush=True)
     found["cifar10"] = cifar(work, data, given.cifar_steps)
     steps = f"--cifar-steps {given.cifar_steps} --clip-steps {given.clip_steps}"
     record(out, f"certificate.py --data FOLDER {steps}", start, seed=0, **found)
