@@ -1,11 +1,15 @@
 """A folder with a small real data set of photos, its cards and configs, to run stages in."""
 
 import faulthandler
+import gc
+import importlib
+import logging
 import os
 import runpy
 import subprocess
 import sys
 import tempfile
+from multiprocessing import forkserver, resource_tracker, util
 from multiprocessing.process import BaseProcess as Process
 from pathlib import Path
 
@@ -21,11 +25,6 @@ from prepretrain.data.tags.vocabulary import Vocabulary
 from prepretrain.distributed import group as distributed
 from prepretrain.distributed import ports
 from prepretrain.evaluation import leaks
-
-# New processes are copies of one that has imported everything, which takes five seconds.
-multiprocessing.get_context("forkserver").set_forkserver_preload(
-    ["prepretrain.runs.launch", "prepretrain.curation.commands", "datatrove.executor.local"]
-)
 
 # Much is compared to the last bit, in two processes and more, as only a CPU can. `make gpu` is for GPUs.
 sees_a_gpu = torch.cuda.is_available
@@ -54,6 +53,35 @@ shard: {precision: fp32}
 checkpoint: {every: 4it, keep: 9}
 device: cpu
 """
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtestloop(session):
+    """Forks the server of new processes from this one, which has imported what all tests need: a
+    server that is started imports it again, and each of its processes the test's own file."""
+    if session.items:  # xdist's own process runs no test
+        gc.freeze()  # what the imports made stays, and to look through it takes a second each time
+        resource_tracker.ensure_running()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(util, "spawnv_passfds", _forked)
+            forkserver.ensure_running()
+
+
+def _forked(path: bytes, arguments: list[str], kept: list[int]) -> int:
+    """Runs Python's code, its last argument, in a copy of this process that holds only these files."""
+    if child := os.fork():
+        return child
+    faulthandler.disable()  # pytest's, to a file that is closed here
+    ends = sorted({2, *kept, os.sysconf("SC_OPEN_MAX")})
+    for before, after in zip(ends, ends[1:]):
+        os.closerange(before + 1, after)
+    sys.stdout, sys.stderr = (open(number, "w", buffering=1, closefd=False) for number in (1, 2))
+    logging.root.handlers.clear()  # pytest's
+    importlib.reload(forkserver)  # the copied one waits for a lock that nobody gives back
+    try:
+        exec(arguments[-1])
+    finally:
+        os._exit(0)
 
 
 def pytest_make_parametrize_id(val, argname):

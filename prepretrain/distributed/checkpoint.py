@@ -353,7 +353,7 @@ def restore(saved: Path, module: nn.Module, optimizer: torch.optim.Optimizer) ->
     """Loads a verified checkpoint into a sharded module and its optimizer, saved on any number of
     processes."""
     content = _content(module, optimizer)
-    _load(saved, content)
+    _load(Reader(str(saved)), content)
     set_state_dict(
         module, optimizer, model_state_dict=content["module"], optim_state_dict=content["optimizer"]
     )
@@ -365,10 +365,10 @@ def open_tensors(
 ) -> tuple[dict[str, tuple[int, ...]], Callable[[str], Tensor], dict[str, Any]]:
     """The module's tensors of a checkpoint, without its optimizer: (shapes, a reader of one, the
     state). Raises ValueError for what is no checkpoint; nothing that it names is run."""
-    prefix = "module."
+    prefix, reader = "module.", Reader(str(saved))
     tensors = {
         k.removeprefix(prefix): m
-        for k, m in Reader(str(saved)).read_metadata().state_dict_metadata.items()
+        for k, m in reader.read_metadata().state_dict_metadata.items()
         if k.startswith(prefix) and isinstance(m, TensorStorageMetadata)
     }
 
@@ -377,16 +377,16 @@ def open_tensors(
         target = {prefix + name: torch.empty(found.size, dtype=found.properties.dtype)}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that it loads in this process alone, as meant
-            _load(saved, target, no_dist=True)
+            _load(reader, target, no_dist=True)
         return target[prefix + name]
 
     return {k: tuple(m.size) for k, m in tensors.items()}, read, state(saved)
 
 
-def _load(saved: Path, content: dict[str, Any], *, no_dist: bool = False) -> None:
+def _load(reader: Reader, content: dict[str, Any], *, no_dist: bool = False) -> None:
     """Fills tensors and values from a checkpoint, on all processes or in this one alone."""
     try:
-        dcp.load(content, storage_reader=Reader(str(saved)), planner=Planner(), no_dist=no_dist)
+        dcp.load(content, storage_reader=reader, planner=Planner(), no_dist=no_dist)
     except CheckpointException as error:  # DCP's own, which is no Exception
         cause = next(iter(error.failures.values()))[0]
-        raise ValueError(f"{saved}: cannot be loaded: {cause}") from error
+        raise ValueError(f"{reader.path}: cannot be loaded: {cause}") from error

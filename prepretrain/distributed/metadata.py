@@ -30,10 +30,19 @@ _ALLOWED = {(one.__module__, one.__qualname__): one for one in _RECORDS} | {
 
 
 class Reader(dcp.FileSystemReader):
-    """A checkpoint's files, as DCP reads them, with a `.metadata` that can only hold data."""
+    """A checkpoint's files, as DCP reads them, with a `.metadata` that can only hold data, and that is
+    read once however often tensors are loaded."""
+
+    found: Metadata | None = None
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         """What the checkpoint holds. Raises ValueError for anything but the metadata of one."""
+        self.found = self.found or self._read()
+        self.found.storage_meta = self.found.storage_meta or metadata.StorageMeta()
+        self.found.storage_meta.load_id = self.load_id
+        return self.found
+
+    def _read(self) -> Metadata:
         path = Path(self.path, ".metadata")
         try:
             with path.open("rb") as file:
@@ -47,8 +56,6 @@ class Reader(dcp.FileSystemReader):
                 f"{path}: is not the metadata of a checkpoint: {cause}. Nothing of it was run. Take "
                 f"an export (model.safetensors) of the model instead, from where it is published."
             ) from error
-        found.storage_meta = found.storage_meta or metadata.StorageMeta()
-        found.storage_meta.load_id = self.load_id
         return found
 
 
