@@ -5,12 +5,11 @@
 Photo-like JPEGs in shards go through the first stage's crop and flip to batches, in one process: once with
 every image equally often, once with weights from 0 to 3 by a file beside the shards, once as a mix of two
 cards, and once more as the first, which says what the noise is. CPU time of a batch of each, in turns that
-go forth and back; the ratio is that of the medians. Prints one JSON line.
+go forth and back; the median of the ratios of all turns, and their quartiles. Prints one JSON line.
 """
 
 import argparse
 import json
-import statistics
 import tempfile
 import time
 from functools import partial
@@ -28,6 +27,8 @@ from prepretrain.data.order import Interleaved, Order
 from prepretrain.data.sampling.mix import Mix
 from prepretrain.data.sources.base import Source
 from prepretrain.data.transforms import decode, flip, random_resized_crop
+
+QUARTILES = (0.25, 0.5, 0.75)
 
 
 def transform(sample: dict) -> dict:
@@ -72,7 +73,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--rounds", type=int, default=100)
+    parser.add_argument("--rounds", type=int, default=200)
     given = parser.parse_args()
     start, seconds = time.time(), {}
     with tempfile.TemporaryDirectory() as place:
@@ -84,10 +85,12 @@ def main() -> None:
                 begin = time.process_time()
                 next(running[name])
                 seconds.setdefault(name, []).append(time.process_time() - begin)
-    medians = {name: statistics.median(some[1:]) for name, some in seconds.items()}
+    taken = {name: np.array(some[1:]) for name, some in seconds.items()}
+    ratios = {name: np.quantile(taken["plain"] / some, QUARTILES) for name, some in taken.items()}
     found = {
-        "images_per_second": {name: round(BATCH / some, 1) for name, some in medians.items()},
-        "over_plain": {name: round(medians["plain"] / some, 4) for name, some in medians.items()},
+        "images_per_second": {n: round(BATCH / np.median(some), 1) for n, some in taken.items()},
+        "over_plain": {name: round(some[1], 4) for name, some in ratios.items()},
+        "quartiles": {name: some.round(3).tolist() for name, some in ratios.items()},
     }
     print(json.dumps(found))
     command = f"weights_loader.py --rounds {given.rounds}"

@@ -29,8 +29,10 @@ from prepretrain.data.loader import Stream
 from prepretrain.data.order import Order
 from prepretrain.data.sampling.mix import Mix
 from prepretrain.data.shards import cache as shard_cache
+from prepretrain.data.shards import indexing
 from prepretrain.data.shards.cache import CacheFull, NoSpace, ShardCache
 from prepretrain.data.shards.indexing import read_heads
+from prepretrain.data.tags import counting
 from prepretrain.runs.launch import launch
 
 SECRET = "abc123secret"
@@ -461,6 +463,21 @@ def test_a_cache_that_is_too_small_for_all_processes_is_refused_with_the_size_th
     batches.close()
     order = Order(source.groups, seed=0, window=2)
     assert keys == [source.key(index) for index in order(np.arange(60))[1].tolist()]
+
+
+def test_as_many_processes_count_shards_of_a_store_as_the_cache_has_room_for(
+    folder, web, cache, monkeypatch, tmp_path
+):
+    size, here = (folder / "00000.tar").stat().st_size, open_shards(folder)
+    monkeypatch.setattr(indexing, "cores", lambda: 3)
+    monkeypatch.setattr(counting, "cores", lambda: 3)
+    assert shard_cache.readers(0) > 1000
+    for room_for, processes in ((1.5, 1), (4, 2)):
+        room(monkeypatch, room_for * size)
+        assert shard_cache.readers(size) == processes
+        there = open_shards(f"{web.url}/{{00000..00003}}.tar?{processes}")
+        counts = [counting.count(source, tmp_path / "out", min_count=1) for source in (here, there)]
+        assert counts[0][2] == counts[1][2] and (counts[0][1] == counts[1][1]).all()
 
 
 def test_parts_of_a_mix_share_the_cache(folder, web, cache, monkeypatch):

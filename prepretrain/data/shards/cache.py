@@ -12,6 +12,7 @@ import fcntl
 import hashlib
 import logging
 import os
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -183,6 +184,12 @@ class ShardCache:
             yield
         finally:
             os.close(handle)
+
+
+def readers(size: int) -> int:
+    """How many processes can read shards of this size at the same time, where each of them holds one and
+    fetches another; any number of shards that lie here, whose size in the cache is 0."""
+    return max(1, ShardCache().limit // (2 * size)) if size else sys.maxsize
 
 
 def _limit() -> int:

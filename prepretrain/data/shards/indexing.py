@@ -4,9 +4,11 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from prepretrain.data.io.remote import Remote
 from prepretrain.data.shards import files
+from prepretrain.data.shards.cache import readers
 from prepretrain.data.shards.files import Shard
-from prepretrain.data.shards.on_cores import on_cores
+from prepretrain.data.shards.on_cores import cores, on_cores
 from prepretrain.distributed import group as distributed
 from prepretrain.distributed import heartbeat
 
@@ -40,6 +42,9 @@ def read_heads(shards: Sequence[Shard], processes: int | None = None) -> list[di
     missing = missing[first:] + missing[:first]
     if processes is None and sum(files.size(shards[number]) for number in missing) < _ALONE:
         processes = 1
+    if processes is None:
+        far = [shards[number].size for number in missing if isinstance(shards[number], Remote)]
+        processes = min(cores(), readers(max(far, default=0)))
     built = on_cores(_read, [shards[number] for number in missing], processes)
     for number, head in zip(missing, built):
         heartbeat.beat(f"indexed {shards[number]}")

@@ -10,7 +10,8 @@ from typing import Literal
 
 import numpy as np
 
-from prepretrain.data.shards.on_cores import on_cores
+from prepretrain.data.shards.cache import readers
+from prepretrain.data.shards.on_cores import cores, on_cores
 from prepretrain.data.sources.base import Source
 from prepretrain.data.tags.hashtags import Tags
 from prepretrain.data.tags.vocabulary import Merged, Vocabulary
@@ -84,7 +85,7 @@ def count(
     Shards are read once: which image has which tag lies in a folder in `place` meanwhile, three or
     four bytes for each tag of each image.
     """
-    groups = range(len(source.groups))
+    groups, processes = range(len(source.groups)), _processes(source, processes)
     place.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=place, prefix=".tags-") as folder:
         file = lambda group: Path(folder, f"{group}.npz")
@@ -124,11 +125,18 @@ def rank(
         return _counted(tags), tags.rarest(vocabulary)
 
     total, ids = Counts(), []
-    for counts, rarest in on_cores(of_one, groups):
+    for counts, rarest in on_cores(of_one, groups, _processes(source, None)):
         heartbeat.beat(f"the hashtags of {total.images} images")
         total.add(counts)
         ids.append(rarest)
     return total, _joined(ids)
+
+
+def _processes(source: Source, asked: int | None) -> int:
+    """How many processes count a source: as many as asked for, or as cores and the shard cache allow,
+    where each of them holds a shard."""
+    source.keep_open(1)
+    return min(cores(), readers(source.cached)) if asked is None else asked
 
 
 def _counted(tags: Tags) -> Counts:
