@@ -67,7 +67,9 @@ def parsed(script: str, arguments: list[str], monkeypatch) -> argparse.Namespace
     for name in ("parse_args", "parse_intermixed_args"):
         monkeypatch.setattr(argparse.ArgumentParser, name, stopping(name))
     monkeypatch.setattr(sys, "argv", [script, *arguments])
-    monkeypatch.setenv("WDS_SECURE", "1")  # which make_shards.py sets, and other tests shall not inherit
+    monkeypatch.setenv(
+        "WDS_SECURE", "1"
+    )  # which make_shards.py sets, and other tests shall not inherit
     with pytest.raises(Parsed) as options:
         runpy.run_path(str(ROOT / script), run_name="__main__")
     return options.value.args[0]
