@@ -209,6 +209,7 @@ def main() -> None:
     print(json.dumps(found["flickr8k"]), flush=True)
     found["cifar10"] = cifar(work, data, given.cifar_steps)
     steps = f"--cifar-steps {given.cifar_steps} --clip-steps {given.clip_steps}"
+    steps += " --detector RUN" if detector else ""
     record(out, f"certificate.py --data FOLDER {steps}", start, seed=0, **found)
 
 

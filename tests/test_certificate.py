@@ -33,8 +33,6 @@ from prepretrain.evaluation.features import extract
 from prepretrain.models.heads.base import Depths
 from prepretrain.models.model import Model
 
-av = pytest.importorskip("av")
-
 
 def without(found: dict[str, float]) -> dict[str, float]:
     """The metrics without leaks, by the metrics' names."""
@@ -241,6 +239,8 @@ def test_each_set_and_each_corrupted_copy_of_a_robustness_has_leaks_of_its_own(
 
 def film(path: Path, pictures: list[Image.Image], *, rate: int, each: int, codec: str) -> bytes:
     """A video file of pictures, `each` frames of one."""
+    import av
+
     with av.open(str(path), "w") as out:
         stream = out.add_stream(codec, rate=rate)
         stream.width, stream.height, stream.pix_fmt = *pictures[0].size, "yuv420p"
@@ -254,6 +254,7 @@ def film(path: Path, pictures: list[Image.Image], *, rate: int, each: int, codec
 
 def test_near_copies_are_found_in_sets_of_objects_maps_captions_and_videos(place):
     """Of each set the second picture is in the training data, of the videos as one and as an image."""
+    pytest.importorskip("av", reason="the extra `video` is not installed")
     save = lambda number, file: (
         file.parent.mkdir(parents=True, exist_ok=True) or picture(number).save(file)
     )
