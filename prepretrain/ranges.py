@@ -49,6 +49,17 @@ RANGES = {
     "slurm.gpus": "[0, 1024]",
     "slurm.cpus": "[1, 4096]",
     "slurm.requeues": "[0, 1e6]",
+    # a stage of curation
+    "stage.t": "(0, inf)",
+    "stage.eps": "[0, 1)",
+    "stage.clusters": _COUNT,
+    "stage.rounds": _COUNT,
+    "stage.coarse": "[0, 16]",
+    "stage.fine": "[0, 128]",
+    "stage.colour": "[0, 255]",
+    "stage.layer": "[1, 1000]",
+    "stage.share": "(0, 1]",
+    "stage.workers": "[0, 1024]",
     # a model; its largest are 100 times as large as any that is known
     "model.mean": "[0, 1]",
     "model.std": "(0, inf)",

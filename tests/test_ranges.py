@@ -29,6 +29,7 @@ SECTIONS = {
     "objectives": "objective",
     "optimizers": "optim",
     "sources": "source",
+    "stages": "stage",
     "towers": "model.text",
 }
 UNBOUNDED: set[str] = set()  # on purpose: that they are finite is all that can be said
