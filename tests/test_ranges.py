@@ -23,13 +23,13 @@ from prepretrain.models.model import Model
 from prepretrain.runs.launch import launch
 
 SECTIONS = {
+    "curation_stages": "curation_stage",
     "encoders": "model",
     "evaluators": "evaluator",
     "heads": "model.head",
     "objectives": "objective",
     "optimizers": "optim",
     "sources": "source",
-    "stages": "stage",
     "towers": "model.text",
 }
 UNBOUNDED: set[str] = set()  # on purpose: that they are finite is all that can be said
