@@ -49,6 +49,18 @@ RANGES = {
     "slurm.gpus": "[0, 1024]",
     "slurm.cpus": "[1, 4096]",
     "slurm.requeues": "[0, 1e6]",
+    # a stage of curation
+    "curation_stage.t": "(0, inf)",
+    "curation_stage.eps": "[0, 1)",
+    "curation_stage.clusters": _COUNT,
+    "curation_stage.rounds": _COUNT,
+    "curation_stage.coarse": "[0, 16]",
+    "curation_stage.fine": "[0, 128]",
+    "curation_stage.colour": "[0, 255]",
+    "curation_stage.layer": "[1, 1000]",
+    "curation_stage.share": "(0, 1]",
+    "curation_stage.similarity": "(0, 1)",
+    "curation_stage.workers": "[0, 1024]",
     # a model; its largest are 100 times as large as any that is known
     "model.mean": "[0, 1]",
     "model.std": "(0, inf)",

@@ -107,7 +107,7 @@ def test_what_earlier_stages_drop_is_not_counted(tmp_path, monkeypatch):
     "options, message",
     [
         ({"by": "matches", "t": 2}, "is no table.column"),
-        ({"by": "text.matches", "t": 0}, "t: 0.0 does not fit"),
+        ({"by": "text.matches", "t": 0}, "curation_stage.t: 0.0 must be finite and above 0"),
         ({"by": "text.matches", "t": 2, "law": "sqrt"}, "law"),
     ],
 )

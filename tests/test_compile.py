@@ -1,6 +1,7 @@
 """torch.compile of blocks: all of a depth share their graphs, with drop path, in training and in
 evaluation, with recomputation, for every objective that has blocks."""
 
+import shutil
 from functools import partial
 
 import pytest
@@ -17,6 +18,7 @@ from prepretrain.objectives.classify import Classify
 from prepretrain.objectives.detection import Detection
 from prepretrain.objectives.mae import MAE
 from prepretrain.objectives.simmim import SimMIM
+from prepretrain.objectives.video import Video
 
 IMAGES = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8)
 
@@ -115,6 +117,25 @@ def test_recomputed_and_compiled_a_detector_has_the_same_losses_and_gradients(
     assert graphs
     for one in found[1:]:
         torch.testing.assert_close(one, found[0])
+
+
+@pytest.mark.faults
+@pytest.mark.skipif(shutil.which("g++") is None, reason="compiling for a CPU needs g++")
+def test_inductor_gives_the_loss_and_gradients_of_clips(group):
+    clips = torch.randint(0, 256, (2, 1, 3, 4, 16, 16), dtype=torch.uint8)
+    batch, found = {"clip": clips, "label": torch.tensor([0, 1])}, []
+    for how in ({}, {"compile": True}):
+        asked = {"frames": 4, "image_size": 16, "depth": 1, "final_norm": False}
+        with torch.device("meta"):
+            head = {"classes": 2, "norm": True}
+            objective = Video(Model(encoder="vit_test8", head=head, **asked), stride=1)
+        shard.shard(objective, precision="fp32", **how)
+        shard.initialise(objective, 0)
+        loss = objective(batch)["loss"]
+        loss.backward()
+        gradients = {k: p.grad for k, p in objective.named_parameters()}
+        found.append({"loss": loss.detach(), **gradients})
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
 
 
 def test_drop_path_drops_whole_rows_and_makes_up_for_them():

@@ -23,7 +23,6 @@ from prepretrain.distributed import checkpoint, heartbeat, ports
 from prepretrain.distributed import group as distributed
 
 ROOT = Path(__file__).parents[1]
-LAUNCH = [sys.executable, str(ROOT / "tools" / "launch.py")]
 ENV = {
     **os.environ,
     "OMP_NUM_THREADS": "1",
@@ -159,6 +158,16 @@ def test_a_replay_names_the_first_part_and_the_images_that_are_not_finite(place,
     assert said.returncode == 1 and "holds no dump" in said.stderr
 
 
+def _with_few_files(*arguments: str) -> subprocess.CompletedProcess:
+    """launch.py in a process that may open 300 files."""
+    Path("few.py").write_text(
+        "import resource, runpy\n"
+        "resource.setrlimit(resource.RLIMIT_NOFILE, (300, 300))\n"
+        f"runpy.run_path({str(ROOT / 'tools/launch.py')!r}, run_name='__main__')\n"
+    )
+    return command(str(Path("few.py").absolute()), *arguments)
+
+
 def test_the_doctor_checks_machine_and_data_and_says_what_is_wrong(place):
     done = launched("--doctor", "--stage", "small.yaml", "--procs", "2", "data.workers=1")
     found = json.loads(done.stdout.splitlines()[-1])
@@ -166,12 +175,7 @@ def test_the_doctor_checks_machine_and_data_and_says_what_is_wrong(place):
     assert [c["name"] for c in found["checks"]] == [*names, "first batches"] * 2, done.stderr
     wrong = [c for c in found["checks"] if not c["ok"]]
     assert done.returncode == bool(wrong) and found["ok"] == (not wrong)
-    few = subprocess.run(
-        ["bash", "-c", f"ulimit -n 300; {' '.join(LAUNCH)} --doctor"],
-        env=ENV,
-        capture_output=True,
-        text=True,
-    )
+    few = _with_few_files("--doctor")
     assert few.returncode == 1 and "WRONG  open files" in few.stdout and "ulimit -n" in few.stdout
 
 

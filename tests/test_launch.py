@@ -5,7 +5,6 @@ import os
 import re
 import shutil
 import struct
-import subprocess
 import sys
 from pathlib import Path
 
@@ -14,6 +13,7 @@ import torch
 from conftest import command, processes
 from safetensors.torch import load_file, save_file
 from test_text import BPE
+from torch.distributed import run as torchrun
 
 from prepretrain import config, plugin
 from prepretrain.data.card import load_card
@@ -347,17 +347,9 @@ def test_two_local_processes_are_started_and_followed_and_see_the_gpus_that_were
 
 
 def test_torchruns_environment_is_used_as_it_is(place):
-    torchrun = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-    ]
-    subprocess.run(
-        [*torchrun, ROOT / "tools/launch.py", "--stage", "small.yaml", "length=4it"], check=True
-    )
+    given = ["--standalone", "--nproc-per-node", "2", str(ROOT / "tools/launch.py")]
+    done = command(torchrun.__file__, *given, "--stage", "small.yaml", "length=4it")
+    assert done.returncode == 0, done.stderr
     assert "2 processes" in Path("runs/small/log.txt").read_text()
 
 

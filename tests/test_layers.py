@@ -3,6 +3,7 @@
 import ast
 import importlib
 import inspect
+from functools import cache
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -45,6 +46,7 @@ def room(name: str) -> str:
     return name.split(".")[1]
 
 
+@cache
 def imported(path: Path) -> set[str]:
     """The modules that a file imports, wherever in it, and the names that it takes from them."""
     found = set()
@@ -56,7 +58,10 @@ def imported(path: Path) -> set[str]:
     return found
 
 
-OURS = {name: imported(path) & MODULES.keys() for name, path in MODULES.items()}
+@cache
+def ours(name: str) -> set[str]:
+    """Our modules that one of them imports."""
+    return imported(MODULES[name]) & MODULES.keys()
 
 
 def row(name: str) -> int:
@@ -70,14 +75,14 @@ def test_every_file_is_in_a_room_and_every_room_has_a_file():
 
 @pytest.mark.parametrize("name", MODULES)
 def test_a_room_imports_only_from_rows_above_its_own(name):
-    others = {one for one in OURS[name] if room(one) != room(name)}
+    others = {one for one in ours(name) if room(one) != room(name)}
     below = {one for one in others if row(room(one)) >= row(room(name))}
     assert not below, f"{name} imports {below}"
 
 
 @pytest.mark.parametrize("name", ROOMS)
 def test_no_files_of_a_room_import_each_other_in_a_circle(name):
-    inside = {one: OURS[one] for one in MODULES if room(one) == name}
+    inside = {one: ours(one) for one in MODULES if room(one) == name}
     TopologicalSorter(inside).prepare()  # raises CycleError, which names the files
 
 
@@ -87,11 +92,11 @@ def test_plug_ins_of_a_kind_do_not_import_each_other(folder):
     shared = {f"{folder}.{name}" for name in SHARED}
     assert f"{folder}.base" in found
     for name in found:
-        assert OURS[name] & found <= shared, name
+        assert ours(name) & found <= shared, name
 
 
 def test_only_what_plans_and_starts_runs_reads_the_config():
-    readers = {room(name) for name in MODULES if "prepretrain.config" in OURS[name]}
+    readers = {room(name) for name in MODULES if "prepretrain.config" in ours(name)}
     assert readers == READERS_OF_CONFIG
 
 

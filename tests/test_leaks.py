@@ -9,10 +9,10 @@ from test_copies import encoded, picture
 from test_curation import column, recipe, write_shard, write_yaml
 from test_features import tiny_model
 
+from prepretrain import plugin
 from prepretrain.curation import commands, similarity
 from prepretrain.curation.embedding import Embedder, require_images
 from prepretrain.curation.engine import Machines
-from prepretrain.curation.stages.leaks import Leaks
 from prepretrain.data.card import load_card
 from prepretrain.data.subset import Subset
 from prepretrain.evaluation import leaks
@@ -179,12 +179,12 @@ def test_features_of_videos_are_refused_before_any_stage_runs(embedded):
     "options, message",
     [
         ({"features": "embed"}, "one needs the other"),
-        ({"features": "embed", "similarity": 1.5}, "between 0 and 1"),
+        ({"features": "embed", "similarity": 1.5}, "similarity: 1.5 must"),
     ],
 )
 def test_features_and_their_similarity_are_named_together(options, message):
     with pytest.raises(ValueError, match=message):
-        Leaks(against=["pets:val"], **options)
+        plugin.build("curation_stages", "leaks", against=["pets:val"], **options)
 
 
 def test_an_evaluation_set_without_data_is_an_error_before_any_stage_runs(curated):

@@ -244,7 +244,20 @@ def machine(bytes_: float, **rates: float) -> capacity.Machine:
     return capacity.Machine(gigabytes, **{"tflops": 1.0, "mfu": 0.5, **rates})
 
 
-def test_the_first_settings_that_fit_are_named_and_fit_as_they_are(place):
+@pytest.fixture
+def once(monkeypatch):
+    """Each way to run is simulated once in a test, which asks for the same one on several machines."""
+    simulated, plain = {}, capacity._attempt
+
+    def remembered(given: config.Training, gpus: int) -> capacity.Attempt:
+        way = repr((given, gpus))
+        simulated[way] = simulated.get(way) or plain(given, gpus)
+        return simulated[way]
+
+    monkeypatch.setattr(capacity, "_attempt", remembered)
+
+
+def test_the_first_settings_that_fit_are_named_and_fit_as_they_are(place, once):
     as_given = estimate(1e9)
     assert as_given["fits"] and as_given["overrides"] == [] and len(as_given["tried"]) == 1
     assert sum(as_given["bytes_at_peak"].values()) == as_given["peak_bytes"]
@@ -256,7 +269,7 @@ def test_the_first_settings_that_fit_are_named_and_fit_as_they_are(place):
     assert less["images_per_second"] == pytest.approx(2 * 0.5e12 / cost, rel=1e-3)
 
 
-def test_a_step_takes_as_long_as_the_slowest_of_what_it_does(place):
+def test_a_step_takes_as_long_as_the_slowest_of_what_it_does(place, once):
     given = capacity.load("small.yaml", [*SMALL, "shard.group=2"])
     quick = {"tflops": 1e6, "bandwidth": 1e6, "inside": 1e6, "between": 1e6}
     found = capacity.estimate(given, machine(1e9, **quick, per_node=2), gpus=4, images=1e6)
@@ -293,7 +306,7 @@ def test_smaller_parts_and_larger_groups_come_last(place):
     assert found["fits"] and tried[-1][0] == 2 and "shard.group=2" in found["overrides"]
 
 
-def test_a_fine_tuning_that_mixes_pairs_is_planned_in_parts_of_two_images_or_more(place):
+def test_a_fine_tuning_that_mixes_pairs_is_planned_in_parts_of_two_images_or_more(place, once):
     given = ["objective={name: classify, mixup: 0.8}", "batch_size=8"]
     given += ["model={encoder: vit_test8, head: {classes: 3}}"]
     mixing = capacity.load("small.yaml", given)

@@ -23,6 +23,7 @@ from prepretrain.models.model import Model
 from prepretrain.runs.launch import launch
 
 SECTIONS = {
+    "curation_stages": "curation_stage",
     "encoders": "model",
     "evaluators": "evaluator",
     "heads": "model.head",

@@ -2,12 +2,11 @@
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import command
 
 from prepretrain.scaling import analysis, forecast, laws, verdict
 from prepretrain.scaling.table import Table, number, read
@@ -229,10 +228,11 @@ def test_nothing_is_said_from_too_few_runs(tmp_path):
 
 
 def test_the_command_prints_verdicts_and_then_one_json_object(tmp_path):
-    command = [sys.executable, ROOT / "tools/scaling.py", "analyse", "--csv", written(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    given = ("scaling.py", "analyse", "--csv", str(written(tmp_path)))
+    done = command(*given)
+    assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["runs"] == 4 and found["overfit_runs"] == 1
     assert done.stdout.startswith("1 of 4 runs overfit")
-    wrong = subprocess.run([*command, "--metric", "top5"], capture_output=True, text=True)
+    wrong = command(*given, "--metric", "top5")
     assert wrong.returncode == 1 and wrong.stderr.startswith("scaling: ")

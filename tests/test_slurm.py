@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import slurm_box
 from conftest import furnish
+from conftest import processes as in_processes
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from prepretrain.cluster import slurm
@@ -65,10 +66,12 @@ def overrides(**more: str) -> list[str]:
 
 def undisturbed(name: str, procs: int, *more: str) -> Path:
     """A run to which nothing happens, in processes without SLURM."""
-    command = [sys.executable, Path(__file__).parents[1] / "tools/launch.py"]
-    command += ["--stage", "small.yaml", "--procs", str(procs), "--out", f"runs/{name}"]
-    subprocess.run([*command, *overrides(), *more], check=True, capture_output=True)
+    in_processes(procs, _trained, f"runs/{name}", [*overrides(), *more])
     return Path("runs", name)
+
+
+def _trained(rank: int, folder: str, keys: list[str]) -> None:
+    launch("small.yaml", keys, out=folder)
 
 
 @pytest.fixture(scope="module")

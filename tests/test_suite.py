@@ -4,12 +4,11 @@ import json
 import multiprocessing
 import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from conftest import processes
+from conftest import command, processes
 
 from prepretrain import config
 from prepretrain.runs import results, suite
@@ -120,9 +119,8 @@ def test_a_suite_gives_the_numbers_of_its_stages_and_fine_tunes_beside_the_run(t
 
 def test_a_suite_that_was_killed_is_continued_and_measures_nothing_twice(trained):
     stage = asked(witness("a"), witness("b"), TUNE, witness("c", kill=True), witness("d"))
-    command = [sys.executable, ROOT / "tools/launch.py", "--stage", stage, "--init", "runs/mae"]
-    paths = {"PYTHONPATH": os.pathsep.join([str(ROOT), str(Path.cwd())])}
-    assert subprocess.run(command, env={**os.environ, **paths}).returncode == 9
+    done = command("launch.py", "--stage", stage, "--init", "runs/mae", PYTHONPATH=os.getcwd())
+    assert done.returncode == 9, done.stderr
     assert witnessed() == ["a", "b"]
     Path("mended").touch()
     before = (trained / "finetune_colours" / "metrics.jsonl").read_text()
@@ -276,11 +274,14 @@ def test_a_dry_run_shows_every_config_and_the_facts_of_every_entry(trained, caps
     assert not (trained / "evaluations.json").exists()
 
 
+def _in_two(rank: int, stage: str) -> None:
+    launch(stage, [], init="runs/mae", out="runs/two")
+
+
 def test_two_processes_give_the_numbers_of_one(trained):
     one = start(LINEAR, LOWSHOT, TUNE, out="runs/one")
-    keys = {"device": "cpu"}
-    two = launch(asked(LINEAR, LOWSHOT, TUNE, **keys), [], init="runs/mae", out="runs/two", procs=2)
-    two = read(two / "results.json")
+    processes(2, _in_two, asked(LINEAR, LOWSHOT, TUNE, device="cpu"))
+    two = read(Path("runs/two/results.json"))
     assert list(one) == list(two)
     for key in ("linear/colours", "lowshot/colours"):
         assert two[key] == pytest.approx(one[key])

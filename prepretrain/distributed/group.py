@@ -262,7 +262,13 @@ def together(
         _joined(None, None, device, function, arguments)
         return
     where = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(ports.free())}
-    multiprocessing.spawn(_joined, (where, device, function, arguments), nprocs=count)
+    given = (
+        {**os.environ, **where},
+        device,
+        function,
+        arguments,
+    )  # not those of the server's start
+    multiprocessing.start_processes(_joined, given, nprocs=count, start_method="forkserver")
 
 
 def _joined(

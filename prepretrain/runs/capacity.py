@@ -180,7 +180,7 @@ def after_out_of_memory(
     """
     machine = Machine(gigabytes=(memory - others) / 1e9, per_node=per_node)
     try:
-        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        with ProcessPoolExecutor(1, mp_context=get_context("forkserver")) as pool:
             found = pool.submit(_less, config, machine, gpus).result()
     except Exception as error:  # which must not hide the one that this is about
         return f"What would fit could not be planned ({error}): prepretrain-plan says it."

@@ -43,8 +43,6 @@ class Balance(Stage):
         language: str | None = None,
         after: tuple[str, ...] = (),
     ):
-        if not 0 < t < float("inf"):
-            raise ValueError(f"t: {t!r} does not fit; it must be above 0.")
         if law not in ("metaclip", *LAWS):
             raise ValueError(f"law: {law!r} is none of metaclip, {', '.join(LAWS)}.")
         self.t, self.law, self.after = t, law, after

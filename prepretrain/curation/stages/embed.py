@@ -43,11 +43,6 @@ class Embed(Stage):
         batch_size: int = 128,
         workers: int = 0,
     ):
-        if not 0 < share <= 1:
-            raise ValueError(f"share: {share!r} does not fit; it must lie above 0 and up to 1.")
-        for name, value, least in (("batch_size", batch_size, 1), ("workers", workers, 0)):
-            if value < least:
-                raise ValueError(f"{name}: {value!r} does not fit; it must be at least {least}.")
         if options and loss:
             raise ValueError("options: the loss is that of a run as it was trained. Leave one out.")
         self.embedder = Embedder(

@@ -71,8 +71,6 @@ class Leaks(Stage):
                 f"features: {features!r}, similarity: {similarity!r}: one needs the other, such as "
                 f"features: embed, similarity: 0.95."
             )
-        if similarity is not None and not 0 < similarity < 1:
-            raise ValueError(f"similarity: {similarity!r} does not fit; it is between 0 and 1.")
         self.against, self.alike, self.mirrored = against, Alike(coarse, fine, colour), mirrored
         self.features, self.similarity, self.gpu = features, similarity, features is not None
         self.reads = {"look": tuple(SCHEMA.names)}

@@ -53,11 +53,6 @@ class Semantic(Stage):
         after: tuple[str, ...] = ("duplicates",),
         seed: int = 0,
     ):
-        if not 0 <= eps < 1:
-            raise ValueError(f"eps: {eps!r} does not fit; it is from 0 up to below 1.")
-        for name, value in (("clusters", clusters), ("rounds", rounds)):
-            if value is not None and value < 1:
-                raise ValueError(f"{name}: {value!r} does not fit; it must be at least 1.")
         self.features, self.eps, self.clusters = features, eps, clusters
         self.rounds, self.after, self.seed = rounds, after, seed
         self.reads = {features: COLUMNS} | {name: ("reason",) for name in after}
