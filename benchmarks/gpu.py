@@ -485,6 +485,7 @@ CASES = {  # name: (objective, encoder, images, variants)
 
 def steps(record: Record, tiny: bool, asked: argparse.Namespace) -> None:
     """Images a second, MFU and memory of training steps."""
+    tried: set[str] = set()
     for name, (build, encoder, images, variants) in CASES.items():
         if asked.cases and name not in asked.cases:
             continue
@@ -494,6 +495,9 @@ def steps(record: Record, tiny: bool, asked: argparse.Namespace) -> None:
         for variant in variants:
             if asked.variants and variant not in asked.variants:
                 continue
+            if tiny and variant in tried and variant != variants[0]:
+                continue
+            tried.add(variant)
             if time.time() > asked.deadline - 30:
                 record(f"{name}_{variant}", skipped="no time left")
                 continue
@@ -794,7 +798,7 @@ def embed(record: Record, tiny: bool, asked: argparse.Namespace) -> None:
         for name, content in files.items():
             (place / f"{name}.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
         tool = str(Path(__file__).parents[1] / "tools" / "curate.py")
-        for name in ("first", "both"):
+        for name in ("both",) if tiny else ("first", "both"):
             before = time.time()
             command = [sys.executable, tool, "run", str(place / "card.yaml")]
             command += ["--recipe", str(place / f"{name}.yaml"), "--out", str(place / "out")]

@@ -55,6 +55,16 @@ device: cpu
 """
 
 
+# Files with the longest tests, most of which wait: started last, they would be what is left at the end.
+LONGEST = ("test_slurm", "test_benchmarks", "test_faults", "test_launch")
+
+
+def pytest_collection_modifyitems(items):
+    """Lets them begin."""
+    place = {name: number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(LONGEST)))
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtestloop(session):
     """Forks the server of new processes from this one, which has imported what all tests need: a
