@@ -106,13 +106,25 @@ def test_no_benchmark_is_left_out():
     assert scripts == {*TINY, *ELSEWHERE}
 
 
-def test_what_a_gpu_will_be_asked_runs_on_the_cpu(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "parts, skips, oks",
+    [
+        ("--only limits objectives steps embed --cases mae_b16 coco_vitdet_b", {}, 5),
+        pytest.param(
+            "",
+            {"reference_mae": "no --reference", "profile": "no GPU"},
+            10,
+            marks=pytest.mark.faults,
+        ),
+    ],
+)
+def test_what_a_gpu_will_be_asked_runs_on_the_cpu(parts, skips, oks, tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
-    benchmark("gpu", "--smoke", "--out", tmp_path)
+    benchmark("gpu", "--smoke", "--out", tmp_path, *parts.split())
     figures = [json.loads(line) for line in (tmp_path / "gpu.jsonl").read_text().splitlines()]
     assert figures[0]["figure"] == "machine" and figures[-1]["figure"] == "end"
     assert not [figure for figure in figures if "failed" in figure]
     skipped = {figure["figure"]: figure["skipped"] for figure in figures if "skipped" in figure}
-    assert skipped == {"reference_mae": "no --reference", "profile": "no GPU"}
+    assert skipped == skips
     checks = [figure["ok"] for figure in figures if "ok" in figure]
-    assert len(checks) == 10 and all(checks)
+    assert len(checks) == oks and all(checks)
