@@ -117,6 +117,7 @@ def test_no_benchmark_is_left_out():
             marks=pytest.mark.faults,
         ),
     ],
+    ids=["some", "all"],
 )
 def test_what_a_gpu_will_be_asked_runs_on_the_cpu(parts, skips, oks, tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
