@@ -13,8 +13,8 @@ card's data sheet promises for dense bf16, 989 TFLOP/s for an H100 or H200.
 """
 
 import argparse
-import contextlib
 import gc
+import importlib
 import io
 import json
 import logging
@@ -271,13 +271,17 @@ def limits(record: Record, tiny: bool, asked: argparse.Namespace) -> None:
     record("launch_microseconds", value=seconds_of(launches, 5) * 1e3)
 
 
+def of_tests(name: str) -> Any:
+    """A module of the tests, which have reference numbers and a small one of every objective."""
+    folder = str(Path(__file__).parents[1] / "tests")
+    sys.path[:0] = [] if folder in sys.path else [folder]
+    return importlib.import_module(name)
+
+
 def golden(record: Record, tiny: bool, asked: argparse.Namespace) -> None:
     """The papers' reference numbers on this device, in float32, and our own CPU's gradients."""
-    sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-    import test_golden
-
     where = distributed.device()
-    tensors, build = test_golden.mae_reference()
+    tensors, build = of_tests("test_golden").mae_reference()
     for normalise, name in ((False, "loss"), (True, "loss_norm_pix")):
         objective, found = build(normalise), {}
         for device in ("cpu", where):
@@ -304,41 +308,39 @@ def golden(record: Record, tiny: bool, asked: argparse.Namespace) -> None:
         )
 
 
-@contextlib.contextmanager
-def tests_objectives() -> Iterator[Any]:
-    """The module of tests that has a small one of every objective, and what those read, in the current
-    directory."""
-    sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-    import test_step
-
-    with tempfile.TemporaryDirectory() as place, contextlib.chdir(place):
-        os.environ["PREPRETRAIN_DATA"] = place
-        test_step.furnish_parts()
-        yield test_step
-
-
 def objectives(record: Record, tiny: bool, asked: argparse.Namespace) -> None:
     """Loss and gradients of every objective in float32 on this device, beside those on the CPU; and at
     which lines a step of it in the loop waits."""
-    where = distributed.device()
-    with tests_objectives() as tests:
+    import pytest
+
+    tests = of_tests("test_step")
+    with tempfile.TemporaryDirectory() as place, pytest.MonkeyPatch.context() as patch:
+        patch.chdir(place)
+        patch.setenv("PREPRETRAIN_DATA", place)
+        tests.furnish_parts()
         for name in ("mae", "video") if tiny else tests.OBJECTIVES:
             said = name.replace(", ", "_").replace(" ", "_")
             try:
-                record(f"objective_{said}", **_beside_cpu(tests, name, where))
-                objective, batch = tests.built(name)
-                shard.shard(objective, precision="fp32" if tiny else "bf16")
-                objective.prepare(partial(shard.shard, precision="fp32" if tiny else "bf16"))
-                shard.initialise(objective, 0)
-                batch = {k: v for k, v in batch.items() if isinstance(v, Tensor)}
-                batch = {k: v.pin_memory() if CUDA else v for k, v in batch.items()}
-                places, error = _waits(objective.train(), batch)
-                allowed = name.startswith("detection")  # NMS's one answer an image
-                ok = allowed or (not places and error is None)
-                record(f"synchronisations_{said}", at_lines=dict(places), said=error, ok=ok)
+                record(f"objective_{said}", **_beside_cpu(tests, name, distributed.device()))
+                record(f"synchronisations_{said}", **_waiting(tests, name, tiny))
             except Exception as error:
                 traceback.print_exc()
                 record(f"objective_{said}", failed=_said(error))
+
+
+def _waiting(tests: Any, name: str, tiny: bool) -> dict[str, Any]:
+    """At which lines steps of an objective wait."""
+    objective, batch = tests.built(name)
+    prepare = partial(shard.shard, precision="fp32" if tiny else "bf16")
+    prepare(objective)
+    objective.prepare(prepare)
+    shard.initialise(objective, 0)
+    batch = {k: v for k, v in batch.items() if isinstance(v, Tensor)}
+    batch = {k: v.pin_memory() if CUDA else v for k, v in batch.items()}
+    places, error = _waits(objective.train(), batch)
+    allowed = name.startswith("detection")  # NMS's one answer an image
+    ok = allowed or (not places and error is None)
+    return {"at_lines": dict(places), "said": error, "ok": ok}
 
 
 def _beside_cpu(tests: Any, name: str, where: torch.device) -> dict[str, Any]:

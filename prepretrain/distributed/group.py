@@ -262,12 +262,8 @@ def together(
         _joined(None, None, device, function, arguments)
         return
     where = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(ports.free())}
-    given = (
-        {**os.environ, **where},
-        device,
-        function,
-        arguments,
-    )  # not those of the server's start
+    environment = os.environ | where  # as it is now, not as it was when the server of forks began
+    given = (environment, device, function, arguments)
     multiprocessing.start_processes(_joined, given, nprocs=count, start_method="forkserver")
 
 

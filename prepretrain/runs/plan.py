@@ -38,9 +38,7 @@ from prepretrain.training.schedule import Schedule, check_shape
 _STEPS = 10**9  # of a run, at most
 _KEPT = 10_000  # checkpoints that are never removed, at most
 _FEW = 100  # steps
-_SLOWER = (
-    1280  # the widest encoder that was measured on a GPU, where fp8 was slower (docs/precision.md)
-)
+_SLOWER = 1280  # the widest encoder measured on a GPU; fp8 was slower there (docs/precision.md)
 _GPU, _NODE = 80e9, 8  # a GPU's bytes and a node's GPUs, where a dry run has neither
 _SPEEDS = (0.1, 100)  # TFLOP/s that training may reach, for a person to think of a machine
 # not from the paper: the share of a GPU's memory that weights, gradients and optimizer may take by
