@@ -86,6 +86,17 @@ def test_no_files_of_a_room_import_each_other_in_a_circle(name):
     TopologicalSorter(inside).prepare()  # raises CycleError, which names the files
 
 
+def test_no_folders_of_data_import_each_other_in_a_circle():
+    folder = {name: name.split(".")[2] for name in MODULES if name.count(".") == 3}
+    inside = {name: at for name, at in folder.items() if name.startswith("prepretrain.data.")}
+    others = {at: set() for at in inside.values()}
+    for name, at in inside.items():
+        # sources, which are plug-ins, share their base with all
+        others[at] |= {inside[one] for one in ours(name) & inside.keys()} - {at, "sources"}
+    TopologicalSorter(others).prepare()
+    assert {"shards", "tags", "video"} <= others["sources"]
+
+
 @pytest.mark.parametrize("folder", KINDS.values(), ids=KINDS)
 def test_plug_ins_of_a_kind_do_not_import_each_other(folder):
     found = {name for name in MODULES if name.startswith(f"{folder}.")}
